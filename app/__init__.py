@@ -1,0 +1,1 @@
+"""The dashboard: views choose, call one library function, show one figure."""

@@ -1,0 +1,283 @@
+"""The command line: each command loads, makes one call, prints. Data on stdout, progress and errors on stderr."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from perfmodel import __version__, fusion, hardware, launch, report, text
+from perfmodel.errors import InputError, MissingExtraError
+from perfmodel.readers import read_trace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Trace analysis and roofline performance models for MoE models whose experts do not all fit on the GPU.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def _print(words: str) -> None:
+    sys.stdout.write(words + "\n")
+
+
+def _print_json(value: Any) -> None:
+    _print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _print(f"perfmodel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def analyze(
+    trace: Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")],
+    as_json: Json = False,
+) -> None:
+    """Where does the time of a trace go: coverage, launch metrics (TKLQT and friends), busy and idle time."""
+    loaded = read_trace(trace)
+    if as_json:
+        _print_json(launch.launch_metrics(loaded).to_json())
+    else:
+        _print(report.trace_page(loaded, Path(trace).name))
+
+
+@app.command(name="fusion")
+def fusion_command(
+    trace: Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")],
+    lengths: Annotated[str, typer.Option(help="Chain lengths, separated by commas.")] = "2,4,8,16,32,64",
+    threshold: Annotated[float, typer.Option(help="Lowest proximity score to list, 0 to 1.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Which chains of kernels always follow one another, and what fusing them would save at best."""
+    wanted = [_whole(word, "--lengths") for word in lengths.split(",")]
+    loaded = read_trace(trace)
+    by_length = fusion.fusion_table(loaded.events, wanted)
+    chains = fusion.chains(loaded.events, min(wanted), threshold)
+    if as_json:
+        _print_json({"lengths": by_length.to_dicts(), "chains": chains.to_dicts()})
+    else:
+        _print(report.fusion_page(by_length, chains, Path(trace).name))
+
+
+@app.command()
+def fit(
+    captures: Annotated[list[str], typer.Argument(help="Capture folders of one machine, kernel and dtype.")],
+    out: Annotated[str, typer.Option(help="Where to write the model, as JSON.")],
+) -> None:
+    """Fit the physical latency model to measurements and say how well it predicts shapes it has not seen."""
+    from perfmodel import fitting
+
+    model, errors = fitting.fit_captures(captures, progress=_note)
+    model.save(out, model.evidence_)
+    _print(report.fit_page(model, errors))
+    _note(f"wrote {out}")
+
+
+@app.command()
+def predict(
+    hardware_name: Annotated[
+        str, typer.Option("--hardware", help="Profile name, .toml file or capture folder; `perfmodel list`.")
+    ],
+    shape: Annotated[str, typer.Option(help="Catalogue name or Hugging Face config.json; `perfmodel list`.")],
+    tokens: Annotated[str, typer.Option(help="Tokens in the batch.")],
+    routing: Annotated[
+        str, typer.Option(help="uniform, power-law[:EXPONENT], mmlu-like, or a counts file (FILE#KEY of an .npz).")
+    ] = "uniform",
+    offload: Annotated[
+        float, typer.Option(help="Fraction of each layer's experts in host memory, least used first.")
+    ] = 0.0,
+    access: Annotated[str, typer.Option(help="zero-copy, copy, copy-overlap or cpu.")] = "zero-copy",
+    op: Annotated[
+        str, typer.Option(help="grouped-gemm (the experts alone) or moe-layer (router to combine).")
+    ] = "grouped-gemm",
+    model: Annotated[str | None, typer.Option(help="A model written by `perfmodel fit`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a MoE layer costs when a fraction of its experts leaves device memory, and why."""
+    from perfmodel import hf_config, latency
+    from perfmodel import predict as predicting
+    from perfmodel.routing import routing as routing_of
+
+    profile = fitting_profile(hardware_name)
+    moe_shape = hf_config.resolve(shape)
+    batch = routing_of(routing, moe_shape.n_experts, moe_shape.top_k, _whole(tokens, "--tokens"))
+    fitted = latency.load_model(model) if model else None
+    result = predicting.predict(profile, moe_shape, batch, offload, access, op=op, model=fitted)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _print(
+            f"{moe_shape.name} on {profile.title}, {text.count(batch.n_tokens)} tokens, {batch.name}, {access}\n"
+            f"{result}"
+        )
+
+
+def fitting_profile(name: str) -> hardware.HardwareProfile:
+    """The machine of that name, TOML file, or capture folder."""
+    if Path(name).is_dir():
+        from perfmodel.capture import load_capture, profile_of
+
+        return profile_of(load_capture(name))
+    return hardware.hardware(name)
+
+
+@app.command()
+def check(
+    baseline: Annotated[str, typer.Argument(help="Capture folder of the machine, driver or build as it was.")],
+    candidate: Annotated[str, typer.Argument(help="Capture folder of what is to be judged.")],
+    margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(help="What may differ: machine, software, kernel, settings, or with a key (software.torch)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Is the candidate slower than the baseline: exit 0 no, 1 slower, 2 bad usage, 3 not comparable."""
+    from perfmodel import regression
+    from perfmodel.capture import load_capture
+
+    verdicts = regression.check(
+        load_capture(baseline), load_capture(candidate), _fraction(margin, "--margin"), axis or ()
+    )
+    if as_json:
+        _print_json({"slower": regression.is_slower(verdicts), "verdicts": [asdict(v) for v in verdicts]})
+    else:
+        _print(report.check_page(verdicts))
+    raise typer.Exit(1 if regression.is_slower(verdicts) else 0)
+
+
+@app.command()
+def schedule(
+    shape: Annotated[str, typer.Option(help="Catalogue name or Hugging Face config.json.")],
+    hardware_name: Annotated[str, typer.Option("--hardware", help="Profile with a peer link, such as h100-sxm.")],
+    gpus: Annotated[str, typer.Option(help="GPUs that share the experts.")],
+    tokens: Annotated[str, typer.Option(help="Tokens per GPU.")],
+    as_json: Json = False,
+) -> None:
+    """What an expert-parallel layer costs under bulk, chunked and fused schedules (closed forms)."""
+    from perfmodel import hf_config
+    from perfmodel import schedule as schedules
+
+    profile, moe_shape = hardware.hardware(hardware_name), hf_config.resolve(shape)
+    rows = [
+        schedules.layer_schedule(moe_shape, profile, _whole(gpus, "--gpus"), _whole(tokens, "--tokens"), name)
+        for name in schedules.SCHEDULES
+    ]
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+    else:
+        _print(report.schedule_page(rows))
+
+
+@app.command(name="list")
+def list_names() -> None:
+    """The names that other commands accept: hardware, shapes, routings, access modes, shipped captures."""
+    from perfmodel import capture, moe, offload, routing
+
+    rows = {
+        "hardware": hardware.names(),
+        "shapes": moe.names(),
+        "routings": [*routing.PATTERNS, "power-law:EXPONENT"],
+        "access": list(offload.ACCESS_MODES),
+        "captures": [str(path) for path in capture.shipped_captures()],
+    }
+    for title, names in rows.items():
+        _print(f"{title:10}" + f"\n{'':10}".join(names))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def collect(context: typer.Context) -> None:
+    """Measure this machine: `perfmodel collect sweep --out DIR` is `python -m collectors sweep --out DIR`."""
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError('collecting needs torch, which is not installed: pip install "perfmodel[collect]"')
+    raise typer.Exit(subprocess.call([sys.executable, "-m", _sibling("collectors"), *context.args]))
+
+
+@app.command(name="app")
+def dashboard(
+    port: Annotated[int, typer.Option(help="Port on loopback.")] = 8501,
+    headless: Annotated[bool, typer.Option("--headless", help="Do not open a browser window.")] = False,
+) -> None:
+    """Open the dashboard in the browser, with the shipped captures loaded; it listens on loopback only."""
+    if importlib.util.find_spec("streamlit") is None:
+        raise MissingExtraError('the dashboard needs streamlit, which is not installed: pip install "perfmodel[app]"')
+    spec = importlib.util.find_spec(_sibling("app"))
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("the dashboard's files are missing from this installation")
+    main_script = Path(next(iter(spec.submodule_search_locations))) / "main.py"
+    flags = {
+        "server.address": "127.0.0.1",
+        "server.port": port,
+        "server.headless": str(headless).lower(),
+        "server.fileWatcherType": "none",
+        "server.maxUploadSize": 500,
+        "browser.gatherUsageStats": "false",
+        "client.showErrorDetails": "type",
+        "client.toolbarMode": "minimal",
+    }
+    options = [f"--{key}={value}" for key, value in flags.items()]
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(main_script), *options]))
+
+
+def _sibling(name: str) -> str:
+    """`app` or `collectors`: inside this package when installed from a wheel, beside it in a checkout."""
+    inside = f"perfmodel.{name}"
+    return inside if importlib.util.find_spec(inside) is not None else name
+
+
+def _whole(word: str, option: str) -> int:
+    try:
+        number = int(word)
+    except ValueError:
+        raise InputError(f"{option} is {word!r}, expected a whole number") from None
+    if number < 1:
+        raise InputError(f"{option} is {number}, expected at least 1")
+    return number
+
+
+def _fraction(word: str, option: str) -> float:
+    try:
+        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    except ValueError:
+        raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None
+
+
+def _note(words: str) -> None:
+    sys.stderr.write(words + "\n")
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake becomes one sentence on stderr and an exit code, never a traceback."""
+    try:
+        app()
+    except InputError as error:
+        _note(f"perfmodel: {error}")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has left; Python would complain while flushing
+        sys.exit(0)
+    except KeyboardInterrupt:
+        _note("perfmodel: interrupted")
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,49 @@
+"""From capture folders to a fitted model with its held-out errors: what `perfmodel fit` runs."""
+
+from collections.abc import Callable, Sequence
+
+import polars as pl
+
+from perfmodel.capture import Capture, load_capture, per_workload, profile_of
+from perfmodel.errors import NotComparableError
+from perfmodel.latency import Errors, LatencyModel, evaluate_by_shape
+
+
+def fit_captures(
+    paths: Sequence[str], progress: Callable[[str], None] = lambda _: None
+) -> tuple[LatencyModel, dict[str, dict[str, Errors]]]:
+    """Fit one model to captures of one machine, kernel and dtype; returns it with held-out errors by shape.
+
+    Raises NotComparableError when the captures differ in machine, kernel or dtype, which must never be pooled, and
+    InputError when there are fewer than three shapes to hold out.
+    """
+    captures = [load_capture(path) for path in paths]
+    first = captures[0]
+    for other in captures[1:]:
+        _require_same(first, other)
+    observations = per_workload(pl.concat([capture.observations for capture in captures]))
+    progress(
+        f"{observations.height} workloads of {observations['shape'].n_unique()} shapes, fitting with each held out"
+    )
+    profile = profile_of(first)
+    model = LatencyModel(profile, observations["dtype"][0], str(first.manifest["kernel"]))
+    errors = evaluate_by_shape(model, observations)
+    model.fit(observations)
+    model.evidence_ = {
+        "captures": [{"name": c.name, "digest": c.digest, "n_observations": c.observations.height} for c in captures],
+        "n_workloads": observations.height,
+        "machine": dict(first.manifest["machine"]),
+        "software": dict(first.manifest["software"]),
+    }
+    return model, errors
+
+
+def _require_same(first: Capture, other: Capture) -> None:
+    a, b = first.fingerprint, other.fingerprint
+    differing = [key for key in a if a[key] != b.get(key)]
+    if differing:
+        key = differing[0]
+        raise NotComparableError(
+            f"captures {first.name!r} and {other.name!r} differ in {key} ({a[key]!r}, {b.get(key)!r}) "
+            "and cannot share a model"
+        )

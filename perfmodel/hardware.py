@@ -1,0 +1,126 @@
+"""What a machine can do: profiles read from TOML, every number with its unit, kind of evidence and source."""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perfmodel.errors import InputError
+from perfmodel.text import to_base
+
+EVIDENCE = ("datasheet", "paper", "measured")
+DEVICES = ("gpu", "cpu")
+PROFILE_DIR = Path(__file__).parent / "data" / "hardware"
+
+# The vocabulary of machine numbers: the name ends in its base unit. `memory` is what the computing device reads at
+# full speed (HBM of a GPU, DRAM of a CPU); `host` is the CPU beside a GPU; `link` joins the two.
+QUANTITIES: dict[str, str] = {
+    "bf16_peak_flops_per_s": "dense bf16 matrix peak of the computing device",
+    "fp16_peak_flops_per_s": "dense fp16 matrix peak of the computing device",
+    "fp8_peak_flops_per_s": "dense fp8 matrix peak of the computing device",
+    "fp32_peak_flops_per_s": "fp32 matrix peak of the computing device",
+    "bf16_gemm_flops_per_s": "rate a large dense bf16 GEMM reaches",
+    "fp32_gemm_flops_per_s": "rate a large dense fp32 GEMM reaches",
+    "memory_capacity_bytes": "device memory",
+    "memory_peak_bytes_per_s": "nominal bandwidth of device memory",
+    "memory_stream_bytes_per_s": "bandwidth a streaming kernel reaches in device memory",
+    "l2_capacity_bytes": "last-level cache of the computing device",
+    "n_cores_count": "streaming multiprocessors of a GPU, cores of a CPU",
+    "host_capacity_bytes": "memory of the host CPU",
+    "host_peak_bytes_per_s": "nominal bandwidth of host memory",
+    "host_stream_bytes_per_s": "bandwidth a streaming kernel reaches in host memory",
+    "host_gemm_flops_per_s": "rate a large expert GEMM reaches on the host CPU in its best dtype",
+    "link_peak_bytes_per_s": "nominal bandwidth of the host-device link, one direction",
+    "link_h2d_copy_bytes_per_s": "host-to-device copy, pinned memory",
+    "link_d2h_copy_bytes_per_s": "device-to-host copy, pinned memory",
+    "link_kernel_read_bytes_per_s": "device kernel reading host memory in place",
+    "peer_link_peak_bytes_per_s": "nominal bandwidth to the other GPUs of the node, one direction",
+    "launch_overhead_ns": "launch call to start of a null kernel",
+    "null_kernel_ns": "duration of a null kernel",
+    "call_overhead_ns": "one grouped GEMM call on minimal work, host time included",
+}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number of a machine in base units, with the evidence it rests on."""
+
+    value: float
+    kind: str  # datasheet, paper or measured
+    source: str
+    date: str | None = None
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """One machine; `device` says what computes the resident experts; quantities are keyed by the QUANTITIES names."""
+
+    name: str
+    title: str
+    device: str
+    quantities: Mapping[str, Quantity]
+    notes: str = ""
+
+    def __getitem__(self, key: str) -> float:
+        """The value of a quantity in base units; raises InputError when this machine has none."""
+        if key not in self.quantities:
+            raise InputError(f"hardware {self.name!r} has no {key}; it has {', '.join(self.quantities)}")
+        return self.quantities[key].value
+
+    def first(self, *keys: str) -> tuple[str, Quantity] | None:
+        """The first of several quantities that this machine has, best evidence listed first, or None."""
+        return next(((key, self.quantities[key]) for key in keys if key in self.quantities), None)
+
+
+def load_profile(path: str | Path) -> HardwareProfile:
+    """Read one hardware TOML; refuses a number without unit, kind or source, and a name outside QUANTITIES."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no hardware file {str(path)!r}; names of shipped profiles: {', '.join(names())}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path.name} is not TOML: {error}") from None
+    title, device = table.pop("title", path.stem), table.pop("device", None)
+    notes = table.pop("notes", "")
+    if device not in DEVICES:
+        raise InputError(f"{path.name}: device is {device!r}, expected one of {', '.join(DEVICES)}")
+    quantities = {key: _quantity(path.name, key, entry) for key, entry in table.items()}
+    return HardwareProfile(path.stem, title, device, quantities, notes)
+
+
+def _quantity(file: str, key: str, entry: Any) -> Quantity:
+    if key not in QUANTITIES:
+        raise InputError(f"{file}: unknown quantity {key!r}; known: {', '.join(QUANTITIES)}")
+    given = {name for name, part in entry.items() if str(part).strip()} if isinstance(entry, dict) else set()
+    missing = {"value", "unit", "kind", "source"} - given
+    if missing:
+        raise InputError(f"{file}: {key} lacks {', '.join(sorted(missing))}")
+    if entry["kind"] not in EVIDENCE:
+        raise InputError(f"{file}: {key} has kind {entry['kind']!r}, expected one of {', '.join(EVIDENCE)}")
+    value = entry["value"]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InputError(f"{file}: {key} is {value!r}, expected a positive number")
+    try:
+        value, suffix = to_base(value, entry["unit"])
+    except InputError as error:
+        raise InputError(f"{file}: {key}: {error}") from None
+    if not key.endswith("_" + suffix):
+        raise InputError(f"{file}: {key} is given in {entry['unit']}, which is not what its name says")
+    return Quantity(value, entry["kind"], entry["source"], entry.get("date"))
+
+
+def names() -> list[str]:
+    """The names of the shipped hardware profiles."""
+    return sorted(path.stem for path in PROFILE_DIR.glob("*.toml"))
+
+
+def hardware(name: str) -> HardwareProfile:
+    """The profile of that name, or of the TOML file at that path; raises InputError listing the valid names."""
+    if name.endswith(".toml"):
+        return load_profile(name)
+    if name not in names():
+        raise InputError(f"unknown hardware {name!r}; known: {', '.join(names())}, or the path of a .toml file")
+    return load_profile(PROFILE_DIR / f"{name}.toml")

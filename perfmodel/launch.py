@@ -1,0 +1,206 @@
+"""How long do kernels wait for their launch, and how busy are the devices: TKLQT, AKD, inference latency, idle time.
+
+Equation numbers are those of SKIP (arXiv 2504.11750, section III).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import polars as pl
+
+from perfmodel.errors import InputError
+from perfmodel.trace import API_KINDS, DEVICE_KINDS, Trace
+
+# The plateau of TKLQT reads about 0 in published plots, so a plateau has this floor: the launch of a null kernel on
+# A100, the lowest of SKIP Table V (2260.5 ns), times 300 launches, about one forward pass of an encoder.
+PLATEAU_FLOOR_NS = 2260.5 * 300
+# Launch calls of one workload vary by less than 2 over batch sizes (Table V: 2.26 to 2.77 us over machines); queueing
+# multiplies TKLQT by ten and more within one doubling of the batch (Fig 6). Any factor from 1 to 30 finds the same.
+RULE_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class DeviceMetrics:
+    """How busy one device was; span and idle are null where it did nothing or did it in no time."""
+
+    device: int
+    n_kernels: int
+    kernel_time_ns: int
+    kernel_busy_ns: int
+    gpu_busy_ns: int
+    gpu_span_ns: int | None
+    gpu_idle_frac: float | None
+
+
+@dataclass(frozen=True)
+class LaunchMetrics:
+    """How long kernels waited for their launch and how busy the devices were, of one trace.
+
+    Launch metrics cover joined kernels only, graph kernels included; busy times cover all device work, and sum over
+    devices. TKLQT is not wall time: kernels of one queue wait at the same time.
+    """
+
+    source: str
+    n_events: int
+    n_kernels: int
+    n_kernels_joined: int
+    n_kernels_orphan: int
+    n_kernels_graph: int
+    tklqt_ns: int
+    tklqt_graph_ns: int
+    tklqt_first_kernel_ns: int
+    akd_ns: float | None
+    kernel_time_ns: int
+    kernel_busy_ns: int
+    gpu_busy_ns: int
+    gpu_span_ns: int | None
+    gpu_idle_frac: float | None
+    inference_latency_ns: int | None
+    devices: tuple[DeviceMetrics, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The metrics as a dict that JSON can hold, keys in the order of the fields."""
+        return {**asdict(self), "devices": [asdict(device) for device in self.devices]}
+
+
+def joined_kernels(events: pl.DataFrame) -> pl.DataFrame:
+    """Which call launched each kernel: the kernels of EVENTS in file order, joined to their launch calls by `link`.
+
+    Adds `launch_name`, `launch_start_ns`, `launch_dur_ns`, `launch_process`, `launch_thread`, `delay_ns` (Eq 1: kernel
+    start minus call start, negative where clocks disagree) and `is_graph`; all null for an orphan, whose call is not
+    in the trace. Where several calls share a link, as in merged traces, the latest that began no later than the kernel
+    counts, else the earliest.
+    """
+    kernels = events.filter(pl.col("kind") == "kernel").with_row_index("row")
+    calls = events.filter(pl.col("kind").is_in(API_KINDS) & pl.col("link").is_not_null()).select(
+        "link",
+        launch_name="name",
+        launch_start_ns="start_ns",
+        launch_dur_ns="dur_ns",
+        launch_process="process",
+        launch_thread="thread",
+    )
+    delay = pl.col("start_ns") - pl.col("launch_start_ns")
+    joined = kernels.join(calls, on="link", how="left", maintain_order="left").with_columns(delay_ns=delay)
+    if joined.height > kernels.height:
+        joined = joined.sort(pl.col("delay_ns") < 0, pl.col("delay_ns").abs()).unique("row", keep="first").sort("row")
+    is_graph = pl.col("launch_name").cast(pl.String).str.contains("GraphLaunch", literal=True)
+    return joined.drop("row").with_columns(is_graph=is_graph)
+
+
+def busy_ns(work: pl.DataFrame) -> pl.DataFrame:
+    """For how long was each device doing something: the length of the union of intervals, columns `device`, `busy_ns`.
+
+    `work` holds `device`, `start_ns` and `dur_ns`; overlaps, of streams for example, count once.
+    """
+    end = pl.col("start_ns") + pl.col("dur_ns")
+    covered_until = end.cum_max().shift(1).over("device")
+    fresh = (end - pl.max_horizontal(pl.col("start_ns"), covered_until)).clip(lower_bound=0)
+    return (
+        work.sort("device", "start_ns")
+        .select("device", busy_ns=fresh)
+        .group_by("device")
+        .agg(pl.sum("busy_ns"))
+        .sort("device")
+    )
+
+
+def device_metrics(events: pl.DataFrame) -> tuple[DeviceMetrics, ...]:
+    """How busy was each device, in the order of device numbers; empty where no device work was recorded.
+
+    The span runs from the first start to the last end of any work of the device; busy + idle = span.
+    """
+    work = events.filter(pl.col("kind").is_in(DEVICE_KINDS))
+    is_kernel = pl.col("kind") == "kernel"
+    end = pl.col("start_ns") + pl.col("dur_ns")
+    kernel_busy = busy_ns(work.filter(is_kernel)).rename({"busy_ns": "kernel_busy_ns"})
+    table = (
+        work.group_by("device")
+        .agg(
+            n_kernels=is_kernel.sum(),
+            kernel_time_ns=pl.col("dur_ns").filter(is_kernel).sum(),
+            gpu_span_ns=end.max() - pl.col("start_ns").min(),
+        )
+        .join(kernel_busy, on="device", how="left")
+        .join(busy_ns(work).rename({"busy_ns": "gpu_busy_ns"}), on="device")
+        .with_columns(pl.col("kernel_busy_ns").fill_null(0))
+        .sort("device")
+    )
+    return tuple(
+        DeviceMetrics(**row, gpu_idle_frac=_idle_frac(row["gpu_busy_ns"], row["gpu_span_ns"]))
+        for row in table.iter_rows(named=True)
+    )
+
+
+def _idle_frac(busy: int, span: int | None) -> float | None:
+    return 1 - busy / span if span else None
+
+
+def launch_metrics(trace: Trace) -> LaunchMetrics:
+    """How long did the kernels of a trace wait for their launch, and how busy were the devices.
+
+    TKLQT is Eq 2, AKD Eq 3 over all kernels, inference latency Eq 4, from the first operator to the end of the last
+    kernel. Null: AKD without kernels, span and idle without device work, latency without kernels or operators.
+    """
+    kernels = joined_kernels(trace.events)
+    delay, is_joined = pl.col("delay_ns"), pl.col("delay_ns").is_not_null()
+    first = kernels.filter(is_joined).sort("start_ns").unique(["link", "launch_start_ns"], keep="first")
+    sums = kernels.select(
+        n_kernels_joined=is_joined.sum(),
+        n_kernels_orphan=(~is_joined).sum(),
+        n_kernels_graph=pl.col("is_graph").sum(),
+        tklqt_ns=delay.sum(),
+        tklqt_graph_ns=delay.filter(pl.col("is_graph")).sum(),
+        kernel_time_ns=pl.col("dur_ns").sum(),
+    ).row(0, named=True)
+    devices = device_metrics(trace.events)
+    busy = sum(device.gpu_busy_ns for device in devices)
+    span = sum(device.gpu_span_ns or 0 for device in devices) if devices else None
+    return LaunchMetrics(
+        source=trace.source,
+        n_events=trace.n_events,
+        n_kernels=kernels.height,
+        **sums,
+        tklqt_first_kernel_ns=int(first["delay_ns"].sum()),
+        akd_ns=sums["kernel_time_ns"] / kernels.height if kernels.height else None,
+        kernel_busy_ns=sum(device.kernel_busy_ns for device in devices),
+        gpu_busy_ns=busy,
+        gpu_span_ns=span,
+        gpu_idle_frac=_idle_frac(busy, span),
+        inference_latency_ns=_inference_latency_ns(trace.events, kernels),
+        devices=devices,
+    )
+
+
+def _inference_latency_ns(events: pl.DataFrame, kernels: pl.DataFrame) -> int | None:
+    """From the start of the first operator to the end of the last kernel (Eq 4); null where either is missing."""
+    first = events.filter(pl.col("kind") == "op").select(pl.col("start_ns").min()).item()
+    last = kernels.select((pl.col("start_ns") + pl.col("dur_ns")).max()).item()
+    return None if first is None or last is None else int(last - first)
+
+
+def n_negative_delays(events: pl.DataFrame) -> int:
+    """How many kernels began before their launch call did: a sign that host and device clocks were not aligned."""
+    return joined_kernels(events).filter(pl.col("delay_ns") < 0).height
+
+
+def is_device_bound(tklqt_ns: float, plateau_ns: float, rule_factor: float = RULE_FACTOR) -> bool:
+    """Do kernels queue behind a busy device: is TKLQT above `rule_factor` times its host-bound plateau (with floor)."""
+    return tklqt_ns > rule_factor * max(plateau_ns, PLATEAU_FLOOR_NS)
+
+
+def transition_batch(batches: Sequence[int], tklqt_ns: Sequence[float], rule_factor: float = RULE_FACTOR) -> int | None:
+    """From which batch size on is the device the bound: the first whose TKLQT leaves the plateau of the smallest one.
+
+    The paper (section V-B) marks this point by eye; the rule is ours. Null when no batch leaves the plateau. The sweep
+    must begin host-bound: a sweep that begins with a full queue shows no plateau. Raises InputError on unequal lengths
+    or an empty sweep.
+    """
+    if len(batches) != len(tklqt_ns) or not batches:
+        raise InputError(
+            f"found {len(batches)} batch sizes and {len(tklqt_ns)} values of TKLQT; expected as many, not 0"
+        )
+    sweep = sorted(zip(batches, tklqt_ns, strict=True))
+    plateau = sweep[0][1]
+    return next((batch for batch, tklqt in sweep if is_device_bound(tklqt, plateau, rule_factor)), None)

@@ -1,0 +1,167 @@
+"""Is the candidate slower than the baseline: comparability first, then a Welch interval on run medians per workload."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from scipy import stats
+
+from perfmodel.capture import Capture
+from perfmodel.errors import InputError, NotComparableError
+
+DEFAULT_MARGIN_FRAC = 0.03
+CONFIDENCE = 0.90  # two-sided, so 5 % on the side that matters
+ASSUMED_RUN_SD = 0.05  # log sd between runs, assumed where a capture holds a single run
+AXES = ("machine", "software", "kernel", "settings")
+
+VERDICTS = ("regressed", "suspect", "improved", "ok", "inconclusive")
+OVERALL = "all workloads"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One workload compared: candidate over baseline as a ratio with its 90 % interval, and what it means.
+
+    `ok` says slower by no more than the margin; `inconclusive` that the runs cannot tell, with `n_more_runs` wanted on
+    each side; `suspect` slower, but resting on an assumed spread between runs, because a side has only one.
+    """
+
+    workload: str
+    label: str
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    n_runs_baseline: int
+    n_runs_candidate: int
+    verdict: str
+    n_more_runs: int | None
+
+
+def fingerprint_differences(baseline: Capture, candidate: Capture) -> dict[str, tuple[object, object]]:
+    """Every fact of machine, software, kernel and settings in which two captures differ."""
+    a, b = baseline.fingerprint, candidate.fingerprint
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def require_comparable(
+    baseline: Capture, candidate: Capture, axes: Sequence[str] = ()
+) -> dict[str, tuple[object, object]]:
+    """Refuse captures that differ outside the declared axes of change; returns the differences that are declared.
+
+    An axis is a prefix such as `software` or `software.torch`. Raises NotComparableError naming the first differences.
+    """
+    for axis in axes:
+        if axis.partition(".")[0] not in AXES:
+            raise InputError(
+                f"unknown axis {axis!r}; known: {', '.join(AXES)}, each also with a key, as software.torch"
+            )
+    differences = fingerprint_differences(baseline, candidate)
+    undeclared = {k: v for k, v in differences.items() if not any(k == a or k.startswith(a + ".") for a in axes)}
+    if undeclared:
+        shown = "; ".join(f"{key}: {a!r} against {b!r}" for key, (a, b) in list(undeclared.items())[:4])
+        more = f" and {len(undeclared) - 4} more" if len(undeclared) > 4 else ""
+        raise NotComparableError(
+            f"not comparable: the captures differ in {shown}{more}; declare with --axis what you mean to test"
+        )
+    return differences
+
+
+def _compare(workload: str, label: str, a: np.ndarray, b: np.ndarray, margin: float) -> tuple[Verdict, float]:
+    """A verdict on log run medians of one workload, before correction for many, with its one-sided p-value."""
+    d = float(b.mean() - a.mean())
+    single = min(len(a), len(b)) < 2
+    if single:
+        va, vb, df = ASSUMED_RUN_SD**2 / len(a), ASSUMED_RUN_SD**2 / len(b), math.inf
+    else:
+        # Run medians are timer readings: below a per mille the spread of a few runs says nothing.
+        va, vb = (max(x.var(ddof=1), 1e-6) / len(x) for x in (a, b))
+        df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    se = math.sqrt(va + vb)
+    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, df))
+    low, high, m = d - t * se, d + t * se, math.log1p(margin)
+    more = None
+    if low > m:
+        verdict = "suspect" if single else "regressed"
+    elif high < -m:
+        verdict = "improved"
+    elif high < m:
+        verdict = "ok"
+    else:
+        verdict = "inconclusive"
+        gap = max(abs(d - m), m / 2)
+        runs = math.ceil((1.645 * math.sqrt(va * len(a) + vb * len(b)) / gap) ** 2)
+        more = max(runs - min(len(a), len(b)), 2 - min(len(a), len(b)), 1)
+    result = Verdict(workload, label, math.exp(d), math.exp(low), math.exp(high), len(a), len(b), verdict, more)
+    return result, float(stats.t.sf((d - m) / se, df))
+
+
+def check(
+    baseline: Capture, candidate: Capture, margin_frac: float = DEFAULT_MARGIN_FRAC, axes: Sequence[str] = ()
+) -> list[Verdict]:
+    """Candidate against baseline: first all workloads together, then each, slowest first.
+
+    A run (a fresh process) is the sampling unit. Per-workload regressions are kept only where Holm's correction over
+    all workloads keeps them. Raises NotComparableError when the captures differ outside `axes` or share no workload.
+    """
+    if not 0 < margin_frac < 10:
+        raise InputError(f"margin is {margin_frac:g}, expected a fraction above 0, such as 0.03 for 3 %")
+    require_comparable(baseline, candidate, axes)
+    medians = [_run_medians(capture) for capture in (baseline, candidate)]
+    common = [key for key in medians[0] if key in medians[1]]
+    if not common:
+        raise NotComparableError("not comparable: the captures share no workload")
+    labels = _labels(baseline)
+    compared = [_compare(key, labels[key], medians[0][key], medians[1][key], margin_frac) for key in common]
+    first, second = (_overall(m, common) for m in medians)
+    overall, _ = _compare(OVERALL, OVERALL, first, second, margin_frac)
+    kept = _holm([p for _, p in compared], (1 - CONFIDENCE) / 2)
+    verdicts = [
+        v if keep or v.verdict not in ("regressed", "suspect") else _as_inconclusive(v)
+        for (v, _), keep in zip(compared, kept, strict=True)
+    ]
+    return [overall, *sorted(verdicts, key=lambda v: -v.ratio)]
+
+
+def _as_inconclusive(v: Verdict) -> Verdict:
+    return Verdict(**{**v.__dict__, "verdict": "inconclusive", "n_more_runs": max(1, 5 - v.n_runs_candidate)})
+
+
+def _run_medians(capture: Capture) -> dict[str, np.ndarray]:
+    """Log median time of each run, by workload."""
+    table = capture.observations.group_by("workload", "run", maintain_order=True).agg(pl.col("time_ns").median())
+    grouped = table.group_by("workload", maintain_order=True).agg("time_ns")
+    return {key: np.log(np.asarray(times)) for key, times in grouped.iter_rows()}
+
+
+def _overall(medians: dict[str, np.ndarray], common: list[str]) -> np.ndarray:
+    """Mean log time over the workloads, one number a run; runs that a workload lacks are cut from all."""
+    n_runs = min(len(medians[key]) for key in common)
+    return np.asarray(np.mean([medians[key][:n_runs] for key in common], axis=0))
+
+
+def _labels(capture: Capture) -> dict[str, str]:
+    rows = capture.observations.unique("workload", maintain_order=True)
+    return {
+        row["workload"]: f"{row['op']} {row['shape']}"
+        + (f" {row['gemm_k']}x{row['gemm_n']}" if row["gemm_k"] else "")
+        + f", {row['n_tokens']} tokens, {row['routing']}"
+        for row in rows.iter_rows(named=True)
+    }
+
+
+def _holm(p_values: Sequence[float], alpha: float) -> list[bool]:
+    """Which hypotheses Holm's step-down procedure rejects at family-wise level alpha (Holm 1979)."""
+    order = np.argsort(p_values)
+    rejected = [False] * len(p_values)
+    for rank, index in enumerate(order):
+        if p_values[index] > alpha / (len(p_values) - rank):
+            break
+        rejected[index] = True
+    return rejected
+
+
+def is_slower(verdicts: Sequence[Verdict]) -> bool:
+    """Whether any verdict says the candidate is slower."""
+    return any(v.verdict in ("regressed", "suspect") for v in verdicts)

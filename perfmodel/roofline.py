@@ -1,0 +1,64 @@
+"""Ceilings of a machine per memory tier, ridge points, and where a measured workload stands under them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from perfmodel.hardware import HardwareProfile
+from perfmodel.latency import work_of
+from perfmodel.physics import ceilings
+from perfmodel.text import NS_PER_S
+
+# Tier name -> the quantities that give its bandwidth, best evidence first.
+TIERS: dict[str, tuple[str, ...]] = {
+    "device memory": ("memory_stream_bytes_per_s", "memory_peak_bytes_per_s"),
+    "host link, read in place": ("link_kernel_read_bytes_per_s",),
+    "host link, copy": ("link_h2d_copy_bytes_per_s", "link_peak_bytes_per_s"),
+    "host memory": ("host_stream_bytes_per_s", "host_peak_bytes_per_s"),
+}
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One slanted ceiling: bandwidth of a memory tier, its evidence, and the ridge point in FLOP per byte."""
+
+    name: str
+    bytes_per_s: float
+    kind: str
+    ridge_flops_per_byte: float
+
+
+def tiers(profile: HardwareProfile, dtype: str) -> list[Tier]:
+    """The slanted ceilings of a machine, fastest first (Williams, Waterman, Patterson, CACM 2009)."""
+    peak = ceilings(profile, dtype).flops_per_s
+    found = {name: profile.first(*keys) for name, keys in TIERS.items()}
+    rows = [Tier(name, q[1].value, q[1].kind, peak / q[1].value) for name, q in found.items() if q is not None]
+    return sorted(rows, key=lambda tier: -tier.bytes_per_s)
+
+
+def attainable_flops_per_s(intensity: float, peak_flops_per_s: float, bytes_per_s: float) -> float:
+    """The roofline: min(peak, intensity x bandwidth)."""
+    return min(peak_flops_per_s, intensity * bytes_per_s)
+
+
+def points(observations: pl.DataFrame, profile: HardwareProfile) -> pl.DataFrame:
+    """Where each observation stands: arithmetic intensity (FLOP per byte of active weights and activations), achieved
+    rate, share of the roof above it, and whether that roof is compute or memory. GEMM work only."""
+    work = work_of(observations)
+    roof = ceilings(profile, observations["dtype"][0])
+    weights = work.k * work.n
+    rows = work.rows.sum(axis=1)
+    active = (work.rows > 0).sum(axis=1)
+    flops = 2 * rows * weights.sum(axis=1)
+    moved = active * weights.sum(axis=1) * work.weight_bytes + work.activation_bytes * rows * (work.k + work.n).sum(
+        axis=1
+    )
+    achieved = flops / observations["time_ns"].to_numpy() * NS_PER_S
+    attainable = np.minimum(roof.flops_per_s, flops / moved * roof.bytes_per_s)
+    return observations.select("op", "shape", "n_tokens", "routing", "time_ns").with_columns(
+        flops_per_byte=pl.Series(flops / moved),
+        achieved_flops_per_s=pl.Series(achieved),
+        roof_frac=pl.Series(achieved / attainable),
+        bound=pl.Series(np.where(flops / moved * roof.bytes_per_s < roof.flops_per_s, "memory", "compute")),
+    )

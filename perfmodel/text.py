@@ -1,0 +1,111 @@
+"""The only place where ns, bytes and flops become words, and words become them."""
+
+import math
+import re
+
+from perfmodel.errors import InputError
+
+# unit word -> (suffix of the base unit it belongs to, factor). Base units are what every number inside is stored in.
+UNITS: dict[str, tuple[str, float]] = {
+    "ns": ("ns", 1.0),
+    "us": ("ns", 1e3),
+    "ms": ("ns", 1e6),
+    "s": ("ns", 1e9),
+    "B": ("bytes", 1.0),
+    "kB": ("bytes", 1e3),
+    "MB": ("bytes", 1e6),
+    "GB": ("bytes", 1e9),
+    "TB": ("bytes", 1e12),
+    "PB": ("bytes", 1e15),
+    "KiB": ("bytes", 2.0**10),
+    "MiB": ("bytes", 2.0**20),
+    "GiB": ("bytes", 2.0**30),
+    "TiB": ("bytes", 2.0**40),
+    "B/s": ("bytes_per_s", 1.0),
+    "MB/s": ("bytes_per_s", 1e6),
+    "GB/s": ("bytes_per_s", 1e9),
+    "TB/s": ("bytes_per_s", 1e12),
+    "FLOP/s": ("flops_per_s", 1.0),
+    "GFLOP/s": ("flops_per_s", 1e9),
+    "TFLOP/s": ("flops_per_s", 1e12),
+    "PFLOP/s": ("flops_per_s", 1e15),
+    "count": ("count", 1.0),
+}
+
+NS_PER_US = 1000
+NS_PER_S = 1e9
+
+_TIME_STEPS = (("s", 1e9), ("ms", 1e6), ("µs", 1e3), ("ns", 1.0))
+_SI_STEPS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
+_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]+)\s*")
+
+
+def to_base(value: float, unit: str) -> tuple[float, str]:
+    """What is `value unit` in base units: returns the number and the base suffix (`ns`, `bytes`, `flops_per_s` ...).
+
+    Raises InputError on an unknown unit.
+    """
+    if unit not in UNITS:
+        raise InputError(f"unknown unit {unit!r}; known units: {', '.join(UNITS)}")
+    suffix, factor = UNITS[unit]
+    return value * factor, suffix
+
+
+def parse_bytes(words: str) -> int:
+    """How many bytes does a text such as `40GiB` or `512 MB` mean; raises InputError when it names no byte count."""
+    found = _QUANTITY.fullmatch(words)
+    suffix, factor = UNITS.get(found[2], ("", 0.0)) if found else ("", 0.0)
+    size = float(found[1]) * factor if found else math.inf
+    if suffix != "bytes" or not math.isfinite(size):
+        raise InputError(f"{words!r} is not a size in bytes; expected a number and a unit, such as 40GiB or 512MB")
+    return round(size)
+
+
+def _scaled(value: float, steps: tuple[tuple[str, float], ...], unit: str) -> str:
+    for word, factor in steps:
+        if abs(value) >= 0.9995 * factor or factor == 1.0:  # 999.7 of a unit would be written 1,000
+            return f"{_significant(value / factor)} {word}{unit}"
+    raise AssertionError("the last step has factor 1")
+
+
+def _significant(value: float) -> str:
+    if value == 0:
+        return "0"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}"
+
+
+def ns(value: float | None) -> str:
+    """A duration in nanoseconds as words for people, `n/a` for null."""
+    return "n/a" if value is None else _scaled(value, _TIME_STEPS, "")
+
+
+def n_bytes(value: float | None) -> str:
+    """A byte count as words for people (decimal multiples), `n/a` for null."""
+    return "n/a" if value is None else _scaled(value, _SI_STEPS, "B")
+
+
+def bytes_per_s(value: float | None) -> str:
+    """A bandwidth as words for people, `n/a` for null."""
+    return "n/a" if value is None else _scaled(value, _SI_STEPS, "B/s")
+
+
+def flops_per_s(value: float | None) -> str:
+    """A compute rate as words for people, `n/a` for null."""
+    return "n/a" if value is None else _scaled(value, _SI_STEPS, "FLOP/s")
+
+
+def frac(value: float | None) -> str:
+    """A fraction 0 to 1 as per cent, `n/a` for null."""
+    return "n/a" if value is None else f"{100 * value:.1f} %"
+
+
+def count(value: float | None) -> str:
+    """A count with thousands separators, `n/a` for null."""
+    return "n/a" if value is None else f"{value:,.0f}"
+
+
+def in_unit(value: float, suffix: str) -> str:
+    """A number in base units as words, chosen by the suffix of its name (`ns`, `bytes`, `bytes_per_s` ...)."""
+    writers = {"ns": ns, "bytes": n_bytes, "bytes_per_s": bytes_per_s, "flops_per_s": flops_per_s, "count": count}
+    return writers[suffix](value)

@@ -1,0 +1,90 @@
+"""The table every vendor file becomes: EVENTS, one timed interval per row, and `Trace`, the table with what is known
+of its capture."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import polars as pl
+
+from perfmodel.errors import InputError
+
+# What an event is. `launch`: an API call that starts device work (kernel, graph, copy, set); `sync`: an API call that
+# waits for the device; `call`: any other runtime or driver API call; `op`: a framework operator on the host;
+# `range`: a named annotation (record_function, NVTX); `kernel`, `copy`, `set`: work on a device.
+KINDS = ("op", "range", "launch", "sync", "call", "kernel", "copy", "set")
+DEVICE_KINDS = ("kernel", "copy", "set")
+API_KINDS = ("launch", "sync", "call")
+
+EVENTS = pl.Schema(
+    {
+        "kind": pl.Enum(KINDS),
+        "name": pl.Categorical(),
+        "start_ns": pl.Int64(),
+        "dur_ns": pl.Int64(),
+        "process": pl.Int64(),
+        "thread": pl.Int64(),
+        "device": pl.Int64(),
+        "stream": pl.Int64(),
+        "link": pl.Int64(),  # joins an API call to the device work it started; unique to that pair in the trace
+        "bytes": pl.Int64(),  # moved by a copy or set
+        "graph": pl.Int64(),  # CUDA graph the device work belongs to
+    }
+)
+
+MAX_DUR_NS = 7 * 24 * 3600 * 10**9  # a single event longer than a week is a corrupt record (HTA issue 325)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One capture: its events and what is known of how it was made.
+
+    `source` is the vendor family (`kineto`, `nsys`); `n_events` counts the records of the file, kept or not;
+    `n_dropped` those that were timed events but unusable, `n_repaired` those mended while reading; `notes` are
+    sentences about the capture that a reader of its numbers must know. `meta` holds vendor facts as found.
+    """
+
+    events: pl.DataFrame
+    source: str
+    n_events: int
+    n_dropped: int = 0
+    n_repaired: int = 0
+    notes: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_events(self.events)
+
+    def of_kind(self, *kinds: str) -> pl.DataFrame:
+        """The events of the given kinds, in file order."""
+        return self.events.filter(pl.col("kind").is_in(kinds))
+
+
+def check_events(events: pl.DataFrame) -> None:
+    """Refuse a table that is not EVENTS: names, types, no null or negative time, device work without a device."""
+    if events.schema != EVENTS:
+        raise InputError(f"not an EVENTS table: found columns {dict(events.schema)}, expected {dict(EVENTS)}")
+    bad = events.filter(
+        pl.any_horizontal(pl.col("kind", "name", "start_ns", "dur_ns").is_null())
+        | (pl.col("dur_ns") < 0)
+        | (pl.col("kind").is_in(DEVICE_KINDS) & pl.col("device").is_null())
+    )
+    if not bad.is_empty():
+        raise InputError(f"{bad.height} events have no time, a negative duration, or device work without a device")
+
+
+def cut(trace: Trace, start_ns: int, end_ns: int) -> Trace:
+    """The part of a trace whose host calls, and the device work they started, began in [start_ns, end_ns).
+
+    Device work belongs to the window of the call that launched it; work without a known call belongs by its own start.
+    """
+    if end_ns <= start_ns:
+        raise InputError(f"an empty window: start {start_ns} ns is not before end {end_ns} ns")
+    inside = pl.col("start_ns").is_between(start_ns, end_ns, closed="left")
+    api = trace.of_kind(*API_KINDS).filter(pl.col("link").is_not_null())
+    kept_links = api.filter(inside)["link"].unique()
+    known_links = api["link"].unique()
+    is_device = pl.col("kind").is_in(DEVICE_KINDS)
+    by_link = is_device & pl.col("link").is_in(known_links.implode())
+    keep = pl.when(by_link.fill_null(False)).then(pl.col("link").is_in(kept_links.implode())).otherwise(inside)
+    return replace(trace, events=trace.events.filter(keep))

@@ -1,0 +1,242 @@
+"""The command line as a person runs it: real child processes, exit codes, one clear sentence for every mistake."""
+
+import gzip
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perfmodel.capture import shipped_captures
+from tests.captures_made import SHAPES, write_synthetic_capture
+from tests.conftest import ROOT
+
+PREDICT = ["predict", "--hardware", "gh200", "--shape", "olmoe", "--tokens", "64"]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "perfmodel", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def refused(*words: str, code: int = 2) -> str:
+    """Run a command that must fail: the code, nothing on stdout, no traceback; returns what it said."""
+    done = run(*words)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic trace: one operator, one launch, its kernel, and a kernel that nobody launched."""
+    events = [
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 1, "tid": 1, "ts": 1.0, "dur": 9.0},
+        {
+            "ph": "X",
+            "cat": "cuda_runtime",
+            "name": "cudaLaunchKernel",
+            "pid": 1,
+            "tid": 1,
+            "ts": 2.0,
+            "dur": 3.0,
+            "args": {"correlation": 7},
+        },
+        {
+            "ph": "X",
+            "cat": "kernel",
+            "name": "gemm<bf16>",
+            "pid": 0,
+            "tid": 7,
+            "ts": 6.5,
+            "dur": 4.0,
+            "args": {"device": 0, "stream": 7, "correlation": 7},
+        },
+        {
+            "ph": "X",
+            "cat": "kernel",
+            "name": "early",
+            "pid": 0,
+            "tid": 7,
+            "ts": 0.5,
+            "dur": 1.0,
+            "args": {"device": 0, "stream": 7, "correlation": 3},
+        },
+    ]
+    path = tmp_path_factory.mktemp("cli") / "synthetic.json"
+    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": events}))
+    return path
+
+
+def test_analyze_json_has_exactly_the_promised_keys_and_values(trace: Path) -> None:
+    done = run("analyze", str(trace), "--json")
+    assert json.loads(done.stdout) == {
+        "source": "kineto",
+        "n_events": 4,
+        "n_kernels": 2,
+        "n_kernels_joined": 1,
+        "n_kernels_orphan": 1,
+        "n_kernels_graph": 0,
+        "tklqt_ns": 4500,
+        "tklqt_graph_ns": 0,
+        "tklqt_first_kernel_ns": 4500,
+        "akd_ns": 2500.0,
+        "kernel_time_ns": 5000,
+        "kernel_busy_ns": 5000,
+        "gpu_busy_ns": 5000,
+        "gpu_span_ns": 10000,
+        "gpu_idle_frac": 0.5,
+        "inference_latency_ns": 9500,
+        "devices": [
+            {
+                "device": 0,
+                "n_kernels": 2,
+                "kernel_time_ns": 5000,
+                "kernel_busy_ns": 5000,
+                "gpu_busy_ns": 5000,
+                "gpu_span_ns": 10000,
+                "gpu_idle_frac": 0.5,
+            }
+        ],
+    }
+
+
+def test_analyze_text_says_what_was_joined_and_keeps_names_literal(trace: Path) -> None:
+    page = run("analyze", str(trace)).stdout
+    assert "2 kernels, 1 joined to their launch (50.0 %), 1 orphans" in page
+    assert "gemm<bf16>" in page
+
+
+def test_fusion_runs_on_a_trace(trace: Path) -> None:
+    done = json.loads(run("fusion", str(trace), "--lengths", "2", "--json").stdout)
+    assert done["lengths"][0]["length"] == 2
+
+
+@pytest.mark.parametrize("case", ["missing", "folder", "text", "truncated", "not a trace", "no tables", "empty"])
+def test_a_file_that_is_no_trace_gets_one_sentence(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    if case == "folder":
+        path = tmp_path
+    elif case == "text":
+        path.write_text("hello")
+    elif case == "truncated":
+        path.write_bytes(
+            gzip.compress(json.dumps({"traceEvents": [{"ph": "X", "name": str(i)} for i in range(9999)]}).encode())[
+                :2000
+            ]
+        )
+    elif case == "not a trace":
+        path.write_text('{"answer": 42}')
+    elif case == "no tables":
+        sqlite3.connect(path).execute("create table t (x)").connection.commit()
+    elif case == "empty":
+        path.write_text("")
+    said = refused("analyze", str(path))
+    assert said.startswith("perfmodel: ") and said.count("\n") <= 2
+
+
+def test_predict_json_has_exactly_the_promised_keys() -> None:
+    result = json.loads(run(*PREDICT, "--offload", "0.25", "--routing", "mmlu-like", "--json").stdout)
+    assert set(result) == {"latency_ns", "baseline_latency_ns", "slowdown", "parts", "bottleneck", "interval", "basis"}
+    assert result["slowdown"] == pytest.approx(result["latency_ns"] / result["baseline_latency_ns"])
+    assert sum(result["parts"].values()) == pytest.approx(result["latency_ns"])
+    assert (result["interval"], result["basis"]) == (None, "datasheet")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--hardware", "gh300"], "known: "),
+        (["--shape", "gpt-9"], "known: "),
+        (["--shape", "nowhere/config.json"], "config.json"),
+        (["--routing", "zipf"], "routing"),
+        (["--offload", "1.5"], "expected 0 to 1"),
+        (["--offload", "-0.1"], "expected 0 to 1"),
+        (["--tokens", "64.5"], "expected a whole number"),
+        (["--tokens", "0"], "at least 1"),
+        (["--access", "warp"], "known: "),
+        (["--model", "nowhere.json"], "no model file"),
+    ],
+)
+def test_bad_settings_get_one_sentence(more: list[str], words: str) -> None:
+    said = refused(*PREDICT, *more)
+    assert words in said and said.startswith("perfmodel: ")
+
+
+def test_fit_then_predict_with_the_model(tmp_path: Path) -> None:
+    capture, model = write_synthetic_capture(tmp_path / "synthetic"), tmp_path / "model.json"
+    page = run("fit", str(capture), "--out", str(model)).stdout
+    assert "held-out shape" in page and "roofline only" in page
+    shape = SHAPES[1]
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(
+            {
+                "model_type": "mixtral",
+                "num_local_experts": shape.n_experts,
+                "num_experts_per_tok": shape.top_k,
+                "hidden_size": shape.hidden,
+                "intermediate_size": shape.inter,
+                "num_hidden_layers": 2,
+                "torch_dtype": "float32",
+            }
+        )
+    )
+    done = run(
+        "predict",
+        "--hardware",
+        str(capture),
+        "--shape",
+        str(config),
+        "--tokens",
+        "64",
+        "--op",
+        "moe-layer",
+        "--model",
+        str(model),
+        "--json",
+    )
+    result = json.loads(done.stdout)
+    assert result["basis"] == "fitted"
+    assert result["interval"][0] < result["latency_ns"] < result["interval"][1]
+
+
+def test_fit_refuses_what_is_no_capture_and_writes_nothing(tmp_path: Path) -> None:
+    assert "not a capture folder" in refused("fit", str(tmp_path), "--out", str(tmp_path / "m.json"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_exit_codes(tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "a")
+    slow = write_synthetic_capture(tmp_path / "slow", noise=lambda: 1.4)
+    other = write_synthetic_capture(tmp_path / "other", machine={"cpu_model": "another synthetic CPU"})
+    assert run("check", str(a), str(a)).returncode == 0
+    done = run("check", str(a), str(slow))
+    assert done.returncode == 1 and "regressed" in done.stdout
+    assert json.loads(run("check", str(a), str(slow), "--json").stdout)["slower"] is True
+    assert "not comparable" in refused("check", str(a), str(other), code=3)
+    assert "not a capture folder" in refused("check", str(a), str(tmp_path / "nowhere"))
+    assert "expected a percentage" in refused("check", str(a), str(a), "--margin", "lots")
+
+
+def test_schedule_and_list(tmp_path: Path) -> None:
+    done = run("schedule", "--shape", "olmoe", "--hardware", "h100-sxm", "--gpus", "8", "--tokens", "8192", "--json")
+    assert [row["schedule"] for row in json.loads(done.stdout)] == ["bulk", "chunked", "fused"]
+    assert "cannot share 64 experts" in refused(
+        "schedule", "--shape", "olmoe", "--hardware", "h100-sxm", "--gpus", "7", "--tokens", "8"
+    )
+    listed = run("list").stdout
+    assert "gh200" in listed and "deepseek-v3" in listed and "mmlu-like" in listed
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.startswith("perfmodel ")
+    assert "predict" in run("--help").stdout
+    assert run().returncode == 2  # no command is a usage error, answered with the help
+
+
+def test_shipped_captures_are_found() -> None:
+    assert shipped_captures()

@@ -1,0 +1,158 @@
+"""Hardware profiles: units, evidence, and the published numbers they are copied from."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from perfmodel import hardware
+from perfmodel.errors import InputError
+from perfmodel.text import to_base
+
+GOOD = 'device = "gpu"\n[memory_peak_bytes_per_s]\nvalue = 2\nunit = "TB/s"\nkind = "datasheet"\nsource = "a table"\n'
+
+
+def profile(tmp_path: Path, text: str) -> hardware.HardwareProfile:
+    path = tmp_path / "box.toml"
+    path.write_text(text, encoding="utf-8")
+    return hardware.hardware(str(path))
+
+
+def test_four_machines_are_shipped() -> None:
+    assert hardware.names() == ["gh200", "h100-pcie", "h100-sxm", "xeon-spr"]
+
+
+@pytest.mark.parametrize("name", hardware.names())
+def test_every_shipped_number_has_unit_kind_and_source(name: str) -> None:
+    machine = hardware.hardware(name)
+    assert machine.name == name
+    assert machine.quantities
+    for key, quantity in machine.quantities.items():
+        assert key in hardware.QUANTITIES
+        assert quantity.kind in hardware.EVIDENCE
+        assert len(quantity.source) > 5
+        assert math.isfinite(quantity.value)
+        assert quantity.value > 0
+
+
+@pytest.mark.parametrize("name", hardware.names())
+def test_what_is_reached_stays_below_the_peak(name: str) -> None:
+    machine = hardware.hardware(name)
+    for reached, peak in {
+        "bf16_gemm_flops_per_s": "bf16_peak_flops_per_s",
+        "memory_stream_bytes_per_s": "memory_peak_bytes_per_s",
+        "host_stream_bytes_per_s": "host_peak_bytes_per_s",
+        "link_h2d_copy_bytes_per_s": "link_peak_bytes_per_s",
+        "link_d2h_copy_bytes_per_s": "link_peak_bytes_per_s",
+        "link_kernel_read_bytes_per_s": "link_peak_bytes_per_s",
+    }.items():
+        if reached in machine.quantities:
+            assert machine[reached] <= machine[peak], reached
+
+
+def test_gh200_in_base_units() -> None:
+    machine = hardware.hardware("gh200")
+    assert machine.device == "gpu"
+    assert machine["memory_peak_bytes_per_s"] == 4e12
+    assert machine["bf16_peak_flops_per_s"] == 989e12
+    assert machine["memory_capacity_bytes"] == 96e9
+    assert machine["launch_overhead_ns"] == 2771.6
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "row", "source"),
+    [
+        ("gh200", "link_h2d_copy_bytes_per_s", "GH200 c2c_h2d_copy", "arXiv 2407.07850"),
+        ("gh200", "link_d2h_copy_bytes_per_s", "GH200 c2c_d2h_copy", "arXiv 2407.07850"),
+        ("gh200", "link_kernel_read_bytes_per_s", "GH200 gpu_kernel_direct_access_host_memory", ""),
+        ("gh200", "link_peak_bytes_per_s", "GH200 c2c_per_direction", "NVIDIA"),
+        ("gh200", "memory_peak_bytes_per_s", "GH200-96GB hbm3", "NVIDIA"),
+        ("gh200", "memory_stream_bytes_per_s", "GH200-96GB hbm3_triad", ""),
+        ("gh200", "host_peak_bytes_per_s", "Grace-480GB lpddr5x", "NVIDIA"),
+        ("gh200", "host_stream_bytes_per_s", "Grace-480GB lpddr5x_stream", ""),
+        ("h100-sxm", "memory_peak_bytes_per_s", "H100-SXM hbm3", "NVIDIA"),
+        ("h100-sxm", "memory_stream_bytes_per_s", "H100-SXM hbm3_copy_read_plus_write", ""),
+        ("h100-sxm", "bf16_peak_flops_per_s", "H100-SXM bf16_dense", "NVIDIA"),
+        ("h100-sxm", "bf16_gemm_flops_per_s", "H100-SXM bf16_matmul_8192", ""),
+        ("h100-pcie", "memory_peak_bytes_per_s", "H100-PCIe hbm2e", "NVIDIA"),
+        ("h100-pcie", "bf16_peak_flops_per_s", "H100-PCIe bf16_dense", "NVIDIA"),
+        ("h100-pcie", "link_peak_bytes_per_s", "PCIe5x16 nominal_one_way", ""),
+        ("h100-pcie", "link_h2d_copy_bytes_per_s", "PCIe5x16 h2d_copy", ""),
+        ("h100-pcie", "host_peak_bytes_per_s", "Xeon-SPR ddr5_4800_x8", ""),
+        ("xeon-spr", "bf16_gemm_flops_per_s", "Xeon-SPR amx_bf16_achieved", ""),
+        ("xeon-spr", "bf16_peak_flops_per_s", "Xeon-8470 amx_bf16_peak", ""),
+        ("xeon-spr", "memory_peak_bytes_per_s", "Xeon-SPR ddr5_4800_x8", ""),
+    ],
+)
+def test_profiles_repeat_the_published_numbers(shared: Path, name: str, key: str, row: str, source: str) -> None:
+    with (shared / "reference" / "hardware_published.csv").open(encoding="utf-8") as table:
+        rows = [line for line in csv.DictReader(table) if f"{line['device']} {line['quantity']}" == row]
+    line = next(line for line in rows if line["source"].startswith(source))
+    assert hardware.hardware(name)[key] == to_base(float(line["value"]), line["unit"])[0]
+
+
+def test_missing_number_names_what_the_machine_has() -> None:
+    machine = hardware.hardware("xeon-spr")
+    with pytest.raises(InputError, match=r"'xeon-spr' has no link_peak_bytes_per_s; it has bf16_peak"):
+        machine["link_peak_bytes_per_s"]
+    assert machine.first("link_peak_bytes_per_s") is None
+    found = machine.first("memory_stream_bytes_per_s", "memory_peak_bytes_per_s")
+    assert found is not None
+    assert found[0] == "memory_peak_bytes_per_s"
+
+
+def test_unknown_name_lists_the_valid_ones() -> None:
+    with pytest.raises(InputError, match="unknown hardware 'gb300'; known: gh200, h100-pcie, h100-sxm, xeon-spr, or"):
+        hardware.hardware("gb300")
+
+
+def test_a_profile_of_ones_own(tmp_path: Path) -> None:
+    machine = profile(tmp_path, 'title = "my box"\nnotes = "mine"\n' + GOOD + 'date = "2026-01"\n')
+    assert (machine.name, machine.title, machine.notes) == ("box", "my box", "mine")
+    assert machine.quantities["memory_peak_bytes_per_s"] == hardware.Quantity(2e12, "datasheet", "a table", "2026-01")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('unit = "TB/s"', 'unit = "GB"', "memory_peak_bytes_per_s is given in GB, which is not what its name says"),
+        ('unit = "TB/s"', 'unit = "TBps"', "memory_peak_bytes_per_s: unknown unit 'TBps'; known units: ns"),
+        ('unit = "TB/s"', "unit = 3", "memory_peak_bytes_per_s: unknown unit 3"),
+        ("[memory_peak_bytes_per_s]", "[memory_bandwidth]", "unknown quantity 'memory_bandwidth'; known: bf16_peak"),
+        ('unit = "TB/s"\n', "", "memory_peak_bytes_per_s lacks unit"),
+        ('source = "a table"\n', "", "lacks source"),
+        ('source = "a table"', 'source = " "', "lacks source"),
+        ('kind = "datasheet"\n', "", "lacks kind"),
+        ("value = 2\n", "", "lacks value"),
+        ('kind = "datasheet"', 'kind = "guess"', "has kind 'guess', expected one of datasheet, paper, measured"),
+        ("value = 2", "value = 0", "is 0, expected a positive number"),
+        ("value = 2", "value = -2", "is -2, expected a positive number"),
+        ("value = 2", "value = inf", "is inf, expected a positive number"),
+        ("value = 2", "value = nan", "is nan, expected a positive number"),
+        ("value = 2", 'value = "2"', "is '2', expected a positive number"),
+        ("value = 2", "value = true", "is True, expected a positive number"),
+        ('device = "gpu"', 'device = "tpu"', "device is 'tpu', expected one of gpu, cpu"),
+        ('device = "gpu"\n', "", "device is None"),
+        ('device = "gpu"', 'device = "gpu"\nlink_peak_bytes_per_s = 3', "link_peak_bytes_per_s lacks kind, source"),
+        ("[memory", "[[memory", "box.toml is not TOML"),
+    ],
+)
+def test_a_careless_profile_is_refused(tmp_path: Path, old: str, new: str, words: str) -> None:
+    assert old in GOOD
+    with pytest.raises(InputError) as caught:
+        profile(tmp_path, GOOD.replace(old, new))
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("box.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no hardware file .*absent\.toml.*; names of shipped profiles: gh200"):
+        hardware.hardware(str(tmp_path / "absent.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\x80")
+    with pytest.raises(InputError, match=r"binary\.toml is not TOML"):
+        hardware.hardware(str(tmp_path / "binary.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(InputError, match=r"folder\.toml is not TOML"):
+        hardware.hardware(str(tmp_path / "folder.toml"))

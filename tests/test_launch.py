@@ -1,0 +1,233 @@
+import json
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perfmodel.errors import InputError
+from perfmodel.launch import (
+    PLATEAU_FLOOR_NS,
+    busy_ns,
+    joined_kernels,
+    launch_metrics,
+    n_negative_delays,
+    transition_batch,
+)
+from perfmodel.readers import read_trace
+from perfmodel.trace import DEVICE_KINDS, Trace
+from tests.traces_made import events, golden_rows, kernel, launch
+
+KEYS = [
+    *("source", "n_events", "n_kernels", "n_kernels_joined", "n_kernels_orphan", "n_kernels_graph"),
+    *("tklqt_ns", "tklqt_graph_ns", "tklqt_first_kernel_ns", "akd_ns", "kernel_time_ns", "kernel_busy_ns"),
+    *("gpu_busy_ns", "gpu_span_ns", "gpu_idle_frac", "inference_latency_ns", "devices"),
+]
+
+# Synthetic, worked out by hand: two devices, a plain launch, a graph of two kernels, an orphan, a copy and a set.
+BY_HAND = events(
+    {"kind": "op", "start_ns": 0, "dur_ns": 50},
+    launch(10, link=1),
+    launch(20, link=2, name="cudaGraphLaunch"),
+    kernel(15, 10, link=1),  # 15-25, delay 5
+    kernel(40, 20, link=2),  # 40-60, delay 20, first of its graph
+    kernel(50, 30, link=2, stream=8),  # 50-80, delay 30, overlaps 10
+    kernel(5, 5, link=99, device=1),  # 5-10, orphan
+    {"kind": "copy", "start_ns": 70, "dur_ns": 20},  # 70-90, overlaps 10
+    {"kind": "set", "start_ns": 30, "dur_ns": 5, "device": 1},
+)
+
+
+def test_metrics_worked_out_by_hand() -> None:
+    found = launch_metrics(Trace(BY_HAND, "kineto", 12)).to_json()
+    assert list(found) == KEYS
+    assert found == {
+        "source": "kineto", "n_events": 12,
+        "n_kernels": 4, "n_kernels_joined": 3, "n_kernels_orphan": 1, "n_kernels_graph": 2,
+        "tklqt_ns": 55, "tklqt_graph_ns": 50, "tklqt_first_kernel_ns": 25,
+        "akd_ns": 16.25, "kernel_time_ns": 65, "kernel_busy_ns": 55,
+        "gpu_busy_ns": 70, "gpu_span_ns": 105, "gpu_idle_frac": 1 - 70 / 105, "inference_latency_ns": 80,
+        "devices": [
+            {"device": 0, "n_kernels": 3, "kernel_time_ns": 60, "kernel_busy_ns": 50, "gpu_busy_ns": 60,
+             "gpu_span_ns": 75, "gpu_idle_frac": 1 - 60 / 75},
+            {"device": 1, "n_kernels": 1, "kernel_time_ns": 5, "kernel_busy_ns": 5, "gpu_busy_ns": 10,
+             "gpu_span_ns": 30, "gpu_idle_frac": 1 - 10 / 30},
+        ],
+    }  # fmt: skip
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_what_is_not_defined_is_null() -> None:
+    none = launch_metrics(Trace(events({"kind": "op", "start_ns": 0}), "kineto", 1)).to_json()
+    assert [none[key] for key in ("akd_ns", "gpu_span_ns", "gpu_idle_frac", "inference_latency_ns")] == [None] * 4
+    assert (none["tklqt_ns"], none["kernel_busy_ns"], none["devices"]) == (0, 0, [])
+    no_op = launch_metrics(Trace(events(kernel(5, 5)), "nsys", 1))
+    assert (no_op.inference_latency_ns, no_op.gpu_idle_frac) == (None, 0.0)
+    assert launch_metrics(Trace(events(kernel(5, 0)), "nsys", 1)).gpu_idle_frac is None
+    copies = launch_metrics(Trace(events({"kind": "copy", "start_ns": 1}), "nsys", 1))
+    assert (copies.kernel_busy_ns, copies.gpu_busy_ns, copies.akd_ns) == (0, 1, None)
+
+
+def test_joined_kernels_name_their_call() -> None:
+    joined = joined_kernels(BY_HAND)
+    assert joined["delay_ns"].to_list() == [5, 20, 30, None]
+    assert joined["launch_name"].to_list() == ["cudaLaunchKernel", "cudaGraphLaunch", "cudaGraphLaunch", None]
+    assert joined["is_graph"].to_list() == [False, True, True, None]
+    assert joined["launch_dur_ns"].to_list() == [1, 1, 1, None]
+
+
+def test_a_link_used_twice_means_the_latest_call_before_the_kernel() -> None:
+    merged = events(
+        launch(10, link=1, process=1),
+        launch(100, link=1, process=2),
+        kernel(30, link=1),
+        kernel(120, link=1),
+        kernel(100, link=1),
+        kernel(5, link=1),  # before both: clocks disagree, so the earliest
+    )
+    joined = joined_kernels(merged)
+    assert joined["start_ns"].to_list() == [30, 120, 100, 5]
+    assert joined["launch_start_ns"].to_list() == [10, 100, 100, 10]
+    assert joined["delay_ns"].to_list() == [20, 20, 0, -5]
+    assert n_negative_delays(merged) == 1
+    assert launch_metrics(Trace(merged, "kineto", 6)).tklqt_ns == 35
+    assert launch_metrics(Trace(merged, "kineto", 6)).tklqt_first_kernel_ns == -5
+
+
+def test_calls_without_a_link_join_nothing() -> None:
+    joined = joined_kernels(events(launch(10, link=None), kernel(30, link=None)))
+    assert joined["delay_ns"].to_list() == [None]
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+WORK = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(0, 12)), max_size=25)
+
+
+def brute_force_busy(work: Sequence[tuple[int, int, int]]) -> dict[int, int]:
+    """The nanoseconds in which a device did something, counted one by one."""
+    covered: dict[int, set[int]] = {device: set() for device, _, _ in work}
+    for device, start, dur in work:
+        covered[device].update(range(start, start + dur))
+    return {device: len(moments) for device, moments in sorted(covered.items())}
+
+
+@given(WORK)
+def test_busy_time_is_the_union_of_intervals(work: list[tuple[int, int, int]]) -> None:
+    table = pl.DataFrame(work, schema={c: pl.Int64 for c in ("device", "start_ns", "dur_ns")}, orient="row")
+    assert dict(busy_ns(table).iter_rows()) == brute_force_busy(work)
+
+
+ANY_WORK = st.tuples(
+    st.sampled_from(DEVICE_KINDS),
+    st.integers(0, 1),
+    st.integers(0, 60),
+    st.integers(0, 9),
+    st.none() | st.integers(0, 5),
+)
+CALL = st.tuples(st.integers(0, 60), st.integers(0, 5))
+
+
+@given(st.lists(ANY_WORK, min_size=1, max_size=20), st.lists(CALL, max_size=8))
+def test_parts_add_up(work: list[tuple], calls: list[tuple[int, int]]) -> None:
+    """Busy + idle = span, joined + orphan = kernels, devices sum to the total, and each kernel is counted once."""
+    rows = [{"kind": k, "device": d, "start_ns": s, "dur_ns": n, "link": link} for k, d, s, n, link in work]
+    trace = Trace(events(*rows, *(launch(at, link=link) for at, link in calls)), "kineto", 99)
+    found = launch_metrics(trace)
+    assert (
+        found.n_kernels_joined + found.n_kernels_orphan == found.n_kernels == sum(r["kind"] == "kernel" for r in rows)
+    )
+    assert found.gpu_busy_ns <= (found.gpu_span_ns or 0)
+    assert found.kernel_busy_ns <= min(found.kernel_time_ns, found.gpu_busy_ns)
+    if found.gpu_span_ns:
+        assert found.gpu_idle_frac is not None
+        assert found.gpu_busy_ns + found.gpu_idle_frac * found.gpu_span_ns == pytest.approx(found.gpu_span_ns)
+    for key in ("n_kernels", "kernel_time_ns", "kernel_busy_ns", "gpu_busy_ns"):
+        assert sum(getattr(device, key) for device in found.devices) == getattr(found, key)
+
+
+# --- transition ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("platform", "batch"), [("A100", 8), ("H100", 8), ("GH200", 32)])
+def test_published_transitions(shared: Path, platform: str, batch: int) -> None:
+    sweep = pl.read_csv(shared / "reference" / "skip_batch_sweep.csv").filter(model="bert", platform=platform)
+    batches, tklqt = sweep["batch"].to_list(), (sweep["tklqt_us"] * 1000).to_list()
+    for factor in (1.5, 3.0, 30.0):
+        assert transition_batch(batches, tklqt, factor) == batch
+    assert transition_batch(batches, tklqt) == batch
+    assert transition_batch(batches[::-1], tklqt[::-1]) == batch
+
+
+def test_transition_needs_a_rise_above_the_floor() -> None:
+    assert transition_batch([1, 2, 4], [0, 0, 2 * PLATEAU_FLOOR_NS]) is None
+    assert transition_batch([1, 2, 4], [0, 0, 4 * PLATEAU_FLOOR_NS]) == 4
+    high = 10 * PLATEAU_FLOOR_NS
+    assert transition_batch([1, 2, 4], [high, 2 * high, 3.1 * high]) == 4
+    for batches, tklqt in (([], []), ([1], [1.0, 2.0])):
+        with pytest.raises(InputError):
+            transition_batch(batches, tklqt)
+
+
+# --- real traces -----------------------------------------------------------------------------------------------------
+
+KINETO_COUNTS = {
+    "n_events": "events",
+    "n_kernels": "kernels",
+    "n_kernels_joined": "kernels_joined",
+    "n_kernels_orphan": "kernels_unlinked",
+    "n_kernels_graph": "kernels_joined_via_graph",
+}
+KINETO_TIMES = {
+    "tklqt_ns": "TKLQT_us",
+    "tklqt_graph_ns": "TKLQT_graph_us",
+    "tklqt_first_kernel_ns": "TKLQT_first_kernel_per_launch_us",
+    "kernel_time_ns": "kernel_dur_sum_us",
+    "kernel_busy_ns": "kernel_busy_union_us",
+    "gpu_busy_ns": "gpu_busy_union_us",
+    "gpu_span_ns": "gpu_span_us",
+}
+
+
+def exact_ns(us: str) -> int | None:
+    return int(Decimal(us) * 1000) if us else None
+
+
+@pytest.mark.parametrize("row", golden_rows("kineto_golden.csv"), ids=lambda row: row["file"])
+def test_kineto_golden(shared: Path, row: dict[str, str]) -> None:
+    trace = read_trace(shared / "traces" / row["file"])
+    found = launch_metrics(trace).to_json()
+    expected = {key: int(row[column]) for key, column in KINETO_COUNTS.items()}
+    expected |= {key: exact_ns(row[column]) for key, column in KINETO_TIMES.items()}
+    assert {key: found[key] for key in expected} == expected
+    assert (trace.n_dropped, trace.n_repaired) == (0, 0)
+    assert n_negative_delays(trace.events) == int(row["launch_delay_negative"])
+    assert len(found["devices"]) == int(row["devices"])
+    assert trace.of_kind("copy").height == int(row["memcpy"])
+    assert trace.of_kind("set").height == int(row["memset"])
+    assert trace.of_kind("launch", "sync", "call").height == int(row["runtime_events"]) + int(row["driver_events"])
+    first = joined_kernels(trace.events).filter(pl.col("delay_ns").is_not_null()).unique("link")
+    assert first.height == int(row["distinct_launches_joined"])
+    assert set(first["launch_name"]) == {part.split(":")[0] for part in row["launch_api_names"].split(";") if part}
+
+
+@pytest.mark.parametrize("row", golden_rows("nsys_golden.csv"), ids=lambda row: row["file"])
+def test_nsys_golden(shared: Path, row: dict[str, str]) -> None:
+    trace = read_trace(shared / "traces" / row["file"])
+    found = launch_metrics(trace)
+    assert found.n_events == sum(int(row[table]) for table in ("kernels", "runtime", "memcpy", "memset", "nvtx"))
+    assert (found.n_kernels, found.n_kernels_joined) == (int(row["kernels"]), int(row["kernels_joined"]))
+    assert (found.n_kernels_orphan, found.n_kernels_graph) == (int(row["kernels_unlinked"]), 0)
+    assert (found.tklqt_ns, found.kernel_time_ns) == (int(row["TKLQT_ns"]), int(row["kernel_dur_sum_ns"]))
+    assert found.akd_ns == pytest.approx(float(row["AKD_ns"]), abs=1e-3)
+    for key in ("kernel_busy", "gpu_busy", "gpu_span"):
+        column = f"{key}_union_ns_per_device" if key != "gpu_span" else "gpu_span_ns_per_device"
+        per_device = {int(part.split(":")[0]): int(part.split(":")[1]) for part in row[column].split(";")}
+        assert {device.device: getattr(device, f"{key}_ns") for device in found.devices} == per_device
+        assert getattr(found, f"{key}_ns") == sum(per_device.values())
+    delays = joined_kernels(trace.events)["delay_ns"].drop_nulls()
+    assert (delays.min(), delays.max()) == (int(row["launch_delay_min_ns"]), int(row["launch_delay_max_ns"]))
+    assert found.inference_latency_ns is None

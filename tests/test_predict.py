@@ -1,0 +1,169 @@
+"""Predictions: limits, trends and composition rules of the access modes, evidence, and the GH200 study's two points."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from perfmodel.errors import InputError
+from perfmodel.hardware import hardware
+from perfmodel.hf_config import resolve
+from perfmodel.moe import MoEShape
+from perfmodel.offload import ACCESS_MODES, link_rate
+from perfmodel.placement import POLICIES, place
+from perfmodel.predict import Prediction, predict, slowdown_curve
+from perfmodel.routing import routing
+
+GH200 = hardware("gh200")
+SMALL = MoEShape("synthetic-small", n_experts=16, top_k=2, hidden=1024, inter=512)
+
+
+def at(
+    n_tokens: int,
+    offload: float,
+    access: str = "zero-copy",
+    shape: MoEShape = SMALL,
+    pattern: str = "uniform",
+    **more: str,
+) -> Prediction:
+    return predict(GH200, shape, routing(pattern, shape.n_experts, shape.top_k, n_tokens), offload, access, **more)
+
+
+@pytest.mark.parametrize("access", ACCESS_MODES)
+@pytest.mark.parametrize("n_tokens", [1, 64, 4096, 262_144])
+def test_nothing_offloaded_is_the_baseline(access: str, n_tokens: int) -> None:
+    result = at(n_tokens, 0.0, access)
+    assert result.slowdown == 1.0
+    assert result.latency_ns == result.baseline_latency_ns
+
+
+@pytest.mark.parametrize("access", ACCESS_MODES)
+@pytest.mark.parametrize("op", ["grouped-gemm", "moe-layer"])
+def test_parts_sum_to_the_latency(access: str, op: str) -> None:
+    for n_tokens in (1, 512, 65_536):
+        result = at(n_tokens, 0.5, access, op=op)
+        assert math.fsum(result.parts.values()) == pytest.approx(result.latency_ns, rel=1e-12)
+
+
+@pytest.mark.parametrize("access", ["zero-copy", "copy"])
+@pytest.mark.parametrize("pattern", ["uniform", "power-law:1.2", "mmlu-like"])
+def test_reading_more_experts_over_the_link_never_gets_cheaper(access: str, pattern: str) -> None:
+    for n_tokens in (16, 1024, 131_072):
+        batch = routing(pattern, 16, 2, n_tokens)
+        slowdowns = [p.slowdown for p in slowdown_curve(GH200, SMALL, batch, access)]
+        assert len(slowdowns) == 17
+        assert slowdowns == sorted(slowdowns)
+
+
+@pytest.mark.parametrize("access", ["zero-copy", "copy", "copy-overlap"])
+def test_link_cost_fades_as_the_batch_grows(access: str) -> None:
+    slowdowns = [at(4**i, 0.5, access).slowdown for i in range(6, 11)]
+    assert slowdowns == sorted(slowdowns, reverse=True)
+
+
+def test_serial_copy_adds_exactly_the_bytes_over_the_link() -> None:
+    result = at(4096, 0.5, "copy")
+    rate, _ = link_rate(GH200, "copy")
+    assert result.latency_ns - result.baseline_latency_ns == pytest.approx(8 * SMALL.expert_bytes / rate * 1e9)
+    assert result.parts["link"] == pytest.approx(8 * SMALL.expert_bytes / rate * 1e9)
+
+
+def test_overlapped_copy_is_never_worse_than_serial_and_hides_under_enough_compute() -> None:
+    for n_tokens in (16, 1024, 65_536, 1_048_576):
+        assert at(n_tokens, 0.5, "copy-overlap").latency_ns <= at(n_tokens, 0.5, "copy").latency_ns * (1 + 1e-12)
+    assert at(1_048_576, 0.5, "copy-overlap").slowdown == 1.0
+
+
+def test_cpu_compute_is_bound_by_the_host_and_takes_its_memory_time_at_small_batch() -> None:
+    result = at(1, 1.0, "cpu")  # one token, two experts, both read from host memory
+    assert result.bottleneck == "host"
+    reading = 2 * SMALL.expert_bytes / GH200["host_stream_bytes_per_s"] * 1e9
+    assert result.latency_ns > reading
+    assert result.latency_ns == pytest.approx(reading, rel=0.8)
+
+
+def test_link_is_no_faster_than_the_memory_behind_it() -> None:
+    assert link_rate(GH200, "copy") == (375e9, "link_h2d_copy_bytes_per_s")
+    assert link_rate(GH200, "zero-copy") == (333e9, "link_kernel_read_bytes_per_s")
+
+
+def test_no_interval_and_basis_datasheet_without_a_model() -> None:
+    result = at(64, 0.25)
+    assert (result.basis, result.interval) == ("datasheet", None)
+    assert set(result.to_json()) == {
+        "latency_ns",
+        "baseline_latency_ns",
+        "slowdown",
+        "parts",
+        "bottleneck",
+        "interval",
+        "basis",
+    }
+    assert "datasheet" in str(result) and "4 of 16 experts" in str(result)
+
+
+def test_a_machine_without_a_second_tier_cannot_offload_but_predicts_all_resident() -> None:
+    batch = routing("uniform", 16, 2, 64)
+    xeon = hardware("xeon-spr")
+    assert predict(xeon, SMALL, batch).slowdown == 1.0
+    with pytest.raises(InputError, match="no link to a second memory tier"):
+        predict(xeon, SMALL, batch, 0.5)
+
+
+def test_bad_settings_are_refused_in_one_sentence() -> None:
+    batch = routing("uniform", 16, 2, 64)
+    for offload, access, op, words in [
+        (1.5, "copy", "grouped-gemm", "expected 0 to 1"),
+        (float("nan"), "copy", "grouped-gemm", "expected 0 to 1"),
+        (0.5, "teleport", "grouped-gemm", "known: zero-copy"),
+        (0.0, "teleport", "grouped-gemm", "known: zero-copy"),
+        (0.5, "copy", "attention", "known: grouped-gemm"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            predict(GH200, SMALL, batch, offload, access, op=op)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_offloads_the_asked_number(policy: str) -> None:
+    loads = routing("power-law:1.0", 16, 2, 64).popularity
+    assert place(loads, 0.25, policy).n_offloaded == 4 * len(loads)
+
+
+def test_ascending_offloads_the_least_used_first() -> None:
+    loads = routing("power-law:1.0", 8, 2, 100_000).counts
+    assert place(loads, 0.25).offloaded[0].tolist() == [False] * 6 + [True] * 2
+    assert place(loads, 0.25, "descending").offloaded[0].tolist() == [True] * 2 + [False] * 6
+
+
+def test_hot_experts_cost_more_to_offload_than_cold_ones() -> None:
+    from perfmodel.predict import basis_of, predict_placement
+
+    batch = routing("power-law:1.2", 16, 2, 16)
+    basis = basis_of(GH200, SMALL, None)
+    cold, hot = (
+        predict_placement(basis, SMALL, batch, place(batch.popularity, 0.25, policy), "copy")
+        for policy in ("ascending", "descending")
+    )
+    assert cold.latency_ns < hot.latency_ns
+
+
+def test_agrees_with_the_two_published_points_of_the_gh200_study(shared: Path) -> None:
+    poster = resolve("poster")
+    with (shared / "reference" / "offload_poster.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["slowdown"]]
+    assert len(rows) == 2
+    for row in rows:
+        batch = routing("mmlu-like", poster.n_experts, poster.top_k, int(row["tokens"]))
+        result = predict(GH200, poster, batch, float(row["offloaded_fraction"]))
+        assert result.slowdown == pytest.approx(float(row["slowdown"]), rel=0.05)
+
+
+def test_every_catalogue_shape_predicts_on_every_machine() -> None:
+    from perfmodel import hardware as hw
+    from perfmodel import moe
+
+    for shape in (resolve(name) for name in moe.names()):
+        for name in hw.names():
+            result = predict(hardware(name), shape, routing("uniform", shape.n_experts, shape.top_k, 32))
+            assert 0 < result.latency_ns < 60e9

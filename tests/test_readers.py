@@ -1,0 +1,468 @@
+import gzip
+import io
+import json
+import sqlite3
+from contextlib import closing
+from decimal import Decimal
+from pathlib import Path
+
+import msgspec
+import polars as pl
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from perfmodel.errors import InputError
+from perfmodel.readers import read_trace
+from perfmodel.readers.api import api_kind
+from perfmodel.readers.blocks import read_array
+from perfmodel.readers.kineto import read_kineto, to_ns
+from perfmodel.trace import Trace
+from tests.traces_made import LAYOUTS, complete, pid, write_json, write_nsys
+
+SMALL = [
+    {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "ts": 5, "args": {"name": "python"}},
+    complete("cpu_op", "aten::mm", 100.5, 40, **{"External id": 3}),
+    complete("user_annotation", "step", 90, 200),
+    complete("gpu_user_annotation", "step", 110, 100, 0, 7),
+    complete("python_function", "forward", 95, 100),
+    complete("cuda_runtime", "cudaLaunchKernel", 110.001, 5.25, correlation=9),
+    complete("cuda_runtime", "cudaDeviceSynchronize", 130, 70, correlation=10),
+    complete("cuda_runtime", "cudaMalloc", 80, 3, correlation=8),
+    complete("kernel", "gemm", 120.125, 50.5, 0, 7, device=0, stream=7, correlation=9, **{"graph id": 4}),
+    complete("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 175, 2, 0, 20, device=0, stream=20, bytes=4096),
+    complete("gpu_memset", "Memset (Device)", 180, 1, 0, 7, device=0, stream=7, bytes=64),
+    complete("Trace", "PyTorch Profiler", 80, 200, "Spans", "PyTorch Profiler"),
+]
+HEAD = {"schemaVersion": 1, "deviceProperties": [{"id": 0, "name": "H100"}, {"id": 1, "name": "H100"}]}
+TAIL = {"traceName": "x.json", "distributedInfo": {"rank": 0}, "baseTimeNanoseconds": 17 * 10**17}
+
+
+def read(document: object, block_bytes: int = 128) -> Trace:
+    text = document if isinstance(document, str) else json.dumps(document)
+    return read_kineto(io.BytesIO(text.encode()), block_bytes)
+
+
+# --- Kineto: what becomes of each event ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_trace_becomes_events(layout: str) -> None:
+    trace = read(LAYOUTS[layout]({**HEAD, "traceEvents": SMALL, **TAIL}))
+    assert trace.source == "kineto"
+    assert (trace.n_events, trace.n_dropped, trace.n_repaired) == (12, 0, 0)
+    assert trace.meta == {**HEAD, **TAIL}
+    rows = {(row["kind"], row["name"]): row for row in trace.events.iter_rows(named=True)}
+    assert list(rows) == [
+        ("op", "aten::mm"),
+        ("range", "step"),
+        ("launch", "cudaLaunchKernel"),
+        ("sync", "cudaDeviceSynchronize"),
+        ("call", "cudaMalloc"),
+        ("kernel", "gemm"),
+        ("copy", "Memcpy HtoD (Pinned -> Device)"),
+        ("set", "Memset (Device)"),
+    ]
+    assert rows["kernel", "gemm"] == {
+        "kind": "kernel", "name": "gemm", "start_ns": 120125, "dur_ns": 50500, "process": None, "thread": None,
+        "device": 0, "stream": 7, "link": 9, "bytes": None, "graph": 4,
+    }  # fmt: skip
+    assert rows["launch", "cudaLaunchKernel"] == {
+        "kind": "launch", "name": "cudaLaunchKernel", "start_ns": 110001, "dur_ns": 5250, "process": 1, "thread": 1,
+        "device": None, "stream": None, "link": 9, "bytes": None, "graph": None,
+    }  # fmt: skip
+    assert rows["copy", "Memcpy HtoD (Pinned -> Device)"]["bytes"] == 4096
+    assert rows["op", "aten::mm"]["link"] is None
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_events_may_stand_anywhere_in_the_document(place: str) -> None:
+    keys = {"first": (SMALL, {**HEAD, **TAIL}), "last": (SMALL, {})}.get(place, (SMALL, TAIL))
+    head = {} if place == "first" else {**HEAD, **TAIL} if place == "last" else HEAD
+    trace = read({**head, "traceEvents": keys[0], **keys[1]})
+    assert trace.n_events == len(SMALL)
+    assert trace.meta == {**HEAD, **TAIL}
+
+
+def test_bare_array_and_bare_array_without_its_end() -> None:
+    assert read(SMALL).n_events == len(SMALL)
+    assert not read(SMALL).notes
+    for ending in ("", ",", ", \n"):
+        stopped = read(json.dumps(SMALL)[:-1] + ending)
+        assert stopped.n_events == len(SMALL)
+        assert "not closed" in stopped.notes[0]
+
+
+def test_byte_order_mark_and_trailing_comma() -> None:
+    text = json.dumps({"traceEvents": SMALL}).replace("}]}", "} , ]}")
+    assert read("\ufeff" + text).n_events == len(SMALL)
+
+
+def test_old_categories_and_strings_for_numbers() -> None:
+    trace = read(
+        [
+            complete("Operator", "aten::mm", 1, 1, **{"external id": 1}),
+            complete("Runtime", "hipMemcpyAsync", 2, 1, "12", "-5", correlation="77", stream="0x0", bytes="16"),
+            complete("Kernel", "k", 3, 1, "GPU 1", "stream 9", correlation="77"),
+            complete("Memcpy", "Memcpy HtoD", 4, 1, 2, 0, stream="0x0", bytes="16", device="2"),
+            complete("Memset", "Memset", 5, 1, 2, 0),
+        ]
+    )
+    assert trace.events["kind"].to_list() == ["op", "launch", "kernel", "copy", "set"]
+    assert trace.events.select("process", "thread", "device", "stream", "link", "bytes").rows() == [
+        (1, 1, None, None, None, None),
+        (12, -5, None, None, 77, None),
+        (None, None, 1, 9, 77, None),
+        (None, None, 2, 0, None, 16),
+        (None, None, 2, 0, None, None),
+    ]
+
+
+def test_other_vendors_by_category() -> None:
+    trace = read(
+        [
+            complete("mtia_runtime", "runFunction - job_prep_and_submit_for_execution", 1, 1, correlation=1),
+            complete("mtia_ccp_events", "kernel", 2, 1, 0, 1, correlation=1),
+            complete("xpu_runtime", "urEnqueueKernelLaunch", 3, 1, correlation=2),
+            complete("privateuse1_driver", "whatever", 4, 1),
+            complete("cuda_sync", "Stream Sync", 5, 1),
+        ]
+    )
+    assert trace.events["kind"].to_list() == ["launch", "kernel", "launch", "call"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cudaLaunchKernel", "launch"),
+        ("cudaLaunchKernelExC", "launch"),
+        ("cuLaunchKernelEx", "launch"),
+        ("cudaLaunchCooperativeKernel", "launch"),
+        ("hipExtModuleLaunchKernel", "launch"),
+        ("cudaGraphLaunch", "launch"),
+        ("hipMemcpyWithStream", "launch"),
+        ("cuMemcpyHtoDAsync_v2", "launch"),
+        ("cuMemsetD8Async", "launch"),
+        ("zeCommandListAppendMemoryCopy", "launch"),
+        ("cudaStreamSynchronize", "sync"),
+        ("hipDeviceSynchronize", "sync"),
+        ("cudaEventSynchronize", "sync"),
+        ("cudaStreamWaitEvent", "call"),
+        ("cudaLaunchHostFunc", "call"),
+        ("cudaGraphAddMemcpyNode", "call"),
+        ("cudaGraphExecMemcpyNodeSetParams", "call"),
+        ("cudaEventQuery", "call"),
+        ("cudaMalloc", "call"),
+    ],
+)
+def test_what_a_call_does(name: str, kind: str) -> None:
+    assert api_kind(name) == kind
+
+
+def test_unusable_events_are_dropped_and_counted_and_negative_durations_repaired() -> None:
+    week_us = 8 * 24 * 3600 * 10**6
+    trace = read(
+        [
+            complete("cpu_op", "kept", 1, 1),
+            complete("cpu_op", "negative", 2, -0.5),
+            {"ph": "X", "cat": "cpu_op", "name": "no time", "pid": 1, "tid": 1, "dur": 1},
+            {"ph": "X", "cat": "cpu_op", "name": "no duration", "pid": 1, "tid": 1, "ts": 1},
+            complete("kernel", "longer than a week", 3, week_us, 0, 7),
+            complete("kernel", "nowhere", 3, 1, "Spans", 7),
+            {"ph": "B", "cat": "cpu_op", "name": "begin", "pid": 1, "tid": 1, "ts": 1},
+        ]
+    )
+    assert trace.events.select("name", "dur_ns").rows() == [("kept", 1000), ("negative", 0)]
+    assert (trace.n_events, trace.n_dropped, trace.n_repaired) == (7, 4, 1)
+
+
+def test_a_kernel_at_time_zero_is_dropped_only_where_the_clock_is_elsewhere() -> None:
+    far = 10**12
+    trace = read([complete("kernel", "lost", 0, 1, 0, 7), complete("kernel", "k", far, 1, 0, 7)])
+    assert (trace.events["name"].to_list(), trace.n_dropped) == (["k"], 1)
+    assert read([complete("kernel", "first", 0, 1, 0, 7), complete("kernel", "k", 3, 1, 0, 7)]).n_dropped == 0
+    assert read([complete("kernel", "only", 0, 1, 0, 7)]).n_dropped == 0
+
+
+# --- Kineto: exact times ---------------------------------------------------------------------------------------------
+
+
+@given(st.integers(min_value=0, max_value=2**43 * 1000 - 1))
+@example(4458676416788066)  # a product with 1000 in floating point rounds this to another nanosecond
+@example(2**42 * 1000 + 20)
+def test_relative_microseconds_are_exact(ns: int) -> None:
+    us = float(f"{ns // 1000}.{ns % 1000:03d}")
+    assert to_ns([us, ns // 1000, None]).to_list() == [ns, ns // 1000 * 1000, None]
+
+
+@given(st.lists(st.integers(min_value=0, max_value=2**61), min_size=1, max_size=5))
+def test_microseconds_of_any_size_are_exact_from_the_text(times: list[int]) -> None:
+    body = ",".join(
+        f'{{"ph":"X","cat":"cpu_op","name":"a","pid":1,"tid":1,"ts":{t // 1000}.{t % 1000:03d},"dur":1.001}}'
+        for t in times
+    )
+    assert read(f"[{body}]").events["start_ns"].to_list() == times
+
+
+def test_epoch_microseconds_without_decimals_stay_integers() -> None:
+    trace = read([complete("cpu_op", "a", 1712195495502094, 1), complete("cpu_op", "b", 1712195495502095.0, 1)])
+    assert trace.events["start_ns"].to_list() == [1712195495502094000, 1712195495502095000]
+
+
+# --- Kineto: blocks --------------------------------------------------------------------------------------------------
+
+HOSTILE = st.sampled_from(
+    ['}, {"ph":', '"}],"', "\\", "]}", '{"name": "x"}, {"cat": 1}', "ünï\n\t", "", '"traceEvents": [']
+)
+WORD = st.one_of(HOSTILE, st.text(max_size=12))
+VALUE = st.recursive(
+    st.one_of(WORD, st.integers(-9, 9), st.none(), st.floats(allow_nan=False, allow_infinity=False)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["name", "cat", "ph", "pid", "x"]), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+EVENT = st.fixed_dictionaries(
+    {"ph": st.sampled_from("XiM")}, optional={"name": WORD, "cat": WORD, "args": VALUE, "ts": st.integers()}
+)
+META = st.dictionaries(st.one_of(WORD, st.sampled_from(["deviceProperties", "INFO"])), VALUE, max_size=3)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(EVENT, max_size=12), st.tuples(META, META), st.sampled_from(["bare", *LAYOUTS]), st.integers(64, 700))
+def test_blocks_give_what_reading_the_whole_document_gives(
+    elements: list[dict], around: tuple[dict, dict], layout: str, block_bytes: int
+) -> None:
+    head, tail = around
+    document = {**{k: v for k, v in head.items() if k not in tail}, "traceEvents": elements, **tail}
+    bare = layout == "bare"
+    text = json.dumps(elements) if bare else LAYOUTS[layout](document)
+    whole = json.loads(text)
+    found: list[dict] = []
+    rest = read_array(io.BytesIO(text.encode()), msgspec.json.decode, lambda text: None, found.extend, block_bytes)
+    assert found == (whole if bare else whole["traceEvents"])
+    assert rest.meta == ({} if bare else {k: v for k, v in whole.items() if k != "traceEvents"})
+    assert not rest.unclosed
+
+
+def test_an_event_larger_than_a_block_is_read_whole() -> None:
+    long = complete("cpu_op", "n" * 5160, 1, 1, shapes=[{"name": "a"}, {"name": "b"}] * 500)
+    trace = read([complete("cpu_op", "a", 0, 1), long, complete("cpu_op", "b", 3, 1)], block_bytes=100)
+    assert [len(name) for name in trace.events["name"]] == [1, 5160, 1]
+
+
+@pytest.mark.parametrize(
+    ("broken", "name"),
+    [
+        ('{"ph": "X", "cat": "cpu_op", "name": "moe "q"", "pid": 1, "tid": 1,\n "ts": 1, "dur": 1}', 'moe "q"'),
+        ('{"ph": "X", "cat": "cpu_op", "name": "odd " quote", "pid": 1, "tid": 1, "ts": 1, "dur": 1}', 'odd " quote'),
+        ('{"name": "a"b"c", "ph": "X", "cat": "cpu_op", "ts": 1, "dur": 1}', 'a"b"c'),
+        ('{"ph": "X", "cat": "cpu_op", "ts": 1, "dur": 1, "name": "last "one""}', 'last "one"'),
+        ('{"ph": "X", "cat": "cpu_op", "name": "C:\\path\\q.py", "ts": 1, "dur": 1}', "C:\\path\\q.py"),
+        ('{"ph": "X", "cat": "cpu_op", "name": "tab\there\x01", "ts": 1, "dur": 1}', "tab\there\x01"),
+        (
+            '{"ph": "X", "cat": "cpu_op", "name": "nan", "ts": 1, "dur": 1, "args": {"GB/s": NaN, "x": -Infinity}}',
+            "nan",
+        ),
+        (
+            '{"ph": "X", "cat": "cpu_op", "name": "float id", "ts": "1", "dur": 1.0, "args": {"correlation": 3.0}}',
+            "float id",
+        ),
+        ('{"ph": "X", "cat": "cpu_op", "name": 17, "ts": 1, "dur": 1, "args": [1]}', "17"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_events_that_are_not_strict_json_are_mended(broken: str, name: str, place: int) -> None:
+    good = [json.dumps(complete("cpu_op", f"good {i}", 1, 1)) for i in range(2)]
+    good.insert(place, broken)
+    for text in ('{"traceEvents": [' + ", \n".join(good) + '], "traceName": "x"}', "[" + ",".join(good) + "]"):
+        trace = read(text)
+        assert trace.events["name"].to_list()[place] == name
+        assert trace.events["start_ns"].to_list() == [1000, 1000, 1000]
+        assert (trace.n_events, trace.n_dropped, trace.n_repaired) == (3, 0, 1)
+
+
+def test_bytes_that_are_not_utf8_are_replaced() -> None:
+    text = json.dumps({"traceEvents": [complete("cpu_op", "caf@", 1, 1)]}).encode().replace(b"@", b"\xe9")
+    assert read_kineto(io.BytesIO(text)).events["name"].to_list() == ["caf\ufffd"]
+
+
+def test_log_lines_behind_the_events_may_hold_lone_backslashes() -> None:
+    assert read('{"traceEvents": [' + json.dumps(SMALL[1]) + '], "INFO": ["C:\\q"]}').meta == {"INFO": ["C:\\q"]}
+
+
+# --- files and refusals ----------------------------------------------------------------------------------------------
+
+
+def test_gzip_is_known_by_its_content(tmp_path: Path) -> None:
+    for name, packed in (("a.json", False), ("a.json.gz", True), ("gzip_without_suffix.json", True), ("plain", False)):
+        assert read_trace(write_json(tmp_path / name, {"traceEvents": SMALL}, packed)).n_events == len(SMALL)
+
+
+def test_gzip_of_several_parts_is_read_to_its_end(tmp_path: Path) -> None:
+    text = json.dumps({"traceEvents": SMALL}).encode()
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(text[:300]) + gzip.compress(text[300:]))
+    assert read_trace(str(path)).n_events == len(SMALL)
+
+
+GOOD = json.dumps({"schemaVersion": 1, "traceEvents": SMALL * 40, "traceName": "x"})
+BAD = {
+    "empty.json": (b"", "an empty file"),
+    "blank.json": (b" \n ", "not JSON"),
+    "words.json": (b"hello", "begins with b'hello'"),
+    "picture.png": (b"\x89PNG\r\n\x1a\n", "expected a PyTorch profiler trace"),
+    "pointer.json": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "zipped.json": (b"PK\x03\x04rest", "a zip archive"),
+    "half.json.gz": (gzip.compress(GOOD.encode())[:-200], "cut off or damaged"),
+    "half.json": (GOOD[: len(GOOD) // 2].encode(), "cut off: it ends inside the events, after"),
+    "cut between.json": (GOOD[: GOOD.index("}, {") + 2].encode(), "ends inside the events, after 1 complete"),
+    "no end.json": (GOOD[:-4].encode(), "cut off or not valid JSON behind its 480 events"),
+    "half array.json": (json.dumps(SMALL)[:-20].encode(), "cut off"),
+    "head only.json": (b'{"schemaVersion": 1, "devi', "cut off or not valid before any event"),
+    "broken.json": (b'{"traceEvents": [{"ph": "X", "dur": }]}', "not valid JSON: event 0"),
+    "behind.json": (json.dumps(SMALL).encode() + b" x", "behind the array"),
+    "empty events.json": (b'{"traceEvents": []}', "found 0 Chrome trace events"),
+    "empty array.json": (b"[]", "found 0 Chrome trace events"),
+    "chrome.json": (b'{"traceEvents": [{"ph": "X", "cat": "v8", "name": "a", "ts": 1, "dur": 1}]}', "torch.profiler"),
+    "memory.json": (b'[[1, 2], [3]]', "expected an event"),
+    "numbers.json": (b'{"traceEvents": [1, 2]}', "expected an event"),
+    "other.json": (b'{"scores": [1], "model": "x"}', "found JSON with scores, model"),
+    "nested.json": (b'{"run": {"traceEvents": []}}', "found JSON with run"),
+    "execution.json": (b'{"schema": "1.1.1", "nodes": [{"id": 1}]}', "execution trace"),
+    "rocprof.json": (b'{"rocprofiler-sdk-tool": [{}]}', "rocprofv3"),
+    "report.nsys-rep": (b"\x00\x01binary", "nsys export --type sqlite --output report.sqlite report.nsys-rep"),
+    "report.ncu-rep": (b"NVR\x00", "Nsight Compute"),
+    "damaged.sqlite": (b"SQLite format 3\0" + b"\xff" * 2000, "SQLite cannot read it"),
+    "sqlite.gz": (gzip.compress(b"SQLite format 3\0" + b"\0" * 100), "gunzip"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_sentence(tmp_path: Path, name: str) -> None:
+    content, words = BAD[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError) as refusal:
+        read_trace(path)
+    assert words in str(refusal.value)
+    assert str(refusal.value).startswith(str(path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        read_trace(tmp_path / "none.json")
+    with pytest.raises(InputError, match="a folder; expected"):
+        read_trace(tmp_path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, len(GOOD) - 1), st.integers(64, 3000))
+def test_a_document_cut_anywhere_is_refused(length: int, block_bytes: int) -> None:
+    with pytest.raises(InputError):
+        read(GOOD[:length], block_bytes)
+
+
+# --- Nsight Systems --------------------------------------------------------------------------------------------------
+
+NAMES = [(1, "void gemm<float>()"), (2, "gemm"), (3, "cudaLaunchKernel_v7000"), (4, "cuLaunchKernelEx"), (5, "layer 1"),
+         (6, "cudaDeviceSynchronize_v3020")]  # fmt: skip
+
+
+def test_nsys_tables_become_events(tmp_path: Path) -> None:
+    path = write_nsys(
+        tmp_path / "run.sqlite",
+        {
+            "StringIds": NAMES,
+            "KERNEL": [
+                (120, 170, 0, 7, 9, pid(1), 1, 2),
+                (220, 230, 1, 7, 9, pid(2), None, 2),
+                (1, 2, 0, 7, 5, pid(1), 99, 98),
+            ],
+            "RUNTIME": [(100, 105, pid(1, 11), 9, 3), (200, 205, pid(2, 22), 9, 4), (300, 290, pid(1, 11), 10, 6)],
+            "MEMCPY": [(40, 50, 0, 8, 11, pid(1), 4096, 1, 1, 2), (60, 70, 0, 8, 12, pid(1), 64, 99, None, None)],
+            "MEMSET": [(80, 81, 0, 8, 13, pid(1), 16), (82, None, 0, 8, 14, pid(1), 16)],
+            "NVTX_EVENTS": [
+                (90, 180, 59, "step", None, pid(1, 11)),
+                (95, 99, 60, None, 5, pid(1, 11)),
+                (97, None, 34, "mark", None, pid(1, 11)),
+                (98, None, 59, "never closed", None, pid(1, 11)),
+            ],
+            "META_DATA_EXPORT": [("EXPORT_SCHEMA_VERSION", "3.25.0")],
+        },
+    )
+    trace = read_trace(path)
+    assert (trace.source, trace.n_events, trace.n_dropped, trace.n_repaired) == ("nsys", 14, 2, 1)
+    assert trace.meta["export"] == {"EXPORT_SCHEMA_VERSION": "3.25.0"}
+    assert trace.notes == ()
+    found = trace.events.select("kind", "name", "start_ns", "dur_ns", "process", "thread", "device", "stream", "bytes")
+    assert found.rows() == [
+        ("kernel", "void gemm<float>()", 120, 50, 1, None, 0, 7, None),
+        ("kernel", "gemm", 220, 10, 2, None, 1, 7, None),
+        ("kernel", "unknown", 1, 1, 1, None, 0, 7, None),
+        ("launch", "cudaLaunchKernel", 100, 5, 1, 11, None, None, None),
+        ("launch", "cuLaunchKernelEx", 200, 5, 2, 22, None, None, None),
+        ("sync", "cudaDeviceSynchronize", 300, 0, 1, 11, None, None, None),
+        ("copy", "Memcpy HtoD (Pinned -> Device)", 40, 10, 1, None, 0, 8, 4096),
+        ("copy", "Memcpy", 60, 10, 1, None, 0, 8, 64),
+        ("set", "Memset", 80, 1, 1, None, 0, 8, 16),
+        ("range", "step", 90, 90, 1, 11, None, None, None),
+        ("range", "layer 1", 95, 4, 1, 11, None, None, None),
+    ]
+    link = trace.events["link"].to_list()
+    assert link[0] == link[3]
+    assert link[1] == link[4]
+    assert link[0] != link[1]
+
+
+def test_nsys_graph_mode_is_noted(tmp_path: Path) -> None:
+    tables = {"KERNEL": [(1, 2, 0, 7, 9, pid(1), None, None)], "GRAPH_TRACE": [(1, 5, 3), (6, 9, 3)]}
+    trace = read_trace(write_nsys(tmp_path / "graph.sqlite", tables))
+    assert "2 CUDA graph replays" in trace.notes[0]
+    assert "--cuda-graph-trace=node" in trace.notes[0]
+    assert read_trace(write_nsys(tmp_path / "no.sqlite", {**tables, "GRAPH_TRACE": []})).notes == ()
+
+
+def test_nsys_device_work_without_a_process(tmp_path: Path) -> None:
+    """Exports of other tools leave out globalPid: one caller can be meant, two cannot."""
+    path = tmp_path / "plain.sqlite"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(
+            "CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, deviceId INT, correlationId INT)"
+        )
+        database.execute(
+            "CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start INT, end INT, globalTid INT, correlationId INT)"
+        )
+        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (5, 6, 0, 3)")
+        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (1, 2, ?, 3)", (pid(1, 1),))
+        database.commit()
+        one = read_trace(path)
+        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (1, 2, ?, 3)", (pid(2, 1),))
+        database.commit()
+    assert one.events["link"].n_unique() == 1
+    two = read_trace(path)
+    assert two.events.filter(pl.col("kind") == "kernel")["link"].to_list() == [None]
+    assert "1 records of device work name no process" in two.notes[0]
+
+
+def test_nsys_without_cuda_activity(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"without CUDA activity .found TARGET_INFO_SYSTEM_ENV.*--trace=cuda"):
+        read_trace(write_nsys(tmp_path / "cpu.sqlite", {"TARGET_INFO_SYSTEM_ENV": [("a", "b")]}))
+    with pytest.raises(InputError, match="no complete CUDA call or kernel"):
+        read_trace(write_nsys(tmp_path / "nothing.sqlite", {"KERNEL": [], "RUNTIME": []}))
+
+
+def test_nsys_is_not_changed_by_reading(tmp_path: Path) -> None:
+    path = write_nsys(tmp_path / "a.sqlite", {"KERNEL": [(1, 2, 0, 7, 9, pid(1), None, None)]})
+    before = path.read_bytes()
+    read_trace(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.sqlite"]
+
+
+def test_times_of_mended_events_are_exact_too() -> None:
+    broken = '{"ph": "X", "cat": "cpu_op", "name": "a "b"", "pid": 1, "tid": 1, "ts": 1712195495502094.657, "dur": 1}'
+    assert read(f"[{broken}]").events["start_ns"].to_list() == [1712195495502094657]
+    assert to_ns([Decimal("1712195495502094.657"), None]).to_list() == [1712195495502094657, None]

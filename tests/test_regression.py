@@ -1,0 +1,89 @@
+"""Regression checks: verdicts on captures made for the test, the comparability gate, and the statistics behind them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from perfmodel.capture import load_capture
+from perfmodel.errors import InputError, NotComparableError
+from perfmodel.regression import check, is_slower
+from tests.captures_made import write_synthetic_capture
+
+
+def verdict(tmp_path: Path, factor: float, n_runs: int = 5, sd: float = 0.01, margin: float = 0.03) -> list[str]:
+    rng = np.random.default_rng(7)
+    a = write_synthetic_capture(tmp_path / "baseline", n_runs=n_runs, noise=lambda: float(np.exp(rng.normal(0, sd))))
+    b = write_synthetic_capture(
+        tmp_path / "candidate", n_runs=n_runs, noise=lambda: factor * float(np.exp(rng.normal(0, sd)))
+    )
+    return [v.verdict for v in check(load_capture(a), load_capture(b), margin)]
+
+
+def test_the_same_speed_is_ok(tmp_path: Path) -> None:
+    overall, *each = verdict(tmp_path, 1.0)
+    assert overall == "ok"
+    assert "regressed" not in each
+
+
+def test_thirty_per_cent_slower_is_found_everywhere(tmp_path: Path) -> None:
+    assert set(verdict(tmp_path, 1.3)) == {"regressed"}
+
+
+def test_faster_is_improved_and_not_slower(tmp_path: Path) -> None:
+    assert verdict(tmp_path, 0.8)[0] == "improved"
+
+
+def test_a_wide_margin_forgives(tmp_path: Path) -> None:
+    assert verdict(tmp_path, 1.05, margin=0.2)[0] == "ok"
+
+
+def test_noise_that_hides_the_answer_is_inconclusive(tmp_path: Path) -> None:
+    assert "inconclusive" in verdict(tmp_path, 1.03, n_runs=3, sd=0.15)[1:]
+
+
+def test_a_single_run_is_at_most_suspect(tmp_path: Path) -> None:
+    verdicts = set(verdict(tmp_path, 1.5, n_runs=1))
+    assert "suspect" in verdicts
+    assert "regressed" not in verdicts
+
+
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    inside = 0
+    for trial in range(20):
+        a = write_synthetic_capture(tmp_path / f"a{trial}", n_runs=5, noise=lambda: float(np.exp(rng.normal(0, 0.03))))
+        b = write_synthetic_capture(
+            tmp_path / f"b{trial}", n_runs=5, noise=lambda: 1.1 * float(np.exp(rng.normal(0, 0.03)))
+        )
+        each = check(load_capture(a), load_capture(b))[1:]
+        inside += sum(v.ratio_low <= 1.1 <= v.ratio_high for v in each) / len(each)
+    assert 0.8 < inside / 20 <= 1.0
+
+
+def test_another_machine_is_not_comparable_unless_declared(tmp_path: Path) -> None:
+    a = load_capture(write_synthetic_capture(tmp_path / "a"))
+    b = load_capture(write_synthetic_capture(tmp_path / "b", machine={"cpu_model": "another synthetic CPU"}))
+    with pytest.raises(NotComparableError, match=r"machine\.cpu_model") as caught:
+        check(a, b)
+    assert caught.value.exit_code == 3
+    assert not is_slower(check(a, b, axes=["machine"]))
+    with pytest.raises(InputError, match="unknown axis 'weather'"):
+        check(a, b, axes=["weather"])
+
+
+def test_captures_without_a_common_workload_are_not_comparable(tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "a")
+    b = write_synthetic_capture(tmp_path / "b")
+    for name in ("workloads.jsonl", "observations.jsonl"):
+        rows = [json.loads(line) for line in (b / name).read_text().splitlines()]
+        (b / name).write_text("".join(json.dumps({**row, "workload": "x" + row["workload"]}) + "\n" for row in rows))
+    with pytest.raises(NotComparableError, match="share no workload"):
+        check(load_capture(a), load_capture(b))
+
+
+def test_a_margin_that_is_none_is_refused(tmp_path: Path) -> None:
+    a = load_capture(write_synthetic_capture(tmp_path / "a"))
+    with pytest.raises(InputError, match="margin"):
+        check(a, a, 0.0)

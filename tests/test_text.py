@@ -1,0 +1,93 @@
+"""Numbers to words and back."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perfmodel import text
+from perfmodel.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0, "0 ns"),
+        (7, "7.00 ns"),
+        (2771.6, "2.77 µs"),
+        (45_600, "45.6 µs"),
+        (999_499, "999 µs"),
+        (999_700, "1.00 ms"),
+        (1.5e9, "1.50 s"),
+        (7.2e12, "7,200 s"),
+        (-2000, "-2.00 µs"),
+        (None, "n/a"),
+    ],
+)
+def test_durations(value: float | None, words: str) -> None:
+    assert text.ns(value) == words
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        (text.n_bytes(352_321_536), "352 MB"),
+        (text.n_bytes(96e9), "96.0 GB"),
+        (text.n_bytes(None), "n/a"),
+        (text.bytes_per_s(4e12), "4.00 TB/s"),
+        (text.bytes_per_s(None), "n/a"),
+        (text.flops_per_s(989e12), "989 TFLOP/s"),
+        (text.flops_per_s(None), "n/a"),
+        (text.frac(0.3125), "31.2 %"),
+        (text.frac(None), "n/a"),
+        (text.count(12345), "12,345"),
+        (text.count(None), "n/a"),
+        (text.in_unit(1e6, "ns"), "1.00 ms"),
+        (text.in_unit(132, "count"), "132"),
+    ],
+)
+def test_other_quantities(written: str, words: str) -> None:
+    assert written == words
+
+
+@pytest.mark.parametrize(
+    ("words", "n_bytes"),
+    [
+        ("40GiB", 42_949_672_960),
+        ("512 MB", 512_000_000),
+        ("0.5 kB", 500),
+        (".5kB", 500),
+        ("1e3B", 1000),
+        (" 1 TiB ", 2**40),
+    ],
+)
+def test_sizes_are_read(words: str, n_bytes: int) -> None:
+    assert text.parse_bytes(words) == n_bytes
+
+
+@pytest.mark.parametrize("words", ["", "40", "GB", "40 GB/s", "40 gb", "-1 GB", "4,5 GB", "nan GB", "1e999 GB", "3 ns"])
+def test_words_that_are_no_size_are_refused(words: str) -> None:
+    with pytest.raises(InputError, match="is not a size in bytes; expected a number and a unit, such as 40GiB"):
+        text.parse_bytes(words)
+
+
+@given(st.integers(min_value=0, max_value=10**17))
+def test_sizes_survive_being_written(n_bytes: int) -> None:
+    assert text.parse_bytes(text.n_bytes(n_bytes)) == pytest.approx(n_bytes, rel=0.006)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "base"),
+    [(3, "us", (3000, "ns")), (2, "GiB", (2**31, "bytes")), (64, "GB/s", (64e9, "bytes_per_s"))],
+)
+def test_base_units(value: float, unit: str, base: tuple[float, str]) -> None:
+    assert text.to_base(value, unit) == base
+
+
+def test_every_unit_belongs_to_a_writer() -> None:
+    for unit, (suffix, factor) in text.UNITS.items():
+        assert text.in_unit(factor, suffix), unit
+
+
+def test_unknown_unit_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match="unknown unit 'Gb'; known units: ns, us"):
+        text.to_base(1, "Gb")
