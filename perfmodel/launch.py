@@ -180,6 +180,24 @@ def _inference_latency_ns(events: pl.DataFrame, kernels: pl.DataFrame) -> int | 
     return None if first is None or last is None else int(last - first)
 
 
+def by_kernel(events: pl.DataFrame) -> pl.DataFrame:
+    """Which kernels cost most: one row for each name, columns `name`, `n_kernels`, `time_ns`, `tklqt_ns`.
+
+    Longest total time first. `tklqt_ns` sums the delays of joined kernels, null where none of that name is joined.
+    """
+    delays = pl.col("delay_ns").drop_nulls()
+    return (
+        joined_kernels(events)
+        .group_by("name")
+        .agg(
+            n_kernels=pl.len().cast(pl.Int64),
+            time_ns=pl.sum("dur_ns"),
+            tklqt_ns=pl.when(delays.len() > 0).then(delays.sum()),
+        )
+        .sort(pl.col("time_ns"), pl.col("name").cast(pl.String), descending=[True, False])
+    )
+
+
 def n_negative_delays(events: pl.DataFrame) -> int:
     """How many kernels began before their launch call did: a sign that host and device clocks were not aligned."""
     return joined_kernels(events).filter(pl.col("delay_ns") < 0).height

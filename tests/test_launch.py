@@ -12,6 +12,7 @@ from perfmodel.errors import InputError
 from perfmodel.launch import (
     PLATEAU_FLOOR_NS,
     busy_ns,
+    by_kernel,
     joined_kernels,
     launch_metrics,
     n_negative_delays,
@@ -95,6 +96,18 @@ def test_a_link_used_twice_means_the_latest_call_before_the_kernel() -> None:
     assert n_negative_delays(merged) == 1
     assert launch_metrics(Trace(merged, "kineto", 6)).tklqt_ns == 35
     assert launch_metrics(Trace(merged, "kineto", 6)).tklqt_first_kernel_ns == -5
+
+
+def test_costliest_kernels_first() -> None:
+    trace = events(
+        launch(0, link=1),
+        launch(1, link=2),
+        kernel(5, 10, link=1, name="short"),
+        kernel(20, 30, link=2, name="long"),
+        kernel(60, 1, link=9, name="long"),
+        kernel(70, 10, link=9, name="orphan"),
+    )
+    assert by_kernel(trace).rows() == [("long", 2, 31, 19), ("orphan", 1, 10, None), ("short", 1, 10, 5)]
 
 
 def test_calls_without_a_link_join_nothing() -> None:

@@ -10,7 +10,6 @@ from isal import igzip
 
 from perfmodel.errors import InputError
 from perfmodel.readers.kineto import read_kineto
-from perfmodel.readers.nsys import read_nsys
 from perfmodel.trace import Trace
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -56,6 +55,8 @@ def _read(path: Path) -> Trace:
         magic = file.read(64)
     _refuse_other_files(path, magic)
     if magic.startswith(SQLITE_MAGIC):
+        from perfmodel.readers.nsys import read_nsys  # its driver imports pandas and pyarrow where they are installed
+
         return read_nsys(path)
     with _opened(path, magic) as stream:
         return read_kineto(stream)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -19,10 +20,12 @@ Decode = Callable[[bytes | memoryview], list[T]]
 Mend = Callable[[str], T | None]
 
 BLOCK_BYTES = 5 * 2**20
+MAX_NESTED = 16  # so many things that look like a boundary may a broken element hold
 MAX_ELEMENT_BYTES = 64 * 2**20  # an element that does not end within this is broken, not long
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _BOUNDARY = re.compile(rb'}\s*(,)\s*{\s*"(?:ph|name|cat|pid)"\s*:')
+_ANY_BOUNDARY = re.compile(rb'}\s*(,)\s*{\s*"')  # for writers that sort keys; more often a nested array
 _ARRAY_KEY = re.compile(rb'"traceEvents"\s*:\s*\[')
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)  # a string may reach beyond what is in memory
 _BETWEEN = re.compile(rb"[\s,]*")
@@ -181,23 +184,25 @@ def _next_block(window: _Window, decode: Decode[T], mend: Mend[T], bare: bool) -
 
 
 def _last_boundary(buffer: bytearray, start: int, used: int) -> int | None:
-    """Where is the comma of the last boundary between elements."""
-    reach = 2**14
-    while True:
-        found = None
-        for found in _BOUNDARY.finditer(buffer, max(start, used - reach), used):  # noqa: B007
-            pass
+    """Where is the comma of the last boundary between elements, searched from the end backwards."""
+    for boundary in (_BOUNDARY, _ANY_BOUNDARY):
+        reach = 2**14
+        found, from_byte = None, used
+        while found is None and from_byte > start:
+            from_byte = max(start, used - reach)
+            for found in boundary.finditer(buffer, from_byte, used):  # noqa: B007
+                pass
+            reach *= 8
         if found:
             return found.start(1)
-        if reach >= used - start:
-            return None
-        reach *= 8
+    return None
 
 
 def _one_by_one(window: _Window, decode: Decode[T], mend: Mend[T], bare: bool) -> tuple[list[T], bool]:
     """The complete elements in memory, each decoded alone, and whether the array ended; `start` moves behind them."""
     buffer, used = window.buffer, window.used
     elements: list[T] = []
+    cut: int | None = -1  # where the next boundary ends an element, None when there is none in memory
     while True:
         between = _BETWEEN.match(buffer, window.start, used)
         at = between.end() if between else window.start
@@ -208,7 +213,10 @@ def _one_by_one(window: _Window, decode: Decode[T], mend: Mend[T], bare: bool) -
         if at == used and bare and window.eof and n_before:
             window.start = used
             return elements, True
-        for end in _possible_ends(buffer, at, used):
+        if cut is not None and cut <= at:
+            boundary = _BOUNDARY.search(buffer, at, used)
+            cut = boundary.start() + 1 if boundary else None
+        for end in _possible_ends(buffer, at, used, cut):
             found = _decode_alone(bytes(buffer[at:end]), decode, mend)
             if found is not None:
                 break
@@ -220,16 +228,19 @@ def _one_by_one(window: _Window, decode: Decode[T], mend: Mend[T], bare: bool) -
         elements += found[0]
 
 
-def _possible_ends(buffer: bytearray, at: int, used: int) -> Iterator[int]:
-    """Where may the element that begins at `at` end: at the next boundary, where its brackets close, before a `]`."""
-    boundary = _BOUNDARY.search(buffer, at, used)
-    if boundary:
-        yield boundary.start() + 1
+def _possible_ends(buffer: bytearray, at: int, used: int, cut: int | None) -> Iterator[int]:
+    """Where may the element that begins at `at` end: at the next boundary `cut`, or where its brackets close.
+
+    Quotes that are not escaped hide brackets; then at one of the boundaries behind, or before a `]`.
+    """
+    if cut is not None:
+        yield cut
     closing = _closing(buffer, at, used)
     if closing:
         yield closing
-    last = _LAST.search(buffer, at, used)
-    if last:
+    for boundary in islice(_BOUNDARY.finditer(buffer, at, used), 1, MAX_NESTED):
+        yield boundary.start() + 1
+    for last in islice(_LAST.finditer(buffer, at, used), MAX_NESTED):
         yield last.start() + 1
 
 
