@@ -1,7 +1,6 @@
 """The one place that loads and caches. Uploads stay in their session and are keyed by content, never by table."""
 
 import hashlib
-import html
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ import streamlit as st
 from perfmodel import hardware, hf_config
 from perfmodel.capture import Capture, load_capture, shipped_captures
 from perfmodel.errors import InputError
-from perfmodel.latency import LatencyModel, load_model
+from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.predict import Prediction, slowdown_curve
 from perfmodel.readers import read_trace
 from perfmodel.routing import routing
 from perfmodel.trace import Trace
-
-MODEL_DIR = Path(hardware.__file__).parent / "data" / "fitted"
 
 
 def literal(words: object) -> None:
@@ -25,18 +22,13 @@ def literal(words: object) -> None:
     st.text(str(words))
 
 
-def escape(words: object) -> str:
-    """Words made safe inside a figure's label."""
-    return html.escape(str(words), quote=False)
-
-
 @st.cache_resource(show_spinner="Reading the shipped captures")
 def shipped() -> dict[str, tuple[Capture, LatencyModel]]:
     """The project's captures with the model fitted on each, by name."""
     return {
-        path.name: (load_capture(path), load_model(MODEL_DIR / f"{path.name}.json"))
+        path.name: (load_capture(path), load_model(path.name))
         for path in shipped_captures()
-        if (MODEL_DIR / f"{path.name}.json").is_file()
+        if path.name in shipped_models()
     }
 
 
@@ -45,7 +37,10 @@ def _read_upload(digest: str, name: str, _content: bytes) -> Trace:
     with tempfile.TemporaryDirectory(prefix="perfmodel-") as folder:
         path = Path(folder) / f"{digest[:12]}{Path(name).suffix}"
         path.write_bytes(_content)
-        return read_trace(path)
+        try:
+            return read_trace(path)
+        except InputError as error:  # says the name the user knows, not where the server keeps it
+            raise InputError(str(error).replace(str(path), name)) from None
 
 
 def upload_box(key: str) -> tuple[str, Trace] | None:

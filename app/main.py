@@ -9,5 +9,6 @@ st.navigation(
         st.Page("views/trace.py", title="Trace", url_path="trace"),
         st.Page("views/accuracy.py", title="Predicted vs measured", url_path="accuracy"),
         st.Page("views/offload.py", title="Offload", url_path="offload"),
-    ]
+    ],
+    position="top",
 ).run()

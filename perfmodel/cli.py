@@ -2,9 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -111,7 +112,10 @@ def predict(
     op: Annotated[
         str, typer.Option(help="grouped-gemm (the experts alone) or moe-layer (router to combine).")
     ] = "grouped-gemm",
-    model: Annotated[str | None, typer.Option(help="A model written by `perfmodel fit`.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model written by `perfmodel fit`, or the name of a shipped one.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Store the weights in this dtype instead of the shape's.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a MoE layer costs when a fraction of its experts leaves device memory, and why."""
@@ -119,8 +123,9 @@ def predict(
     from perfmodel import predict as predicting
     from perfmodel.routing import routing as routing_of
 
-    profile = fitting_profile(hardware_name)
+    profile = _machine(hardware_name)
     moe_shape = hf_config.resolve(shape)
+    moe_shape = replace(moe_shape, dtype=dtype) if dtype else moe_shape
     batch = routing_of(routing, moe_shape.n_experts, moe_shape.top_k, _whole(tokens, "--tokens"))
     fitted = latency.load_model(model) if model else None
     result = predicting.predict(profile, moe_shape, batch, offload, access, op=op, model=fitted)
@@ -133,9 +138,9 @@ def predict(
         )
 
 
-def fitting_profile(name: str) -> hardware.HardwareProfile:
+def _machine(name: str) -> hardware.HardwareProfile:
     """The machine of that name, TOML file, or capture folder."""
-    if Path(name).is_dir():
+    if name not in hardware.names() and Path(name).is_dir():
         from perfmodel.capture import load_capture, profile_of
 
         return profile_of(load_capture(name))
@@ -192,15 +197,16 @@ def schedule(
 
 @app.command(name="list")
 def list_names() -> None:
-    """The names that other commands accept: hardware, shapes, routings, access modes, shipped captures."""
-    from perfmodel import capture, moe, offload, routing
+    """The names that other commands accept: hardware, shapes, routings, access modes, fitted models, captures."""
+    from perfmodel import capture, latency, moe, offload, routing
 
     rows = {
         "hardware": hardware.names(),
         "shapes": moe.names(),
-        "routings": [*routing.PATTERNS, "power-law:EXPONENT"],
+        "routings": [*(name for name in routing.PATTERNS if name != "power-law"), "power-law[:EXPONENT]"],
         "access": list(offload.ACCESS_MODES),
-        "captures": [str(path) for path in capture.shipped_captures()],
+        "models": list(latency.shipped_models()),
+        "captures": [os.path.relpath(path) for path in capture.shipped_captures()],
     }
     for title, names in rows.items():
         _print(f"{title:10}" + f"\n{'':10}".join(names))

@@ -19,6 +19,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 BAND_FRAC = 0.10  # the parity plot's grey band
 MAX_POINTS = 5000
+LINEAR_UP_TO = 15  # slowdowns above this make a linear axis hide the small ones
 
 _TIME_DECADES_NS = (
     (1e3, "1 µs"),
@@ -44,9 +45,9 @@ def _layout(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
         xaxis_title=x,
         yaxis_title=y,
         colorway=list(PALETTE),
-        margin={"l": 60, "r": 20, "t": 48, "b": 48},
-        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
-        height=420,
+        margin={"l": 60, "r": 20, "t": 48, "b": 120},
+        legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0.01, "x": 0},
+        height=440,
     )
 
 
@@ -67,8 +68,8 @@ def parity(held_out: Mapping[str, Sequence[Any]], errors: Mapping[str, Any]) -> 
         x=[*line, *line[::-1]],
         y=[line[0] * (1 - BAND_FRAC), line[1] * (1 - BAND_FRAC), line[1] * (1 + BAND_FRAC), line[0] * (1 + BAND_FRAC)],
         fill="toself",
-        fillcolor="rgba(128,128,128,0.18)",
-        line={"width": 0},
+        fillcolor="rgba(128,128,128,0.25)",
+        mode="none",
         hoverinfo="skip",
         name="within 10 %",
     )
@@ -101,7 +102,7 @@ def parity(held_out: Mapping[str, Sequence[Any]], errors: Mapping[str, Any]) -> 
         )
     _layout(
         figure,
-        f"Predicted vs measured, each shape held out: median error {text.frac(errors['median_ape_frac'])}, "
+        f"Predicted vs measured: median error {text.frac(errors['median_ape_frac'])}, "
         f"p90 {text.frac(errors['p90_ape_frac'])}",
         "measured latency",
         "predicted latency",
@@ -142,7 +143,14 @@ def slowdown(curves: Mapping[str, Sequence[Prediction]]) -> go.Figure:
     figure.add_hline(y=1, line={"color": "grey", "dash": "dash", "width": 1})
     _layout(figure, "Slowdown against offloaded fraction", "experts offloaded, least used first", "slowdown")
     figure.update_xaxes(tickformat=".0%", range=[-0.02, 1.02])
-    figure.update_yaxes(ticksuffix="x", rangemode="tozero")
+    highest = max(p.slowdown for predictions in curves.values() for p in predictions)
+    if highest > LINEAR_UP_TO:
+        ticks = [
+            step * 10**power for power in range(-1, 5) for step in (1, 2, 5) if 0.4 < step * 10**power < highest * 2
+        ]
+        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}x" for tick in ticks])
+    else:
+        figure.update_yaxes(ticksuffix="x", rangemode="tozero")
     return figure
 
 
@@ -173,7 +181,7 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
     _layout(figure, "What the time consists of", "latency per layer", "")
     top = max(p.latency_ns for p in predictions.values())
     figure.update_xaxes(tickvals=[top * i / 4 for i in range(5)], ticktext=[text.ns(top * i / 4) for i in range(5)])
-    return figure.update_layout(barmode="stack", height=280)
+    return figure.update_layout(barmode="stack", height=300)
 
 
 def roofline(profile: HardwareProfile, dtype: str, points: pl.DataFrame | None = None) -> go.Figure:
@@ -210,8 +218,8 @@ def roofline(profile: HardwareProfile, dtype: str, points: pl.DataFrame | None =
             ],
             hoverinfo="text",
         )
-    _layout(figure, f"Roofline of {literal(profile.title)}", "FLOP per byte", "compute rate")
-    figure.update_xaxes(type="log")
+    _layout(figure, "Roofline", "FLOP per byte", "compute rate")
+    figure.update_xaxes(type="log", dtick=1)
     _decades(figure.layout.yaxis, [d for d in _RATE_DECADES if low * shown[-1].bytes_per_s / 10 < d[0] < peak * 10])
     return figure
 
@@ -239,7 +247,7 @@ def busy(metrics: LaunchMetrics) -> go.Figure:
     _layout(figure, "Where device time goes", "time from first to last device work", "")
     top = max((d.gpu_span_ns or 0) for d in devices) if devices else 1
     figure.update_xaxes(tickvals=[top * i / 4 for i in range(5)], ticktext=[text.ns(top * i / 4) for i in range(5)])
-    return figure.update_layout(barmode="stack", height=180 + 40 * len(devices))
+    return figure.update_layout(barmode="stack", height=240 + 40 * len(devices))
 
 
 def shares(table: pl.DataFrame, label: str, value: str, title: str) -> go.Figure:
@@ -258,7 +266,7 @@ def shares(table: pl.DataFrame, label: str, value: str, title: str) -> go.Figure
     )
     _layout(figure, title, "time", "")
     figure.update_xaxes(showticklabels=False)
-    return figure.update_layout(height=120 + 28 * max(ranked.height, 1), showlegend=False)
+    return figure.update_layout(height=120 + 28 * max(ranked.height, 1), showlegend=False, margin={"b": 40})
 
 
 def _short(name: str, limit: int = 48) -> str:
@@ -274,4 +282,4 @@ def coverage(expert_frac: Sequence[float], token_frac: Sequence[float]) -> go.Fi
     _layout(figure, "How concentrated routing is", "hottest experts", "share of token assignments")
     figure.update_xaxes(tickformat=".0%")
     figure.update_yaxes(tickformat=".0%")
-    return figure.update_layout(showlegend=False, height=320)
+    return figure.update_layout(showlegend=False, height=320, margin={"b": 48})

@@ -22,12 +22,10 @@ def fit_captures(
     for other in captures[1:]:
         _require_same(first, other)
     observations = per_workload(pl.concat([capture.observations for capture in captures]))
-    progress(
-        f"{observations.height} workloads of {observations['shape'].n_unique()} shapes, fitting with each held out"
-    )
+    progress(f"{observations.height} workloads of {observations['shape'].n_unique()} shapes")
     profile = profile_of(first)
     model = LatencyModel(profile, observations["dtype"][0], str(first.manifest["kernel"]))
-    errors = evaluate_by_shape(model, observations)
+    errors = evaluate_by_shape(model, observations, progress)
     model.fit(observations)
     model.evidence_ = {
         "captures": [{"name": c.name, "digest": c.digest, "n_observations": c.observations.height} for c in captures],

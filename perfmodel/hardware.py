@@ -1,5 +1,6 @@
 """What a machine can do: profiles read from TOML, every number with its unit, kind of evidence and source."""
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel.errors import InputError
-from perfmodel.text import to_base
+from perfmodel.text import UNITS, to_base
 
 EVIDENCE = ("datasheet", "paper", "measured")
 DEVICES = ("gpu", "cpu")
@@ -110,6 +111,18 @@ def _quantity(file: str, key: str, entry: Any) -> Quantity:
     if not key.endswith("_" + suffix):
         raise InputError(f"{file}: {key} is given in {entry['unit']}, which is not what its name says")
     return Quantity(value, entry["kind"], entry["source"], entry.get("date"))
+
+
+def to_toml(profile: HardwareProfile) -> str:
+    """A profile as the text of a hardware file, in base units, which `load_profile` reads back to the same values."""
+    unit_of = {suffix: unit for unit, (suffix, factor) in UNITS.items() if factor == 1}
+    lines = [f"title = {json.dumps(profile.title)}", f"device = {json.dumps(profile.device)}"]
+    lines += [f"notes = {json.dumps(profile.notes)}"] if profile.notes else []
+    for key, q in profile.quantities.items():
+        unit = next(unit for suffix, unit in unit_of.items() if key.endswith("_" + suffix))
+        lines += ["", f"[{key}]", f"value = {q.value!r}", f"unit = {json.dumps(unit)}", f"kind = {json.dumps(q.kind)}"]
+        lines += [f"source = {json.dumps(q.source)}"] + ([f"date = {json.dumps(q.date)}"] if q.date else [])
+    return "\n".join(lines) + "\n"
 
 
 def names() -> list[str]:

@@ -1,7 +1,7 @@
 """Observations in, `LatencyModel` out: fitting the constants of `physics`, held-out error, intervals, JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,10 +14,11 @@ from sklearn.base import BaseEstimator
 
 from perfmodel import physics
 from perfmodel.errors import InputError
-from perfmodel.hardware import HardwareProfile
+from perfmodel.hardware import HardwareProfile, Quantity
 from perfmodel.physics import Array, Ceilings, Constants, Work
 
 MODEL_SCHEMA = 1
+FITTED_DIR = Path(__file__).parent / "data" / "fitted"
 COVERAGE = 0.90
 
 # How far a fit may move each constant from its default (natural log units, one sigma) and where it must stay. The prior
@@ -26,6 +27,8 @@ PRIORS: dict[str, tuple[float, float, float]] = {
     "eff_compute": (0.3, 0.05, 3.0),
     "eff_memory": (0.3, 0.05, 3.0),
     "tile_overhead_rows": (1.0, 1.0, 1000.0),
+    "column_overhead": (1.0, 0.0, 1000.0),
+    "pack_passes": (1.0, 0.0, 10.0),
     "smooth_p": (0.7, 1.0, 12.0),
     "overlap_frac": (0.5, 0.0, 1.0),
     "call_ns": (1.5, 100.0, 1e7),
@@ -35,7 +38,8 @@ PRIORS: dict[str, tuple[float, float, float]] = {
     "token_passes": (1.0, 0.05, 200.0),
 }
 PRIOR_ROWS = 2.0
-LINEAR = ("overlap_frac",)  # fitted as it is, all others through their logarithm
+# Constants that may be zero are fitted in these units, all others through their logarithm.
+LINEAR = {"overlap_frac": 1.0, "column_overhead": 50.0, "pack_passes": 1.0}
 
 
 def work_of(observations: pl.DataFrame) -> Work:
@@ -170,24 +174,40 @@ def _fit_constants(
     start = np.array([getattr(prior, n) for n in names])
 
     def encode(x: Array) -> Array:
-        return np.array([v if n in LINEAR else np.log(v) for n, v in zip(names, x, strict=True)])
+        return np.array([v / LINEAR[n] if n in LINEAR else np.log(v) for n, v in zip(names, x, strict=True)])
 
     def decode(z: Array) -> Constants:
-        values = (v if n in LINEAR else np.exp(v) for n, v in zip(names, z, strict=True))
+        values = (v * LINEAR[n] if n in LINEAR else np.exp(v) for n, v in zip(names, z, strict=True))
         return replace(prior, **{n: float(v) for n, v in zip(names, values, strict=True)})
 
     centre = encode(start)
     prior_weight = np.sqrt(PRIOR_ROWS) * _PRIOR_SCALE / sigma
 
-    def residuals(z: Array) -> Array:
-        parts = physics.resident_parts(work, roof, decode(z), form)
-        return np.concatenate([np.log(physics.total(parts)) - log_measured, (z - centre) * prior_weight])
+    pieces = _by_n_experts(work)
+    measured = np.concatenate([log_measured[index] for index, _ in pieces])
 
-    lower, upper = encode(low.clip(1e-12)), encode(high)
-    lower = np.where([n in LINEAR for n in names], low, lower)
+    def residuals(z: Array) -> Array:
+        c = decode(z)
+        predicted = [physics.total(physics.resident_parts(piece, roof, c, form)) for _, piece in pieces]
+        return np.concatenate([np.log(np.concatenate(predicted)) - measured, (z - centre) * prior_weight])
+
+    lower, upper = encode(low), encode(high)
     start_z = np.clip(centre, lower + 1e-6, upper - 1e-6)
     solved = least_squares(residuals, start_z, bounds=(lower, upper), loss="soft_l1", f_scale=0.1, max_nfev=60)
     return decode(solved.x)
+
+
+def _by_n_experts(work: Work) -> list[tuple[NDArray[np.intp], Work]]:
+    """The workloads in pieces of equally many experts, with their row numbers: no time goes into padding."""
+    pieces = []
+    for n_experts in np.unique(work.n_experts):
+        index = np.flatnonzero(work.n_experts == n_experts)
+        columns: dict[str, Any] = {
+            name: value[index] for name, value in vars(work).items() if isinstance(value, np.ndarray)
+        }
+        columns["rows"] = columns["rows"][:, : int(n_experts)]
+        pieces.append((index, replace(work, **columns)))
+    return pieces
 
 
 _LAYER_ONLY = ("layer_ns", "row_passes", "token_passes")
@@ -198,11 +218,17 @@ def _profile_json(profile: HardwareProfile) -> dict[str, Any]:
     return {**asdict(profile), "quantities": {k: asdict(q) for k, q in profile.quantities.items()}}
 
 
-def load_model(path: str | Path) -> LatencyModel:
-    """Read a model written by `save`; raises InputError when the file is missing, not a model, or of another schema."""
-    from perfmodel.hardware import Quantity
+def shipped_models() -> dict[str, Path]:
+    """The models fitted on the shipped captures, by the name of the capture."""
+    return {path.stem: path for path in sorted(FITTED_DIR.glob("*.json"))}
 
-    path = Path(path)
+
+def load_model(source: str | Path) -> LatencyModel:
+    """Read a model written by `save`, by path or by the name of a shipped one.
+
+    Raises InputError when the file is missing, not a model, or of another schema.
+    """
+    path = shipped_models().get(str(source), Path(source))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["kind"] != "perfmodel latency model":
@@ -221,7 +247,8 @@ def load_model(path: str | Path) -> LatencyModel:
         model.held_out_, model.evidence_ = content["held_out"], content["evidence"]
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(
-            f"no model file {str(path)!r}; make one with `perfmodel fit CAPTURE --out MODEL.json`"
+            f"no model file {str(path)!r}; make one with `perfmodel fit CAPTURE --out MODEL.json`, or name a shipped "
+            f"one: {', '.join(shipped_models()) or 'none'}"
         ) from None
     except InputError:
         raise
@@ -270,7 +297,9 @@ def _baseline_predictions(model: LatencyModel, train: pl.DataFrame, test: pl.Dat
     return {"constant": np.full(test.height, np.median(measured)), "roofline_only": factor * roofline(test)}
 
 
-def evaluate_by_shape(model: LatencyModel, observations: pl.DataFrame) -> dict[str, dict[str, Errors]]:
+def evaluate_by_shape(
+    model: LatencyModel, observations: pl.DataFrame, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, dict[str, Errors]]:
     """Held-out error by shape: each shape predicted by a model fitted on all others, beside the two baselines.
 
     Returns `{model|constant|roofline_only: {shape or "all": Errors}}` and leaves on the model `held_out_` (a table of
@@ -281,7 +310,8 @@ def evaluate_by_shape(model: LatencyModel, observations: pl.DataFrame) -> dict[s
         raise InputError(f"held-out error by shape needs at least 3 shapes, found {len(shapes)}: {', '.join(shapes)}")
     held: dict[str, NDArray[np.float64]] = {}
     names = observations["shape"].to_numpy()
-    for shape in shapes:
+    for i, shape in enumerate(shapes, 1):
+        progress(f"holding out {shape} ({i} of {len(shapes)})")
         train, test = observations.filter(pl.col("shape") != shape), observations.filter(pl.col("shape") == shape)
         fitted = LatencyModel(model.profile, model.dtype, model.kernel, model.prior).fit(train)
         for who, values in {"model": fitted.predict(test), **_baseline_predictions(model, train, test)}.items():

@@ -198,6 +198,20 @@ def by_kernel(events: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def by_host_name(events: pl.DataFrame, kind: str) -> pl.DataFrame:
+    """Which operators (`op`) or named ranges (`range`) take the host's time: columns `name`, `n_calls`, `time_ns`.
+
+    Longest first. Times include what a call contains, so nested ones count in both; ranges that carry their
+    circumstances after a `|` count together.
+    """
+    host = events.filter(pl.col("kind") == kind)
+    return (
+        host.group_by(pl.col("name").cast(pl.String).str.split("|").list.first().alias("name"))
+        .agg(n_calls=pl.len().cast(pl.Int64), time_ns=pl.sum("dur_ns"))
+        .sort("time_ns", "name", descending=[True, False])
+    )
+
+
 def n_negative_delays(events: pl.DataFrame) -> int:
     """How many kernels began before their launch call did: a sign that host and device clocks were not aligned."""
     return joined_kernels(events).filter(pl.col("delay_ns") < 0).height

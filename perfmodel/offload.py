@@ -46,7 +46,7 @@ class ReRead:
 
 @dataclass(frozen=True)
 class Device:
-    """What computes: the machine, its ceilings for the dtype, the constants and form of its kernel, and the re-reads."""
+    """What computes: the machine, its ceilings for a dtype, its kernel's constants and form, and the re-reads."""
 
     profile: HardwareProfile
     roof: Ceilings
@@ -103,11 +103,10 @@ def _zero_copy(work: Work, offloaded: Mask, rate: float, device: Device) -> Part
     reads = 1 + device.reread.frac * np.maximum(np.ceil(work.rows / device.reread.rows) - 1, 0)
     gemms = []
     for g in range(work.k.shape[1]):
-        compute, memory = gemm_roofs(work, g, roof, c, device.form)
-        weights = np.where(work.rows > 0, work.k[:, g, None] * work.n[:, g, None] * work.weight_bytes, 0.0)
-        in_memory = weights / (roof.bytes_per_s * c.eff_memory) * NS_PER_S
-        link = np.where(offloaded, weights * reads / rate * NS_PER_S, 0.0)
-        gemms.append(experts_time(compute, np.where(offloaded, memory - in_memory, memory), link, c))
+        roofs = gemm_roofs(work, g, roof, c, device.form)
+        weight_bytes = work.k[:, g, None] * work.n[:, g, None] * work.weight_bytes
+        link = np.where(offloaded & (work.rows > 0), weight_bytes * reads / rate * NS_PER_S, 0.0)
+        gemms.append(experts_time(roofs.compute, np.where(offloaded, roofs.activations, roofs.memory), link, c))
     return sum_parts(*gemms)
 
 
@@ -115,8 +114,8 @@ def _last_expert(work: Work, offloaded: Mask, device: Device) -> Array:
     """GEMM time of the slowest offloaded expert: it can only start when its weights have arrived, `[batch]` ns."""
     times = np.zeros_like(work.rows)
     for g in range(work.k.shape[1]):
-        compute, memory = gemm_roofs(work, g, device.roof, device.constants, device.form)
-        times = times + smooth_max([compute, memory], device.constants.smooth_p)[0]
+        roofs = gemm_roofs(work, g, device.roof, device.constants, device.form)
+        times = times + smooth_max([roofs.compute, roofs.memory], device.constants.smooth_p)[0]
     return np.asarray(np.where(offloaded & (work.rows > 0), times, 0.0).max(axis=1))
 
 

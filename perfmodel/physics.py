@@ -40,10 +40,12 @@ class Constants:
     eff_compute: float = 1.0  # share of the dense GEMM rate at a full tile
     eff_memory: float = 1.0  # share of the streaming rate when reading weights
     tile_overhead_rows: float = 107.0  # a tile of m rows costs as much as m + this many
+    column_overhead: float = 0.0  # an output column costs as much as K + this many terms
+    pack_passes: float = 0.0  # times a BLAS call on several rows moves its weights on top of reading them once
     smooth_p: float = 3.0  # sharpness of the maximum of compute and memory
     overlap_frac: float = 0.3  # how much of one expert's memory time hides under another's compute
     call_ns: float = 4000.0  # one grouped GEMM call
-    expert_ns: float = 24.0  # one active expert of a call
+    expert_ns: float = 24.0  # one expert of a call, active or not
     layer_ns: float = 20000.0  # everything of a MoE layer that does not grow: router, top-k, sort, small kernels
     row_passes: float = 4.0  # times a routed row of hidden + inter values is moved outside the GEMMs
     token_passes: float = 2.0  # times a token of hidden values is moved outside the GEMMs
@@ -64,7 +66,13 @@ FORMS = {"gpu": KernelForm((16, 32, 64, 128, 256), 128, False), "cpu": KernelFor
 DEFAULTS = {
     "gpu": Constants(),
     "cpu": Constants(
-        tile_overhead_rows=30.0, overlap_frac=0.0, call_ns=10_000.0, expert_ns=2_000.0, layer_ns=100_000.0, smooth_p=3.0
+        tile_overhead_rows=30.0,
+        column_overhead=50.0,
+        pack_passes=1.0,
+        overlap_frac=0.0,
+        call_ns=50_000.0,
+        expert_ns=20_000.0,
+        layer_ns=200_000.0,
     ),
 }
 
@@ -129,15 +137,34 @@ def tile_cost_rows(rows: Array, form: KernelForm, overhead_rows: float) -> Array
     return np.asarray(cost[best, np.arange(rows.shape[0])])
 
 
-def gemm_roofs(work: Work, g: int, roof: Ceilings, c: Constants, form: KernelForm) -> tuple[Array, Array]:
-    """Compute time and memory time of each expert in grouped GEMM number g, ns `[batch, expert]` (models 2 and 3)."""
+@dataclass(frozen=True)
+class Roofs:
+    """What bounds each expert of one grouped GEMM, ns `[batch, expert]`: computing, reading its weights from device
+    memory, and moving its activations."""
+
+    compute: Array
+    weights: Array
+    activations: Array
+
+    @property
+    def memory(self) -> Array:
+        """All traffic with device memory."""
+        return self.weights + self.activations
+
+
+def gemm_roofs(work: Work, g: int, roof: Ceilings, c: Constants, form: KernelForm) -> Roofs:
+    """The roofs of grouped GEMM number g (models 2 and 3)."""
     k, n = work.k[:, g, None], work.n[:, g, None]
     cols = np.ceil(n / form.tile_cols) * form.tile_cols
-    flops = 2.0 * tile_cost_rows(work.rows, form, c.tile_overhead_rows) * k * cols
-    moved = np.where(work.rows > 0, k * n * work.weight_bytes, 0.0) + work.activation_bytes * work.rows * (k + n)
-    return (
-        flops / (roof.flops_per_s * c.eff_compute) * NS_PER_S,
-        moved / (roof.bytes_per_s * c.eff_memory) * NS_PER_S,
+    terms = np.where(k > 0, k + c.column_overhead, 0.0)
+    flops = 2.0 * tile_cost_rows(work.rows, form, c.tile_overhead_rows) * terms * cols
+    passes = np.where(work.rows > 1, 1 + c.pack_passes, 1.0) if form.has_gemv else 1.0
+    weights = np.where(work.rows > 0, passes * terms * n * work.weight_bytes, 0.0)
+    ns_per_byte = NS_PER_S / (roof.bytes_per_s * c.eff_memory)
+    return Roofs(
+        compute=flops / (roof.flops_per_s * c.eff_compute) * NS_PER_S,
+        weights=weights * ns_per_byte,
+        activations=work.activation_bytes * work.rows * (k + n) * ns_per_byte,
     )
 
 
@@ -167,14 +194,13 @@ def experts_time(compute: Array, memory: Array, link: Array, c: Constants) -> Pa
 def overheads(work: Work, roof: Ceilings, c: Constants) -> Parts:
     """What is not GEMM: calls and experts; for whole layers also a fixed part, router, and activations (5, 6)."""
     n_calls = (work.k > 0).sum(axis=1)
-    active = (work.rows > 0).sum(axis=1)
     routed = work.rows.sum(axis=1)
     moved = work.activation_bytes * (
         c.row_passes * routed * (work.hidden + work.inter) + c.token_passes * work.n_tokens * work.hidden
     )
     router = 2.0 * work.n_tokens * work.hidden * work.n_experts
     return {
-        "overhead": n_calls * (c.call_ns + active * c.expert_ns) + work.layer * c.layer_ns,
+        "overhead": n_calls * (c.call_ns + work.n_experts * c.expert_ns) + work.layer * c.layer_ns,
         "activations": work.layer * moved / (roof.bytes_per_s * c.eff_memory) * NS_PER_S,
         "router": work.layer * router / (roof.flops_per_s * c.eff_compute) * NS_PER_S,
     }
@@ -189,8 +215,8 @@ def resident_gemm_parts(work: Work, roof: Ceilings, c: Constants, form: KernelFo
     """The grouped GEMMs alone, by part, ns `[batch]`, with every expert in device memory."""
     gemms = []
     for g in range(work.k.shape[1]):
-        compute, memory = gemm_roofs(work, g, roof, c, form)
-        gemms.append(experts_time(compute, memory, np.zeros_like(memory), c))
+        roofs = gemm_roofs(work, g, roof, c, form)
+        gemms.append(experts_time(roofs.compute, roofs.memory, np.zeros_like(roofs.memory), c))
     return sum_parts(*gemms)
 
 

@@ -39,7 +39,8 @@ def trace_page(trace: Trace, name: str) -> str:
     m = launch.launch_metrics(trace)
     sections = [_coverage(trace, m, name)]
     if m.n_kernels == 0:
-        return sections[0] + "\n\nNo kernels were recorded, so there are no launch metrics."
+        sections.append("No kernels were recorded, so there are no launch metrics.")
+        return "\n\n".join([*sections, *_host_tables(trace)])
     sections.append("\n".join(f"- {finding}" for finding in findings(trace, m)))
     sections.append(
         table(
@@ -84,7 +85,19 @@ def trace_page(trace: Trace, name: str) -> str:
             [f"costliest {min(N_TOP, kernels.height)} kernels", "kernels", "time", "TKLQT"],
         )
     )
-    return "\n\n".join(sections)
+    return "\n\n".join([*sections, *_host_tables(trace)])
+
+
+def _host_tables(trace: Trace) -> list[str]:
+    """The longest named ranges and operators of the host, as far as there are any."""
+    tables = []
+    for kind, title in (("range", "ranges"), ("op", "operators")):
+        rows = launch.by_host_name(trace.events, kind).head(N_TOP)
+        body = [
+            [_short(r["name"]), text.count(r["n_calls"]), text.ns(r["time_ns"])] for r in rows.iter_rows(named=True)
+        ]
+        tables += [table(body, [f"longest {title} (with what they contain)", "calls", "time"])] if body else []
+    return tables
 
 
 def _coverage(trace: Trace, m: launch.LaunchMetrics, name: str) -> str:

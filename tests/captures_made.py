@@ -15,7 +15,20 @@ from perfmodel.predict import work_of
 from perfmodel.routing import Routing, expected_counts, pattern_shares
 
 ROOF = Ceilings(2e11, 3e10, ())
-TRUE_CONSTANTS = Constants(0.9, 0.8, 25.0, 3.0, 0.0, 15_000.0, 3_000.0, 120_000.0, 6.0, 3.0)
+TRUE_CONSTANTS = Constants(
+    eff_compute=0.9,
+    eff_memory=0.8,
+    tile_overhead_rows=25.0,
+    column_overhead=40.0,
+    pack_passes=0.5,
+    smooth_p=3.0,
+    overlap_frac=0.0,
+    call_ns=15_000.0,
+    expert_ns=3_000.0,
+    layer_ns=120_000.0,
+    row_passes=6.0,
+    token_passes=3.0,
+)
 SHAPES = (
     MoEShape("synthetic-a", 8, 2, 512, 1024, dtype="fp32"),
     MoEShape("synthetic-b", 32, 4, 256, 512, dtype="fp32"),

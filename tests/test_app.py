@@ -37,8 +37,8 @@ def title(spec: dict) -> str:
 
 def test_the_overview_opens_with_the_shipped_capture_a_parity_plot_a_slowdown_curve_and_an_upload_box() -> None:
     test = page("overview")
-    assert test.metric[0].value == shipped_captures()[0].name
-    assert title(figure(test, 0)).startswith("Predicted vs measured, each shape held out")
+    assert any(shipped_captures()[0].name in element.value for element in test.text)
+    assert title(figure(test, 0)).startswith("Predicted vs measured: median error")
     assert title(figure(test, 1)) == "Slowdown against offloaded fraction"
     assert len(test.file_uploader) == 1
 
@@ -52,7 +52,9 @@ def test_an_uploaded_trace_shows_its_launch_metrics_with_names_taken_literally()
         | {"args": {"correlation": 7}},
     ]
     test = page("trace")
-    test.file_uploader[0].upload("synthetic.json", json.dumps({"traceEvents": events}).encode(), "application/json").run()
+    test.file_uploader[0].upload(
+        "synthetic.json", json.dumps({"traceEvents": events}).encode(), "application/json"
+    ).run()
     assert not test.exception
     values = {metric.label: metric.value for metric in test.metric}
     assert values["TKLQT"] == "4.50 µs"
@@ -66,7 +68,7 @@ def test_a_file_that_is_no_trace_is_refused_in_words() -> None:
     test.file_uploader[0].upload("notes.json", b"hello", "application/json").run()
     assert not test.exception
     assert test.error[0].value == "This file cannot be read as a trace:"
-    assert any("JSON" in element.value for element in test.text)
+    assert any(element.value.startswith("notes.json: a file that begins with b'hello'") for element in test.text)
 
 
 def test_the_accuracy_page_lists_every_shape_and_the_baselines() -> None:
@@ -74,14 +76,14 @@ def test_the_accuracy_page_lists_every_shape_and_the_baselines() -> None:
     table = test.dataframe[0].value
     assert "all" in list(table["shape"])
     assert {"median error", "roofline only (median)", "constant (median)"} <= set(table.columns)
-    assert title(figure(test, 1)).startswith("Roofline of")
+    assert title(figure(test, 1)) == "Roofline"
 
 
 def test_the_offload_sliders_move_the_prediction() -> None:
     test = page("offload")
     before = {metric.label: metric.value for metric in test.metric}
     assert before["Slowdown"] == "1.47x"  # 65,536 tokens, 20 of 64 experts: the GH200 study's first point
-    test.slider[2].set_value(0.0).run()
+    test.slider[1].set_value(0.0).run()
     assert {m.label: m.value for m in test.metric}["Slowdown"] == "1.00x"
     assert title(figure(test, 0)) == "Slowdown against offloaded fraction"
 

@@ -4,18 +4,12 @@ outside for anything."""
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.served import ARGUMENTS, served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 REQUIRED = bool(os.environ.get("PERFMODEL_REQUIRE_BROWSER"))
@@ -24,50 +18,13 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason="no Chromium installed; apt-get install chromium"),
 ]
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server", "--disable-background-networking"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with opener.open(f"{url}/_stcore/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"the dashboard did not start:\n{log.read_text()}")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard as `perfmodel app` starts it, from a foreign folder, on a free port of loopback."""
-    folder = tmp_path_factory.mktemp("server")
-    log, port = folder / "log", free_port()
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "perfmodel", "app", "--headless", "--port", str(port)],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+def server() -> Iterator[str]:
+    """The address of the dashboard."""
+    with served() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +56,7 @@ def wait_for_figures(page, n: int) -> None:
 def test_the_first_page_shows_parity_slowdown_and_an_upload_box(page, server) -> None:
     page.goto(server)
     wait_for_figures(page, 2)
-    page.get_by_text("Predicted vs measured, each shape held out").first.wait_for(timeout=30_000)
+    page.get_by_text("Predicted vs measured: median error").first.wait_for(timeout=30_000)
     page.get_by_text("Slowdown against offloaded fraction").first.wait_for()
     assert page.get_by_test_id("stFileUploader").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -122,7 +79,9 @@ def test_an_uploaded_trace_is_analysed_and_its_names_run_no_script(page, server,
     assert page.evaluate("window.__pwned") is None
 
 
-@pytest.mark.parametrize(("path", "heading"), [("accuracy", "Predicted vs measured"), ("offload", "Offload"), ("trace", "Trace")])
+@pytest.mark.parametrize(
+    ("path", "heading"), [("accuracy", "Predicted vs measured"), ("offload", "Offload"), ("trace", "Trace")]
+)
 def test_deep_links_open_their_view(page, server, path: str, heading: str) -> None:
     page.goto(f"{server}/{path}")
     page.get_by_role("heading", name=heading, exact=True).wait_for(timeout=30_000)

@@ -1,6 +1,7 @@
 """Documents that cannot lie: the README's commands exist, decisions and data are indexed, names in docs are real."""
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -22,12 +23,26 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("command", ["analyze", "fusion", "fit", "predict", "check", "schedule", "list", "collect", "app"])
+@pytest.mark.parametrize(
+    "command", ["analyze", "fusion", "fit", "predict", "check", "schedule", "list", "collect", "app"]
+)
 def test_every_command_has_help_and_stands_in_the_readme(command: str) -> None:
     assert f"perfmodel {command}" in README
     if command != "collect":  # its help is the collector's own
-        done = subprocess.run([sys.executable, "-m", "perfmodel", command, "--help"], capture_output=True, text=True, cwd=ROOT, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "perfmodel", command, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
         assert done.returncode == 0 and len(done.stdout) > 100
+
+
+def test_the_outputs_in_the_readme_are_what_the_commands_print() -> None:
+    regenerate = runpy.run_path(str(ROOT / "docs" / "regenerate.py"))
+    slow = (*regenerate["KEPT"], "perfmodel fit")  # tests/test_shipped.py fits
+    assert regenerate["with_outputs"](README, slow) == README, "run `python docs/regenerate.py readme`"
 
 
 def test_links_between_documents_resolve() -> None:

@@ -19,8 +19,8 @@ def profile(tmp_path: Path, text: str) -> hardware.HardwareProfile:
     return hardware.hardware(str(path))
 
 
-def test_four_machines_are_shipped() -> None:
-    assert hardware.names() == ["gh200", "h100-pcie", "h100-sxm", "xeon-spr"]
+def test_the_machines_people_ask_about_are_shipped() -> None:
+    assert {"gh200", "h100-pcie", "h100-sxm", "xeon-spr"} < set(hardware.names())
 
 
 @pytest.mark.parametrize("name", hardware.names())
@@ -47,7 +47,7 @@ def test_what_is_reached_stays_below_the_peak(name: str) -> None:
         "link_d2h_copy_bytes_per_s": "link_peak_bytes_per_s",
         "link_kernel_read_bytes_per_s": "link_peak_bytes_per_s",
     }.items():
-        if reached in machine.quantities:
+        if {reached, peak} <= set(machine.quantities):
             assert machine[reached] <= machine[peak], reached
 
 
@@ -103,8 +103,18 @@ def test_missing_number_names_what_the_machine_has() -> None:
 
 
 def test_unknown_name_lists_the_valid_ones() -> None:
-    with pytest.raises(InputError, match="unknown hardware 'gb300'; known: gh200, h100-pcie, h100-sxm, xeon-spr, or"):
+    with pytest.raises(
+        InputError, match=r"unknown hardware 'gb300'; known: .*gh200, h100-pcie, h100-sxm, xeon-spr, or"
+    ):
         hardware.hardware("gb300")
+
+
+@pytest.mark.parametrize("name", hardware.names())
+def test_a_profile_written_and_read_again_is_the_same(name: str, tmp_path: Path) -> None:
+    machine = hardware.hardware(name)
+    (tmp_path / f"{name}.toml").write_text(hardware.to_toml(machine))
+    again = hardware.load_profile(tmp_path / f"{name}.toml")
+    assert again == machine
 
 
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:
@@ -148,7 +158,7 @@ def test_a_careless_profile_is_refused(tmp_path: Path, old: str, new: str, words
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no hardware file .*absent\.toml.*; names of shipped profiles: gh200"):
+    with pytest.raises(InputError, match=r"no hardware file .*absent\.toml.*; names of shipped profiles: .*gh200"):
         hardware.hardware(str(tmp_path / "absent.toml"))
     (tmp_path / "binary.toml").write_bytes(b"\x80")
     with pytest.raises(InputError, match=r"binary\.toml is not TOML"):

@@ -12,6 +12,7 @@ from perfmodel.errors import InputError
 from perfmodel.launch import (
     PLATEAU_FLOOR_NS,
     busy_ns,
+    by_host_name,
     by_kernel,
     joined_kernels,
     launch_metrics,
@@ -244,3 +245,15 @@ def test_nsys_golden(shared: Path, row: dict[str, str]) -> None:
     delays = joined_kernels(trace.events)["delay_ns"].drop_nulls()
     assert (delays.min(), delays.max()) == (int(row["launch_delay_min_ns"]), int(row["launch_delay_max_ns"]))
     assert found.inference_latency_ns is None
+
+
+def test_host_time_by_name_counts_ranges_without_their_circumstances() -> None:
+    table = by_host_name(
+        events(
+            {"kind": "range", "name": "layer|tokens=4", "start_ns": 0, "dur_ns": 5},
+            {"kind": "range", "name": "layer|tokens=8", "start_ns": 9, "dur_ns": 7},
+            {"kind": "op", "name": "aten::mm", "start_ns": 1, "dur_ns": 50},
+        ),
+        "range",
+    )
+    assert table.rows() == [("layer", 2, 12)]

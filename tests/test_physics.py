@@ -1,5 +1,7 @@
 """The physical model against numbers worked by hand, its conservation law, and its limits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -33,15 +35,15 @@ def work(rows: list[float], k: float = 1000, n: float = 500, layer: float = 0.0)
 
 def test_a_compute_bound_gemm_takes_flops_over_peak() -> None:
     w = work([10_000.0])
-    compute, memory = physics.gemm_roofs(w, 0, ROOF, SHARP, PLAIN)
-    assert compute[0, 0] == pytest.approx(2 * 10_000 * 1000 * 500 / 1e12 * 1e9)  # 10 ms
-    assert memory[0, 0] == pytest.approx((1000 * 500 * 2 + 2 * 10_000 * 1500) / 1e11 * 1e9)
+    roofs = physics.gemm_roofs(w, 0, ROOF, SHARP, PLAIN)
+    assert roofs.compute[0, 0] == pytest.approx(2 * 10_000 * 1000 * 500 / 1e12 * 1e9)  # 10 ms
+    assert roofs.memory[0, 0] == pytest.approx((1000 * 500 * 2 + 2 * 10_000 * 1500) / 1e11 * 1e9)
 
 
 def test_idle_experts_cost_nothing_and_active_ones_read_their_weights() -> None:
-    compute, memory = physics.gemm_roofs(work([0.0, 1.0]), 0, ROOF, SHARP, PLAIN)
-    assert compute[0, 0] == memory[0, 0] == 0
-    assert memory[0, 1] == pytest.approx((1_000_000 + 2 * 1500) / 100)  # bytes over 100 bytes per ns
+    roofs = physics.gemm_roofs(work([0.0, 1.0]), 0, ROOF, SHARP, PLAIN)
+    assert roofs.compute[0, 0] == roofs.memory[0, 0] == 0
+    assert roofs.memory[0, 1] == pytest.approx((1_000_000 + 2 * 1500) / 100)  # bytes over 100 bytes per ns
 
 
 def test_tiles_pad_rows_and_the_cheapest_tile_is_chosen() -> None:
@@ -50,6 +52,14 @@ def test_tiles_pad_rows_and_the_cheapest_tile_is_chosen() -> None:
     assert physics.tile_cost_rows(np.array([[129.0]]), form, 0.0)[0, 0] == 192  # three tiles of 64, not two of 128
     # With an overhead of 256 rows a tile, scaled by 1 / (1 + 256 / 256): one tile of 128 beats two of 64.
     assert physics.tile_cost_rows(np.array([[100.0]]), form, 256.0)[0, 0] == pytest.approx((128 + 256) / 2)
+
+
+def test_packing_and_column_overhead_cost_what_they_say() -> None:
+    c = replace(SHARP, pack_passes=1.0, column_overhead=100.0)
+    one, several, none = physics.gemm_roofs(work([1.0, 4.0, 0.0]), 0, ROOF, c, KernelForm(None, 1, True)).weights[0]
+    assert one == pytest.approx(1100 * 500 * 2 / 100)  # K + 100 terms, read once
+    assert several == pytest.approx(2 * one)  # and moved once more when there are rows to pack for
+    assert none == 0
 
 
 def test_a_single_row_runs_as_a_matrix_vector_product_where_the_kernel_has_one() -> None:
@@ -78,8 +88,8 @@ def test_parts_sum_to_the_latency_which_no_roof_undercuts(
     parts = physics.resident_parts(w, ROOF, c, form)
     latency = physics.total(parts)[0]
     assert latency == pytest.approx(sum(v[0] for v in parts.values()))
-    compute, memory = physics.gemm_roofs(w, 0, ROOF, c, form)
-    assert latency >= max(compute.sum(), memory.sum()) * (1 - 1e-9)
+    roofs = physics.gemm_roofs(w, 0, ROOF, c, form)
+    assert latency >= max(roofs.compute.sum(), roofs.memory.sum()) * (1 - 1e-9)
 
 
 def test_a_layer_costs_more_than_its_grouped_gemm() -> None:

@@ -7,7 +7,7 @@ import streamlit as st
 from perfmodel import figures, roofline, text
 from perfmodel.capture import per_workload
 
-st.title("Predicted vs measured")
+st.header("Predicted vs measured")
 st.caption("Every point was predicted by a model that had never seen its shape.")
 captures = loading.shipped()
 if not captures:

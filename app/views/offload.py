@@ -6,7 +6,7 @@ import streamlit as st
 from perfmodel import figures, hf_config, moe, offload, predict, routing, text
 from perfmodel.errors import InputError
 
-st.title("Offload")
+st.header("Offload")
 st.caption("What it costs to keep a fraction of each layer's experts in host memory, least used first.")
 first = st.columns(4)
 machine = first[0].selectbox("Hardware", loading.offload_machines())
@@ -14,12 +14,12 @@ shape_name = first[1].selectbox("Model shape", moe.names(), index=moe.names().in
 pattern = first[2].selectbox("Routing", ["mmlu-like", "uniform", "power-law"])
 exponent = first[3].slider("Power-law exponent", 0.0, 2.5, 1.0, 0.1, disabled=pattern != "power-law")
 second = st.columns(4)
-log_tokens = second[0].slider("Tokens in the batch (power of two)", 0, 20, 16)
+sizes = [2**i for i in range(21)]
+n_tokens = second[0].select_slider("Tokens in the batch", sizes, value=65_536, format_func=text.count)
 offloaded = second[1].slider("Offloaded fraction", 0.0, 1.0, 0.3125, 1 / 32)
 access = second[2].selectbox("Access mode", offload.ACCESS_MODES)
 op = second[3].selectbox("What is timed", predict.OPS)
 routing_name = f"power-law:{exponent:g}" if pattern == "power-law" else pattern
-n_tokens = 2**log_tokens
 
 try:
     curve = loading.curve(machine, shape_name, routing_name, n_tokens, access, op)

@@ -6,7 +6,7 @@ import streamlit as st
 
 from perfmodel import figures, text
 
-st.title("perfmodel")
+st.header("perfmodel")
 st.caption("Where MoE time goes, what moving experts off the GPU costs, and whether to believe it.")
 
 captures = loading.shipped()
@@ -15,19 +15,18 @@ if not captures:
 for name, (capture, model) in captures.items():
     machine, overall = capture.manifest["machine"], model.errors_["model"]["all"]
     columns = st.columns(4)
-    columns[0].metric("Capture", name)
-    columns[1].metric("Workloads measured", text.count(capture.observations["workload"].n_unique()))
-    columns[2].metric("Median error, unseen shapes", text.frac(overall["median_ape_frac"]))
-    columns[3].metric("Dense GEMM on this machine", text.flops_per_s(model.roof.flops_per_s))
+    columns[0].metric("Workloads measured", text.count(capture.observations["workload"].n_unique()))
+    columns[1].metric("Median error, unseen shapes", text.frac(overall["median_ape_frac"]))
+    columns[2].metric("Dense GEMM of that machine", text.flops_per_s(model.roof.flops_per_s))
+    columns[3].metric("Memory bandwidth", text.bytes_per_s(model.roof.bytes_per_s))
     left, right = st.columns(2)
     with left:
         loading.chart(
             figures.parity(model.held_out_, overall),
             f"Predicted against measured latency, capture {name}; median error {text.frac(overall['median_ape_frac'])}",
         )
-        loading.literal(
-            f"Measured on {machine.get('cpu_model', 'an unnamed CPU')}; every shape predicted without its data."
-        )
+        st.caption("Every shape was predicted by a model that had not seen it. Capture and machine:")
+        loading.literal(f"{name}, {machine.get('cpu_model', 'an unnamed CPU')}, {machine['n_cores']} cores")
     with right:
         panels.default_slowdown()
     break  # one capture is enough for a first look; the other pages have all of them

@@ -4,7 +4,7 @@ import loading
 import panels
 import streamlit as st
 
-st.title("Trace")
+st.header("Trace")
 st.caption("Launch metrics of a PyTorch-profiler or Nsight Systems trace, with what could and could not be joined.")
 loaded = loading.upload_box("trace-upload")
 if loaded is None:

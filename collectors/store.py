@@ -1,0 +1,130 @@
+"""The files of a capture folder: written whole or appended line by line, so that a killed sweep loses nothing.
+
+Needs no torch. `capture.json` and `workloads.jsonl` are written beside and renamed; `observations.jsonl` grows by one
+flushed line per measured point, and a half-written last line is cut off when the sweep continues.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from perfmodel.errors import InputError
+
+CAPTURE, WORKLOADS, OBSERVATIONS, PROFILES = "capture.json", "workloads.jsonl", "observations.jsonl", "profiles"
+SCHEMA = 1
+LOCK_WAIT_S = 60.0
+
+Json = dict[str, Any]
+
+
+def to_line(record: Mapping[str, object]) -> str:
+    """One record as one compact line of JSON, newline included."""
+    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def write_capture(folder: Path, capture: Mapping[str, object]) -> None:
+    """Write capture.json of a folder."""
+    write_atomically(folder / CAPTURE, json.dumps(capture, indent=1) + "\n")
+
+
+def update_capture(folder: Path, **changes: object) -> Json:
+    """Replace some entries of capture.json; returns the whole."""
+    capture = {**read_capture(folder), **changes}
+    write_capture(folder, capture)
+    return capture
+
+
+def read_capture(folder: Path) -> Json:
+    """The content of capture.json; raises InputError when it is no capture of this schema."""
+    path = folder / CAPTURE
+    try:
+        capture = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(capture, dict) or capture.get("schema") != SCHEMA:
+        raise InputError(f"{path} is not a capture of schema {SCHEMA}")
+    return capture
+
+
+def write_workloads(folder: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """Write workloads.jsonl, one planned workload a line."""
+    write_atomically(folder / WORKLOADS, "".join(to_line(line) for line in lines))
+
+
+def workload_ids(folder: Path) -> list[str]:
+    """The ids of the planned workloads in file order; raises InputError when the file is missing or broken."""
+    path = folder / WORKLOADS
+    try:
+        return [json.loads(line)["workload"] for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} cannot be read: {error!r}") from None
+
+
+def mend_observations(folder: Path) -> list[Json]:
+    """The measured points so far; a last line that a kill left unfinished is cut off the file.
+
+    Raises InputError when a line before the last is broken: that is no interrupted write.
+    """
+    path = folder / OBSERVATIONS
+    raw = path.read_bytes() if path.exists() else b""
+    whole = raw[: raw.rfind(b"\n") + 1]
+    points: list[Json] = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            point = json.loads(line)
+            _ = point["workload"], point["run"], point["times_ns"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number}, is not a measured point: {error!r}") from None
+        points.append(point)
+    if len(whole) < len(raw):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+            os.fsync(file.fileno())
+    return points
+
+
+def append_observation(folder: Path, point: Mapping[str, object]) -> None:
+    """Add one measured point and wait until it is on disk."""
+    with (folder / OBSERVATIONS).open("a", encoding="utf-8") as file:
+        file.write(to_line(point))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lock(folder: Path, wait_s: float = LOCK_WAIT_S) -> int | None:
+    """Keep others from writing to a folder: an open file descriptor that holds the lock while any process has it open.
+
+    Waits for a writer that is about to end (the measuring process of a killed sweep finishes its point first). Null
+    where the system has no such locks; raises InputError when the other writer stays.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    give_up = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                os.close(descriptor)
+                raise InputError(f"another sweep is writing to {folder}; wait for it or choose another --out") from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            return None
