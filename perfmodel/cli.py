@@ -232,17 +232,8 @@ def dashboard(
     if spec is None or not spec.submodule_search_locations:
         raise InputError("the dashboard's files are missing from this installation")
     main_script = Path(next(iter(spec.submodule_search_locations))) / "main.py"
-    flags = {
-        "server.address": "127.0.0.1",
-        "server.port": port,
-        "server.headless": str(headless).lower(),
-        "server.fileWatcherType": "none",
-        "server.maxUploadSize": 500,
-        "browser.gatherUsageStats": "false",
-        "client.showErrorDetails": "type",
-        "client.toolbarMode": "minimal",
-    }
-    options = [f"--{key}={value}" for key, value in flags.items()]
+    # Everything else is in app/.streamlit/config.toml, which Streamlit reads beside the script.
+    options = [f"--server.port={port}", f"--server.headless={str(headless).lower()}"]
     raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(main_script), *options]))
 
 
