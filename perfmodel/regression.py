@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from scipy import stats
 
 from perfmodel.capture import Capture
@@ -14,7 +15,11 @@ from perfmodel.errors import InputError, NotComparableError
 DEFAULT_MARGIN_FRAC = 0.03
 CONFIDENCE = 0.90  # two-sided, so 5 % on the side that matters
 ASSUMED_RUN_SD = 0.05  # log sd between runs, assumed where a capture holds a single run
+ASSUMED_DRIFT_SD = 0.07  # log sd between captures of a virtual machine that took less than SHORT_CAPTURE_S
+SHORT_CAPTURE_S = 300
 AXES = ("machine", "software", "kernel", "settings")
+
+Array = NDArray[np.float64]
 
 VERDICTS = ("regressed", "suspect", "improved", "ok", "inconclusive")
 OVERALL = "all workloads"
@@ -68,17 +73,30 @@ def require_comparable(
     return differences
 
 
-def _compare(workload: str, label: str, a: np.ndarray, b: np.ndarray, margin: float) -> tuple[Verdict, float]:
-    """A verdict on log run medians of one workload, before correction for many, with its one-sided p-value."""
-    d = float(b.mean() - a.mean())
-    single = min(len(a), len(b)) < 2
-    if single:
-        va, vb, df = ASSUMED_RUN_SD**2 / len(a), ASSUMED_RUN_SD**2 / len(b), math.inf
-    else:
+@dataclass(frozen=True)
+class _Side:
+    """Log run medians of one workload in one capture, and the variance that its runs cannot show."""
+
+    log_ns: Array
+    drift_variance: float
+
+    @property
+    def variance(self) -> float:
+        """Variance of the mean of the runs, drift left out."""
+        if len(self.log_ns) < 2:
+            return ASSUMED_RUN_SD**2
         # Run medians are timer readings: below a per mille the spread of a few runs says nothing.
-        va, vb = (max(x.var(ddof=1), 1e-6) / len(x) for x in (a, b))
-        df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    se = math.sqrt(va + vb)
+        return max(float(self.log_ns.var(ddof=1)), 1e-6) / len(self.log_ns)
+
+
+def _compare(workload: str, label: str, a: _Side, b: _Side, margin: float) -> tuple[Verdict, float]:
+    """A verdict on one workload, before correction for many, with its one-sided p-value."""
+    n_a, n_b, d = len(a.log_ns), len(b.log_ns), float(b.log_ns.mean() - a.log_ns.mean())
+    single = min(n_a, n_b) < 2
+    variance = a.variance + b.variance + a.drift_variance + b.drift_variance
+    # Welch and Satterthwaite, with what is assumed taken as known.
+    df = math.inf if single else variance**2 / (a.variance**2 / (n_a - 1) + b.variance**2 / (n_b - 1))
+    se = math.sqrt(variance)
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, df))
     low, high, m = d - t * se, d + t * se, math.log1p(margin)
     more = None
@@ -91,10 +109,19 @@ def _compare(workload: str, label: str, a: np.ndarray, b: np.ndarray, margin: fl
     else:
         verdict = "inconclusive"
         gap = max(abs(d - m), m / 2)
-        runs = math.ceil((1.645 * math.sqrt(va * len(a) + vb * len(b)) / gap) ** 2)
-        more = max(runs - min(len(a), len(b)), 2 - min(len(a), len(b)), 1)
-    result = Verdict(workload, label, math.exp(d), math.exp(low), math.exp(high), len(a), len(b), verdict, more)
+        runs = math.ceil((1.645 / gap) ** 2 * (a.variance * n_a + b.variance * n_b))
+        more = max(runs - min(n_a, n_b), 2 - min(n_a, n_b), 1)
+    result = Verdict(workload, label, math.exp(d), math.exp(low), math.exp(high), n_a, n_b, verdict, more)
     return result, float(stats.t.sf((d - m) / se, df))
+
+
+def _drift_variance(capture: Capture) -> float:
+    """What runs within a few minutes cannot show: a virtual machine's neighbours come and go for longer than that."""
+    runs = capture.manifest.get("runs") or []
+    if not runs or not capture.manifest["machine"].get("hypervisor"):
+        return 0.0
+    span_s = max(run["finished"] for run in runs) - min(run["started"] for run in runs)
+    return ASSUMED_DRIFT_SD**2 if span_s < SHORT_CAPTURE_S else 0.0
 
 
 def check(
@@ -113,9 +140,14 @@ def check(
     if not common:
         raise NotComparableError("not comparable: the captures share no workload")
     labels = _labels(baseline)
-    compared = [_compare(key, labels[key], medians[0][key], medians[1][key], margin_frac) for key in common]
-    first, second = (_overall(m, common) for m in medians)
-    overall, _ = _compare(OVERALL, OVERALL, first, second, margin_frac)
+    drifts = [_drift_variance(capture) for capture in (baseline, candidate)]
+
+    def compare(key: str, log_ns: Sequence[Array]) -> tuple[Verdict, float]:
+        a, b = (_Side(x, drift) for x, drift in zip(log_ns, drifts, strict=True))
+        return _compare(key, labels.get(key, key), a, b, margin_frac)
+
+    compared = [compare(key, [m[key] for m in medians]) for key in common]
+    overall, _ = compare(OVERALL, [_overall(m, common) for m in medians])
     kept = _holm([p for _, p in compared], (1 - CONFIDENCE) / 2)
     verdicts = [
         v if keep or v.verdict not in ("regressed", "suspect") else _as_inconclusive(v)
@@ -128,14 +160,14 @@ def _as_inconclusive(v: Verdict) -> Verdict:
     return Verdict(**{**v.__dict__, "verdict": "inconclusive", "n_more_runs": max(1, 5 - v.n_runs_candidate)})
 
 
-def _run_medians(capture: Capture) -> dict[str, np.ndarray]:
+def _run_medians(capture: Capture) -> dict[str, Array]:
     """Log median time of each run, by workload."""
     table = capture.observations.group_by("workload", "run", maintain_order=True).agg(pl.col("time_ns").median())
     grouped = table.group_by("workload", maintain_order=True).agg("time_ns")
     return {key: np.log(np.asarray(times)) for key, times in grouped.iter_rows()}
 
 
-def _overall(medians: dict[str, np.ndarray], common: list[str]) -> np.ndarray:
+def _overall(medians: dict[str, Array], common: list[str]) -> Array:
     """Mean log time over the workloads, one number a run; runs that a workload lacks are cut from all."""
     n_runs = min(len(medians[key]) for key in common)
     return np.asarray(np.mean([medians[key][:n_runs] for key in common], axis=0))

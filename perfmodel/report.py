@@ -112,10 +112,13 @@ def _coverage(trace: Trace, m: launch.LaunchMetrics, name: str) -> str:
 
 
 def findings(trace: Trace, m: launch.LaunchMetrics) -> list[str]:
-    """The most telling facts of a trace with kernels, in words, at most four."""
+    """The most telling facts of a trace with kernels, in words, at most five."""
     found = []
     if m.gpu_idle_frac is not None:
         found.append(f"devices were idle {text.frac(m.gpu_idle_frac)} of the time between their first and last work")
+    copying_ns = m.gpu_busy_ns - m.kernel_busy_ns
+    if copying_ns > 0.1 * m.gpu_busy_ns:
+        found.append(f"{text.frac(copying_ns / m.gpu_busy_ns)} of busy time is copies and sets alone, without a kernel")
     top = classify.class_shares(trace.events).row(0, named=True)
     found.append(
         f"{text.frac(top['time_frac'])} of kernel time is {top['class']} ({text.count(top['n_kernels'])} kernels)"

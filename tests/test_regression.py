@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perfmodel.capture import load_capture
+from perfmodel.capture import Capture, load_capture
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.regression import check, is_slower
 from tests.captures_made import write_synthetic_capture
@@ -60,6 +60,22 @@ def test_the_interval_holds_the_true_ratio_as_often_as_it_says(tmp_path: Path) -
         each = check(load_capture(a), load_capture(b))[1:]
         inside += sum(v.ratio_low <= 1.1 <= v.ratio_high for v in each) / len(each)
     assert 0.8 < inside / 20 <= 1.0
+
+
+def test_short_captures_of_a_virtual_machine_must_differ_by_more(tmp_path: Path) -> None:
+    """Its neighbours slow it for minutes: 10 % between two quick captures says nothing there, 40 % does."""
+
+    def capture(name: str, factor: float, span_s: int) -> Capture:
+        path = write_synthetic_capture(tmp_path / name, noise=lambda: factor, machine={"hypervisor": True})
+        manifest = json.loads((path / "capture.json").read_text())
+        manifest["runs"] = [{"run": 0, "started": 1000, "finished": 1000 + span_s}]
+        (path / "capture.json").write_text(json.dumps(manifest))
+        return load_capture(path)
+
+    quick = capture("quick", 1.0, 30)
+    assert check(quick, capture("quick10", 1.1, 30))[0].verdict == "inconclusive"
+    assert check(quick, capture("quick40", 1.4, 30))[0].verdict == "regressed"
+    assert check(capture("long", 1.0, 600), capture("long10", 1.1, 600))[0].verdict == "regressed"
 
 
 def test_another_machine_is_not_comparable_unless_declared(tmp_path: Path) -> None:
