@@ -1,7 +1,9 @@
-"""The built wheel, installed into a fresh environment and used from a foreign folder."""
+"""The built wheel with its core dependencies alone, in a fresh environment, used from a foreign folder."""
 
+import os
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -9,13 +11,12 @@ import pytest
 
 from tests.conftest import ROOT
 
-BUILD = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir"]
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    done = subprocess.run([*BUILD, str(out), str(ROOT)], capture_output=True, text=True, check=False)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
 
@@ -26,35 +27,36 @@ def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:
     for wanted in ("data/hardware/gh200.toml", "collectors/__main__.py", "app/main.py", "app/.streamlit/config.toml"):
         assert f"perfmodel/{wanted}" in names
     assert any(name.startswith("perfmodel/traces/") and name.endswith("capture.json") for name in names)
+    assert not any("__pycache__" in name for name in names)
 
 
-def test_the_installed_wheel_works_from_a_foreign_folder(wheel: Path, tmp_path: Path) -> None:
-    """The environment borrows this one's dependencies, but finds `perfmodel` only in the wheel."""
-    site = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True
-    )
-    script = f"""
-import sys
-sys.path[:] = [{str(site)!r}] + [p for p in sys.path if p and "__editable__" not in p and p != {str(ROOT)!r}]
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-import perfmodel.cli, perfmodel.collectors
-assert perfmodel.__file__.startswith({str(site)!r}), perfmodel.__file__
-assert perfmodel.cli._sibling("app") == "perfmodel.app"
-sys.argv = ["perfmodel", *sys.argv[1:]]
-perfmodel.cli.main()
-"""
-    foreign = tmp_path / "elsewhere"
+def test_a_fresh_installation_works_without_torch_streamlit_or_plotly(wheel: Path, tmp_path: Path) -> None:
+    environment, foreign = tmp_path / "environment", tmp_path / "elsewhere"
+    venv.create(environment, with_pip=True)
     foreign.mkdir()
+    bin_dir = environment / ("Scripts" if os.name == "nt" else "bin")
+    install = [bin_dir / "python", "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel]
+    subprocess.run(install, cwd=foreign, check=True, capture_output=True)
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", script, *words], cwd=foreign, capture_output=True, text=True, check=False
-        )
+        return subprocess.run([bin_dir / "perfmodel", *words], cwd=foreign, capture_output=True, text=True, check=False)
 
     listed = run("list")
     assert listed.returncode == 0, listed.stderr
-    assert "site/perfmodel/traces/" in listed.stdout  # the shipped captures are those of the wheel
+    assert "site-packages/perfmodel/traces/" in listed.stdout  # the shipped captures are those of the wheel
     predicted = run("predict", "--hardware", "gh200", "--shape", "poster", "--tokens", "65536", "--offload", "0.5")
     assert predicted.returncode == 0, predicted.stderr
     assert "slowdown" in predicted.stdout
+    for command, extra in (("collect", "perfmodel[collect]"), ("app", "perfmodel[app]")):
+        refused = run(command)
+        assert (refused.returncode, refused.stdout) == (3, "")
+        assert f'pip install "{extra}"' in refused.stderr
+        assert "Traceback" not in refused.stderr
+    planned = subprocess.run(
+        [bin_dir / "python", "-m", "perfmodel.collectors", "sweep", "--plan", "--quick", "--out", "plan"],
+        cwd=foreign,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert planned.returncode == 0, planned.stderr

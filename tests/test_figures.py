@@ -1,0 +1,89 @@
+"""Figures hold the numbers they were given, say so in words, and interpret no name from a file."""
+
+import pytest
+
+pytest.importorskip("plotly", reason="plotly is not installed")
+
+import polars as pl
+
+from perfmodel import figures, launch
+from perfmodel.hardware import hardware
+from perfmodel.hf_config import resolve
+from perfmodel.predict import slowdown_curve
+from perfmodel.routing import coverage_curve, routing
+from perfmodel.trace import Trace
+from tests.traces_made import events
+
+HOSTILE = "<b onclick=x>gemm<bf16></b> & co"
+ERRORS = {"median_ape_frac": 0.05, "p90_ape_frac": 0.2}
+
+
+def curve(n_tokens: int, access: str = "zero-copy") -> list:
+    shape = resolve("poster")
+    return slowdown_curve(hardware("gh200"), shape, routing("mmlu-like", shape.n_experts, 1, n_tokens), access)
+
+
+def test_parity_draws_every_point_on_log_axes_with_names_escaped() -> None:
+    held_out = {
+        "op": ["moe_layer"] * 3,
+        "shape": [HOSTILE, HOSTILE, "other"],
+        "n_tokens": [1, 2, 3],
+        "routing": ["uniform"] * 3,
+        "measured_ns": [1e4, 1e5, 1e6],
+        "predicted_ns": [1.1e4, 1e5, 9e5],
+    }
+    figure = figures.parity(held_out, ERRORS)
+    points = [trace for trace in figure.data if trace.mode == "markers"]
+    assert sorted(x for trace in points for x in trace.x) == [1e4, 1e5, 1e6]
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert "5.0 %" in figure.layout.title.text
+    assert points[0].name == "&lt;b onclick=x&gt;gemm&lt;bf16&gt;&lt;/b&gt; &amp; co"
+
+
+def test_slowdown_starts_at_one_and_switches_to_a_log_axis_when_it_spans_much() -> None:
+    mild, steep = figures.slowdown({"a": curve(524_288)}), figures.slowdown({"a": curve(524_288, "cpu")})
+    assert mild.data[0].y[0] == 1.0
+    assert len(mild.data[0].x) == 65
+    assert mild.layout.yaxis.type != "log"
+    assert steep.layout.yaxis.type == "log"
+
+
+def test_stacked_parts_add_up_to_the_latency() -> None:
+    prediction = curve(65_536)[20]
+    figure = figures.parts({"offloaded": prediction})
+    assert sum(bar.x[0] for bar in figure.data) == pytest.approx(prediction.latency_ns)
+
+
+def test_roofline_has_one_ceiling_per_tier() -> None:
+    figure = figures.roofline(hardware("gh200"), "bf16")
+    assert len(figure.data) == 4
+    peak = figure.data[0].y[1]
+    assert all(line.y[-1] == peak for line in figure.data)
+
+
+def test_busy_and_idle_make_up_the_span() -> None:
+    trace = Trace(
+        events(
+            {"kind": "kernel", "start_ns": 0, "dur_ns": 40},
+            {"kind": "copy", "start_ns": 30, "dur_ns": 30},
+            {"kind": "kernel", "start_ns": 90, "dur_ns": 10},
+        ),
+        "kineto",
+        3,
+    )
+    figure = figures.busy(launch.launch_metrics(trace))
+    assert [bar.x[0] for bar in figure.data] == [50, 20, 30]
+
+
+def test_shares_are_ranked_with_short_labels_and_names_escaped() -> None:
+    table = pl.DataFrame({"name": [HOSTILE, "x" * 99], "time_ns": [5, 9]})
+    bar = figures.shares(table, "name", "time_ns", "Time").data[0]
+    assert list(bar.x) == [5, 9]
+    assert "<" not in "".join(bar.y)
+    assert len(bar.y[1]) <= 48
+
+
+def test_coverage_runs_from_nothing_to_all() -> None:
+    line = figures.coverage(*coverage_curve(routing("power-law", 8, 2, 100_000).counts)).data[0]
+    assert (line.x[0], line.y[0]) == (0, 0)
+    assert (line.x[-1], line.y[-1]) == (1, pytest.approx(1))
