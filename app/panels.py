@@ -4,7 +4,7 @@ import loading
 import polars as pl
 import streamlit as st
 
-from perfmodel import classify, figures, launch, text
+from perfmodel import classify, figures, launch, report, text
 from perfmodel.trace import Trace
 
 DEFAULT_TOKENS = (64, 4096, 65_536, 524_288)
@@ -49,6 +49,8 @@ def trace_summary(name: str, trace: Trace) -> None:
     if metrics.n_kernels == 0:
         st.info("This trace holds no kernels: nothing was recorded on a device.")
         return
+    for finding in report.findings(trace, metrics):
+        loading.literal(f"- {finding}")
     left, right = st.columns(2)
     with left:
         loading.chart(figures.busy(metrics), "Busy and idle time per device")

@@ -70,7 +70,7 @@ def fit_shipped() -> list[str]:
     pages = []
     for path in shipped_captures():
         model, errors = fit_captures([str(path)])
-        model.save(FITTED_DIR / f"{path.name}.json", model.evidence_)
+        model.save(FITTED_DIR / f"{path.name}.json")
         (PROFILE_DIR / f"{path.name}.toml").write_text(to_toml(model.profile), encoding="utf-8")
         pages.append(f"## {path.name}\n\n```text\n{fit_page(model, errors)}\n```\n")
     return pages

@@ -47,6 +47,33 @@ OBSERVATIONS = pl.Schema(
 )
 
 
+class _Settings(msgspec.Struct):
+    device: str
+    dtype: str
+    threads: int | None = None
+
+
+class _Calibrated(msgspec.Struct):
+    value: float
+
+
+class _Run(msgspec.Struct):
+    run: int
+    started: float
+    finished: float
+
+
+class _Manifest(msgspec.Struct):
+    """What must be there, and of which type, for a manifest to be used."""
+
+    machine: dict[str, Any]
+    software: dict[str, Any]
+    settings: _Settings
+    calibration: dict[str, _Calibrated]
+    kernel: str | None
+    runs: list[_Run] = []
+
+
 class _Workload(msgspec.Struct):
     workload: str
     op: str
@@ -95,10 +122,11 @@ class Capture:
 
     @property
     def digest(self) -> str:
-        """A short name of the fingerprint and the measurements, to tell whether something was computed from them."""
-        content = json.dumps(self.fingerprint, sort_keys=True, default=str)
-        rows = (self.path / "observations.jsonl").read_bytes()
-        return hashlib.sha256(content.encode() + rows).hexdigest()[:16]
+        """A short name of everything a model is computed from: fingerprint, calibration, workloads, observations."""
+        content = json.dumps([self.fingerprint, self.manifest["calibration"]], sort_keys=True, default=str).encode()
+        for name in ("workloads.jsonl", "observations.jsonl"):
+            content += (self.path / name).read_bytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     @property
     def traces(self) -> list[Path]:
@@ -154,6 +182,10 @@ def _manifest(file: Path) -> dict[str, Any]:
     missing = {"machine", "software", "settings", "calibration", "kernel"} - set(manifest)
     if missing:
         raise InputError(f"capture {file.parent.name!r}: capture.json lacks {', '.join(sorted(missing))}")
+    try:
+        msgspec.convert(manifest, _Manifest)
+    except msgspec.ValidationError as error:
+        raise InputError(f"capture {file.parent.name!r}: capture.json is damaged: {error}") from None
     return manifest
 
 
@@ -173,10 +205,21 @@ def _check_row(capture: str, row: Mapping[str, Any]) -> None:
     counts = row["tokens_per_expert"]
     if row["op"] not in OPS:
         raise InputError(f"capture {capture!r}: op {row['op']!r} is unknown; known: {', '.join(OPS)}")
-    if len(counts) != row["n_experts"] or sum(counts) != row["n_tokens"] * row["top_k"]:
+    total = row["n_tokens"] * row["top_k"]
+    if (
+        len(counts) != row["n_experts"]
+        or sum(counts) != total
+        or not 0 <= min(counts) <= max(counts) <= row["n_tokens"]
+    ):
         raise InputError(f"capture {capture!r}: workload {row['workload']} breaks tokens x top-k over its experts")
     if not row["times_ns"] or min(row["times_ns"]) <= 0:
         raise InputError(f"capture {capture!r}: workload {row['workload']} has no positive time")
+
+
+def fingerprint_differences(first: Capture, other: Capture) -> dict[str, tuple[object, object]]:
+    """Every fact of machine, software, kernel and settings in which two captures differ."""
+    a, b = first.fingerprint, other.fingerprint
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
 def per_workload(observations: pl.DataFrame) -> pl.DataFrame:
@@ -204,5 +247,6 @@ def profile_of(capture: Capture) -> HardwareProfile:
 def shipped_captures() -> list[Path]:
     """The capture folders that come with the project, whether installed or in a checkout."""
     here = Path(__file__).parent
-    roots = [here / "traces", here.parent / "traces"]
+    is_checkout = (here.parent / "pyproject.toml").is_file()
+    roots = [here.parent / "traces" if is_checkout else here / "traces"]
     return sorted(file.parent for root in roots for file in root.glob("*/capture.json"))

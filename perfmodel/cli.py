@@ -90,7 +90,7 @@ def fit(
     from perfmodel import fitting
 
     model, errors = fitting.fit_captures(captures, progress=_note)
-    model.save(out, model.evidence_)
+    model.save(out)
     _print(report.fit_page(model, errors))
     _note(f"wrote {out}")
 
@@ -232,8 +232,10 @@ def dashboard(
     if spec is None or not spec.submodule_search_locations:
         raise InputError("the dashboard's files are missing from this installation")
     main_script = Path(next(iter(spec.submodule_search_locations))) / "main.py"
-    # Everything else is in app/.streamlit/config.toml, which Streamlit reads beside the script.
+    # Everything else is in app/.streamlit/config.toml, which Streamlit reads beside the script; what guards privacy is
+    # said here again, because environment variables outrank that file.
     options = [f"--server.port={port}", f"--server.headless={str(headless).lower()}"]
+    options += ["--server.address=127.0.0.1", "--browser.gatherUsageStats=false"]
     raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(main_script), *options]))
 
 

@@ -255,7 +255,7 @@ def shares(table: pl.DataFrame, label: str, value: str, title: str) -> go.Figure
     ranked = table.sort(value, descending=False).tail(15)
     figure = go.Figure(
         go.Bar(
-            y=[_short(literal(name)) for name in ranked[label]],
+            y=list(range(ranked.height)),
             x=ranked[value],
             orientation="h",
             marker={"color": PALETTE[0]},
@@ -266,6 +266,9 @@ def shares(table: pl.DataFrame, label: str, value: str, title: str) -> go.Figure
     )
     _layout(figure, title, "time", "")
     figure.update_xaxes(showticklabels=False)
+    figure.update_yaxes(
+        tickvals=list(range(ranked.height)), ticktext=[literal(_short(str(name))) for name in ranked[label]]
+    )
     return figure.update_layout(height=120 + 28 * max(ranked.height, 1), showlegend=False, margin={"b": 40})
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from perfmodel.capture import Capture, load_capture, per_workload, profile_of
-from perfmodel.errors import NotComparableError
+from perfmodel.capture import Capture, fingerprint_differences, load_capture, per_workload, profile_of
+from perfmodel.errors import InputError, NotComparableError
 from perfmodel.latency import Errors, LatencyModel, evaluate_by_shape
 
 
@@ -37,11 +37,11 @@ def fit_captures(
 
 
 def _require_same(first: Capture, other: Capture) -> None:
-    a, b = first.fingerprint, other.fingerprint
-    differing = [key for key in a if a[key] != b.get(key)]
-    if differing:
-        key = differing[0]
+    if first.digest == other.digest:
+        raise InputError(f"captures {first.name!r} and {other.name!r} are the same measurements twice")
+    differences = fingerprint_differences(first, other)
+    if differences:
+        key, (a, b) = next(iter(differences.items()))
         raise NotComparableError(
-            f"captures {first.name!r} and {other.name!r} differ in {key} ({a[key]!r}, {b.get(key)!r}) "
-            "and cannot share a model"
+            f"captures {first.name!r} and {other.name!r} differ in {key} ({a!r}, {b!r}) and cannot share a model"
         )

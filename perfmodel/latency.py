@@ -1,7 +1,7 @@
 """Observations in, `LatencyModel` out: fitting the constants of `physics`, held-out error, intervals, JSON."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -40,6 +40,15 @@ PRIORS: dict[str, tuple[float, float, float]] = {
 PRIOR_ROWS = 2.0
 # Constants that may be zero are fitted in these units, all others through their logarithm.
 LINEAR = {"overlap_frac": 1.0, "column_overhead": 50.0, "pack_passes": 1.0}
+
+
+def _require_resident(observations: pl.DataFrame, dtype: str) -> None:
+    """Refuse what this version's fit would pool although it differs: offloaded experts, another dtype."""
+    found = set(observations["access"].unique()) - {"resident"}
+    if found or observations["offload_frac"].max():
+        raise InputError(f"observations with offloaded experts ({', '.join(sorted(found))}) cannot be fitted yet")
+    if set(observations["dtype"].unique()) != {dtype}:
+        raise InputError(f"observations of {', '.join(observations['dtype'].unique())} cannot fit a model of {dtype}")
 
 
 def work_of(observations: pl.DataFrame) -> Work:
@@ -116,11 +125,13 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
 
     def fit(self, observations: pl.DataFrame, y: Array | None = None) -> Self:
         """Fit the constants to `time_ns` (or `y`): least squares on log(predicted / measured) with soft-L1 loss."""
+        _require_resident(observations, self.dtype)
         work = work_of(observations)
         measured = np.log(observations["time_ns"].to_numpy() if y is None else np.asarray(y))
         prior = self.prior or physics.DEFAULTS[self.profile.device]
         self.constants_ = _fit_constants(work, measured, self.roof, prior, self.form)
         self.ranges_ = {k: (float(v.min()), float(v.max())) for k, v in features(work, self.roof).items()}
+        self.ops_ = sorted(observations["op"].cast(pl.String).unique())
         self.n_observations_ = len(measured)
         return self
 
@@ -134,7 +145,9 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
 
     def outside(self, work: Work) -> list[str]:
         """The features in which any workload lies outside the fitted range, each as a phrase; empty when inside."""
-        found = []
+        found = (
+            ["no whole layer was among the observations"] if work.layer.any() and "moe_layer" not in self.ops_ else []
+        )
         for name, values in features(work, self.roof).items():
             low, high = self.ranges_[name]
             if values.max() > high * (1 + 1e-9) or values.min() < low * (1 - 1e-9):
@@ -142,8 +155,8 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
                 found.append(f"{name} {worst:.4g} outside the fitted {low:.4g} to {high:.4g}")
         return found
 
-    def save(self, path: str | Path, evidence: Mapping[str, Any] | None = None) -> None:
-        """Write the model as JSON (written beside, then renamed); `evidence` says what it was fitted on."""
+    def save(self, path: str | Path) -> None:
+        """Write the model as JSON, beside and then renamed; `evidence_`, where set, says what it was fitted on."""
         content = {
             "schema": MODEL_SCHEMA,
             "kind": "perfmodel latency model",
@@ -151,12 +164,13 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
             "kernel": self.kernel,
             "hardware": _profile_json(self.profile),
             "constants": asdict(self.constants_),
+            "ops": self.ops_,
             "ranges": {name: list(limits) for name, limits in self.ranges_.items()},
             "n_observations": self.n_observations_,
             "log_half_width": getattr(self, "log_half_width_", None),
             "errors": getattr(self, "errors_", None),
             "held_out": getattr(self, "held_out_", None),
-            "evidence": dict(evidence or {}),
+            "evidence": getattr(self, "evidence_", {}),
         }
         beside = Path(path).with_name(Path(path).name + ".part")
         try:
@@ -242,7 +256,7 @@ def load_model(source: str | Path) -> LatencyModel:
         model = LatencyModel(profile, content["dtype"], content["kernel"])
         model.constants_ = Constants(**content["constants"])
         model.ranges_ = {name: (low, high) for name, (low, high) in content["ranges"].items()}
-        model.n_observations_ = content["n_observations"]
+        model.ops_, model.n_observations_ = content["ops"], content["n_observations"]
         model.log_half_width_, model.errors_ = content["log_half_width"], content["errors"]
         model.held_out_, model.evidence_ = content["held_out"], content["evidence"]
     except (FileNotFoundError, IsADirectoryError):

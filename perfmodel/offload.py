@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
-from perfmodel.hardware import HardwareProfile
+from perfmodel.hardware import HardwareProfile, Quantity
 from perfmodel.physics import (
     PEAK_STREAM_FRAC,
     Array,
@@ -58,7 +58,8 @@ class Device:
 def link_rate(profile: HardwareProfile, access: str) -> tuple[float, str]:
     """Bytes per second at which offloaded weights reach the device, and the quantity that says so.
 
-    The tighter of link and host memory. Raises InputError for a machine without a second memory tier.
+    The tighter of the link and nominal host memory: a one-way read can exceed STREAM, and on GH200 does. Raises
+    InputError for a machine without a second memory tier.
     """
     read = ("link_kernel_read_bytes_per_s",) if access == "zero-copy" else ()
     found = profile.first(*read, "link_h2d_copy_bytes_per_s", "link_peak_bytes_per_s")
@@ -68,6 +69,22 @@ def link_rate(profile: HardwareProfile, access: str) -> tuple[float, str]:
     if host is not None and host[1].value < found[1].value:
         return host[1].value, host[0]
     return found[1].value, found[0]
+
+
+def rate_keys(profile: HardwareProfile, access: str) -> tuple[str, ...]:
+    """The quantities of a machine, beside its ceilings, that decide what offloading costs under an access mode."""
+    link = (link_rate(profile, access)[1],)
+    if access != "cpu":
+        return link
+    back = profile.first("link_d2h_copy_bytes_per_s")
+    return ("host_gemm_flops_per_s", _host_stream(profile)[0], *link, *((back[0],) if back else ()))
+
+
+def _host_stream(profile: HardwareProfile) -> tuple[str, Quantity]:
+    found = profile.first("host_stream_bytes_per_s", "host_peak_bytes_per_s")
+    if found is None:
+        raise InputError(f"hardware {profile.name!r} has no host memory bandwidth, needed for --access cpu")
+    return found
 
 
 def offload_parts(work: Work, offloaded: Mask, access: str, device: Device) -> tuple[Parts, list[str | None]]:
@@ -122,9 +139,7 @@ def _last_expert(work: Work, offloaded: Mask, device: Device) -> Array:
 def _on_cpu(work: Work, offloaded: Mask, rate: float, device: Device) -> tuple[Parts, list[str | None]]:
     """Offloaded experts on the host beside the device; activations cross the link both ways (model 7.3)."""
     profile = device.profile
-    stream = profile.first("host_stream_bytes_per_s", "host_peak_bytes_per_s")
-    if stream is None:
-        raise InputError(f"hardware {profile.name!r} has no host memory bandwidth, needed for --access cpu")
+    stream = _host_stream(profile)
     bandwidth = stream[1].value * (PEAK_STREAM_FRAC if "_peak_" in stream[0] else 1.0)
     back = profile.first("link_d2h_copy_bytes_per_s")
     rows = np.where(offloaded, work.rows, 0.0)

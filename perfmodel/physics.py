@@ -4,7 +4,7 @@ Every formula here has its number in docs/model.md. Arrays are `[batch, expert]`
 workload or one layer. Times are ns, rates per second.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,14 @@ Parts = dict[str, Array]  # ns [batch] by the names in PARTS
 # What a large dense GEMM and a streaming kernel reach of the nominal peak where no achieved rate is known:
 # 780 of 989 TFLOP/s and 2.67 of 3.35 TB/s on H100 SXM (aiconfigurator GEMM tables; docs/model.md).
 PEAK_GEMM_FRAC, PEAK_STREAM_FRAC = 0.79, 0.80
+
+# The dtypes whose rate stands for one, best first; all others are stored only and compute as bf16 does.
+COMPUTES_IN = {
+    "fp32": ("fp32",),
+    "bf16": ("bf16", "fp16", "fp32"),
+    "fp16": ("fp16", "bf16", "fp32"),
+    "fp8": ("fp8", "bf16", "fp16", "fp32"),
+}
 
 PARTS = ("overhead", "compute", "memory", "link", "host", "activations", "router")
 
@@ -45,7 +53,7 @@ class Constants:
     smooth_p: float = 3.0  # sharpness of the maximum of compute and memory
     overlap_frac: float = 0.3  # how much of one expert's memory time hides under another's compute
     call_ns: float = 4000.0  # one grouped GEMM call
-    expert_ns: float = 24.0  # one expert of a call, active or not
+    expert_ns: float = 12.0  # one expert of a call, active or not
     layer_ns: float = 20000.0  # everything of a MoE layer that does not grow: router, top-k, sort, small kernels
     row_passes: float = 4.0  # times a routed row of hidden + inter values is moved outside the GEMMs
     token_passes: float = 2.0  # times a token of hidden values is moved outside the GEMMs
@@ -97,10 +105,10 @@ class Work:
 def ceilings(profile: HardwareProfile, dtype: str) -> Ceilings:
     """What bounds GEMMs of a dtype on a machine: achieved rates where known, else a stated share of the nominal peak.
 
-    Weights quantised below fp8 compute in bf16. Raises InputError when the profile knows no rate at all.
+    Quantised weights without a rate of their own compute in bf16, bf16 without one in fp32; never the other way.
+    Raises InputError when the profile knows no such rate.
     """
-    tried = [name for name in dict.fromkeys((dtype, "bf16", "fp16", "fp32")) if name in ("fp8", "bf16", "fp16", "fp32")]
-    for name in tried:
+    for name in COMPUTES_IN.get(dtype, COMPUTES_IN["bf16"]):
         found = profile.first(f"{name}_gemm_flops_per_s", f"{name}_peak_flops_per_s")
         if found is not None:
             break
@@ -229,11 +237,6 @@ def sum_parts(*several: Parts) -> Parts:
 def total(parts: Parts) -> Array:
     """The latency that the parts make up."""
     return np.asarray(np.add.reduce(list(parts.values())))
-
-
-def to_vector(c: Constants) -> Array:
-    """The constants in their order of declaration, as numbers."""
-    return np.asarray(list(asdict(c).values()), dtype=np.float64)
 
 
 def constant_names() -> tuple[str, ...]:

@@ -11,13 +11,13 @@ from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import COVERAGE, LatencyModel
 from perfmodel.moe import MoEShape
-from perfmodel.offload import ACCESS_MODES, Device, link_rate, offload_parts
+from perfmodel.offload import ACCESS_MODES, Device, offload_parts, rate_keys
 from perfmodel.physics import Work
 from perfmodel.placement import Placement, place
 from perfmodel.routing import Routing
 
 OPS = ("grouped-gemm", "moe-layer")
-BASES = ("measured", "fitted", "extrapolated", "datasheet")
+LAUNCH_KEYS = ("launch_overhead_ns", "null_kernel_ns")  # together the floor of one grouped GEMM call
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,8 @@ def basis_of(profile: HardwareProfile, shape: MoEShape, model: LatencyModel | No
     roof = physics.ceilings(profile, shape.dtype)
     if model is None:
         constants = physics.DEFAULTS[profile.device]
-        launch = profile.first("launch_overhead_ns"), profile.first("null_kernel_ns")
-        if all(launch):
-            constants = replace(constants, call_ns=sum(found[1].value for found in launch if found))
+        if set(LAUNCH_KEYS) <= set(profile.quantities):
+            constants = replace(constants, call_ns=sum(profile[key] for key in LAUNCH_KEYS))
         return Basis(Device(profile, roof, constants, physics.FORMS[profile.device]), None)
     if model.profile.device != profile.device:
         raise InputError(
@@ -170,12 +169,10 @@ def _evidence(basis: Basis, work: Work, shape: MoEShape, access: str | None) -> 
     `access` is null when nothing is offloaded.
     """
     profile = basis.device.profile
-    keys = (*basis.device.roof.from_keys, *([link_rate(profile, access)[1]] if access else []))
-    reasons = [
-        f"{key} {text.in_unit(q.value, _suffix(key))}, {q.kind}: {q.source}"
-        for key in keys
-        if (q := profile.quantities[key])
-    ]
+    keys = (*basis.device.roof.from_keys, *(rate_keys(profile, access) if access else ()))
+    if basis.model is None:
+        keys += tuple(key for key in LAUNCH_KEYS if key in profile.quantities)
+    reasons = [_cited(key, profile) for key in dict.fromkeys(keys)]
     capacity = profile.first("memory_capacity_bytes")
     all_layers = shape.layer_bytes * shape.n_layers
     if capacity is not None and all_layers > capacity[1].value:
@@ -196,6 +193,14 @@ def _evidence(basis: Basis, work: Work, shape: MoEShape, access: str | None) -> 
         return [*reasons, *outside], "extrapolated", None
     half_width: float | None = model.log_half_width_
     return [*reasons, f"constants fitted on {model.n_observations_} observations"], "fitted", half_width
+
+
+def _cited(key: str, profile: HardwareProfile) -> str:
+    """A machine number as it enters a prediction: value, discount of a nominal peak, kind of evidence, source."""
+    quantity = profile.quantities[key]
+    discount = {"flops_per_s": physics.PEAK_GEMM_FRAC, "bytes_per_s": physics.PEAK_STREAM_FRAC}.get(_suffix(key), 1.0)
+    taken = f" x {discount}" if "_peak_" in key and not key.startswith("link_") else ""
+    return f"{key} {text.in_unit(quantity.value, _suffix(key))}{taken}, {quantity.kind}: {quantity.source}"
 
 
 def _suffix(key: str) -> str:

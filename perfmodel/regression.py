@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from scipy import stats
 
-from perfmodel.capture import Capture
+from perfmodel.capture import Capture, fingerprint_differences
 from perfmodel.errors import InputError, NotComparableError
 
 DEFAULT_MARGIN_FRAC = 0.03
 CONFIDENCE = 0.90  # two-sided, so 5 % on the side that matters
+POWER = 0.8  # chance that the runs asked for suffice
 ASSUMED_RUN_SD = 0.05  # log sd between runs, assumed where a capture holds a single run
 # Log sd between captures of a virtual machine that took less than SHORT_CAPTURE_S: of the mean over all workloads, and
 # of a single one (docs/decisions/0008).
@@ -32,7 +33,8 @@ class Verdict:
     """One workload compared: candidate over baseline as a ratio with its 90 % interval, and what it means.
 
     `ok` says slower by no more than the margin; `inconclusive` that the runs cannot tell, with `n_more_runs` wanted on
-    each side; `suspect` slower, but resting on an assumed spread between runs, because a side has only one.
+    each side (null where more runs of this kind cannot help); `suspect` slower, but resting on an assumed spread
+    between runs, because a side has only one.
     """
 
     workload: str
@@ -44,12 +46,6 @@ class Verdict:
     n_runs_candidate: int
     verdict: str
     n_more_runs: int | None
-
-
-def fingerprint_differences(baseline: Capture, candidate: Capture) -> dict[str, tuple[object, object]]:
-    """Every fact of machine, software, kernel and settings in which two captures differ."""
-    a, b = baseline.fingerprint, candidate.fingerprint
-    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
 def require_comparable(
@@ -91,6 +87,17 @@ class _Side:
         return max(float(self.log_ns.var(ddof=1)), 1e-6) / len(self.log_ns)
 
 
+def _n_more_runs(gap: float, a: _Side, b: _Side) -> int | None:
+    """Runs wanted on each side to tell a difference of `gap` (log units) with stated confidence and power; None where
+    no number would do, because assumed drift alone hides it."""
+    needed = (gap / float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))) ** 2
+    left = needed - a.drift_variance - b.drift_variance
+    if left <= 0:
+        return None
+    n_a, n_b = len(a.log_ns), len(b.log_ns)
+    return max(math.ceil((a.variance * n_a + b.variance * n_b) / left) - min(n_a, n_b), 1)
+
+
 def _compare(workload: str, label: str, a: _Side, b: _Side, margin: float) -> tuple[Verdict, float]:
     """A verdict on one workload, before correction for many, with its one-sided p-value."""
     n_a, n_b, d = len(a.log_ns), len(b.log_ns), float(b.log_ns.mean() - a.log_ns.mean())
@@ -110,9 +117,7 @@ def _compare(workload: str, label: str, a: _Side, b: _Side, margin: float) -> tu
         verdict = "ok"
     else:
         verdict = "inconclusive"
-        gap = max(abs(d - m), m / 2)
-        runs = math.ceil((1.645 / gap) ** 2 * (a.variance * n_a + b.variance * n_b))
-        more = max(runs - min(n_a, n_b), 2 - min(n_a, n_b), 1)
+        more = _n_more_runs(max(abs(d - m), m / 2), a, b)
     result = Verdict(workload, label, math.exp(d), math.exp(low), math.exp(high), n_a, n_b, verdict, more)
     return result, float(stats.t.sf((d - m) / se, df))
 
@@ -149,7 +154,7 @@ def check(
         a, b = (_Side(x, drift_sd**2 * drifts) for x, drifts in zip(log_ns, drifting, strict=True))
         return _compare(key, labels.get(key, key), a, b, margin_frac)
 
-    compared = [compare(key, [m[key] for m in medians]) for key in common]
+    compared = [compare(key, [np.array(list(m[key].values())) for m in medians]) for key in common]
     overall, _ = compare(OVERALL, [_overall(m, common) for m in medians])
     kept = _holm([p for _, p in compared], (1 - CONFIDENCE) / 2)
     verdicts = [
@@ -160,20 +165,24 @@ def check(
 
 
 def _as_inconclusive(v: Verdict) -> Verdict:
-    return Verdict(**{**v.__dict__, "verdict": "inconclusive", "n_more_runs": max(1, 5 - v.n_runs_candidate)})
+    return replace(v, verdict="inconclusive", n_more_runs=None)
 
 
-def _run_medians(capture: Capture) -> dict[str, Array]:
-    """Log median time of each run, by workload."""
-    table = capture.observations.group_by("workload", "run", maintain_order=True).agg(pl.col("time_ns").median())
-    grouped = table.group_by("workload", maintain_order=True).agg("time_ns")
-    return {key: np.log(np.asarray(times)) for key, times in grouped.iter_rows()}
+def _run_medians(capture: Capture) -> dict[str, dict[int, float]]:
+    """Log median time by workload and run."""
+    table = capture.observations.group_by("workload", "run", maintain_order=True).agg(pl.col("time_ns").median().log())
+    medians: dict[str, dict[int, float]] = {}
+    for workload, run, log_ns in table.iter_rows():
+        medians.setdefault(workload, {})[run] = log_ns
+    return medians
 
 
-def _overall(medians: dict[str, Array], common: list[str]) -> Array:
-    """Mean log time over the workloads, one number a run; runs that a workload lacks are cut from all."""
-    n_runs = min(len(medians[key]) for key in common)
-    return np.asarray(np.mean([medians[key][:n_runs] for key in common], axis=0))
+def _overall(medians: dict[str, dict[int, float]], common: list[str]) -> Array:
+    """Mean log time over the workloads, one number for each run that measured all of them."""
+    runs = set.intersection(*(set(medians[key]) for key in common))
+    if not runs:
+        raise NotComparableError("not comparable: a capture has no run that measured every workload of both")
+    return np.array([np.mean([medians[key][run] for key in common]) for run in sorted(runs)])
 
 
 def _labels(capture: Capture) -> dict[str, str]:

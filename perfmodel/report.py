@@ -1,5 +1,6 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -177,7 +178,7 @@ def fit_page(model: "LatencyModel", errors: dict[str, dict[str, "Errors"]]) -> s
 
     header = ["held-out shape", "n", "median", "p90", "worst", "roofline only", "constant"]
     constants = [[name, f"{value:.4g}"] for name, value in vars(model.constants_).items()]
-    half_width = 100 * (2.718281828459045**model.log_half_width_ - 1)
+    half_width = 100 * math.expm1(model.log_half_width_)
     return "\n\n".join(
         [
             f"fitted on {model.n_observations_} workloads of {model.profile.name}, {model.dtype}, {model.kernel}",

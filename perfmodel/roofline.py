@@ -10,9 +10,9 @@ from perfmodel.latency import work_of
 from perfmodel.physics import ceilings
 from perfmodel.text import NS_PER_S
 
+DEVICE_MEMORY = "device memory"  # its bandwidth is that of `physics.ceilings`
 # Tier name -> the quantities that give its bandwidth, best evidence first.
 TIERS: dict[str, tuple[str, ...]] = {
-    "device memory": ("memory_stream_bytes_per_s", "memory_peak_bytes_per_s"),
     "host link, read in place": ("link_kernel_read_bytes_per_s",),
     "host link, copy": ("link_h2d_copy_bytes_per_s", "link_peak_bytes_per_s"),
     "host memory": ("host_stream_bytes_per_s", "host_peak_bytes_per_s"),
@@ -31,9 +31,11 @@ class Tier:
 
 def tiers(profile: HardwareProfile, dtype: str) -> list[Tier]:
     """The slanted ceilings of a machine, fastest first (Williams, Waterman, Patterson, CACM 2009)."""
-    peak = ceilings(profile, dtype).flops_per_s
+    roof = ceilings(profile, dtype)
+    peak, memory = roof.flops_per_s, profile.quantities[roof.from_keys[1]]
     found = {name: profile.first(*keys) for name, keys in TIERS.items()}
     rows = [Tier(name, q[1].value, q[1].kind, peak / q[1].value) for name, q in found.items() if q is not None]
+    rows.append(Tier(DEVICE_MEMORY, roof.bytes_per_s, memory.kind, peak / roof.bytes_per_s))
     return sorted(rows, key=lambda tier: -tier.bytes_per_s)
 
 
@@ -44,7 +46,10 @@ def attainable_flops_per_s(intensity: float, peak_flops_per_s: float, bytes_per_
 
 def points(observations: pl.DataFrame, profile: HardwareProfile) -> pl.DataFrame:
     """Where each observation stands: arithmetic intensity (FLOP per byte of active weights and activations), achieved
-    rate, share of the roof above it, and whether that roof is compute or memory. GEMM work only."""
+    rate, share of the roof above it, and whether that roof is compute or memory.
+
+    FLOPs and bytes are those of the grouped GEMMs; the time of a whole layer holds more, so its rate reads low.
+    """
     work = work_of(observations)
     roof = ceilings(profile, observations["dtype"][0])
     weights = work.k * work.n

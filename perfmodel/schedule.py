@@ -5,14 +5,15 @@ persistent kernel whose transfers hide under compute. Balanced routing and one M
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perfmodel import physics
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.moe import MoEShape
-from perfmodel.predict import predict
+from perfmodel.predict import work_of
 from perfmodel.routing import routing
+from perfmodel.text import NS_PER_S
 
 SCHEDULES = ("bulk", "chunked", "fused")
 N_CHUNKS = 4
@@ -45,25 +46,35 @@ def layer_schedule(
         raise InputError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
     if n_gpus < 1 or shape.n_experts % n_gpus:
         raise InputError(f"{n_gpus} GPUs cannot share {shape.n_experts} experts evenly")
-    local = MoEShape(**{**shape.__dict__, "n_experts": shape.n_experts // n_gpus, "top_k": 1})
     rows = tokens_per_gpu * shape.top_k
-    experts = predict(profile, local, routing("uniform", local.n_experts, 1, rows)).latency_ns
-    _, activation = physics.element_bytes(shape.dtype)
-    remote_bytes = rows * shape.hidden * activation * (n_gpus - 1) / n_gpus
-    transfer = remote_bytes / profile["peer_link_peak_bytes_per_s"] * 1e9 if n_gpus > 1 else 0.0
-    start = COLLECTIVE_LATENCY_NS if n_gpus > 1 else 0.0
+    _, activation_bytes = physics.element_bytes(shape.dtype)
+    transfer = start = 0.0
+    if n_gpus > 1:
+        remote_bytes = rows * shape.hidden * activation_bytes * (n_gpus - 1) / n_gpus
+        transfer = remote_bytes / profile["peer_link_peak_bytes_per_s"] * NS_PER_S
+        start = COLLECTIVE_LATENCY_NS
     launch = N_LAUNCHES[schedule] * profile["launch_overhead_ns"]
-    phases = {"launch": launch, "dispatch": start + transfer, "experts": experts, "combine": start + transfer}
-    steady = max(("dispatch", "experts", "combine"), key=lambda phase: phases[phase])
-    if schedule == "bulk":
-        latency = math.fsum(phases.values())
-    else:
-        # All phases but the slowest show only their first piece: a chunk, or the first tile's share of the rows.
-        n_pieces = N_CHUNKS if schedule == "chunked" else max(1, math.ceil(rows / TILE_ROWS))
-        each_start = start * (N_CHUNKS if schedule == "chunked" else 0)
-        hidden = [phases[p] for p in ("dispatch", "experts", "combine") if p != steady]
-        latency = launch + phases[steady] + math.fsum(hidden) / n_pieces + each_start
+    work = {"dispatch": transfer, "experts": _experts_ns(shape, profile, n_gpus, rows), "combine": transfer}
+    # A pipeline of n pieces shows every phase's first piece and the slowest phase's others. A collective starts once
+    # per piece; the one-sided transfers of the fused kernel start once.
+    n_pieces = {"bulk": 1.0, "chunked": float(N_CHUNKS), "fused": max(1.0, rows / TILE_ROWS)}[schedule]
+    starts = {"dispatch": start, "experts": 0.0, "combine": start}
+    fill = math.fsum(starts.values()) if schedule == "fused" else 0.0
+    pieces = [work[p] / n_pieces + (0.0 if fill else starts[p]) for p in work]
+    latency = launch + fill + math.fsum(pieces) + (n_pieces - 1) * max(pieces)
+    n_starts = 1.0 if fill else n_pieces
+    phases = {"launch": launch} | {p: work[p] + n_starts * starts[p] for p in work}
     return LayerSchedule(schedule, latency, phases, max(phases, key=lambda phase: phases[phase]))
+
+
+def _experts_ns(shape: MoEShape, profile: HardwareProfile, n_gpus: int, rows: int) -> float:
+    """Time of the grouped GEMMs of one GPU's experts under balanced routing, launches left out."""
+    local = replace(shape, n_experts=shape.n_experts // n_gpus, top_k=1)
+    work = work_of(local, routing("uniform", local.n_experts, 1, rows), "grouped-gemm")
+    constants = replace(physics.DEFAULTS[profile.device], call_ns=0.0)
+    roof = physics.ceilings(profile, shape.dtype)
+    parts = physics.resident_parts(work, roof, constants, physics.FORMS[profile.device])
+    return float(physics.total(parts).mean())
 
 
 def overlap_efficiency(latency_two_ns: float, latency_n_ns: float) -> float:
@@ -73,7 +84,7 @@ def overlap_efficiency(latency_two_ns: float, latency_n_ns: float) -> float:
 
 def throughput_tokens_per_s(tokens_per_gpu: int, n_gpus: int, latency_ns: float) -> float:
     """Tokens of all GPUs per second (arXiv 2506.04667 Fig 10)."""
-    return tokens_per_gpu * n_gpus / latency_ns * 1e9
+    return tokens_per_gpu * n_gpus / latency_ns * NS_PER_S
 
 
 def symmetric_buffer_bytes(token_buffer_bytes: float, n_tokens: int, n_experts: int) -> float:

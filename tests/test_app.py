@@ -59,8 +59,9 @@ def test_an_uploaded_trace_shows_its_launch_metrics_with_names_taken_literally()
     values = {metric.label: metric.value for metric in test.metric}
     assert values["TKLQT"] == "4.50 µs"
     assert values["Kernels"] == "1"
-    drawn = json.dumps([figure(test, i) for i in range(len(test.get("plotly_chart")))])
-    assert "<img" not in drawn
+    assert list(test.dataframe[0].value["name"]) == [hostile]  # a cell is text; nothing else on the page shows it
+    shown = [element.value for kind in (test.markdown, test.caption, test.text) for element in kind]
+    assert not any("onerror" in words for words in shown)
 
 
 def test_a_file_that_is_no_trace_is_refused_in_words() -> None:

@@ -77,10 +77,11 @@ def test_busy_and_idle_make_up_the_span() -> None:
 
 def test_shares_are_ranked_with_short_labels_and_names_escaped() -> None:
     table = pl.DataFrame({"name": [HOSTILE, "x" * 99], "time_ns": [5, 9]})
-    bar = figures.shares(table, "name", "time_ns", "Time").data[0]
-    assert list(bar.x) == [5, 9]
-    assert "<" not in "".join(bar.y)
-    assert len(bar.y[1]) <= 48
+    figure = figures.shares(table, "name", "time_ns", "Time")
+    assert list(figure.data[0].x) == [5, 9]
+    labels = figure.layout.yaxis.ticktext
+    assert "<" not in "".join(labels)
+    assert len(labels[1]) <= 48
 
 
 def test_coverage_runs_from_nothing_to_all() -> None:

@@ -1,5 +1,6 @@
 """Fitting: recovers constants it should, holds out by shape, saves and loads, and knows where it was never fitted."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_constructor_only_stores_and_fit_changes_no_parameter(fitted: LatencyMod
 def test_saved_and_loaded_predicts_the_same(fitted: LatencyModel, tmp_path: Path) -> None:
     path = write_synthetic_capture(tmp_path / "again")
     observations = per_workload(load_capture(path).observations)
-    fitted.save(tmp_path / "model.json", {"note": "synthetic"})
+    fitted.save(tmp_path / "model.json")
     loaded = load_model(tmp_path / "model.json")
     assert loaded.predict(observations).tolist() == fitted.predict(observations).tolist()
     assert loaded.log_half_width_ == fitted.log_half_width_
@@ -64,6 +65,27 @@ def test_predictions_carry_an_interval_inside_and_say_extrapolated_outside(fitte
     far = predict(fitted.profile, shape, routing("uniform", shape.n_experts, shape.top_k, 100_000), model=fitted)
     assert (far.basis, far.interval) == ("extrapolated", None)
     assert any(reason.startswith("n_tokens 1e+05 outside") for reason in far.reasons)
+
+
+def test_a_model_of_bare_gemms_does_not_vouch_for_whole_layers(fitted: LatencyModel) -> None:
+    shape = SHAPES[1]
+    batch = routing("uniform", shape.n_experts, shape.top_k, 64)
+    bare = copy.copy(fitted)
+    bare.ops_ = ["grouped_gemm"]
+    result = predict(fitted.profile, shape, batch, model=bare, op="moe-layer")
+    assert (result.basis, result.interval) == ("extrapolated", None)
+    assert "no whole layer was among the observations" in result.reasons
+
+
+def test_what_must_not_be_pooled_is_refused(tmp_path: Path) -> None:
+    observations = per_workload(load_capture(write_synthetic_capture(tmp_path / "made")).observations)
+    model = LatencyModel(profile_of(load_capture(tmp_path / "made")), "fp32", "synthetic")
+    with pytest.raises(InputError, match="offloaded experts"):
+        model.fit(observations.with_columns(access=pl.lit("zero-copy")))
+    with pytest.raises(InputError, match="cannot fit a model of fp32"):
+        model.fit(observations.with_columns(dtype=pl.lit("bf16")))
+    with pytest.raises(InputError, match="the same measurements twice"):
+        fit_captures([str(tmp_path / "made")] * 2)
 
 
 def test_a_cpu_model_does_not_predict_a_gpu(fitted: LatencyModel) -> None:
@@ -135,6 +157,8 @@ def test_a_missing_model_names_the_command_that_makes_one(tmp_path: Path) -> Non
         ("capture.json", "{}", "not a capture manifest"),
         ("capture.json", json.dumps({"schema": 9}), "schema 9"),
         ("capture.json", json.dumps({"schema": 1}), "lacks"),
+        ("capture.json", "DAMAGED settings", "capture.json is damaged"),
+        ("capture.json", "DAMAGED machine", "capture.json is damaged"),
         ("observations.jsonl", "", "no observation yet"),
         ("observations.jsonl", '{"workload": "zz", "run": 0, "times_ns": [1]}\n', "not planned"),
         ("observations.jsonl", '{"workload": 1}\n', "damaged"),
@@ -142,6 +166,8 @@ def test_a_missing_model_names_the_command_that_makes_one(tmp_path: Path) -> Non
 )
 def test_damaged_captures_are_refused(tmp_path: Path, file: str, change: str, words: str) -> None:
     path = write_synthetic_capture(tmp_path / "made")
+    if change.startswith("DAMAGED"):
+        change = json.dumps({**json.loads((path / file).read_text()), change.split()[1]: []})
     (path / file).write_text(change)
     with pytest.raises(InputError, match=words):
         load_capture(path)

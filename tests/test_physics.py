@@ -115,6 +115,13 @@ def test_weights_quantised_below_fp8_compute_in_bf16() -> None:
     )
 
 
+def test_fp32_never_computes_at_tensor_core_rates() -> None:
+    assert physics.ceilings(hardware("gh200"), "fp32").flops_per_s == pytest.approx(67e12 * physics.PEAK_GEMM_FRAC)
+    tensor_only = HardwareProfile("t", "t", "gpu", {"bf16_peak_flops_per_s": Quantity(1e15, "datasheet", "test")})
+    with pytest.raises(InputError, match="no compute rate for fp32"):
+        physics.ceilings(tensor_only, "fp32")
+
+
 def test_a_machine_without_rates_is_refused_by_name() -> None:
     bare = HardwareProfile("bare", "bare", "gpu", {"l2_capacity_bytes": Quantity(1.0, "datasheet", "test")})
     with pytest.raises(InputError, match="'bare' has no compute rate for bf16"):

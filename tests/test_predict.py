@@ -79,8 +79,10 @@ def test_cpu_compute_is_bound_by_the_host_and_takes_its_memory_time_at_small_bat
     result = at(1, 1.0, "cpu")  # one token, two experts, both read from host memory
     assert result.bottleneck == "host"
     reading = 2 * SMALL.expert_bytes / GH200["host_stream_bytes_per_s"] * 1e9
-    assert result.latency_ns > reading
-    assert result.latency_ns == pytest.approx(reading, rel=0.8)
+    crossing = 2 * 1024 * 2 * (1 / GH200["link_h2d_copy_bytes_per_s"] + 1 / GH200["link_d2h_copy_bytes_per_s"]) * 1e9
+    assert result.parts["host"] == pytest.approx(reading + crossing)
+    overhead = 2 * (GH200["launch_overhead_ns"] + GH200["null_kernel_ns"] + 16 * 12)
+    assert result.latency_ns == pytest.approx(reading + crossing + overhead)
 
 
 def test_link_is_no_faster_than_the_memory_behind_it() -> None:

@@ -73,7 +73,8 @@ def test_short_captures_of_a_virtual_machine_must_differ_by_more(tmp_path: Path)
         return load_capture(path)
 
     quick = capture("quick", 1.0, 30)
-    assert check(quick, capture("quick10", 1.1, 30))[0].verdict == "inconclusive"
+    overall = check(quick, capture("quick10", 1.1, 30))[0]
+    assert (overall.verdict, overall.n_more_runs) == ("inconclusive", None)
     assert check(quick, capture("quick40", 1.4, 30))[0].verdict == "regressed"
     assert check(capture("long", 1.0, 600), capture("long10", 1.1, 600))[0].verdict == "regressed"
 
@@ -87,6 +88,19 @@ def test_another_machine_is_not_comparable_unless_declared(tmp_path: Path) -> No
     assert not is_slower(check(a, b, axes=["machine"]))
     with pytest.raises(InputError, match="unknown axis 'weather'"):
         check(a, b, axes=["weather"])
+
+
+def test_runs_are_matched_by_their_number(tmp_path: Path) -> None:
+    """A workload that run 0 left out must not lend its run 1 to the others' run 0."""
+    a = write_synthetic_capture(tmp_path / "a", n_runs=3)
+    b = write_synthetic_capture(tmp_path / "b", n_runs=3)
+    rows = [json.loads(line) for line in (b / "observations.jsonl").read_text().splitlines()]
+    first = rows[0]["workload"]
+    slow_run = [{**row, "times_ns": [t * 50 for t in row["times_ns"]]} if row["run"] == 0 else row for row in rows]
+    kept = [row for row in slow_run if not (row["run"] == 0 and row["workload"] == first)]
+    (b / "observations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    overall = check(load_capture(a), load_capture(b))[0]
+    assert (overall.n_runs_candidate, overall.verdict) == (2, "ok")
 
 
 def test_captures_without_a_common_workload_are_not_comparable(tmp_path: Path) -> None:

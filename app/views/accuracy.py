@@ -1,5 +1,7 @@
 """Predicted vs measured: held-out points only, error by shape beside the baselines, and the machine's roofline."""
 
+import math
+
 import loading
 import polars as pl
 import streamlit as st
@@ -21,7 +23,7 @@ with left:
 with right:
     points = roofline.points(per_workload(capture.observations), model.profile)
     loading.chart(figures.roofline(model.profile, model.dtype, points), "Roofline of the measured machine")
-st.caption(f"A prediction's 90 % interval is a factor of {2.718281828**model.log_half_width_:.2f} either way.")
+st.caption(f"A prediction's 90 % interval is a factor of {math.exp(model.log_half_width_):.2f} either way.")
 table = pl.DataFrame(
     [
         {"shape": shape, "points": errors["n"], "median error": text.frac(errors["median_ape_frac"])}

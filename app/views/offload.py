@@ -11,7 +11,7 @@ st.caption("What it costs to keep a fraction of each layer's experts in host mem
 first = st.columns(4)
 machine = first[0].selectbox("Hardware", loading.offload_machines())
 shape_name = first[1].selectbox("Model shape", moe.names(), index=moe.names().index("poster"))
-pattern = first[2].selectbox("Routing", ["mmlu-like", "uniform", "power-law"])
+pattern = first[2].selectbox("Routing", sorted(routing.PATTERNS))
 exponent = first[3].slider("Power-law exponent", 0.0, 2.5, 1.0, 0.1, disabled=pattern != "power-law")
 second = st.columns(4)
 sizes = [2**i for i in range(21)]
