@@ -31,8 +31,8 @@ class Parser(argparse.ArgumentParser):
 
 def _count(name: str) -> Callable[[str], int]:
     def parse(words: str) -> int:
-        if not words.isdecimal() or int(words) < 1:
-            raise argparse.ArgumentTypeError(f"{name} is {words!r}, expected a whole number of at least 1")
+        if not words.isdecimal() or len(words) > 7 or int(words) < 1:
+            raise argparse.ArgumentTypeError(f"{name} is {words[:20]!r}, expected a whole number from 1 to 9,999,999")
         return int(words)
 
     return parse

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import polars as pl
@@ -97,7 +97,7 @@ class _Workload(msgspec.Struct):
 class _Observation(msgspec.Struct):
     workload: str
     run: int
-    times_ns: list[int]
+    times_ns: list[Annotated[int, msgspec.Meta(gt=0, lt=2**62)]]
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ def _check_row(capture: str, row: Mapping[str, Any]) -> None:
         or not 0 <= min(counts) <= max(counts) <= row["n_tokens"]
     ):
         raise InputError(f"capture {capture!r}: workload {row['workload']} breaks tokens x top-k over its experts")
-    if not row["times_ns"] or min(row["times_ns"]) <= 0:
-        raise InputError(f"capture {capture!r}: workload {row['workload']} has no positive time")
+    if not row["times_ns"]:
+        raise InputError(f"capture {capture!r}: workload {row['workload']} has no time")
 
 
 def fingerprint_differences(first: Capture, other: Capture) -> dict[str, tuple[object, object]]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,6 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Trace analysis and roofline performance models for MoE models whose experts do not all fit on the GPU.",
 )
+
+MAX_WHOLE = 10**12
+EXIT_BUG = 70  # none of the documented codes: a defect of ours must not read as "slower"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -72,6 +76,8 @@ def fusion_command(
 ) -> None:
     """Which chains of kernels always follow one another, and what fusing them would save at best."""
     wanted = [_whole(word, "--lengths") for word in lengths.split(",")]
+    if not 0 <= threshold <= 1:
+        raise InputError(f"--threshold is {threshold:g}, expected 0 to 1")
     loaded = read_trace(trace)
     by_length = fusion.fusion_table(loaded.events, wanted)
     chains = fusion.chains(loaded.events, min(wanted), threshold)
@@ -89,6 +95,8 @@ def fit(
     """Fit the physical latency model to measurements and say how well it predicts shapes it has not seen."""
     from perfmodel import fitting
 
+    if not Path(out).resolve().parent.is_dir():
+        raise InputError(f"cannot write {out!r}: its folder does not exist")
     model, errors = fitting.fit_captures(captures, progress=_note)
     model.save(out)
     _print(report.fit_page(model, errors))
@@ -106,8 +114,8 @@ def predict(
         str, typer.Option(help="uniform, power-law[:EXPONENT], mmlu-like, or a counts file (FILE#KEY of an .npz).")
     ] = "uniform",
     offload: Annotated[
-        float, typer.Option(help="Fraction of each layer's experts in host memory, least used first.")
-    ] = 0.0,
+        str, typer.Option(help="Fraction of each layer's experts in host memory, least used first.")
+    ] = "0",
     access: Annotated[str, typer.Option(help="zero-copy, copy, copy-overlap or cpu.")] = "zero-copy",
     op: Annotated[
         str, typer.Option(help="grouped-gemm (the experts alone) or moe-layer (router to combine).")
@@ -123,12 +131,13 @@ def predict(
     from perfmodel import predict as predicting
     from perfmodel.routing import routing as routing_of
 
+    offload_frac = _fraction(offload, "--offload")
     profile = _machine(hardware_name)
     moe_shape = hf_config.resolve(shape)
     moe_shape = replace(moe_shape, dtype=dtype) if dtype else moe_shape
     batch = routing_of(routing, moe_shape.n_experts, moe_shape.top_k, _whole(tokens, "--tokens"))
     fitted = latency.load_model(model) if model else None
-    result = predicting.predict(profile, moe_shape, batch, offload, access, op=op, model=fitted)
+    result = predicting.predict(profile, moe_shape, batch, offload_frac, access, op=op, model=fitted)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -162,13 +171,17 @@ def check(
     from perfmodel import regression
     from perfmodel.capture import load_capture
 
-    verdicts = regression.check(
-        load_capture(baseline), load_capture(candidate), _fraction(margin, "--margin"), axis or ()
-    )
+    sides = load_capture(baseline), load_capture(candidate)
+    verdicts = regression.check(*sides, _fraction(margin, "--margin"), axis or ())
+    missing = {"baseline": regression.n_missing(*sides[::-1]), "candidate": regression.n_missing(*sides)}
     if as_json:
-        _print_json({"slower": regression.is_slower(verdicts), "verdicts": [asdict(v) for v in verdicts]})
+        rows = [asdict(v) for v in verdicts]
+        _print_json({"slower": regression.is_slower(verdicts), "n_missing_workloads": missing, "verdicts": rows})
     else:
         _print(report.check_page(verdicts))
+    for side, n_missing in missing.items():
+        if n_missing:
+            _note(f"{n_missing} workloads of the other capture are missing in the {side} and were not compared")
     raise typer.Exit(1 if regression.is_slower(verdicts) else 0)
 
 
@@ -250,8 +263,8 @@ def _whole(word: str, option: str) -> int:
         number = int(word)
     except ValueError:
         raise InputError(f"{option} is {word!r}, expected a whole number") from None
-    if number < 1:
-        raise InputError(f"{option} is {number}, expected at least 1")
+    if not 1 <= number <= MAX_WHOLE:
+        raise InputError(f"{option} is {word}, expected at least 1 and at most {MAX_WHOLE:,}")
     return number
 
 
@@ -269,14 +282,33 @@ def _note(words: str) -> None:
 def main() -> NoReturn:
     """Run the command line; a user's mistake becomes one sentence on stderr and an exit code, never a traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
     except InputError as error:
         _note(f"perfmodel: {error}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has left; Python would complain while flushing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
         sys.exit(0)
-    except KeyboardInterrupt:
+    except OSError as error:
+        _note(f"perfmodel: {error.strerror or error}")
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
         _note("perfmodel: interrupted")
         sys.exit(130)
-    sys.exit(0)
+    except Exception as error:
+        sys.exit(_usage_error(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error(error: Exception) -> int:
+    """Say what is wrong with the words of a command, as typer found it; anything else is a bug and shows its trace."""
+    if not hasattr(error, "format_message"):
+        traceback.print_exception(error)
+        return EXIT_BUG
+    message = " ".join(error.format_message().split())
+    if type(error).__name__ == "NoArgsIsHelpError":
+        _note(error.format_message())
+    else:
+        _note(f"perfmodel: {message}")
+    return 2

@@ -11,6 +11,7 @@ from typing import Any
 from perfmodel.errors import InputError
 from perfmodel.text import UNITS, to_base
 
+SMALLEST, LARGEST = 1e-3, 1e21  # in base units; beyond lies a slip of unit or finger
 EVIDENCE = ("datasheet", "paper", "measured")
 DEVICES = ("gpu", "cpu")
 PROFILE_DIR = Path(__file__).parent / "data" / "hardware"
@@ -108,6 +109,8 @@ def _quantity(file: str, key: str, entry: Any) -> Quantity:
         value, suffix = to_base(value, entry["unit"])
     except InputError as error:
         raise InputError(f"{file}: {key}: {error}") from None
+    if not SMALLEST <= value <= LARGEST:
+        raise InputError(f"{file}: {key} is {entry['value']} {entry['unit']}, which no machine has")
     if not key.endswith("_" + suffix):
         raise InputError(f"{file}: {key} is given in {entry['unit']}, which is not what its name says")
     return Quantity(value, entry["kind"], entry["source"], entry.get("date"))

@@ -1,6 +1,7 @@
 """Observations in, `LatencyModel` out: fitting the constants of `physics`, held-out error, intervals, JSON."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from sklearn.base import BaseEstimator
 
 from perfmodel import physics
 from perfmodel.errors import InputError
-from perfmodel.hardware import HardwareProfile, Quantity
+from perfmodel.hardware import DEVICES, HardwareProfile, Quantity
 from perfmodel.physics import Array, Ceilings, Constants, Work
 
 MODEL_SCHEMA = 1
@@ -82,6 +83,16 @@ def work_of(observations: pl.DataFrame) -> Work:
     )
 
 
+FEATURES = (
+    "n_tokens",
+    "rows_per_active_expert",
+    "active_frac",
+    "expert_bytes",
+    "compute_over_memory",
+    "max_over_mean_load",
+)
+
+
 def features(work: Work, roof: Ceilings) -> dict[str, Array]:
     """What tells one workload from another to the model, `[batch]` each: the axes along which it may extrapolate."""
     active = (work.rows > 0).sum(axis=1)
@@ -89,14 +100,15 @@ def features(work: Work, roof: Ceilings) -> dict[str, Array]:
     weights = (work.k * work.n).sum(axis=1)
     flop_time = 2 * routed * weights / roof.flops_per_s
     byte_time = active * weights * work.weight_bytes / roof.bytes_per_s
-    return {
-        "n_tokens": work.n_tokens,
-        "rows_per_active_expert": routed / active,
-        "active_frac": active / work.n_experts,
-        "expert_bytes": weights * work.weight_bytes,
-        "compute_over_memory": flop_time / byte_time,
-        "max_over_mean_load": work.rows.max(axis=1) * work.n_experts / routed,
-    }
+    values = (
+        work.n_tokens,
+        routed / active,
+        active / work.n_experts,
+        weights * work.weight_bytes,
+        flop_time / byte_time,
+        work.rows.max(axis=1) * work.n_experts / routed,
+    )
+    return dict(zip(FEATURES, values, strict=True))
 
 
 class LatencyModel(BaseEstimator):  # type: ignore[misc]
@@ -232,6 +244,21 @@ def _profile_json(profile: HardwareProfile) -> dict[str, Any]:
     return {**asdict(profile), "quantities": {k: asdict(q) for k, q in profile.quantities.items()}}
 
 
+def _within_priors(constants: dict[str, float]) -> dict[str, float]:
+    """The constants of a model file; raises ValueError or TypeError for one that no fit could have given."""
+    for name, value in constants.items():
+        low, high = PRIORS[name][1:]
+        if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
+            raise ValueError(name)
+    return constants
+
+
+def _pair(low: float, high: float) -> tuple[float, float]:
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError
+    return low, high
+
+
 def shipped_models() -> dict[str, Path]:
     """The models fitted on the shipped captures, by the name of the capture."""
     return {path.stem: path for path in sorted(FITTED_DIR.glob("*.json"))}
@@ -254,10 +281,14 @@ def load_model(source: str | Path) -> LatencyModel:
             **{**stored, "quantities": {k: Quantity(**q) for k, q in stored["quantities"].items()}}
         )
         model = LatencyModel(profile, content["dtype"], content["kernel"])
-        model.constants_ = Constants(**content["constants"])
-        model.ranges_ = {name: (low, high) for name, (low, high) in content["ranges"].items()}
+        model.constants_ = Constants(**_within_priors(content["constants"]))
+        model.ranges_ = {name: _pair(*content["ranges"][name]) for name in FEATURES}
         model.ops_, model.n_observations_ = content["ops"], content["n_observations"]
-        model.log_half_width_, model.errors_ = content["log_half_width"], content["errors"]
+        half_width = content["log_half_width"]
+        model.log_half_width_ = None if half_width is None else _pair(0.0, half_width)[1]
+        model.errors_ = content["errors"]
+        if profile.device not in DEVICES:
+            raise ValueError
         model.held_out_, model.evidence_ = content["held_out"], content["evidence"]
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(

@@ -206,6 +206,11 @@ def _holm(p_values: Sequence[float], alpha: float) -> list[bool]:
     return rejected
 
 
+def n_missing(one: Capture, other: Capture) -> int:
+    """How many workloads of one capture the other did not measure."""
+    return len(set(one.observations["workload"]) - set(other.observations["workload"]))
+
+
 def is_slower(verdicts: Sequence[Verdict]) -> bool:
     """Whether any verdict says the candidate is slower."""
     return any(v.verdict in ("regressed", "suspect") for v in verdicts)

@@ -185,7 +185,8 @@ def fit_page(model: "LatencyModel", errors: dict[str, dict[str, "Errors"]]) -> s
             "absolute error of each shape, predicted without its data; last two columns: medians of the baselines\n"
             + table([row(s) for s in [*shapes, "all"]], header),
             table(constants, ["constant", "value"]),
-            f"90 % interval: +{half_width:.0f} % / -{100 * (1 - 1 / (1 + half_width / 100)):.0f} %",
+            ("" if half_width < 100 else "NOT TO BE TRUSTED: held-out errors are too large; was the machine busy?\n")
+            + f"90 % interval: +{half_width:.0f} % / -{100 * (1 - 1 / (1 + half_width / 100)):.0f} %",
         ]
     )
 

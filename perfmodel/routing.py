@@ -20,6 +20,7 @@ MMLU_TOKEN_FRAC, MMLU_EXPERT_FRAC = 0.90, 0.65  # "about 90 % of tokens go to 65
 DEFAULT_EXPONENT = 1.0
 
 
+MAX_COUNT = 1e18
 N_DRAWS = 16  # random batches that stand for one small batch; results are means over them
 MAX_DRAWN = 2**18  # tokens x experts above which a batch is so large that its expected counts stand for it
 
@@ -163,18 +164,19 @@ def read_shares(source: str) -> Shares:
     if not path.is_file():
         raise InputError(f"no routing file {file!r}, and no pattern of that name; patterns: {', '.join(PATTERNS)}")
     counts = np.asarray(_read_array(path, key))
+    if counts.dtype.kind in "iuf":
+        counts = counts.astype(np.float64)
     if counts.ndim == 3:
         counts = counts.sum(axis=0)
     if counts.ndim == 1:
         counts = counts[None, :]
-    if counts.ndim != 2 or counts.dtype.kind not in "iuf" or not counts.size:
+    if counts.ndim != 2 or counts.dtype != np.float64 or not counts.size:
         raise InputError(
             f"{path.name}: found {counts.dtype} in {counts.ndim} dimensions, expected counts [layers, experts]"
         )
-    counts = counts.astype(np.float64)
+    if not ((counts >= 0) & (counts <= MAX_COUNT)).all() or not counts.any(axis=1).all():
+        raise InputError(f"{path.name}: counts must be 0 to {MAX_COUNT:g}, and not all zero in a layer")
     sums = counts.sum(axis=1)
-    if not np.isfinite(counts).all() or (counts < 0).any() or (sums <= 0).any():
-        raise InputError(f"{path.name}: counts must be finite, not negative, and not all zero in a layer")
     shares: Shares = counts / sums[:, None]
     return shares
 

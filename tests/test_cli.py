@@ -5,6 +5,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,8 @@ def test_a_file_that_is_no_trace_gets_one_sentence(case: str, tmp_path: Path) ->
     elif case == "not a trace":
         path.write_text('{"answer": 42}')
     elif case == "no tables":
-        sqlite3.connect(path).execute("create table t (x)").connection.commit()
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("create table t (x)")
     elif case == "empty":
         path.write_text("")
     said = refused("analyze", str(path))
@@ -157,6 +159,10 @@ def test_predict_json_has_exactly_the_promised_keys() -> None:
         (["--offload", "-0.1"], "expected 0 to 1"),
         (["--tokens", "64.5"], "expected a whole number"),
         (["--tokens", "0"], "at least 1"),
+        (["--tokens", "9" * 4000], "expected"),
+        (["--tokens", "9" * 20], "at most 1,000,000,000,000"),
+        (["--offload", "abc"], "--offload is 'abc'"),
+        (["--offload", "nan"], "expected 0 to 1"),
         (["--access", "warp"], "known: "),
         (["--model", "nowhere.json"], "no model file"),
     ],
@@ -202,6 +208,34 @@ def test_fit_then_predict_with_the_model(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result["basis"] == "fitted"
     assert result["interval"][0] < result["latency_ns"] < result["interval"][1]
+
+
+def test_a_missing_option_is_one_sentence() -> None:
+    assert refused("predict", "--shape", "olmoe").count("\n") == 1
+    assert refused("frobnicate").count("\n") == 1
+
+
+def test_a_damaged_capture_or_model_never_reads_as_slower(tmp_path: Path) -> None:
+    a, b = write_synthetic_capture(tmp_path / "a"), write_synthetic_capture(tmp_path / "b")
+    manifest = json.loads((b / "capture.json").read_text())
+    for damage in ({"machine": [1]}, {"settings": None}, {"runs": [{}]}, {"runs": 5}, {"calibration": "x"}):
+        (b / "capture.json").write_text(json.dumps({**manifest, **damage}))
+        assert "damaged" in refused("check", str(a), str(b))
+    (b / "capture.json").write_text(json.dumps(manifest))
+    with (b / "observations.jsonl").open("a") as file:
+        workload = json.loads((b / "observations.jsonl").read_text().splitlines()[0])["workload"]
+        file.write(json.dumps({"workload": workload, "run": 9, "times_ns": [2**70]}) + "\n")
+    assert "damaged" in refused("check", str(a), str(b))
+
+
+def test_missing_workloads_are_said(tmp_path: Path) -> None:
+    a, b = write_synthetic_capture(tmp_path / "a"), write_synthetic_capture(tmp_path / "b")
+    rows = (b / "observations.jsonl").read_text().splitlines()
+    gone = json.loads(rows[0])["workload"]
+    (b / "observations.jsonl").write_text("".join(row + "\n" for row in rows if gone not in row))
+    done = run("check", str(a), str(b), "--json")
+    assert json.loads(done.stdout)["n_missing_workloads"] == {"baseline": 0, "candidate": 1}
+    assert "1 workloads of the other capture are missing in the candidate" in done.stderr
 
 
 def test_fit_refuses_what_is_no_capture_and_writes_nothing(tmp_path: Path) -> None:

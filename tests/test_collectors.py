@@ -269,7 +269,7 @@ CLAIMS = [
     (("sweep",), "--out is missing"),
     (("sweep", "--out", "x", "--device", "tpu"), "invalid choice: 'tpu'"),
     (("sweep", "--out", "x", "--dtype", "float8"), "invalid choice: 'float8'"),
-    (("sweep", "--out", "x", "--runs", "0"), "--runs is '0', expected a whole number of at least 1"),
+    (("sweep", "--out", "x", "--runs", "0"), "--runs is '0', expected a whole number from 1"),
     (("sweep", "--out", "x", "--tokens", "4,zero"), "a number of tokens is 'zero'"),
     (("sweep", "--out", "x", "--routings", "zipf"), "unknown routing 'zipf'"),
     (("sweep", "--out", "x", "--seed", "-1"), "expected a whole number"),

@@ -146,6 +146,34 @@ def test_files_that_are_not_models_are_refused(tmp_path: Path, content: str, wor
         load_model(tmp_path / "m.json")
 
 
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("constants", "eff_compute"), "x"),
+        (("constants", "eff_compute"), None),
+        (("constants", "eff_memory"), 0),
+        (("constants", "eff_compute"), -1),
+        (("constants", "eff_compute"), float("nan")),
+        (("ranges", "n_tokens"), ["a", "b"]),
+        (("ranges",), {}),
+        (("log_half_width",), "x"),
+        (("hardware", "device"), "tpu"),
+    ],
+)
+def test_a_model_that_no_fit_could_have_written_is_refused(
+    fitted: LatencyModel, tmp_path: Path, where: tuple[str, ...], value: object
+) -> None:
+    fitted.save(tmp_path / "m.json")
+    content = json.loads((tmp_path / "m.json").read_text())
+    target = content
+    for key in where[:-1]:
+        target = target[key]
+    target[where[-1]] = value
+    (tmp_path / "m.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="not a model written by"):
+        load_model(tmp_path / "m.json")
+
+
 def test_a_missing_model_names_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="perfmodel fit"):
         load_model(tmp_path / "none.json")

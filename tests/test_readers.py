@@ -470,3 +470,20 @@ def test_times_of_mended_events_are_exact_too() -> None:
     broken = '{"ph": "X", "cat": "cpu_op", "name": "a "b"", "pid": 1, "tid": 1, "ts": 1712195495502094.657, "dur": 1}'
     assert read(f"[{broken}]").events["start_ns"].to_list() == [1712195495502094657]
     assert to_ns([Decimal("1712195495502094.657"), None]).to_list() == [1712195495502094657, None]
+
+
+def test_half_a_surrogate_pair_in_a_name_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "synthetic.json"
+    path.write_text(
+        '{"traceEvents":[{"ph":"X","cat":"kernel","name":"\\ud800k","pid":0,"tid":7,"ts":1,"dur":2,"args":{}}]}'
+    )
+    assert read_trace(path).events["name"].cast(pl.String).to_list() == ["?k"]
+
+
+def test_text_correlations_that_only_end_alike_do_not_join(tmp_path: Path) -> None:
+    call = {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "pid": 1, "tid": 1, "ts": 1, "dur": 1}
+    kernel = {"ph": "X", "cat": "kernel", "name": "k", "pid": 0, "tid": 7, "ts": 3, "dur": 1}
+    rows = [{**call, "args": {"correlation": "a-7"}}, {**kernel, "args": {"correlation": "b-7"}}]
+    path = tmp_path / "synthetic.json"
+    path.write_text(json.dumps({"traceEvents": rows}))
+    assert read_trace(path).events["link"].to_list() == [None, None]

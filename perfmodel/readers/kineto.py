@@ -166,7 +166,7 @@ def _timed(events: list[Event]) -> pl.DataFrame:
             "thread": [None if device else _whole(e.tid) for e, _, device in rows],
             "device": [_whole(e.pid if a.device is None else a.device) if device else None for e, a, device in rows],
             "stream": [_whole(e.tid if a.stream is None else a.stream) if device else None for e, a, device in rows],
-            "link": [_whole(a.correlation) for a in args],
+            "link": [_whole(a.correlation, in_text=False) for a in args],
             "bytes": [_whole(a.bytes) if device else None for _, a, device in rows],
             "graph": [_whole(a.graph) if device else None for _, a, device in rows],
         },
@@ -180,8 +180,8 @@ def _kind(category: str | None) -> str | None:
     return KIND_OF_CATEGORY.get(category) or ("call" if _API_CATEGORY.fullmatch(category) else None)
 
 
-def _whole(value: Whole) -> int | None:
-    """A whole number from a number or a text such as `7`, `0x0` or `GPU 0`; null when there is none."""
+def _whole(value: Whole, in_text: bool = True) -> int | None:
+    """A whole number from a number or a text such as `7` or `0x0`, and with `in_text` `GPU 0`; null without one."""
     if type(value) is int:
         return value if -_MAX_INT64 <= value <= _MAX_INT64 else None
     if not isinstance(value, str):
@@ -189,7 +189,7 @@ def _whole(value: Whole) -> int | None:
     try:
         return _whole(int(value, 0))
     except ValueError:
-        found = _LAST_NUMBER.search(value)
+        found = _LAST_NUMBER.search(value) if in_text else None
         return _whole(int(found[1])) if found else None
 
 
@@ -235,7 +235,8 @@ def _mended(text: str) -> Event | None:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+    # An escaped half of a surrogate pair is legal JSON and no legal text.
+    return None if value is None else str(value).encode("utf-8", "replace").decode()
 
 
 def _number(value: Any) -> Whole:

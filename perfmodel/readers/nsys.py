@@ -39,6 +39,8 @@ _COLUMNS = {
     "to_memory": ("dstKind",),
     "event_type": ("eventType",),
 }
+# Text in a number's place is no number: SQLite's own cast would make it 0.
+_INTEGER = """CASE WHEN typeof("{0}") IN ('integer', 'real') THEN CAST("{0}" AS INTEGER) END"""
 _COPY_KINDS = {
     1: "HtoD",
     2: "DtoH",
@@ -127,22 +129,31 @@ def _rows(connection: Any, table: str, kind: str) -> pl.DataFrame:
     present = _columns(connection, table)
     wanted = []
     for alias, names in _COLUMNS.items():
-        there = [f'CAST("{name}" AS INTEGER)' for name in names if name in present] or ["CAST(NULL AS INTEGER)"]
+        there = [_INTEGER.format(name) for name in names if name in present] or ["CAST(NULL AS INTEGER)"]
         wanted.append(f"{there[0] if len(there) == 1 else 'COALESCE(' + ', '.join(there) + ')'} AS {alias}")
-    text = "COALESCE(CAST(text AS TEXT), '')" if "text" in present else "''"
+    text = "CAST(COALESCE(text, '') AS BLOB)" if "text" in present else "CAST('' AS BLOB)"
     frame = _query(
         connection,
         f'SELECT {", ".join(wanted)}, {text} AS text FROM "{table}"',
-        pl.Schema({**dict.fromkeys(_COLUMNS, pl.Int64()), "text": pl.String()}),
+        pl.Schema({**dict.fromkeys(_COLUMNS, pl.Int64()), "text": pl.Binary()}),
     )
-    return frame.with_columns(pl.lit(kind, EVENTS["kind"]).alias("kind"))
+    text_column = pl.col("text").cast(pl.String, strict=False).fill_null("unknown")
+    return frame.with_columns(text_column, pl.lit(kind, EVENTS["kind"]).alias("kind"))
 
 
 def _strings(connection: Any, present: set[str]) -> pl.DataFrame:
     schema = pl.Schema({"name_id": pl.Int64(), "string": pl.String()})
     if "StringIds" not in present:
         return pl.DataFrame(schema=schema)
-    return _query(connection, "SELECT id AS name_id, COALESCE(value, '') AS string FROM StringIds", schema)
+    raw = _query(
+        connection,
+        "SELECT id AS name_id, CAST(COALESCE(value, '') AS BLOB) AS string FROM StringIds",
+        pl.Schema({"name_id": pl.Int64(), "string": pl.Binary()}),
+    ).unique("name_id", keep="first", maintain_order=True)
+    # Names cut at a byte limit may end inside a character.
+    return raw.with_columns(
+        string=pl.Series([value.decode("utf-8", "replace") for value in raw["string"]], dtype=pl.String)
+    )
 
 
 def _is_usable() -> pl.Expr:
