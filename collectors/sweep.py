@@ -172,12 +172,13 @@ def sweep(
 
     Raises InputError for a folder that cannot be used and StageError when a measuring process fails.
     """
+    fresh = None if folder.exists() else make_plan(request, memory_limit_bytes)  # refused before anything is made
     exists = open_folder(folder)
     lock = store.lock(folder)
     try:
         if exists:
             memory_limit_bytes = store.read_capture(folder)["settings"]["memory_limit_bytes"]
-        plan = make_plan(request, memory_limit_bytes)
+        plan = fresh or make_plan(request, memory_limit_bytes)
         settings = settings_of(request, threads, quick, runs, memory_limit_bytes)
         if exists:
             refuse_other(folder, settings, plan)

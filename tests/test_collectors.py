@@ -23,6 +23,7 @@ from collectors.progress import Progress
 from collectors.timing import Limits, measure
 from perfmodel.errors import InputError
 from perfmodel.hardware import QUANTITIES
+from tests.conftest import ROOT
 
 REPO = Path(__file__).parent.parent
 FULL = plan.Request("cpu", "float32", plan.CPU_SHAPES, plan.CPU_TOKENS)
@@ -507,3 +508,16 @@ def test_a_tiny_sweep_on_cuda(tmp_path):
     assert found["machine"]["gpu_name"] and "link_h2d_copy_bytes_per_s" in found["calibration"]
     assert len(points_of(folder)) == found["n_workloads"]
     assert all(statistics.median(p["times_ns"]) > 0 for p in points_of(folder))
+
+
+def test_a_plan_that_cannot_be_leaves_no_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "collectors", "sweep", "--out", str(tmp_path / "made"), "--shapes", "nosuch"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "nosuch" in done.stderr
+    assert not (tmp_path / "made").exists()
