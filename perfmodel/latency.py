@@ -17,6 +17,7 @@ from perfmodel import physics
 from perfmodel.errors import InputError
 from perfmodel.hardware import DEVICES, HardwareProfile, Quantity
 from perfmodel.physics import Array, Ceilings, Constants, Work
+from perfmodel.text import NS_PER_S
 
 MODEL_SCHEMA = 1
 FITTED_DIR = Path(__file__).parent / "data" / "fitted"
@@ -98,14 +99,13 @@ def features(work: Work, roof: Ceilings) -> dict[str, Array]:
     active = (work.rows > 0).sum(axis=1)
     routed = work.rows.sum(axis=1)
     weights = (work.k * work.n).sum(axis=1)
-    flop_time = 2 * routed * weights / roof.flops_per_s
-    byte_time = active * weights * work.weight_bytes / roof.bytes_per_s
+    flops, weight_bytes = physics.ideal_work(work)
     values = (
         work.n_tokens,
         routed / active,
         active / work.n_experts,
         weights * work.weight_bytes,
-        flop_time / byte_time,
+        (flops / roof.flops_per_s) / (weight_bytes / roof.bytes_per_s),
         work.rows.max(axis=1) * work.n_experts / routed,
     )
     return dict(zip(FEATURES, values, strict=True))
@@ -331,11 +331,8 @@ def _baseline_predictions(model: LatencyModel, train: pl.DataFrame, test: pl.Dat
     roof = model.roof
 
     def roofline(table: pl.DataFrame) -> Array:
-        work = work_of(table)
-        weights = (work.k * work.n).sum(axis=1)
-        flops = 2 * work.rows.sum(axis=1) * weights
-        moved = (work.rows > 0).sum(axis=1) * weights * work.weight_bytes
-        return np.asarray(np.maximum(flops / roof.flops_per_s, moved / roof.bytes_per_s) * 1e9)
+        flops, weight_bytes = physics.ideal_work(work_of(table))
+        return np.asarray(np.maximum(flops / roof.flops_per_s, weight_bytes / roof.bytes_per_s) * NS_PER_S)
 
     measured = train["time_ns"].to_numpy()
     factor = np.exp(np.median(np.log(measured / roofline(train))))

@@ -233,6 +233,13 @@ def resident_gemm_parts(work: Work, roof: Ceilings, c: Constants, form: KernelFo
     return sum_parts(*gemms)
 
 
+def ideal_work(work: Work) -> tuple[Array, Array]:
+    """What the grouped GEMMs need at least, `[batch]`: FLOPs without padding, bytes of the active experts' weights."""
+    weights = (work.k * work.n).sum(axis=1)
+    active = (work.rows > 0).sum(axis=1)
+    return 2 * work.rows.sum(axis=1) * weights, active * weights * work.weight_bytes
+
+
 def sum_parts(*several: Parts) -> Parts:
     """Add times part by part; a part that is absent counts as zero."""
     zero = np.zeros_like(next(iter(several[0].values())))

@@ -24,7 +24,6 @@ AXES = ("machine", "software", "kernel", "settings")
 
 Array = NDArray[np.float64]
 
-VERDICTS = ("regressed", "suspect", "improved", "ok", "inconclusive")
 OVERALL = "all workloads"
 
 

@@ -7,7 +7,7 @@ import polars as pl
 
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import work_of
-from perfmodel.physics import ceilings
+from perfmodel.physics import Array, ceilings, ideal_work
 from perfmodel.text import NS_PER_S
 
 DEVICE_MEMORY = "device memory"  # its bandwidth is that of `physics.ceilings`
@@ -39,9 +39,9 @@ def tiers(profile: HardwareProfile, dtype: str) -> list[Tier]:
     return sorted(rows, key=lambda tier: -tier.bytes_per_s)
 
 
-def attainable_flops_per_s(intensity: float, peak_flops_per_s: float, bytes_per_s: float) -> float:
-    """The roofline: min(peak, intensity x bandwidth)."""
-    return min(peak_flops_per_s, intensity * bytes_per_s)
+def attainable_flops_per_s(intensity: Array | float, peak_flops_per_s: float, bytes_per_s: float) -> Array:
+    """The roofline: min(peak, intensity x bandwidth), of one intensity in FLOP per byte or of many."""
+    return np.asarray(np.minimum(peak_flops_per_s, intensity * bytes_per_s))
 
 
 def points(observations: pl.DataFrame, profile: HardwareProfile) -> pl.DataFrame:
@@ -52,18 +52,14 @@ def points(observations: pl.DataFrame, profile: HardwareProfile) -> pl.DataFrame
     """
     work = work_of(observations)
     roof = ceilings(profile, observations["dtype"][0])
-    weights = work.k * work.n
-    rows = work.rows.sum(axis=1)
-    active = (work.rows > 0).sum(axis=1)
-    flops = 2 * rows * weights.sum(axis=1)
-    moved = active * weights.sum(axis=1) * work.weight_bytes + work.activation_bytes * rows * (work.k + work.n).sum(
-        axis=1
-    )
+    flops, weight_bytes = ideal_work(work)
+    activation_bytes = work.activation_bytes * work.rows.sum(axis=1) * (work.k + work.n).sum(axis=1)
+    intensity = flops / (weight_bytes + activation_bytes)
     achieved = flops / observations["time_ns"].to_numpy() * NS_PER_S
-    attainable = np.minimum(roof.flops_per_s, flops / moved * roof.bytes_per_s)
+    attainable = attainable_flops_per_s(intensity, roof.flops_per_s, roof.bytes_per_s)
     return observations.select("op", "shape", "n_tokens", "routing", "time_ns").with_columns(
-        flops_per_byte=pl.Series(flops / moved),
+        flops_per_byte=pl.Series(intensity),
         achieved_flops_per_s=pl.Series(achieved),
         roof_frac=pl.Series(achieved / attainable),
-        bound=pl.Series(np.where(flops / moved * roof.bytes_per_s < roof.flops_per_s, "memory", "compute")),
+        bound=pl.Series(np.where(attainable < roof.flops_per_s, "memory", "compute")),
     )

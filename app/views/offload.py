@@ -22,14 +22,14 @@ op = second[3].selectbox("What is timed", predict.OPS)
 routing_name = f"power-law:{exponent:g}" if pattern == "power-law" else pattern
 
 try:
-    curve = loading.curve(machine, shape_name, routing_name, n_tokens, access, op)
-    others = {
+    curves = {
         mode: loading.curve(machine, shape_name, routing_name, n_tokens, mode, op) for mode in offload.ACCESS_MODES
     }
 except InputError as error:
     st.error("These settings cannot be predicted:")
     loading.literal(error)
     st.stop()
+curve = curves.pop(access)
 chosen = min(curve, key=lambda p: abs(p.n_offloaded / p.n_experts - offloaded))
 numbers = st.columns(4)
 numbers[0].metric("Slowdown", f"{chosen.slowdown:.2f}x")
@@ -38,7 +38,7 @@ numbers[2].metric("Device memory saved per layer", text.n_bytes(chosen.offloaded
 numbers[3].metric("Bottleneck", chosen.bottleneck)
 left, right = st.columns(2)
 with left:
-    figure = figures.slowdown({f"{access} (chosen)": curve} | {m: c for m, c in others.items() if m != access})
+    figure = figures.slowdown({f"{access} (chosen)": curve} | curves)
     figure.add_vline(x=chosen.n_offloaded / chosen.n_experts, line={"color": "grey", "dash": "dot"})
     loading.chart(figure, "Slowdown against offloaded fraction for each access mode")
 with right:

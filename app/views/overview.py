@@ -10,9 +10,9 @@ st.header("perfmodel")
 st.caption("Where MoE time goes, what moving experts off the GPU costs, and whether to believe it.")
 
 captures = loading.shipped()
-if not captures:
-    st.warning("No shipped capture was found. Make one with: perfmodel collect sweep --out DIR")
-for name, (capture, model) in captures.items():
+if captures:
+    # One capture is enough for a first look; the other pages have all of them.
+    name, (capture, model) = next(iter(captures.items()))
     machine, overall = capture.manifest["machine"], model.errors_["model"]["all"]
     columns = st.columns(4)
     columns[0].metric("Workloads measured", text.count(capture.observations["workload"].n_unique()))
@@ -29,7 +29,8 @@ for name, (capture, model) in captures.items():
         loading.literal(f"{name}, {machine.get('cpu_model', 'an unnamed CPU')}, {machine['n_cores']} cores")
     with right:
         panels.default_slowdown()
-    break  # one capture is enough for a first look; the other pages have all of them
+else:
+    st.warning("No shipped capture was found. Make one with: perfmodel collect sweep --out DIR")
 
 st.subheader("Where does my time go?")
 loaded = loading.upload_box("overview-upload")
