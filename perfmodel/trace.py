@@ -22,13 +22,16 @@ EVENTS = pl.Schema(
         "name": pl.Categorical(),
         "start_ns": pl.Int64(),
         "dur_ns": pl.Int64(),
+        "rank": pl.Int32(),  # which process group member recorded it; null where the file does not say
         "process": pl.Int64(),
         "thread": pl.Int64(),
         "device": pl.Int64(),
         "stream": pl.Int64(),
         "link": pl.Int64(),  # joins an API call to the device work it started; unique to that pair in the trace
+        "external": pl.Int64(),  # Kineto's id of an operator, repeated by what it started
         "bytes": pl.Int64(),  # moved by a copy or set
         "graph": pl.Int64(),  # CUDA graph the device work belongs to
+        "inputs": pl.Categorical(),  # operand dims and dtypes of a matrix product as JSON: [dims, dtypes]
     }
 )
 

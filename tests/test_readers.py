@@ -22,14 +22,16 @@ from tests.traces_made import LAYOUTS, complete, pid, write_json, write_nsys
 
 SMALL = [
     {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "ts": 5, "args": {"name": "python"}},
-    complete("cpu_op", "aten::mm", 100.5, 40, **{"External id": 3}),
+    complete("cpu_op", "aten::mm", 100.5, 40, **{"External id": 3, "Input Dims": [[4, 8], [8, 2]]}),
     complete("user_annotation", "step", 90, 200),
     complete("gpu_user_annotation", "step", 110, 100, 0, 7),
     complete("python_function", "forward", 95, 100),
-    complete("cuda_runtime", "cudaLaunchKernel", 110.001, 5.25, correlation=9),
+    complete("cuda_runtime", "cudaLaunchKernel", 110.001, 5.25, correlation=9, **{"external id": "3"}),
     complete("cuda_runtime", "cudaDeviceSynchronize", 130, 70, correlation=10),
     complete("cuda_runtime", "cudaMalloc", 80, 3, correlation=8),
-    complete("kernel", "gemm", 120.125, 50.5, 0, 7, device=0, stream=7, correlation=9, **{"graph id": 4}),
+    complete(
+        "kernel", "gemm", 120.125, 50.5, 0, 7, device=0, stream=7, correlation=9, **{"graph id": 4, "External id": 3}
+    ),
     complete("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 175, 2, 0, 20, device=0, stream=20, bytes=4096),
     complete("gpu_memset", "Memset (Device)", 180, 1, 0, 7, device=0, stream=7, bytes=64),
     complete("Trace", "PyTorch Profiler", 80, 200, "Spans", "PyTorch Profiler"),
@@ -65,14 +67,17 @@ def test_small_trace_becomes_events(layout: str) -> None:
     ]
     assert rows["kernel", "gemm"] == {
         "kind": "kernel", "name": "gemm", "start_ns": 120125, "dur_ns": 50500, "process": None, "thread": None,
-        "device": 0, "stream": 7, "link": 9, "bytes": None, "graph": 4,
+        "device": 0, "stream": 7, "link": 9, "bytes": None, "graph": 4, "rank": 0, "external": 3, "inputs": None,
     }  # fmt: skip
     assert rows["launch", "cudaLaunchKernel"] == {
         "kind": "launch", "name": "cudaLaunchKernel", "start_ns": 110001, "dur_ns": 5250, "process": 1, "thread": 1,
-        "device": None, "stream": None, "link": 9, "bytes": None, "graph": None,
+        "device": None, "stream": None, "link": 9, "bytes": None, "graph": None, "rank": 0, "external": 3,
+        "inputs": None,
     }  # fmt: skip
     assert rows["copy", "Memcpy HtoD (Pinned -> Device)"]["bytes"] == 4096
     assert rows["op", "aten::mm"]["link"] is None
+    assert json.loads(rows["op", "aten::mm"]["inputs"]) == [[[4, 8], [8, 2]], []]
+    assert set(trace.events["rank"]) == {0}
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])

@@ -1,7 +1,7 @@
 """How does a trace of the PyTorch profiler (Kineto, Chrome JSON) become EVENTS."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, BinaryIO
 
@@ -39,10 +39,18 @@ _QUOTED_NAME = re.compile(
     r'("name"\s*:\s*")(.*?)("\s*(?:,\s*"(?:ph|cat|pid|tid|ts|dur|args|id|s|bp)"\s*:|}\s*$))', re.DOTALL
 )
 _BARE_QUOTE = re.compile(r'(?<!\\)"')
+_MATRIX_PRODUCT = re.compile(
+    r"mm\b|mm_|gemm|matmul|linear|einsum|moe|expert", re.I
+)  # operators whose operands are kept
 _LAST_NUMBER = re.compile(r"(-?\d+)\s*$")
+
+_INPUT_KEYS = ("Input Dims", "Input type")
 
 Whole = int | str | None  # whole numbers that some writers put into strings
 Us = int | float | Decimal | None
+
+
+_NO_TEXT = msgspec.Raw(b"")
 
 
 class Args(msgspec.Struct, gc=False):
@@ -53,6 +61,10 @@ class Args(msgspec.Struct, gc=False):
     device: Whole = None
     bytes: Whole = None
     graph: Whole = msgspec.field(default=None, name="graph id")
+    external: Whole = msgspec.field(default=None, name="External id")
+    external_old: Whole = msgspec.field(default=None, name="external id")
+    dims: msgspec.Raw = msgspec.field(default=_NO_TEXT, name="Input Dims")
+    types: msgspec.Raw = msgspec.field(default=_NO_TEXT, name="Input type")
 
 
 class Event(msgspec.Struct, gc=False):
@@ -105,7 +117,8 @@ def read_kineto(stream: BinaryIO, block_bytes: int = BLOCK_BYTES) -> Trace:
         )
     events = _without_zero_starts(pl.concat(frames))
     n_negative = events.filter(pl.col("dur_ns") < 0).height
-    events = with_api_kinds(events.with_columns(pl.col("dur_ns").clip(lower_bound=0)))
+    rank = pl.lit(rank_of(rest.meta), EVENTS["rank"]).alias("rank")
+    events = with_api_kinds(events.with_columns(pl.col("dur_ns").clip(lower_bound=0), rank))
     note = "the array of events is not closed: the writer was stopped, and later events are missing"
     return Trace(
         events,
@@ -116,6 +129,13 @@ def read_kineto(stream: BinaryIO, block_bytes: int = BLOCK_BYTES) -> Trace:
         notes=(note,) if rest.unclosed else (),
         meta=rest.meta,
     )
+
+
+def rank_of(meta: Mapping[str, Any]) -> int | None:
+    """Which rank of its process group recorded a trace; null where its document does not say."""
+    group = meta.get("distributedInfo")
+    rank = group.get("rank") if isinstance(group, Mapping) else None
+    return rank if type(rank) is int and 0 <= rank < 2**31 else None
 
 
 def _decode(block: bytes | memoryview) -> list[Event]:
@@ -166,12 +186,24 @@ def _timed(events: list[Event]) -> pl.DataFrame:
             "thread": [None if device else _whole(e.tid) for e, _, device in rows],
             "device": [_whole(e.pid if a.device is None else a.device) if device else None for e, a, device in rows],
             "stream": [_whole(e.tid if a.stream is None else a.stream) if device else None for e, a, device in rows],
+            "rank": None,
             "link": [_whole(a.correlation, in_text=False) for a in args],
+            "external": [_whole(a.external if a.external is not None else a.external_old) for a in args],
             "bytes": [_whole(a.bytes) if device else None for _, a, device in rows],
             "graph": [_whole(a.graph) if device else None for _, a, device in rows],
+            "inputs": [
+                _inputs(e.name, a) if kind == "op" else None for e, a, kind in zip(kept, args, kinds, strict=True)
+            ],
         },
         schema=EVENTS,
     )
+
+
+def _inputs(name: str | None, args: Args) -> str | None:
+    """The operand dims and dtypes of a matrix product as JSON text `[dims, dtypes]`; null for other operators."""
+    if not name or not bytes(args.dims) or not _MATRIX_PRODUCT.search(name):
+        return None
+    return f"[{bytes(args.dims).decode()},{bytes(args.types).decode() or '[]'}]"
 
 
 def _kind(category: str | None) -> str | None:
@@ -230,8 +262,18 @@ def _mended(text: str) -> Event | None:
         tid=_number(value.get("tid")),
         ts=_us(value.get("ts")),
         dur=_us(value.get("dur")),
-        args=Args(*(_number(args.get(key)) for key in ("correlation", "stream", "device", "bytes", "graph id"))),
+        args=_mended_args(args),
     )
+
+
+def _mended_args(args: Mapping[str, Any]) -> Args:
+    numbers = {
+        field: _number(args.get(key))
+        for field, key in zip(Args.__struct_fields__, Args.__struct_encode_fields__, strict=True)
+        if field not in ("dims", "types")
+    }
+    dims, types = (msgspec.Raw(msgspec.json.encode(args[key])) if key in args else _NO_TEXT for key in _INPUT_KEYS)
+    return Args(**numbers, dims=dims, types=types)
 
 
 def _text(value: Any) -> str | None:

@@ -199,6 +199,9 @@ def _events(rows: pl.DataFrame, strings: pl.DataFrame) -> pl.DataFrame:
             pl.when(is_call).then(pl.col("name").str.replace(r"_v\d+$", "")).otherwise("name").alias("name"),
             (pl.col("tid") // 2**24 % 2**24).alias("process"),
             pl.when(~pl.col("kind").is_in(["kernel", "copy", "set"])).then(pl.col("tid") % 2**24).alias("thread"),
+            pl.lit(None).alias("rank"),
+            pl.lit(None).alias("external"),
+            pl.lit(None).alias("inputs"),
         )
         .select(pl.col(column).cast(dtype) for column, dtype in EVENTS.items())
     )
