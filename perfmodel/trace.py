@@ -67,13 +67,15 @@ def check_events(events: pl.DataFrame) -> None:
     """Refuse a table that is not EVENTS: names, types, no null or negative time, device work without a device."""
     if events.schema != EVENTS:
         raise InputError(f"not an EVENTS table: found columns {dict(events.schema)}, expected {dict(EVENTS)}")
-    bad = events.filter(
-        pl.any_horizontal(pl.col("kind", "name", "start_ns", "dur_ns").is_null())
-        | (pl.col("dur_ns") < 0)
-        | (pl.col("kind").is_in(DEVICE_KINDS) & pl.col("device").is_null())
-    )
-    if not bad.is_empty():
-        raise InputError(f"{bad.height} events have no time, a negative duration, or device work without a device")
+    n_bad = events.select(
+        (
+            pl.any_horizontal(pl.col("kind", "name", "start_ns", "dur_ns").is_null())
+            | (pl.col("dur_ns") < 0)
+            | (pl.col("kind").is_in(DEVICE_KINDS) & pl.col("device").is_null())
+        ).sum()
+    ).item()
+    if n_bad:
+        raise InputError(f"{n_bad} events have no time, a negative duration, or device work without a device")
 
 
 def cut(trace: Trace, start_ns: int, end_ns: int) -> Trace:

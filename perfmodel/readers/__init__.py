@@ -1,18 +1,16 @@
 """Which file is this, and what trace is in it: `read_trace` looks at the first bytes and calls the vendor's reader."""
 
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, cast
-
-from isal import igzip
 
 from perfmodel.errors import InputError
 from perfmodel.readers.kineto import read_kineto
+from perfmodel.readers.unpack import is_cut_off, is_packed, unpacked
 from perfmodel.trace import Trace
 
-GZIP_MAGIC = b"\x1f\x8b"
 SQLITE_MAGIC = b"SQLite format 3\0"
 
 _EXPECTED = "expected a PyTorch profiler trace (.json, .json.gz) or an Nsight Systems export (.sqlite)"
@@ -20,8 +18,6 @@ _NSYS_EXPORT = "convert it with `nsys export --type sqlite --output {stem}.sqlit
 # First bytes of files that people hand over instead of a trace -> what they are and what to do.
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the trace itself; fetch the file with `git lfs pull`",
-    b"PK\x03\x04": "a zip archive; unpack it and read the trace inside",
-    b"\x28\xb5\x2f\xfd": "a Zstandard archive; unpack it with `zstd -d`",
     b"PAR1": f"a Parquet file; {_EXPECTED}",
 }
 # Suffix -> what to do; these formats have no open reader.
@@ -33,7 +29,7 @@ _OTHER_SUFFIXES = {
 
 
 def read_trace(path: str | Path) -> Trace:
-    """The trace in a file: PyTorch profiler JSON, plain or in gzip whatever its suffix, or an Nsight Systems .sqlite.
+    """The trace in a file: PyTorch profiler JSON or an Nsight Systems .sqlite, plain or packed, whatever its suffix.
 
     Raises InputError, one sentence that says what was found and what was expected, for anything else.
     """
@@ -42,8 +38,6 @@ def read_trace(path: str | Path) -> Trace:
         return _read(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (EOFError, zlib.error, igzip.BadGzipFile) as error:
-        raise InputError(f"{path}: the gzip data is cut off or damaged ({error}); copy or record it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -51,15 +45,17 @@ def read_trace(path: str | Path) -> Trace:
 def _read(path: Path) -> Trace:
     if path.is_dir():
         raise InputError(f"a folder; {_EXPECTED}. Give one file of it")
-    with path.open("rb") as file:
-        magic = file.read(64)
-    _refuse_other_files(path, magic)
-    if magic.startswith(SQLITE_MAGIC):
+    with unpacked(path) as (stream, magic):
+        _refuse_other_files(path, magic)
+        if not magic.startswith(SQLITE_MAGIC):
+            trace = read_kineto(stream)
+            note = "the packed file lacks its last part, so what was read of it could not be checked"
+            return replace(trace, notes=(*trace.notes, note)) if is_cut_off(stream) else trace
+        if is_packed(stream):
+            return _read_unpacked_copy(stream)
         from perfmodel.readers.nsys import read_nsys  # its driver imports pandas and pyarrow where they are installed
 
         return read_nsys(path)
-    with _opened(path, magic) as stream:
-        return read_kineto(stream)
 
 
 def _refuse_other_files(path: Path, magic: bytes) -> None:
@@ -71,20 +67,16 @@ def _refuse_other_files(path: Path, magic: bytes) -> None:
         if magic.startswith(start):
             raise InputError(found)
     is_json = magic.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[", b"")
-    if not is_json and not magic.startswith((GZIP_MAGIC, SQLITE_MAGIC)):
+    if not is_json and not magic.startswith(SQLITE_MAGIC):
         raise InputError(f"a file that begins with {magic[:16]!r}; {_EXPECTED}")
 
 
-@contextmanager
-def _opened(path: Path, magic: bytes) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked when it is gzip."""
-    if not magic.startswith(GZIP_MAGIC):
-        with path.open("rb", buffering=0) as file:
-            yield cast(BinaryIO, file)
-        return
-    with igzip.open(path, "rb") as unpacked:  # type: ignore[no-untyped-call]
-        start = unpacked.read(len(SQLITE_MAGIC))
-        if start == SQLITE_MAGIC:
-            raise InputError("an SQLite file in gzip; unpack it with `gunzip` and read the .sqlite file")
-        unpacked.seek(0)
-        yield unpacked
+def _read_unpacked_copy(stream: BufferedReader) -> Trace:
+    """The trace in a packed SQLite file, which can only be read from a disk."""
+    from perfmodel.readers.nsys import read_nsys
+
+    with tempfile.TemporaryDirectory(prefix="perfmodel-") as folder:
+        copy = Path(folder) / "unpacked.sqlite"
+        with copy.open("wb") as file:
+            shutil.copyfileobj(stream, file)
+        return read_nsys(copy)

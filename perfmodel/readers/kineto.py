@@ -1,25 +1,23 @@
 """How does a trace of the PyTorch profiler (Kineto, Chrome JSON) become EVENTS."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 import polars as pl
 
 from perfmodel.errors import InputError
-from perfmodel.readers.api import with_api_kinds
-from perfmodel.readers.blocks import BLOCK_BYTES, lenient, read_array
-from perfmodel.text import NS_PER_US
+from perfmodel.readers.api import api_kind
+from perfmodel.readers.blocks import BLOCK_BYTES, Stream, lenient
+from perfmodel.readers.document import read_array
 from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
-KIND_OF_CATEGORY = {
-    "cpu_op": "op",
-    "Operator": "op",
-    "user_annotation": "range",
-    "Runtime": "call",
+HOST_KIND_OF_CATEGORY = {"cpu_op": "op", "Operator": "op", "user_annotation": "range", "Runtime": "call"}
+DEVICE_KIND_OF_CATEGORY = {
     "kernel": "kernel",
     "Kernel": "kernel",
     "mtia_ccp_events": "kernel",
@@ -31,10 +29,8 @@ KIND_OF_CATEGORY = {
 # cuda_, hip_, mtia_, xpu_, privateuse1_ ...
 _API_CATEGORY = re.compile(r".*_(?:runtime|driver)")
 
-# Below this many microseconds a float64 lies nearer to the decimal it was read from than half a nanosecond.
-EXACT_BELOW_US = 2.0**43
+BATCH_ROWS = 2**13  # fewer, larger frames cost less, but keep what they are made of in memory for longer
 _MAX_INT64 = 2**63 - 1
-_MAX_US = _MAX_INT64 // NS_PER_US
 _QUOTED_NAME = re.compile(
     r'("name"\s*:\s*")(.*?)("\s*(?:,\s*"(?:ph|cat|pid|tid|ts|dur|args|id|s|bp)"\s*:|}\s*$))', re.DOTALL
 )
@@ -42,91 +38,95 @@ _BARE_QUOTE = re.compile(r'(?<!\\)"')
 _MATRIX_PRODUCT = re.compile(
     r"mm\b|mm_|gemm|matmul|linear|einsum|moe|expert", re.I
 )  # operators whose operands are kept
+_US = pl.Decimal(38, 3)  # microseconds with three decimals: whole nanoseconds underneath
 _LAST_NUMBER = re.compile(r"(-?\d+)\s*$")
 
-_INPUT_KEYS = ("Input Dims", "Input type")
+_NO_TEXT = msgspec.Raw(b"")
 
 Whole = int | str | None  # whole numbers that some writers put into strings
-Us = int | float | Decimal | None
-
-
-_NO_TEXT = msgspec.Raw(b"")
 
 
 class Args(msgspec.Struct, gc=False):
     """The arguments of an event that are kept."""
 
     correlation: Whole = None
+    external: Whole = msgspec.field(default=None, name="External id")
+    external_old: Whole = msgspec.field(default=None, name="external id")
     stream: Whole = None
     device: Whole = None
     bytes: Whole = None
     graph: Whole = msgspec.field(default=None, name="graph id")
-    external: Whole = msgspec.field(default=None, name="External id")
-    external_old: Whole = msgspec.field(default=None, name="external id")
     dims: msgspec.Raw = msgspec.field(default=_NO_TEXT, name="Input Dims")
     types: msgspec.Raw = msgspec.field(default=_NO_TEXT, name="Input type")
 
 
 class Event(msgspec.Struct, gc=False):
-    """One element of `traceEvents`; `ts` and `dur` in microseconds, as integer where the text has no fraction.
-
-    The decoder never makes a Decimal here; mending an element does.
-    """
+    """One element of `traceEvents`; `ts` and `dur` are the text of microseconds, which no float could hold exactly."""
 
     ph: str | None = None
     cat: str | None = None
     name: str | None = None
     pid: Whole = None
     tid: Whole = None
-    ts: int | float | None = None
-    dur: int | float | None = None
+    ts: msgspec.Raw = _NO_TEXT
+    dur: msgspec.Raw = _NO_TEXT
     args: Args | None = None
 
 
-class ExactEvent(Event, gc=False):
-    """The same with `ts` as the decimal number of the text: slower, for microseconds since 1970 with decimals."""
-
-    ts: Decimal | None = None  # type: ignore[assignment]
-
-
-_FAST = msgspec.json.Decoder(list[Event])
-_EXACT = msgspec.json.Decoder(list[ExactEvent])
+_decode = msgspec.json.Decoder(list[Event]).decode
 _NO_ARGS = Args()
+_FIELDS = dict(zip(Args.__struct_fields__, Args.__struct_encode_fields__, strict=True))
 
 
-def read_kineto(stream: BinaryIO, block_bytes: int = BLOCK_BYTES) -> Trace:
+def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
     """The trace in a stream of Kineto JSON; times are those of the file, from `baseTimeNanoseconds` where it is given.
 
-    Raises InputError when the stream is not a profiler trace or ends early.
+    A damaged document is read as far as it is sound, and `notes` and counts say what is missing. Raises InputError
+    when the stream is not a profiler trace.
     """
     frames: list[pl.DataFrame] = []
-    n_events = n_timed = 0
+    host, device = _Kept(), _Kept()
+    n_events = n_timed = n_negative = 0
+
+    def flush(kept: _Kept, rows: Callable[[_Kept], pl.DataFrame]) -> None:
+        nonlocal n_timed, n_negative
+        frame = rows(kept)
+        n_timed += frame.height
+        usable = _usable(frame)
+        n_negative += int((usable["dur_ns"] < 0).sum())
+        frames.append(usable.with_columns(pl.col("dur_ns").clip(lower_bound=0)))
+        kept.clear()
 
     def take(events: list[Event]) -> None:
-        nonlocal n_events, n_timed
+        nonlocal n_events
         n_events += len(events)
-        frame = _timed(events)
-        n_timed += frame.height
-        frames.append(_usable(frame))
+        _keep_host(host, events)
+        _keep_device(device, events)
+        if len(host.kinds) >= BATCH_ROWS:
+            flush(host, _host_rows)
+        if len(device.kinds) >= BATCH_ROWS:
+            flush(device, _device_rows)
 
     rest = read_array(stream, _decode, _mended, take, block_bytes)
+    flush(host, _host_rows)
+    flush(device, _device_rows)
     if not n_timed:
         raise InputError(
             f"found {n_events} Chrome trace events but none that the PyTorch profiler writes (cpu_op, kernel, "
             "cuda_runtime ...); expected a trace exported by torch.profiler"
+            + "".join(f"; {note}" for note in rest.notes)
         )
-    events = _without_zero_starts(pl.concat(frames))
-    n_negative = events.filter(pl.col("dur_ns") < 0).height
-    rank = pl.lit(rank_of(rest.meta), EVENTS["rank"]).alias("rank")
-    events = with_api_kinds(events.with_columns(pl.col("dur_ns").clip(lower_bound=0), rank))
-    note = "the array of events is not closed: the writer was stopped, and later events are missing"
+    rank = rank_of(rest.meta)
+    ranked = [frame.with_columns(_repeated("rank", rank, frame.height)) for frame in frames]
+    # Not rechunked: the pieces stay where they are, and the table never stands in memory twice.
+    events = _without_zero_starts(pl.concat(ranked, rechunk=False))
     return Trace(
         events,
         "kineto",
         n_events,
-        n_dropped=n_timed - events.height,
+        n_dropped=n_timed - events.height + rest.n_damaged,
         n_repaired=rest.n_mended + n_negative,
-        notes=(note,) if rest.unclosed else (),
+        notes=rest.notes,
         meta=rest.meta,
     )
 
@@ -138,78 +138,154 @@ def rank_of(meta: Mapping[str, Any]) -> int | None:
     return rank if type(rank) is int and 0 <= rank < 2**31 else None
 
 
-def _decode(block: bytes | memoryview) -> list[Event]:
-    """The events of a JSON array, with decimal `ts` where a float would not tell the nanosecond."""
-    events = _FAST.decode(block)
-    if any(type(e.ts) is float and not -EXACT_BELOW_US < e.ts < EXACT_BELOW_US for e in events):
-        return list(_EXACT.decode(block))
-    return events
+@dataclass
+class _Kept:
+    """The events of several blocks that become one frame: fewer, larger columns cost less.
 
-
-def to_ns(us: Iterable[Us]) -> pl.Series:
-    """Microseconds as whole nanoseconds, exact for decimals of up to three digits; null where no usable number is.
-
-    Whole and fractional microseconds are scaled apart: below 2**43 the fraction of a float64 is off by less than half
-    a nanosecond, while the product of the undivided number with 1000 may round a second time, to the wrong side.
+    Numbers in `lines` are texts, one a line; nothing here refers to the block that was decoded, whose memory is used
+    again.
     """
-    values = list(us)
-    if set(map(type, values)) <= {int, float, type(None)}:
-        number = pl.Series(values, dtype=pl.Float64, strict=False)
-        largest = number.abs().max()
-        if largest is None or (isinstance(largest, float) and largest < EXACT_BELOW_US):
-            whole = number.floor()
-            return whole.cast(pl.Int64) * NS_PER_US + ((number - whole) * NS_PER_US).round().cast(pl.Int64)
-    return pl.Series([_one_to_ns(value) for value in values], dtype=pl.Int64)
+
+    kinds: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    ts_lines: list[bytes] = field(default_factory=list)
+    dur_lines: list[bytes] = field(default_factory=list)
+    wheres: list[Whole] = field(default_factory=list)  # process or device
+    lanes: list[Whole] = field(default_factory=list)  # thread or stream
+    links: list[Whole] = field(default_factory=list)
+    externals: list[Whole] = field(default_factory=list)
+    inputs: list[str | None] = field(default_factory=list)
+    n_bytes: list[Whole] = field(default_factory=list)
+    graphs: list[Whole] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget all events."""
+        for column in vars(self).values():
+            column.clear()
+
+    def add(self, kinds: list[str], events: list[Event], args: list[Args]) -> None:
+        """Keep what every event has."""
+        self.kinds += kinds
+        self.names += [e.name or "unknown" for e in events]
+        self.ts_lines.append(_lines([e.ts for e in events]))
+        self.dur_lines.append(_lines([e.dur for e in events]))
+        self.links += [a.correlation for a in args]
+        self.externals += [a.external if a.external is not None else a.external_old for a in args]
 
 
-def _one_to_ns(us: Us) -> int | None:
-    if us is None or not -_MAX_US < us < _MAX_US:
-        return None
-    return round(us * NS_PER_US)
+def _keep_host(kept: _Kept, events: list[Event]) -> None:
+    """Keep what ran on the host."""
+    kind_of = {category: _host_kind(category) for category in {e.cat for e in events}}
+    found = [e for e in events if kind_of[e.cat] and e.ph == "X"]
+    if not found:
+        return
+    args = [e.args or _NO_ARGS for e in found]
+    kind_of_call = {name: api_kind(name or "") for name in {e.name for e in found if kind_of[e.cat] == "call"}}
+    kinds = [kind_of[e.cat] or "" for e in found]
+    kinds = [kind_of_call[e.name] if kind == "call" else kind for e, kind in zip(found, kinds, strict=True)]
+    kept.add(kinds, found, args)
+    kept.wheres += [e.pid for e in found]
+    kept.lanes += [e.tid for e in found]
+    products = {name for name in {e.name for e in found} if name and _MATRIX_PRODUCT.search(name)}
+    kept.inputs += [_inputs(a) if e.name in products else None for e, a in zip(found, args, strict=True)]
 
 
-def _timed(events: list[Event]) -> pl.DataFrame:
-    """EVENTS of the timed events of kept categories; start and duration are null or absurd where the file's are."""
-    kind_of = {category: _kind(category) for category in {e.cat for e in events}}
-    kept = [e for e in events if e.ph == "X" and kind_of[e.cat]]
-    args = [e.args or _NO_ARGS for e in kept]
-    kinds = [kind_of[e.cat] for e in kept]
-    on_device = [kind in DEVICE_KINDS for kind in kinds]
-    rows = list(zip(kept, args, on_device, strict=True))
-    return pl.DataFrame(
-        {
-            "kind": kinds,
-            "name": [e.name or "unknown" for e in kept],
-            "start_ns": to_ns(e.ts for e in kept),
-            "dur_ns": to_ns(e.dur for e in kept),
-            "process": [None if device else _whole(e.pid) for e, _, device in rows],
-            "thread": [None if device else _whole(e.tid) for e, _, device in rows],
-            "device": [_whole(e.pid if a.device is None else a.device) if device else None for e, a, device in rows],
-            "stream": [_whole(e.tid if a.stream is None else a.stream) if device else None for e, a, device in rows],
-            "rank": None,
-            "link": [_whole(a.correlation, in_text=False) for a in args],
-            "external": [_whole(a.external if a.external is not None else a.external_old) for a in args],
-            "bytes": [_whole(a.bytes) if device else None for _, a, device in rows],
-            "graph": [_whole(a.graph) if device else None for _, a, device in rows],
-            "inputs": [
-                _inputs(e.name, a) if kind == "op" else None for e, a, kind in zip(kept, args, kinds, strict=True)
-            ],
-        },
-        schema=EVENTS,
+def _keep_device(kept: _Kept, events: list[Event]) -> None:
+    """Keep what ran on a device; its number is null where the file names none."""
+    found = [e for e in events if e.cat in DEVICE_KIND_OF_CATEGORY and e.ph == "X"]
+    if not found:
+        return
+    args = [e.args or _NO_ARGS for e in found]
+    kept.add([DEVICE_KIND_OF_CATEGORY[e.cat or ""] for e in found], found, args)
+    kept.wheres += [e.pid if a.device is None else a.device for e, a in zip(found, args, strict=True)]
+    kept.lanes += [e.tid if a.stream is None else a.stream for e, a in zip(found, args, strict=True)]
+    kept.n_bytes += [a.bytes for a in args]
+    kept.graphs += [a.graph for a in args]
+
+
+def _host_rows(kept: _Kept) -> pl.DataFrame:
+    return _rows(
+        kept,
+        process=_whole_numbers(kept.wheres),
+        thread=_whole_numbers(kept.lanes),
+        inputs=pl.Series(kept.inputs, dtype=pl.String),
     )
 
 
-def _inputs(name: str | None, args: Args) -> str | None:
-    """The operand dims and dtypes of a matrix product as JSON text `[dims, dtypes]`; null for other operators."""
-    if not name or not bytes(args.dims) or not _MATRIX_PRODUCT.search(name):
-        return None
-    return f"[{bytes(args.dims).decode()},{bytes(args.types).decode() or '[]'}]"
+def _device_rows(kept: _Kept) -> pl.DataFrame:
+    return _rows(
+        kept,
+        device=_whole_numbers(kept.wheres),
+        stream=_whole_numbers(kept.lanes),
+        bytes=_whole_numbers(kept.n_bytes),
+        graph=_whole_numbers(kept.graphs),
+    )
 
 
-def _kind(category: str | None) -> str | None:
+def _rows(kept: _Kept, **columns: pl.Series) -> pl.DataFrame:
+    """EVENTS from what is kept and the given columns, else null; times are null or absurd where the file has such."""
+    columns |= {
+        "kind": pl.Series(kept.kinds, dtype=EVENTS["kind"]),
+        "name": pl.Series(kept.names, dtype=pl.String),
+        "start_ns": to_ns(kept.ts_lines),
+        "dur_ns": to_ns(kept.dur_lines),
+        "link": _whole_numbers(kept.links, in_text=False),
+        "external": _whole_numbers(kept.externals),
+    }
+    n_rows = len(kept.kinds)
+    return pl.DataFrame(
+        [
+            columns[name].cast(dtype).alias(name) if name in columns else _repeated(name, None, n_rows)
+            for name, dtype in EVENTS.items()
+        ]
+    )
+
+
+def _repeated(name: str, value: int | None, n_rows: int) -> pl.Series:
+    """A column of EVENTS with one value, written out: tables whose columns differ in their pieces are copied whole."""
+    return pl.repeat(value, n_rows, dtype=EVENTS[name], eager=True).alias(name)
+
+
+def _lines(texts: Sequence[bytes | msgspec.Raw]) -> bytes:
+    """One text a line; a text of several lines, which is no number, becomes one."""
+    lines = b"\n".join(texts)
+    if lines.count(b"\n") >= len(texts):
+        lines = b"\n".join(bytes(text).replace(b"\n", b" ") for text in texts)
+    return lines
+
+
+def to_ns(lines: Sequence[bytes]) -> pl.Series:
+    """Microseconds, one a line, as whole nanoseconds, exact for decimals of up to three digits; else null.
+
+    The numbers go from their text to 128-bit decimals without ever being a float, which resolves an absolute time only
+    to 250 ns. Numbers that stand in quotes count too.
+    """
+    texts = b"\n".join(lines).decode("utf-8", "replace").split("\n") if lines else []
+    text = pl.Series(texts, dtype=pl.String)
+    ns = text.cast(_US, strict=False).to_physical()
+    if ns.null_count():
+        ns = ns.zip_with(ns.is_not_null(), text.str.strip_chars('" ').cast(_US, strict=False).to_physical())
+    return ns.cast(pl.Int64, strict=False)
+
+
+def _whole_numbers(values: list[Whole], in_text: bool = True) -> pl.Series:
+    """A column of whole numbers; those in texts, as some writers have them, are read one by one."""
+    try:
+        return pl.Series(values, dtype=pl.Int64)
+    except (TypeError, OverflowError):
+        return pl.Series([_whole(value, in_text) for value in values], dtype=pl.Int64)
+
+
+def _host_kind(category: str | None) -> str | None:
     if category is None:
         return None
-    return KIND_OF_CATEGORY.get(category) or ("call" if _API_CATEGORY.fullmatch(category) else None)
+    return HOST_KIND_OF_CATEGORY.get(category) or ("call" if _API_CATEGORY.fullmatch(category) else None)
+
+
+def _inputs(args: Args) -> str | None:
+    """Operand dims and dtypes as JSON text `[dims, dtypes]`; null where none were recorded."""
+    dims, types = (bytes(raw).decode("utf-8", "replace") for raw in (args.dims, args.types))
+    return f"[{dims},{types or '[]'}]" if dims else None
 
 
 def _whole(value: Whole, in_text: bool = True) -> int | None:
@@ -235,7 +311,10 @@ def _usable(events: pl.DataFrame) -> pl.DataFrame:
 
 def _without_zero_starts(events: pl.DataFrame) -> pl.DataFrame:
     """The events without those at time 0 in a trace whose clock stands far from 0: their start was never recorded."""
-    others = events.filter(pl.col("start_ns") != 0)
+    is_zero = pl.col("start_ns") == 0
+    if not events.select(is_zero.any()).item():
+        return events  # a filter that keeps all rows would copy them
+    others = events.filter(~is_zero)
     is_far = not others.is_empty() and not (others["start_ns"] <= MAX_DUR_NS).any()
     return others if is_far else events
 
@@ -267,13 +346,12 @@ def _mended(text: str) -> Event | None:
 
 
 def _mended_args(args: Mapping[str, Any]) -> Args:
-    numbers = {
-        field: _number(args.get(key))
-        for field, key in zip(Args.__struct_fields__, Args.__struct_encode_fields__, strict=True)
-        if field not in ("dims", "types")
-    }
-    dims, types = (msgspec.Raw(msgspec.json.encode(args[key])) if key in args else _NO_TEXT for key in _INPUT_KEYS)
-    return Args(**numbers, dims=dims, types=types)
+    values: dict[str, Any] = {}
+    for name, key in _FIELDS.items():
+        if key in args:
+            is_text = name in ("dims", "types")
+            values[name] = msgspec.Raw(msgspec.json.encode(args[key])) if is_text else _number(args[key])
+    return Args(**values)
 
 
 def _text(value: Any) -> str | None:
@@ -287,9 +365,5 @@ def _number(value: Any) -> Whole:
     return value if isinstance(value, int | str) else None
 
 
-def _us(value: Any) -> Any:
-    try:
-        us = Decimal(value) if isinstance(value, int | str | Decimal) else Decimal("NaN")
-    except ArithmeticError:
-        return None
-    return us if us.is_finite() else None
+def _us(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(str(value).encode()) if isinstance(value, int | str | Decimal) else _NO_TEXT
