@@ -98,9 +98,10 @@ def lenient(text: str, parse_float: Callable[[str], Any] = float) -> Any:
     """
     try:
         try:
-            return json.loads(text, strict=False, parse_float=parse_float)
+            return json.loads(text, strict=False, parse_float=parse_float, parse_constant=parse_float)
         except ValueError:
-            return json.loads(_LONE_BACKSLASH.sub(r"\\\\", text), strict=False, parse_float=parse_float)
+            text = _LONE_BACKSLASH.sub(r"\\\\", text)
+            return json.loads(text, strict=False, parse_float=parse_float, parse_constant=parse_float)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -1,5 +1,6 @@
 """What does a Chrome-JSON document hold: the elements of `traceEvents` or of a bare array, and its other keys."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,21 +156,27 @@ def _meta(head: bytes, window: Window) -> tuple[dict[str, Any], tuple[str, ...]]
             window
         ).strip() else ()
     if not window.is_cut_off:
-        value = _keys(head + b"]" + _tail(window))
+        value = _keys(head + b"]" + _tail(window), window)
         if value is not None:
             return value, ()
-    value = _keys(head + b"]}")
+    value = _keys(head + b"]}", window)
     if value is None:
         return {}, ("what stands around the events (devices, rank, time base) is damaged and was not read",)
     note = "what stands behind the events (devices, rank, time base) is cut off or damaged and was not read"
     return value, () if window.is_cut_off else (note,)
 
 
-def _keys(document: bytes) -> dict[str, Any] | None:
+def _keys(document: bytes, window: Window) -> dict[str, Any] | None:
+    """The keys beside the events; what had to be mended to read them counts as one repair."""
+    text = document.decode("utf-8", "replace")
     try:
-        value: dict[str, Any] = lenient(document.decode("utf-8", "replace"))
-    except ValueError:
-        return None
+        value: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = lenient(text)
+        except ValueError:
+            return None
+        window.n_mended += 1
     return {key: item for key, item in value.items() if key != "traceEvents"}
 
 

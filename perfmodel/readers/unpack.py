@@ -32,7 +32,8 @@ class _Decompressor(Protocol):
     needs_input: bool
     unused_data: bytes
 
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """At most `max_length` bytes of content."""
 
 
 # First bytes -> what the packing is called and what unpacks one frame of it.
