@@ -18,16 +18,20 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 NSYS_REPORTS = (".nsys-rep", ".qdrep")
 
 _EXPECTED = "expected a PyTorch profiler trace (.json, .json.gz) or an Nsight Systems export (.sqlite)"
+_COUNTERS = "counters of Nsight Compute, which hold no trace; `perfmodel.readers.ncu.read_ncu` reads them"
 # First bytes of files that people hand over instead of a trace -> what they are and what to do.
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the trace itself; fetch the file with `git lfs pull`",
     b"PK\x03\x04": "a zip archive; unpack it and read the trace inside",
     b"\x28\xb5\x2f\xfd": "a Zstandard archive; unpack it with `zstd -d`",
+    b"==PROF==": _COUNTERS,
+    b'"ID","Process ID"': _COUNTERS,
     b"PAR1": f"a Parquet file; {_EXPECTED}",
 }
 # Suffix -> what to do; these formats have no open reader.
 _OTHER_SUFFIXES = {
-    ".ncu-rep": "an Nsight Compute report, which times single kernels and holds no trace; record with nsys or torch",
+    ".ncu-rep": "an Nsight Compute report, which times single kernels and holds no trace; record one with nsys "
+    "or torch, or export the counters with `ncu --import {name} --csv --page raw` for `perfmodel.readers.ncu.read_ncu`",
 }
 
 
