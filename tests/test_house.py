@@ -16,7 +16,7 @@ LEVELS = (
     {"errors"},
     {"text", "moe", "routing"},
     {"trace", "hardware", "hf_config"},
-    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"},
+    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload", "intervals"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},
     {"schedule", "report"},
