@@ -27,6 +27,7 @@ LEVELS = (
         "offload",
         "intervals",
         "attribution",
+        "matmuls",
     },
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},
