@@ -3,9 +3,9 @@
     python benchmarks/ingest.py [--hta-python hta/bin/python] [--simdjson-python simd/bin/python] [--repeats 5]
                                 [--trace PATH] [--replica-bytes 1e9] [--keep FILE]
 
-Every job is a whole child process, import included, and the jobs take turns; CPU seconds (user + system) and peak memory
-are those the operating system counted for each child. Without --trace, the largest `*.json*` of `../shared/traces` beside
-the repository is read, repeated with shifted times and ids until it has --replica-bytes.
+Every job is a whole child process, import included, and the jobs take turns; CPU seconds (user + system) and peak
+memory are those the operating system counted for each child. Without --trace, the largest `*.json*` of
+`../shared/traces` beside the repository is read, repeated with shifted times and ids until it has --replica-bytes.
 
     perfmodel        read the JSON, all launch metrics
     float times      the same with times as floating-point numbers, which loses nanoseconds: what exactness costs

@@ -16,7 +16,8 @@ LEVELS = (
     {"errors"},
     {"text", "moe", "routing"},
     {"trace", "hardware", "hf_config"},
-    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"},
+    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"}
+    | {"intervals", "attribution", "groups", "bound", "matmuls"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},
     {"schedule", "report"},

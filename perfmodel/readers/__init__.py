@@ -13,24 +13,28 @@ from perfmodel.trace import Trace
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 
+NSYS_REPORTS = (".nsys-rep", ".qdrep")
+
 _EXPECTED = "expected a PyTorch profiler trace (.json, .json.gz) or an Nsight Systems export (.sqlite)"
-_NSYS_EXPORT = "convert it with `nsys export --type sqlite --output {stem}.sqlite {name}` and read the .sqlite file"
+_COUNTERS = "counters of Nsight Compute, which hold no trace; `perfmodel.readers.ncu.read_ncu` reads them"
 # First bytes of files that people hand over instead of a trace -> what they are and what to do.
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the trace itself; fetch the file with `git lfs pull`",
+    b"==PROF==": _COUNTERS,
+    b'"ID","Process ID"': _COUNTERS,
     b"PAR1": f"a Parquet file; {_EXPECTED}",
 }
 # Suffix -> what to do; these formats have no open reader.
 _OTHER_SUFFIXES = {
-    ".nsys-rep": f"an Nsight Systems report; {_NSYS_EXPORT}",
-    ".qdrep": f"an Nsight Systems report; {_NSYS_EXPORT}",
-    ".ncu-rep": "an Nsight Compute report, which times single kernels and holds no trace; record with nsys or torch",
+    ".ncu-rep": "an Nsight Compute report, which times single kernels and holds no trace; record one with nsys "
+    "or torch, or export the counters with `ncu --import {name} --csv --page raw` for `perfmodel.readers.ncu.read_ncu`",
 }
 
 
 def read_trace(path: str | Path) -> Trace:
     """The trace in a file: PyTorch profiler JSON or an Nsight Systems .sqlite, plain or packed, whatever its suffix.
 
+    A folder of Parquet files that `nsys` exported is read too, and a report (.nsys-rep) where `nsys` is installed.
     Raises InputError, one sentence that says what was found and what was expected, for anything else.
     """
     path = Path(path)
@@ -43,8 +47,16 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def _read(path: Path) -> Trace:
+    if is_nsys_folder(path):
+        from perfmodel.readers.nsys import read_nsys_parquet
+
+        return read_nsys_parquet(path)
     if path.is_dir():
         raise InputError(f"a folder; {_EXPECTED}. Give one file of it")
+    if path.suffix in NSYS_REPORTS and not _begins_with(path, SQLITE_MAGIC):
+        from perfmodel.readers.nsys import read_nsys_report
+
+        return read_nsys_report(path)
     with unpacked(path) as (stream, magic):
         _refuse_other_files(path, magic)
         if not magic.startswith(SQLITE_MAGIC):
@@ -53,9 +65,19 @@ def _read(path: Path) -> Trace:
             return replace(trace, notes=(*trace.notes, note)) if is_cut_off(stream) else trace
         if is_packed(stream):
             return _read_unpacked_copy(stream)
-        from perfmodel.readers.nsys import read_nsys  # its driver imports pandas and pyarrow where they are installed
+        from perfmodel.readers.nsys import read_nsys
 
         return read_nsys(path)
+
+
+def is_nsys_folder(path: Path) -> bool:
+    """Is this a folder that `nsys export --type parquetdir` wrote: one Parquet file for each table of a report."""
+    return (path / "StringIds.parquet").is_file() or any(path.glob("CUPTI_ACTIVITY_KIND_*.parquet"))
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _refuse_other_files(path: Path, magic: bytes) -> None:
