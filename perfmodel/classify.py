@@ -60,10 +60,13 @@ def kernel_class(name: str, rules: Rules | None = None) -> str:
 
 def classify(names: pl.Series, rules: Rules | None = None) -> pl.Series:
     """Which class has each kernel of a column of names; null where the name is."""
-    distinct = names.drop_nulls().unique()
+    coded = names.cast(pl.Categorical)
+    distinct = coded.drop_nulls().unique()
     found = [kernel_class(name, rules) for name in distinct.cast(pl.String)]
-    table = pl.DataFrame({"name": distinct, "class": pl.Series(found, dtype=KERNEL_CLASS)})
-    return names.to_frame("name").join(table, on="name", how="left", maintain_order="left")["class"]
+    codes = coded.to_physical()
+    by_code = pl.Series([None], dtype=KERNEL_CLASS).new_from_index(0, 1 + max(distinct.to_physical(), default=0))
+    by_code = by_code.scatter(distinct.to_physical(), pl.Series(found, dtype=KERNEL_CLASS))
+    return by_code.gather(codes).alias("class")
 
 
 def class_shares(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
@@ -71,7 +74,7 @@ def class_shares(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFra
 
     Largest first. Fractions are of the summed kernel time, so they add to 1; null where all kernels took no time.
     """
-    kernels = events.filter(pl.col("kind") == "kernel")
+    kernels = events.select("kind", "name", "dur_ns").filter(pl.col("kind") == "kernel")
     total = pl.col("time_ns").sum()
     return (
         kernels.select(classify(kernels["name"], rules), "dur_ns")
