@@ -6,7 +6,7 @@ The rules are `data/kernel_classes.toml`; a name is looked at once, however many
 import re
 import tomllib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 import polars as pl
@@ -55,7 +55,16 @@ def shipped_rules() -> Rules:
 
 def kernel_class(name: str, rules: Rules | None = None) -> str:
     """Which class has a kernel of this name: that of the first rule whose pattern is found in it, else `other`."""
-    return next((found for found, pattern in rules or shipped_rules() if pattern.search(name)), "other")
+    return _shipped_class(name) if rules is None else _first_match(name, rules)
+
+
+@lru_cache(maxsize=2**16)
+def _shipped_class(name: str) -> str:
+    return _first_match(name, shipped_rules())
+
+
+def _first_match(name: str, rules: Rules) -> str:
+    return next((found for found, pattern in rules if pattern.search(name)), "other")
 
 
 def classify(names: pl.Series, rules: Rules | None = None) -> pl.Series:
