@@ -31,7 +31,7 @@ NAMES = {
         "void paged_attention_ll4mi_reduce_kernel<__hip_bfloat16, __hip_bfloat16, 128, 128, 256, 3, false>(...)",
         "attn_fwd",
     ),
-    "moe_dispatch": (
+    "moe_all_to_all": (
         "void dpsk::ep::internode::dispatch<false, 1, false, 5120>(...)",
         "void dpsk::ep::internode::combine<false, 1, __nv_bfloat16>(...)",
         "void deep_ep::internode_ll::combine<true, 7168, 9>(...)",
@@ -39,10 +39,15 @@ NAMES = {
         "nvshmemi_transfer_rma_nbi",
         "void pplx::AllToAllInterNode::dispatchSendKernel<...>",
         "tensorrt_llm::kernels::moe_a2a_dispatch",
+        "my_all2all_kernel",
+    ),
+    "moe_dispatch": (
         "void vllm::moe::moe_align_block_size_kernel<int>(...)",
         "_combined_routing_compute",
+        "void tensorrt_llm::kernels::finalizeMoeRoutingKernel<...>",
     ),
     "collective": (
+        "ncclDevKernel_AlltoAll_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
         "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
         "ncclKernel_SendRecv_RING_SIMPLE_Sum_int8_t(ncclDevComm*, unsigned long, ncclWork*)",
         "void vllm::cross_device_reduce_1stage<__nv_bfloat16, 8>(...)",
@@ -86,6 +91,9 @@ def test_a_column_of_names() -> None:
     names = pl.Series(["volta_sgemm_64x64_nt", None, "??", "volta_sgemm_64x64_nt"], dtype=pl.Categorical)
     assert classify(names).to_list() == ["gemm", None, "other", "gemm"]
     assert classify(pl.Series([], dtype=pl.String)).to_list() == []
+    assert classify(names.slice(1, 2)).to_list() == [None, "other"]
+    assert classify(pl.Series(["??", None, "attn_fwd"])).to_list() == ["other", None, "attention"]
+    assert classify(pl.Series([None], dtype=pl.Categorical)).to_list() == [None]
 
 
 def test_shares_by_hand_and_their_sum() -> None:

@@ -86,7 +86,7 @@ def whole(value: Any, in_text: bool = True) -> int | None:
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, Decimal):
-        value = int(value) if value.is_finite() and value == int(value) else None
+        value = int(value) if value.is_finite() and abs(value) < 2**63 and value == int(value) else None
     if isinstance(value, str):
         try:
             value = int(value, 0)
@@ -184,7 +184,7 @@ def check(text: str, original: list[Row], n_touched: int, block_bytes: int) -> N
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 HOSTILE = ["", '"', "\\", "}", "{", "]", "[", ",", "}, {", '}, {"ph": ', '"}],', "\x00", "\x07", "\n", "é", "NaN", "-",
-           "e99", ", ", "null", "\ud800", '"traceEvents": [', "//", "'", "1" * 400]  # fmt: skip
+           "e99", "e9999999", ", ", "null", "\ud800", '"traceEvents": [', "//", "'", "1" * 400]  # fmt: skip
 MUTATION = st.tuples(
     st.sampled_from(["replace", "insert", "delete", "repeat", "cut"]),
     st.floats(0, 1),
@@ -242,7 +242,8 @@ def test_mutated_packed_bytes(
 
 # --- events and fields -----------------------------------------------------------------------------------------------
 
-FIELDS = ["ph", "cat", "name", "pid", "tid", "ts", "dur", "args", "correlation", "device", "stream", "External id", "x"]
+ARGS = ["correlation", "device", "stream", "External id", "Input Dims"]
+FIELDS = ["ph", "cat", "name", "pid", "tid", "ts", "dur", "args", "x", *ARGS]
 VALUE = st.one_of(
     st.none(),
     st.booleans(),
@@ -267,7 +268,7 @@ def changed(elements: list[Any], place: float, how: str, field: str, value: Any)
         return
     at = int(place * (len(elements) - 1))
     event = elements[at]
-    owner = event.get("args") if field in ("correlation", "device", "stream", "External id") else event
+    owner = event.get("args") if field in ARGS else event
     if how == "drop":
         del elements[at]
     elif how == "double":

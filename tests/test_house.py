@@ -17,7 +17,7 @@ LEVELS = (
     {"text", "moe", "routing"},
     {"trace", "hardware", "hf_config"},
     {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"}
-    | {"intervals", "attribution", "groups", "bound", "matmuls"},
+    | {"intervals", "attribution", "groups", "bound", "overlap", "copies", "matmuls"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},
     {"schedule", "report"},

@@ -1,5 +1,6 @@
 """How does a trace of the PyTorch profiler (Kineto, Chrome JSON) become EVENTS."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -350,7 +351,7 @@ def _mended_args(args: Mapping[str, Any]) -> Args:
     for name, key in _FIELDS.items():
         if key in args:
             is_text = name in ("dims", "types")
-            values[name] = msgspec.Raw(msgspec.json.encode(args[key])) if is_text else _number(args[key])
+            values[name] = msgspec.Raw(json.dumps(args[key], default=str).encode()) if is_text else _number(args[key])
     return Args(**values)
 
 
@@ -361,7 +362,8 @@ def _text(value: Any) -> str | None:
 
 def _number(value: Any) -> Whole:
     if isinstance(value, Decimal):
-        return int(value) if value.is_finite() and value == int(value) else None
+        is_whole = value.is_finite() and abs(value) < _MAX_INT64 and value == int(value)  # 1e999999999 fills the memory
+        return int(value) if is_whole else None
     return value if isinstance(value, int | str) else None
 
 
