@@ -83,8 +83,6 @@ SAMPLES = {path.name: sample(path) for path in FILES}
 
 
 def whole(value: Any, in_text: bool = True) -> int | None:
-    if isinstance(value, bool):
-        return int(value)
     if isinstance(value, Decimal):
         value = int(value) if value.is_finite() and abs(value) < 2**63 and value == int(value) else None
     if isinstance(value, str):
@@ -93,7 +91,7 @@ def whole(value: Any, in_text: bool = True) -> int | None:
         except ValueError:
             found = re.search(r"(-?\d+)\s*$", value) if in_text else None
             value = int(found[1]) if found else None
-    return value if isinstance(value, int) and -(2**63) < value < 2**63 else None
+    return value if type(value) is int and -(2**63) < value < 2**63 else None
 
 
 def nanoseconds(value: Any) -> int | None:

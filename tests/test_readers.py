@@ -282,6 +282,10 @@ def test_an_event_larger_than_a_block_is_read_whole() -> None:
             '{"ph": "X", "cat": "cpu_op", "name": "a " b", "ts": 1, "dur": 1, "args": [{"pid": 1}, {"pid": 2}]}',
             'a " b',
         ),
+        (
+            '{"ph": "X", "cat": "cpu_op", "name": "huge id", "ts": 1, "dur": 1, "args": {"correlation": 1e999999999}}',
+            "huge id",
+        ),
         ('{"ph": "X", "cat": "cpu_op", "name": 17, "ts": 1, "dur": 1, "args": [1]}', "17"),
     ],
 )

@@ -364,7 +364,7 @@ def _number(value: Any) -> Whole:
     if isinstance(value, Decimal):
         is_whole = value.is_finite() and abs(value) < _MAX_INT64 and value == int(value)  # 1e999999999 fills the memory
         return int(value) if is_whole else None
-    return value if isinstance(value, int | str) else None
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _us(value: Any) -> msgspec.Raw:
