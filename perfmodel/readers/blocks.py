@@ -104,6 +104,8 @@ def lenient(text: str, parse_float: Callable[[str], Any] = float) -> Any:
             return json.loads(text, strict=False, parse_float=parse_float, parse_constant=parse_float)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ArithmeticError:
+        raise ValueError("a number beyond all bounds") from None
 
 
 def _advance(window: Window, grow: bool) -> None:

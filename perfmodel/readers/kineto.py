@@ -362,7 +362,8 @@ def _text(value: Any) -> str | None:
 
 def _number(value: Any) -> Whole:
     if isinstance(value, Decimal):
-        is_whole = value.is_finite() and abs(value) < _MAX_INT64 and value == int(value)  # 1e999999999 fills the memory
+        # The bounds stand first: as an integer, 1e999999999 would fill the memory.
+        is_whole = value.is_finite() and -_MAX_INT64 < value < _MAX_INT64 and value == int(value)
         return int(value) if is_whole else None
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
