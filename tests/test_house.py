@@ -17,7 +17,8 @@ LEVELS = (
     {"text", "moe", "routing", "workers"},
     {"trace", "hardware", "hf_config"},
     {"cache"},
-    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"},
+    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"}
+    | {"intervals", "attribution", "groups", "bound", "overlap", "copies"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression", "ranks"},
     {"schedule", "report"},
