@@ -18,7 +18,7 @@ LEVELS = (
     {"trace", "hardware", "hf_config"},
     {"cache"},
     {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"}
-    | {"intervals", "attribution", "groups", "bound", "overlap", "copies"},
+    | {"intervals", "attribution", "groups", "bound", "overlap", "copies", "matmuls"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression", "ranks"},
     {"schedule", "report"},
