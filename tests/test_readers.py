@@ -203,7 +203,7 @@ def test_relative_microseconds_are_exact(ns: int) -> None:
     assert to_ns([text, b"%d" % (ns // 1000), b"", b'"%s"' % text]).to_list() == [ns, ns // 1000 * 1000, None, ns]
 
 
-@given(st.lists(st.integers(min_value=0, max_value=2**61), min_size=1, max_size=5))
+@given(st.lists(st.integers(min_value=1, max_value=2**61), min_size=1, max_size=5))
 def test_microseconds_of_any_size_are_exact_from_the_text(times: list[int]) -> None:
     body = ",".join(
         f'{{"ph":"X","cat":"cpu_op","name":"a","pid":1,"tid":1,"ts":{t // 1000}.{t % 1000:03d},"dur":1.001}}'
@@ -367,7 +367,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path: Path, name: str) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         read_trace(tmp_path / "none.json")
-    with pytest.raises(InputError, match="a folder; expected"):
+    with pytest.raises(InputError, match="a folder without traces"):
         read_trace(tmp_path)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 
+from perfmodel.cache import read_cached
 from perfmodel.errors import InputError
 from perfmodel.readers.kineto import read_kineto
 from perfmodel.readers.unpack import is_cut_off, is_packed, unpacked
@@ -31,15 +32,21 @@ _OTHER_SUFFIXES = {
 }
 
 
-def read_trace(path: str | Path) -> Trace:
+def read_trace(path: str | Path, cache: str | Path | None = None) -> Trace:
     """The trace in a file: PyTorch profiler JSON or an Nsight Systems .sqlite, plain or packed, whatever its suffix.
 
     A folder of Parquet files that `nsys` exported is read too, and a report (.nsys-rep) where `nsys` is installed.
+    Any other folder holds the files of ranks and is one trace with `rank` set (`folder.read_ranks` has options).
+    With `cache`, "beside" or a folder, it is kept there as Parquet and taken from there while the file is unchanged.
     Raises InputError, one sentence that says what was found and what was expected, for anything else.
     """
     path = Path(path)
     try:
-        return _read(path)
+        if path.is_dir() and not is_nsys_folder(path):
+            from perfmodel.readers.folder import read_ranks  # which reads its files with this module
+
+            return read_ranks(path, cache)
+        return _read(path) if cache is None else read_cached(path, cache, _read)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
@@ -51,8 +58,6 @@ def _read(path: Path) -> Trace:
         from perfmodel.readers.nsys import read_nsys_parquet
 
         return read_nsys_parquet(path)
-    if path.is_dir():
-        raise InputError(f"a folder; {_EXPECTED}. Give one file of it")
     if path.suffix in NSYS_REPORTS and not _begins_with(path, SQLITE_MAGIC):
         from perfmodel.readers.nsys import read_nsys_report
 
