@@ -20,7 +20,7 @@ Decode = Callable[[bytes | memoryview], list[T]]
 Mend = Callable[[str], T | None]
 Stream = BufferedReader | RawIOBase
 
-BLOCK_BYTES = 2**19  # a block with all that is made of it fits in a second-level cache
+BLOCK_BYTES = 2**18  # a block with all that is made of it fits in a second-level cache
 LEAST_BYTES = 4096  # pieces of a block that did not decode are not cut smaller than this
 MAX_NESTED = 16  # so many things that look like a boundary may a broken element hold
 MAX_ELEMENT_BYTES = 64 * 2**20  # an element that does not end within this is broken, not long
