@@ -15,6 +15,7 @@ import typer
 from perfmodel import __version__, fusion, hardware, launch, report, text
 from perfmodel.errors import InputError, MissingExtraError
 from perfmodel.readers import read_trace
+from perfmodel.trace import Trace
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,9 +27,11 @@ app = typer.Typer(
 )
 
 MAX_WHOLE = 10**12
+LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
 EXIT_BUG = 70  # none of the documented codes: a defect of ours must not read as "slower"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+TracePath = Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")]
 
 
 def _print(words: str) -> None:
@@ -56,11 +59,11 @@ def _root(
 
 @app.command()
 def analyze(
-    trace: Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")],
+    trace: TracePath,
     as_json: Json = False,
 ) -> None:
     """Where does the time of a trace go: coverage, launch metrics (TKLQT and friends), busy and idle time."""
-    loaded = read_trace(trace)
+    loaded = _read(trace)
     if as_json:
         _print_json(launch.launch_metrics(loaded).to_json())
     else:
@@ -69,7 +72,7 @@ def analyze(
 
 @app.command(name="fusion")
 def fusion_command(
-    trace: Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")],
+    trace: TracePath,
     lengths: Annotated[str, typer.Option(help="Chain lengths, separated by commas.")] = "2,4,8,16,32,64",
     threshold: Annotated[float, typer.Option(help="Lowest proximity score to list, 0 to 1.")] = 1.0,
     as_json: Json = False,
@@ -78,13 +81,25 @@ def fusion_command(
     wanted = [_whole(word, "--lengths") for word in lengths.split(",")]
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold is {threshold:g}, expected 0 to 1")
-    loaded = read_trace(trace)
+    loaded = _read(trace)
     by_length = fusion.fusion_table(loaded.events, wanted)
     chains = fusion.chains(loaded.events, min(wanted), threshold)
     if as_json:
         _print_json({"lengths": by_length.to_dicts(), "chains": chains.to_dicts()})
     else:
         _print(report.fusion_page(by_length, chains, Path(trace).name))
+
+
+@app.command()
+def export(
+    trace: TracePath,
+    perfetto: Annotated[str, typer.Option(help="File to write for ui.perfetto.dev: .json, or .json.gz to pack it.")],
+) -> None:
+    """Write the trace for a viewer, with lines added that say what waited: launch delay, queueing, idle, classes."""
+    from perfmodel.perfetto import export_perfetto
+
+    n_slices = export_perfetto(_read(trace), perfetto)
+    _note(f"wrote {text.count(n_slices)} slices to {perfetto}; open it at https://ui.perfetto.dev")
 
 
 @app.command()
@@ -250,6 +265,19 @@ def dashboard(
     options = [f"--server.port={port}", f"--server.headless={str(headless).lower()}"]
     options += ["--server.address=127.0.0.1", "--browser.gatherUsageStats=false"]
     raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(main_script), *options]))
+
+
+def _read(path: str) -> Trace:
+    """The trace in a file; a person who watches is told that a large one is being read."""
+    is_long = sys.stderr.isatty() and Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES
+    if is_long:
+        sys.stderr.write(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
+        sys.stderr.flush()
+    try:
+        return read_trace(path)
+    finally:
+        if is_long:
+            sys.stderr.write("\r\x1b[K")  # the line is gone when the page comes
 
 
 def _sibling(name: str) -> str:

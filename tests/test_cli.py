@@ -116,6 +116,16 @@ def test_fusion_runs_on_a_trace(trace: Path) -> None:
     assert done["lengths"][0]["length"] == 2
 
 
+def test_export_writes_a_file_that_reads_back(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "view.json.gz"
+    done = run("export", str(trace), "--perfetto", str(out))
+    assert done.returncode == 0 and not done.stdout and "wrote 9 slices" in done.stderr
+    first, second = (json.loads(run("analyze", str(path), "--json").stdout) for path in (trace, out))
+    assert {**first, "n_events": 0} == {**second, "n_events": 0}
+    assert "cannot write" in refused("export", str(trace), "--perfetto", str(tmp_path / "nowhere" / "view.json"))
+    assert refused("export", str(trace)).count("\n") == 1
+
+
 @pytest.mark.parametrize("case", ["missing", "folder", "text", "truncated", "not a trace", "no tables", "empty"])
 def test_a_file_that_is_no_trace_gets_one_sentence(case: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
