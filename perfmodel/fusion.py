@@ -12,6 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
+from perfmodel.intervals import STREAM
 from perfmodel.launch import joined_kernels
 
 CHAIN_LENGTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512)  # those of the paper's Fig 7
@@ -32,25 +33,30 @@ def kernel_sequence(events: pl.DataFrame) -> pl.DataFrame:
     """In which order do kernels run, and where may a chain not reach across: columns `name`, `segment`.
 
     Kernels of one stream of one device in the order of their starts, streams one after another: kernels of different
-    streams do not follow each other, however close their starts. A segment ends where the host waited for the device
-    between two launches: at a `sync` call of the launching process. An orphan counts as launched when it started, by
-    the only process that made calls, if there is one.
+    streams do not follow each other, however close their starts, nor do those of different ranks. A segment ends where
+    the host waited for the device between two launches: at a `sync` call of the launching process. An orphan counts as
+    launched when it started, by the only process of its rank that made calls, if there is one.
     """
-    calls = events.filter(pl.col("kind") == "sync").select(at="start_ns", process="process", is_sync=pl.lit(1))
-    callers = events.filter(pl.col("kind").is_in(["launch", "sync"]))["process"].drop_nulls().unique()
-    only = callers[0] if len(callers) == 1 else None
-    process = pl.coalesce("launch_process", "process", pl.lit(only, pl.Int64))
-    kernels = joined_kernels(events).select(
-        "name", "start_ns", "device", "stream", process=process, at=pl.coalesce("launch_start_ns", "start_ns")
+    callers = events.filter(pl.col("kind").is_in(["launch", "sync"])).select("rank", "process").drop_nulls("process")
+    only = callers.unique().filter(pl.len().over("rank") == 1).rename({"process": "only_process"})
+    calls = events.filter(pl.col("kind") == "sync").select("rank", "process", at="start_ns", is_sync=pl.lit(1))
+    kernels = (
+        joined_kernels(events)
+        .join(only, on="rank", how="left", nulls_equal=True, maintain_order="left")
+        .select(
+            *("name", "start_ns", "rank", "device", "stream"),
+            process=pl.coalesce("launch_process", "process", "only_process"),
+            at=pl.coalesce("launch_start_ns", "start_ns"),
+        )
     )
-    n_waits = pl.col("is_sync").fill_null(0).cum_sum().over("process")
+    n_waits = pl.col("is_sync").fill_null(0).cum_sum().over("rank", "process")
     return (
         pl.concat([calls, kernels], how="diagonal")
         .sort("at", maintain_order=True)
         .with_columns(n_waits=n_waits)
         .filter(pl.col("is_sync").is_null())
-        .sort("device", "stream", "start_ns", maintain_order=True)
-        .select("name", segment=pl.struct("device", "stream", "process", "n_waits").rle_id().cast(pl.Int64))
+        .sort(*STREAM, "start_ns", maintain_order=True)
+        .select("name", segment=pl.struct(*STREAM, "process", "n_waits").rle_id().cast(pl.Int64))
     )
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from perfmodel.errors import InputError
+from perfmodel.intervals import DEVICE, busy_ns
 from perfmodel.trace import API_KINDS, DEVICE_KINDS, Trace
 
 # The plateau of TKLQT reads about 0 in published plots, so a plateau has this floor: the launch of a null kernel on
@@ -22,8 +24,9 @@ RULE_FACTOR = 3.0
 
 @dataclass(frozen=True)
 class DeviceMetrics:
-    """How busy one device was; span and idle are null where it did nothing or did it in no time."""
+    """How busy one device of one rank was (null where the trace names no rank); idle is null where it took no time."""
 
+    rank: int | None
     device: int
     n_kernels: int
     kernel_time_ns: int
@@ -64,50 +67,57 @@ class LaunchMetrics:
         return {**asdict(self), "devices": [asdict(device) for device in self.devices]}
 
 
+def joined_work(events: pl.DataFrame, kinds: Sequence[str] = DEVICE_KINDS) -> pl.DataFrame:
+    """Which call launched each piece of device work: the rows of EVENTS of these kinds in file order, with their calls.
+
+    Adds `launch_row` (the call's row in EVENTS), `launch_name`, `launch_start_ns`, `launch_dur_ns`, `launch_process`,
+    `launch_thread`, `delay_ns` (Eq 1: start of the work minus start of the call, negative where clocks disagree) and
+    `is_graph`; all null for an orphan, whose call is not in the trace. Where several calls share a link, as in merged
+    traces, the latest that began no later than the work counts, else the earliest.
+    """
+    work = events.filter(pl.col("kind").is_in(kinds))
+    linked = pl.col("kind").is_in(API_KINDS) & pl.col("link").is_not_null()
+    calls = events.select("kind", "link", "start_ns", row=pl.int_range(pl.len())).filter(linked)
+    row = calls["row"].gather(_call_of(work, calls))
+    names = events["name"].gather(row.unique()).unique()
+    graph_names = names.filter(names.cast(pl.String).str.contains("GraphLaunch", literal=True).fill_null(value=False))
+    return work.with_columns(
+        launch_row=row,
+        **{f"launch_{c}": events[c].gather(row) for c in ("name", "start_ns", "dur_ns", "process", "thread")},
+    ).with_columns(
+        delay_ns=pl.col("start_ns") - pl.col("launch_start_ns"),
+        is_graph=pl.col("launch_name").is_in(graph_names.implode()),
+    )
+
+
 def joined_kernels(events: pl.DataFrame) -> pl.DataFrame:
-    """Which call launched each kernel: the kernels of EVENTS in file order, joined to their launch calls by `link`.
+    """Which call launched each kernel: `joined_work` of the kernels alone."""
+    return joined_work(events, ("kernel",))
 
-    Adds `launch_name`, `launch_start_ns`, `launch_dur_ns`, `launch_process`, `launch_thread`, `delay_ns` (Eq 1: kernel
-    start minus call start, negative where clocks disagree) and `is_graph`; all null for an orphan, whose call is not
-    in the trace. Where several calls share a link, as in merged traces, the latest that began no later than the kernel
-    counts, else the earliest.
+
+def _call_of(work: pl.DataFrame, calls: pl.DataFrame) -> pl.Series:
+    """The row of `calls` that launched each row of `work`, null for none: a search in sorted links, then in starts.
+
+    A join by hashes takes three times as long, and calls that all share one damaged link would multiply.
     """
-    kernels = events.filter(pl.col("kind") == "kernel").with_row_index("row")
-    calls = events.filter(pl.col("kind").is_in(API_KINDS) & pl.col("link").is_not_null()).select(
-        "link",
-        launch_name="name",
-        launch_start_ns="start_ns",
-        launch_dur_ns="dur_ns",
-        launch_process="process",
-        launch_thread="thread",
-    )
-    delay = pl.col("start_ns") - pl.col("launch_start_ns")
-    joined = kernels.join(calls, on="link", how="left", maintain_order="left").with_columns(delay_ns=delay)
-    if joined.height > kernels.height:
-        joined = joined.sort(pl.col("delay_ns") < 0, pl.col("delay_ns").abs()).unique("row", keep="first").sort("row")
-    is_graph = pl.col("launch_name").cast(pl.String).str.contains("GraphLaunch", literal=True)
-    return joined.drop("row").with_columns(is_graph=is_graph)
-
-
-def busy_ns(work: pl.DataFrame) -> pl.DataFrame:
-    """For how long was each device doing something: the length of the union of intervals, columns `device`, `busy_ns`.
-
-    `work` holds `device`, `start_ns` and `dur_ns`; overlaps, of streams for example, count once.
-    """
-    end = pl.col("start_ns") + pl.col("dur_ns")
-    covered_until = end.cum_max().shift(1).over("device")
-    fresh = (end - pl.max_horizontal(pl.col("start_ns"), covered_until)).clip(lower_bound=0)
-    return (
-        work.sort("device", "start_ns")
-        .select("device", busy_ns=fresh)
-        .group_by("device")
-        .agg(pl.sum("busy_ns"))
-        .sort("device")
-    )
+    if work.is_empty() or calls.is_empty():
+        return pl.Series([None] * work.height, dtype=pl.Int64)
+    order = np.lexsort((calls["start_ns"].to_numpy(), calls["link"].to_numpy()))
+    link, start = calls["link"].to_numpy()[order], calls["start_ns"].to_numpy()[order]
+    wanted = work["link"].fill_null(0).to_numpy()
+    first, beyond = np.searchsorted(link, wanted), np.searchsorted(link, wanted, side="right")
+    low, high = first + 1, beyond
+    while (low < high).any():  # halve the calls that share the link until the first that began too late is found
+        middle = np.minimum((low + high) // 2, len(link) - 1)
+        is_late = (low < high) & (start[middle] > work["start_ns"].to_numpy())
+        low, high = np.where(is_late | (low >= high), low, middle + 1), np.where(is_late, middle, high)
+    found = pl.Series(order[np.minimum(low, len(link)) - 1], dtype=pl.Int64)
+    known = pl.Series(beyond > first) & work["link"].is_not_null()
+    return pl.select(pl.when(known).then(found)).to_series()
 
 
 def device_metrics(events: pl.DataFrame) -> tuple[DeviceMetrics, ...]:
-    """How busy was each device, in the order of device numbers; empty where no device work was recorded.
+    """How busy was each device, in the order of ranks and device numbers; empty where no device work was recorded.
 
     The span runs from the first start to the last end of any work of the device; busy + idle = span.
     """
@@ -116,16 +126,16 @@ def device_metrics(events: pl.DataFrame) -> tuple[DeviceMetrics, ...]:
     end = pl.col("start_ns") + pl.col("dur_ns")
     kernel_busy = busy_ns(work.filter(is_kernel)).rename({"busy_ns": "kernel_busy_ns"})
     table = (
-        work.group_by("device")
+        work.group_by(DEVICE)
         .agg(
             n_kernels=is_kernel.sum(),
             kernel_time_ns=pl.col("dur_ns").filter(is_kernel).sum(),
             gpu_span_ns=end.max() - pl.col("start_ns").min(),
         )
-        .join(kernel_busy, on="device", how="left")
-        .join(busy_ns(work).rename({"busy_ns": "gpu_busy_ns"}), on="device")
+        .join(kernel_busy, on=DEVICE, how="left", nulls_equal=True)
+        .join(busy_ns(work).rename({"busy_ns": "gpu_busy_ns"}), on=DEVICE, nulls_equal=True)
         .with_columns(pl.col("kernel_busy_ns").fill_null(0))
-        .sort("device")
+        .sort(DEVICE)
     )
     return tuple(
         DeviceMetrics(**row, gpu_idle_frac=_idle_frac(row["gpu_busy_ns"], row["gpu_span_ns"]))

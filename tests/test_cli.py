@@ -93,6 +93,7 @@ def test_analyze_json_has_exactly_the_promised_keys_and_values(trace: Path) -> N
         "inference_latency_ns": 9500,
         "devices": [
             {
+                "rank": None,
                 "device": 0,
                 "n_kernels": 2,
                 "kernel_time_ns": 5000,

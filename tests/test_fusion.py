@@ -75,6 +75,15 @@ def test_a_wait_of_another_process_cuts_nothing() -> None:
     assert chains(events(*run("ab"), sync(9, process=1)), 2).is_empty()
 
 
+def test_ranks_are_sequences_of_their_own_and_wait_apart() -> None:
+    """Two ranks with the same process, device and stream: a b of rank 0, x y of rank 1 cut by its own wait."""
+    first = [row | {"rank": 0} for row in run("ab")]
+    second = [row | {"rank": 1, "link": row.get("link", 0) + 100} for row in run("x|y")]
+    assert chains(events(*first, *second), 2)["names"].to_list() == [["a", "b"]]
+    assert chains(events(*first, sync(9, rank=1)), 2)["names"].to_list() == [["a", "b"]]
+    assert chains(events(*first, sync(9, rank=0)), 2).is_empty()
+
+
 def test_kernels_are_ordered_by_start_but_cut_by_launch() -> None:
     """A kernel launched before the wait belongs before it, even if it started after the wait began."""
     trace = events(

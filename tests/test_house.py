@@ -16,7 +16,8 @@ LEVELS = (
     {"errors"},
     {"text", "moe", "routing"},
     {"trace", "hardware", "hf_config"},
-    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload", "lanes", "tracks"},
+    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload", "intervals"}
+    | {"lanes", "tracks"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},
     {"schedule", "report", "perfetto"},

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,10 +10,10 @@ from hypothesis import strategies as st
 from perfmodel.errors import InputError
 from perfmodel.launch import (
     PLATEAU_FLOOR_NS,
-    busy_ns,
     by_host_name,
     by_kernel,
     joined_kernels,
+    joined_work,
     launch_metrics,
     n_negative_delays,
     transition_batch,
@@ -53,9 +52,9 @@ def test_metrics_worked_out_by_hand() -> None:
         "akd_ns": 16.25, "kernel_time_ns": 65, "kernel_busy_ns": 55,
         "gpu_busy_ns": 70, "gpu_span_ns": 105, "gpu_idle_frac": 1 - 70 / 105, "inference_latency_ns": 80,
         "devices": [
-            {"device": 0, "n_kernels": 3, "kernel_time_ns": 60, "kernel_busy_ns": 50, "gpu_busy_ns": 60,
+            {"rank": None, "device": 0, "n_kernels": 3, "kernel_time_ns": 60, "kernel_busy_ns": 50, "gpu_busy_ns": 60,
              "gpu_span_ns": 75, "gpu_idle_frac": 1 - 60 / 75},
-            {"device": 1, "n_kernels": 1, "kernel_time_ns": 5, "kernel_busy_ns": 5, "gpu_busy_ns": 10,
+            {"rank": None, "device": 1, "n_kernels": 1, "kernel_time_ns": 5, "kernel_busy_ns": 5, "gpu_busy_ns": 10,
              "gpu_span_ns": 30, "gpu_idle_frac": 1 - 10 / 30},
         ],
     }  # fmt: skip
@@ -111,29 +110,38 @@ def test_costliest_kernels_first() -> None:
     assert by_kernel(trace).rows() == [("long", 2, 31, 19), ("orphan", 1, 10, None), ("short", 1, 10, 5)]
 
 
+def test_devices_of_different_ranks_are_different_devices() -> None:
+    trace = events(kernel(0, 10, rank=1), kernel(5, 10, rank=0), kernel(7, 10, rank=0), kernel(0, 3, device=1, rank=0))
+    found = [(d.rank, d.device, d.gpu_busy_ns) for d in launch_metrics(Trace(trace, "kineto", 4)).devices]
+    assert found == [(0, 0, 12), (0, 1, 3), (1, 0, 10)]
+
+
+SHARED = st.tuples(st.sampled_from([None, 0, 1]), st.integers(0, 9))
+
+
+@given(st.lists(SHARED, max_size=8), st.lists(SHARED, max_size=8))
+def test_the_launch_is_the_latest_call_of_the_link_that_began_before(calls: list[tuple], work: list[tuple]) -> None:
+    joined = joined_work(
+        events(
+            *(launch(at, link=link) for link, at in calls),
+            *({"kind": "copy", "start_ns": at, "link": link} for link, at in work),
+        )
+    )
+    expected = []
+    for link, start in work:
+        starts = [at for other, at in calls if other == link and link is not None]
+        before = [at for at in starts if at <= start]
+        expected.append(max(before) if before else min(starts, default=None))
+    assert joined["launch_start_ns"].to_list() == expected
+    assert joined.filter(pl.col("launch_row").is_not_null() != pl.col("delay_ns").is_not_null()).is_empty()
+
+
 def test_calls_without_a_link_join_nothing() -> None:
     joined = joined_kernels(events(launch(10, link=None), kernel(30, link=None)))
     assert joined["delay_ns"].to_list() == [None]
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
-
-WORK = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(0, 12)), max_size=25)
-
-
-def brute_force_busy(work: Sequence[tuple[int, int, int]]) -> dict[int, int]:
-    """The nanoseconds in which a device did something, counted one by one."""
-    covered: dict[int, set[int]] = {device: set() for device, _, _ in work}
-    for device, start, dur in work:
-        covered[device].update(range(start, start + dur))
-    return {device: len(moments) for device, moments in sorted(covered.items())}
-
-
-@given(WORK)
-def test_busy_time_is_the_union_of_intervals(work: list[tuple[int, int, int]]) -> None:
-    table = pl.DataFrame(work, schema={c: pl.Int64 for c in ("device", "start_ns", "dur_ns")}, orient="row")
-    assert dict(busy_ns(table).iter_rows()) == brute_force_busy(work)
-
 
 ANY_WORK = st.tuples(
     st.sampled_from(DEVICE_KINDS),
