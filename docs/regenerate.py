@@ -4,7 +4,7 @@
     python docs/regenerate.py readme     # only the outputs in README.md
 
 In the README, a block that begins with ```console holds commands after `$ ` and their output; what a command prints
-replaces the lines below it. Commands that measure, write files for a viewer, open the dashboard or set things up keep theirs.
+replaces the lines below it. Commands that measure, export, open the dashboard or set things up keep theirs.
 """
 
 import json

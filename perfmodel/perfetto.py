@@ -168,11 +168,10 @@ def _metadata(tracks: pl.DataFrame) -> list[str]:
 
 def _slice_text(drawn: pl.DataFrame, zero_ns: int) -> pl.Expr:
     """One slice as the JSON of a complete event, with what a reader needs to find its event again."""
-    arrow = (
-        pl.when("is_source")
-        .then(_filled(',"bind_id":%s,"flow_out":true', pl.col("flow")))
-        .when("is_target")
-        .then(_filled(',"bind_id":%s,"flow_in":true', pl.col("flow")))
+    arrow = pl.coalesce(
+        _filled(',"bind_id":%s,"flow_out":true', pl.col("arrow_from")),
+        _filled(',"bind_id":%s,"flow_in":true', pl.col("arrow_to")),
+        pl.lit(""),
     )
     on_device = pl.col("family") == "stream"
     args = [
@@ -195,7 +194,7 @@ def _slice_text(drawn: pl.DataFrame, zero_ns: int) -> pl.Expr:
         pl.col("tid"),
         _us(pl.col("start_ns") - zero_ns),
         _us(pl.col("dur_ns")),
-        arrow.fill_null(""),
+        arrow,
         pl.concat_str(args).str.strip_prefix(","),
     )
 

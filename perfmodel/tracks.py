@@ -8,70 +8,71 @@ without nesting), `name`, `start_ns`, `dur_ns`; what was recorded also has the o
 import polars as pl
 
 from perfmodel.classify import classify
+from perfmodel.intervals import DEVICE
 from perfmodel.lanes import lanes
-from perfmodel.launch import joined_kernels
+from perfmodel.launch import joined_kernels, joined_work
 from perfmodel.text import NS_PER_S
-from perfmodel.trace import API_KINDS, DEVICE_KINDS
+from perfmodel.trace import DEVICE_KINDS
 
 # Families of lines in their order on the page. `host` and `stream` hold what was recorded, the others what follows.
 FAMILIES = pl.Enum(["host", "stream", "class", "idle", "launch delay", "queueing"])
 TRACK = ("rank", "family", "owner", "line", "lane")  # what identifies a line
-_DEVICE = ("rank", "device")
 
 
 def slices(events: pl.DataFrame) -> pl.DataFrame:
     """Which bars are drawn of EVENTS, line by line in the order of their starts, those that hold others first.
 
     Columns: those of SLICES, `class` of kernels, `n_kernels` in a bar of a class, the work an idle gap was `ended_by`,
-    `flow` (a number for each arrow from a call to the device work it started), `is_source` and `is_target` of one.
-    Lines that follow from the events: `class` (when any kernel of a class ran), `idle` (gaps between the work of a
-    device), `launch delay` (each kernel's wait from the start of its call, none where clocks disagree) and `queueing`
-    (the part of it behind the end of the call).
+    `arrow_from` and `arrow_to` (the number of an arrow from a call to the device work it started, null for none). Lines
+    that follow from the events: `class` (when any kernel of a class ran), `idle` (gaps between the work of a device),
+    `launch delay` (each kernel's wait from the start of its call, none where clocks disagree) and `queueing` (the part
+    of it behind the end of the call).
     """
-    kernels = joined_kernels(events)
+    work = joined_work(events)
+    kernels = work.filter(pl.col("kind") == "kernel")
     kernels = kernels.with_columns(classify(kernels["name"]))
-    parts = [_recorded(events, kernels), _classes(kernels), _idle(events), *_waits(kernels)]
-    drawn = pl.concat(parts, how="diagonal")
+    recorded = [_calls(events, work), _work(work, kernels)]
+    drawn = pl.concat([*recorded, _classes(kernels), _idle(work), *_waits(kernels)], how="diagonal")
     line = drawn.select("start_ns", "dur_ns", track=pl.struct("family", "rank", "owner", "line").rank("dense"))
     return drawn.with_columns(lanes(line)).sort(*TRACK, "start_ns", pl.col("dur_ns").neg(), maintain_order=True)
 
 
-def _recorded(events: pl.DataFrame, kernels: pl.DataFrame) -> pl.DataFrame:
-    """The events; an arrow leads from the first call of a link to all its device work that began no earlier."""
-    on_device, is_call = pl.col("kind").is_in(DEVICE_KINDS), pl.col("kind").is_in(API_KINDS)
-    calls = (
-        events.filter(is_call & pl.col("link").is_not_null())
-        .unique("link", keep="first", maintain_order=True)
-        .select("link", called_ns="start_ns")
-    )
-    rows = events.join(calls, on="link", how="left", maintain_order="left").with_columns(
-        is_target=(on_device & (pl.col("start_ns") >= pl.col("called_ns"))).fill_null(False)
-    )
-    reached = rows.filter("is_target")["link"].unique()
-    is_source = is_call & pl.col("link").is_in(reached.implode()) & pl.struct("link", is_call).is_first_distinct()
-    class_of = kernels.select("name", "class", kind=pl.lit("kernel", events.schema["kind"])).unique()
-    family = pl.when(on_device).then(pl.lit("stream")).otherwise(pl.lit("host")).cast(FAMILIES)
+def _calls(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
+    """What the host did; an arrow begins at every call whose work began no earlier."""
+    reached = work.filter(pl.col("delay_ns") >= 0)["launch_row"].unique()
+    row = pl.int_range(pl.len())
     return (
-        rows.join(class_of, on=["name", "kind"], how="left", maintain_order="left")
-        .with_columns(
-            family=family,
-            owner=pl.when(on_device).then("device").otherwise("process"),
-            line=pl.when(on_device).then("stream").otherwise("thread"),
-            flow=pl.col("link").rank("dense").cast(pl.Int64),
-            is_source=is_source.fill_null(False),
+        events.with_columns(
+            family=pl.lit("host", FAMILIES),
+            owner="process",
+            line="thread",
+            arrow_from=pl.when(row.is_in(reached.implode())).then(row + 1),
         )
-        .drop("called_ns", "process", "thread", "device", "stream")
+        .filter(~pl.col("kind").is_in(DEVICE_KINDS))
+        .drop("process", "thread", "device", "stream")
+    )
+
+
+def _work(work: pl.DataFrame, kernels: pl.DataFrame) -> pl.DataFrame:
+    """What the devices did, with the class of kernels; an arrow ends at what did not begin before its call."""
+    class_of = kernels.select("name", "class", "kind").unique()
+    return work.join(class_of, on=["name", "kind"], how="left", maintain_order="left").select(
+        *("kind", "name", "start_ns", "dur_ns", "rank", "link", "external", "bytes", "graph", "inputs", "class"),
+        family=pl.lit("stream", FAMILIES),
+        owner="device",
+        line="stream",
+        arrow_to=pl.when(pl.col("delay_ns") >= 0).then(pl.col("launch_row") + 1),
     )
 
 
 def _classes(kernels: pl.DataFrame) -> pl.DataFrame:
     """When any kernel of a class ran on a device: touching and overlapping ones as one bar, with their number."""
-    begins = pl.col("start_ns") > _covered_until("rank", "device", "class")
+    begins = pl.col("start_ns") > _covered_until(*DEVICE, "class")
     return (
-        kernels.sort("rank", "device", "class", "start_ns")
+        kernels.sort(*DEVICE, "class", "start_ns")
         .with_columns(end_ns=pl.col("start_ns") + pl.col("dur_ns"))
         .with_columns(bar=begins.fill_null(True).cum_sum())
-        .group_by("rank", "device", "class", "bar")
+        .group_by(*DEVICE, "class", "bar")
         .agg(pl.min("start_ns"), pl.max("end_ns"), n_kernels=pl.len().cast(pl.Int64))
         .select(
             "rank",
@@ -87,12 +88,12 @@ def _classes(kernels: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _idle(events: pl.DataFrame) -> pl.DataFrame:
+def _idle(work: pl.DataFrame) -> pl.DataFrame:
     """The gaps of each device between its first and its last work, with the name of what ended them."""
-    work = events.filter(pl.col("kind").is_in(DEVICE_KINDS)).sort(*_DEVICE, "start_ns")
     return (
-        work.with_columns(end_ns=pl.col("start_ns") + pl.col("dur_ns"))
-        .with_columns(idle_from=_covered_until(*_DEVICE))
+        work.sort(*DEVICE, "start_ns")
+        .with_columns(end_ns=pl.col("start_ns") + pl.col("dur_ns"))
+        .with_columns(idle_from=_covered_until(*DEVICE))
         .filter(pl.col("start_ns") > pl.col("idle_from"))
         .select(
             "rank",
@@ -140,27 +141,27 @@ def counters(events: pl.DataFrame) -> pl.DataFrame:
     kernels = joined_kernels(events)
     returned = pl.col("launch_start_ns") + pl.col("launch_dur_ns")
     queued = kernels.filter(pl.col("start_ns") > returned).select(
-        *_DEVICE, since_ns=returned, until_ns="start_ns", amount=pl.lit(1, pl.Int64), name=pl.lit("kernels in queue")
+        *DEVICE, since_ns=returned, until_ns="start_ns", amount=pl.lit(1, pl.Int64), name=pl.lit("kernels in queue")
     )
     copies = events.filter((pl.col("kind") == "copy") & (pl.col("bytes") > 0) & (pl.col("dur_ns") > 0)).select(
-        *_DEVICE,
+        *DEVICE,
         since_ns="start_ns",
         until_ns=pl.col("start_ns") + pl.col("dur_ns"),
         amount=(pl.col("bytes") * NS_PER_S / pl.col("dur_ns")).round().cast(pl.Int64),
         name=pl.lit("copies in bytes per second"),
     )
     steps = pl.concat([queued, copies])
-    keys = (*_DEVICE, "name", "at_ns")
+    keys = (*DEVICE, "name", "at_ns")
     return (
         pl.concat(
             [
-                steps.select(*_DEVICE, "name", "amount", at_ns="since_ns"),
-                steps.select(*_DEVICE, "name", -pl.col("amount"), at_ns="until_ns"),
+                steps.select(*DEVICE, "name", "amount", at_ns="since_ns"),
+                steps.select(*DEVICE, "name", -pl.col("amount"), at_ns="until_ns"),
             ]
         )
         .group_by(keys)
         .agg(pl.sum("amount"))
         .filter(pl.col("amount") != 0)
         .sort(keys)
-        .select(*keys, value=pl.col("amount").cum_sum().over(*_DEVICE, "name"))
+        .select(*keys, value=pl.col("amount").cum_sum().over(*DEVICE, "name"))
     )
