@@ -17,7 +17,7 @@ LEVELS = (
     {"text", "moe", "routing"},
     {"trace", "hardware", "hf_config"},
     {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload", "intervals"}
-    | {"lanes", "tracks"},
+    | {"lanes", "tracks", "findings"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},
     {"schedule", "report", "perfetto"},
