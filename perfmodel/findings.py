@@ -69,6 +69,7 @@ class _Scene:
 
     @property
     def kernels(self) -> pl.DataFrame:
+        """The kernels among the device work."""
         return self.work.filter(pl.col("kind") == "kernel")
 
 
