@@ -101,9 +101,23 @@ def holders(intervals: pl.DataFrame, points: pl.DataFrame, by: Sequence[str] = T
     upto = np.searchsorted(start, at, side="right") - 1
     inner = _last_reaching(end, upto, at)
     outer = np.searchsorted(np.maximum.accumulate(end), at) if len(end) else inner
-    rows = np.append(order, -1)
-    table = {"innermost": rows[inner], "outermost": rows[np.where(inner >= 0, outer, -1)]}
-    return pl.DataFrame(table, schema=dict.fromkeys(table, pl.Int64)).select(pl.when(pl.all() >= 0).then(pl.all()))
+    return pl.DataFrame(
+        {"innermost": _rows(order, inner), "outermost": _rows(order, np.where(inner >= 0, outer, -1))},
+    )
+
+
+def parents(intervals: pl.DataFrame, by: Sequence[str] = THREAD) -> pl.Series:
+    """Which interval directly contains each one: row numbers, null for none.
+
+    Of those that contain an interval wholly the one that began last; of equal intervals each contains the next.
+    """
+    line = _line([intervals], by)
+    order = _outer_first(line.starts[0], line.ends[0])
+    end = line.ends[0][order]
+    found = _last_reaching(end, np.arange(len(end)) - 1, end)
+    place = np.empty(len(end), np.int64)
+    place[order] = np.arange(len(end))
+    return _rows(order, found[place]).alias("parent")
 
 
 def held(intervals: pl.DataFrame, points: pl.DataFrame, by: Sequence[str] = THREAD) -> pl.DataFrame:
@@ -187,6 +201,12 @@ def _outer_first(start: Ints, end: Ints) -> Ints:
     if (later | (same & (end[1:] <= end[:-1]))).all():  # traces are often written so, and sorting is dear
         return np.arange(len(start))
     return np.lexsort((-end, start))
+
+
+def _rows(order: Ints, place: Ints) -> pl.Series:
+    """The rows at places of an order, null at place -1."""
+    rows = pl.Series(np.append(order, -1)[place], dtype=pl.Int64)
+    return rows.set(rows < 0, None)
 
 
 def _last_reaching(values: Ints, upto: Ints, wanted: Ints) -> Ints:

@@ -16,7 +16,18 @@ LEVELS = (
     {"errors"},
     {"text", "moe", "routing"},
     {"trace", "hardware", "hf_config"},
-    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload", "intervals"}
+    {
+        "readers",
+        "launch",
+        "fusion",
+        "classify",
+        "placement",
+        "physics",
+        "capture",
+        "offload",
+        "intervals",
+        "attribution",
+    }
     | {"lanes", "tracks", "findings"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},

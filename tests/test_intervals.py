@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perfmodel.errors import InputError
-from perfmodel.intervals import THREAD, busy_ns, gaps, held, holders, merged, overlap_ns
+from perfmodel.intervals import THREAD, busy_ns, gaps, held, holders, merged, overlap_ns, parents
 
 BY = ("rank", "device")
 Row = tuple[int | None, int, int, int]  # rank, device, start, duration
@@ -85,6 +85,18 @@ def test_holders_are_those_a_look_at_every_interval_finds(rows: list[Row], at: l
     found = holders(table(rows), points(at), BY)
     assert found["innermost"].to_list() == inner
     assert found["outermost"].to_list() == outer
+
+
+@given(ROWS)
+def test_parents_are_those_a_look_at_every_interval_finds(rows: list[Row]) -> None:
+    """The parent contains the whole interval and comes last of those before it, by start, then length, then row."""
+    order = sorted(range(len(rows)), key=lambda i: (rows[i][2], -rows[i][3], i))
+    expected: list[int | None] = []
+    for i, (rank, device, start, dur) in enumerate(rows):
+        before = [j for j in order[: order.index(i)] if rows[j][:2] == (rank, device)]
+        around = [j for j in before if rows[j][2] + rows[j][3] >= start + dur]
+        expected.append(around[-1] if around else None)
+    assert parents(table(rows), BY).to_list() == expected
 
 
 @given(ROWS, ROWS)
