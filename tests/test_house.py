@@ -28,7 +28,7 @@ LEVELS = (
         "intervals",
         "attribution",
     }
-    | {"lanes", "tracks", "findings"},
+    | {"lanes", "tracks", "findings", "diff"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},
     {"schedule", "report", "perfetto"},
