@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -12,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from perfmodel import __version__, fusion, hardware, launch, report, text
+from perfmodel import __version__, fusion, hardware, report, text
 from perfmodel.errors import InputError, MissingExtraError
 from perfmodel.readers import read_trace
 from perfmodel.trace import Trace
@@ -31,6 +32,7 @@ LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
 EXIT_BUG = 70  # none of the documented codes: a defect of ours must not read as "slower"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Top = Annotated[str | None, typer.Option(help="Rows of each table; 10 in text and all in JSON unless given.")]
 TracePath = Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")]
 
 
@@ -60,14 +62,40 @@ def _root(
 @app.command()
 def analyze(
     trace: TracePath,
+    hardware_name: Annotated[
+        str | None, typer.Option("--hardware", help="Profile of the machine that ran it: what its link could do.")
+    ] = None,
+    top: Top = None,
     as_json: Json = False,
 ) -> None:
     """Where does the time of a trace go: coverage, launch metrics (TKLQT and friends), busy and idle time."""
-    loaded = _read(trace)
+    from perfmodel.analysis import analyse
+
+    profile = hardware.hardware(hardware_name) if hardware_name else None
+    n_top = _whole(top, "--top") if top else None
+    found = analyse(_read(trace), profile)
     if as_json:
-        _print_json(launch.launch_metrics(loaded).to_json())
+        _print_json(found.to_json(n_top))
     else:
-        _print(report.trace_page(loaded, Path(trace).name))
+        _print(report.trace_page(found, Path(trace).name, n_top or report.N_TOP, _width()))
+
+
+@app.command(name="diff")
+def diff_command(
+    a: TracePath,
+    b: Annotated[str, typer.Argument(help="The trace to compare with it.")],
+    top: Top = None,
+    as_json: Json = False,
+) -> None:
+    """What differs between two traces: launch metrics, kernel classes and operators, not kernel names."""
+    from perfmodel.diff import diff
+
+    found = diff(_read(a), _read(b))
+    n_top = _whole(top, "--top") if top else report.N_TOP
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _print(report.diff_page(found, (Path(a).name, Path(b).name), n_top, _width()))
 
 
 @app.command(name="fusion")
@@ -87,7 +115,7 @@ def fusion_command(
     if as_json:
         _print_json({"lengths": by_length.to_dicts(), "chains": chains.to_dicts()})
     else:
-        _print(report.fusion_page(by_length, chains, Path(trace).name))
+        _print(report.fusion_page(by_length, chains, Path(trace).name, _width()))
 
 
 @app.command()
@@ -278,6 +306,11 @@ def _read(path: str) -> Trace:
     finally:
         if is_long:
             sys.stderr.write("\r\x1b[K")  # the line is gone when the page comes
+
+
+def _width() -> int:
+    """The columns of the terminal, or those of a page that goes elsewhere."""
+    return max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else report.WIDTH
 
 
 def _sibling(name: str) -> str:

@@ -39,9 +39,9 @@ class TraceDiff:
     `n_steps_a` and `n_steps_b` count the profiler's steps; where both have some, changes and ratios are per step.
     `metrics` has a row for each launch metric: `metric`, `a`, `b`, `change` (b - a) and `ratio` (b / a). `classes` has
     one for each kernel class: `class`, `n_kernels_a`, `n_kernels_b`, `time_ns_a`, `time_ns_b`; `operators` one for each
-    operator: `name`, `part` (see `attribution.by_operator`), `n_calls_*`, `n_kernels_*`, `kernel_time_ns_*`,
-    `tklqt_ns_*`; both with `change_ns` of the kernel time and `ratio`, the greatest change first. Null: what a side
-    does not have, and the ratio to nothing.
+    operator: `name`, `part`, `n_calls_*`, `self_ns_*`, `n_kernels_*`, `kernel_time_ns_*`, `tklqt_ns_*` (see
+    `attribution.by_operator`); both with `change_ns` and `ratio` of the kernel time, of the host's time in operators
+    where no side has kernels, the greatest change first. Null: what a side does not have, and the ratio to nothing.
     """
 
     n_steps_a: int
@@ -73,12 +73,10 @@ def diff(a: Trace, b: Trace) -> TraceDiff:
     """
     steps = n_steps(a.events), n_steps(b.events)
     per = steps if all(steps) else (1, 1)
-    return TraceDiff(
-        *steps,
-        metrics=_metrics(a, b, per),
-        classes=_side_by_side(_classes(a), _classes(b), "time_ns", per),
-        operators=_side_by_side(_operators(a), _operators(b), "kernel_time_ns", per),
-    )
+    classes = _side_by_side(_classes(a), _classes(b), "time_ns", per)
+    time = "self_ns" if classes.is_empty() else "kernel_time_ns"
+    operators = _side_by_side(_operators(a), _operators(b), time, per)
+    return TraceDiff(*steps, _metrics(a, b, per), classes, operators)
 
 
 def _classes(trace: Trace) -> pl.DataFrame:
@@ -87,7 +85,7 @@ def _classes(trace: Trace) -> pl.DataFrame:
 
 def _operators(trace: Trace) -> pl.DataFrame:
     table = by_operator(trace.events, attributed(trace.events))
-    return table.select("name", "part", "n_calls", "n_kernels", "kernel_time_ns", "tklqt_ns")
+    return table.select("name", "part", "n_calls", "self_ns", "n_kernels", "kernel_time_ns", "tklqt_ns")
 
 
 def n_steps(events: pl.DataFrame) -> int:

@@ -31,7 +31,7 @@ LEVELS = (
     | {"lanes", "tracks", "findings", "diff"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},
-    {"schedule", "report", "perfetto"},
+    {"schedule", "report", "perfetto", "analysis"},
     {"figures"},
     {"cli"},
     {"__main__"},
