@@ -1,0 +1,97 @@
+"""What all commands share: the application, its common options, reading what was asked for, printing, numbers."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from perfmodel import __version__, report, text
+from perfmodel.errors import InputError
+from perfmodel.readers import read_trace
+from perfmodel.trace import Trace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Trace analysis and roofline performance models for MoE models whose experts do not all fit on the GPU.",
+)
+
+MAX_WHOLE = 10**12
+LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Top = Annotated[str | None, typer.Option(help="Rows of each table; 10 in text and all in JSON unless given.")]
+TracePath = Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print_words(f"perfmodel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def print_words(words: str) -> None:
+    """Print what a command found, on stdout."""
+    sys.stdout.write(words + "\n")
+
+
+def print_json(value: Any) -> None:
+    """Print what a command found, as JSON."""
+    print_words(json.dumps(value, indent=2, allow_nan=False))
+
+
+def note(words: str) -> None:
+    """Say what goes on, on stderr."""
+    sys.stderr.write(words + "\n")
+
+
+def read(path: str) -> Trace:
+    """The trace in a file; a person who watches is told that a large one is being read."""
+    is_long = sys.stderr.isatty() and Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES
+    if is_long:
+        sys.stderr.write(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
+        sys.stderr.flush()
+    try:
+        return read_trace(path)
+    finally:
+        if is_long:
+            sys.stderr.write("\r\x1b[K")  # the line is gone when the page comes
+
+
+def width() -> int:
+    """The columns of the terminal, or those of a page that goes elsewhere."""
+    return max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else report.WIDTH
+
+
+def whole(word: str, option: str) -> int:
+    """A whole number from the words of an option; raises InputError on another, or one too small or large."""
+    try:
+        number = int(word)
+    except ValueError:
+        raise InputError(f"{option} is {word!r}, expected a whole number") from None
+    if not 1 <= number <= MAX_WHOLE:
+        raise InputError(f"{option} is {word}, expected at least 1 and at most {MAX_WHOLE:,}")
+    return number
+
+
+def fraction(word: str, option: str) -> float:
+    """A fraction from the words of an option, such as `3%` or `0.03`; raises InputError on another."""
+    try:
+        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    except ValueError:
+        raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None
