@@ -1,8 +1,6 @@
 import gzip
 import io
 import json
-import sqlite3
-from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from perfmodel.readers.api import api_kind
 from perfmodel.readers.blocks import read_array
 from perfmodel.readers.kineto import read_kineto, to_ns
 from perfmodel.trace import Trace
-from tests.traces_made import LAYOUTS, complete, pid, write_json, write_nsys
+from tests.traces_made import LAYOUTS, complete, write_json
 
 SMALL = [
     {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "ts": 5, "args": {"name": "python"}},
@@ -341,7 +339,6 @@ BAD = {
     "nested.json": (b'{"run": {"traceEvents": []}}', "found JSON with run"),
     "execution.json": (b'{"schema": "1.1.1", "nodes": [{"id": 1}]}', "execution trace"),
     "rocprof.json": (b'{"rocprofiler-sdk-tool": [{}]}', "rocprofv3"),
-    "report.nsys-rep": (b"\x00\x01binary", "nsys export --type sqlite --output report.sqlite report.nsys-rep"),
     "report.ncu-rep": (b"NVR\x00", "Nsight Compute"),
     "damaged.sqlite": (b"SQLite format 3\0" + b"\xff" * 2000, "SQLite cannot read it"),
     "sqlite.gz": (gzip.compress(b"SQLite format 3\0" + b"\0" * 100), "gunzip"),
@@ -372,103 +369,6 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_a_document_cut_anywhere_is_refused(length: int, block_bytes: int) -> None:
     with pytest.raises(InputError):
         read(GOOD[:length], block_bytes)
-
-
-# --- Nsight Systems --------------------------------------------------------------------------------------------------
-
-NAMES = [(1, "void gemm<float>()"), (2, "gemm"), (3, "cudaLaunchKernel_v7000"), (4, "cuLaunchKernelEx"), (5, "layer 1"),
-         (6, "cudaDeviceSynchronize_v3020")]  # fmt: skip
-
-
-def test_nsys_tables_become_events(tmp_path: Path) -> None:
-    path = write_nsys(
-        tmp_path / "run.sqlite",
-        {
-            "StringIds": NAMES,
-            "KERNEL": [
-                (120, 170, 0, 7, 9, pid(1), 1, 2),
-                (220, 230, 1, 7, 9, pid(2), None, 2),
-                (1, 2, 0, 7, 5, pid(1), 99, 98),
-            ],
-            "RUNTIME": [(100, 105, pid(1, 11), 9, 3), (200, 205, pid(2, 22), 9, 4), (300, 290, pid(1, 11), 10, 6)],
-            "MEMCPY": [(40, 50, 0, 8, 11, pid(1), 4096, 1, 1, 2), (60, 70, 0, 8, 12, pid(1), 64, 99, None, None)],
-            "MEMSET": [(80, 81, 0, 8, 13, pid(1), 16), (82, None, 0, 8, 14, pid(1), 16)],
-            "NVTX_EVENTS": [
-                (90, 180, 59, "step", None, pid(1, 11)),
-                (95, 99, 60, None, 5, pid(1, 11)),
-                (97, None, 34, "mark", None, pid(1, 11)),
-                (98, None, 59, "never closed", None, pid(1, 11)),
-            ],
-            "META_DATA_EXPORT": [("EXPORT_SCHEMA_VERSION", "3.25.0")],
-        },
-    )
-    trace = read_trace(path)
-    assert (trace.source, trace.n_events, trace.n_dropped, trace.n_repaired) == ("nsys", 14, 2, 1)
-    assert trace.meta["export"] == {"EXPORT_SCHEMA_VERSION": "3.25.0"}
-    assert trace.notes == ()
-    found = trace.events.select("kind", "name", "start_ns", "dur_ns", "process", "thread", "device", "stream", "bytes")
-    assert found.rows() == [
-        ("kernel", "void gemm<float>()", 120, 50, 1, None, 0, 7, None),
-        ("kernel", "gemm", 220, 10, 2, None, 1, 7, None),
-        ("kernel", "unknown", 1, 1, 1, None, 0, 7, None),
-        ("launch", "cudaLaunchKernel", 100, 5, 1, 11, None, None, None),
-        ("launch", "cuLaunchKernelEx", 200, 5, 2, 22, None, None, None),
-        ("sync", "cudaDeviceSynchronize", 300, 0, 1, 11, None, None, None),
-        ("copy", "Memcpy HtoD (Pinned -> Device)", 40, 10, 1, None, 0, 8, 4096),
-        ("copy", "Memcpy", 60, 10, 1, None, 0, 8, 64),
-        ("set", "Memset", 80, 1, 1, None, 0, 8, 16),
-        ("range", "step", 90, 90, 1, 11, None, None, None),
-        ("range", "layer 1", 95, 4, 1, 11, None, None, None),
-    ]
-    link = trace.events["link"].to_list()
-    assert link[0] == link[3]
-    assert link[1] == link[4]
-    assert link[0] != link[1]
-
-
-def test_nsys_graph_mode_is_noted(tmp_path: Path) -> None:
-    tables = {"KERNEL": [(1, 2, 0, 7, 9, pid(1), None, None)], "GRAPH_TRACE": [(1, 5, 3), (6, 9, 3)]}
-    trace = read_trace(write_nsys(tmp_path / "graph.sqlite", tables))
-    assert "2 CUDA graph replays" in trace.notes[0]
-    assert "--cuda-graph-trace=node" in trace.notes[0]
-    assert read_trace(write_nsys(tmp_path / "no.sqlite", {**tables, "GRAPH_TRACE": []})).notes == ()
-
-
-def test_nsys_device_work_without_a_process(tmp_path: Path) -> None:
-    """Exports of other tools leave out globalPid: one caller can be meant, two cannot."""
-    path = tmp_path / "plain.sqlite"
-    with closing(sqlite3.connect(path)) as database:
-        database.execute(
-            "CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, deviceId INT, correlationId INT)"
-        )
-        database.execute(
-            "CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start INT, end INT, globalTid INT, correlationId INT)"
-        )
-        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES (5, 6, 0, 3)")
-        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (1, 2, ?, 3)", (pid(1, 1),))
-        database.commit()
-        one = read_trace(path)
-        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (1, 2, ?, 3)", (pid(2, 1),))
-        database.commit()
-    assert one.events["link"].n_unique() == 1
-    two = read_trace(path)
-    assert two.events.filter(pl.col("kind") == "kernel")["link"].to_list() == [None]
-    assert "1 records of device work name no process" in two.notes[0]
-
-
-def test_nsys_without_cuda_activity(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"without CUDA activity .found TARGET_INFO_SYSTEM_ENV.*--trace=cuda"):
-        read_trace(write_nsys(tmp_path / "cpu.sqlite", {"TARGET_INFO_SYSTEM_ENV": [("a", "b")]}))
-    with pytest.raises(InputError, match="no complete CUDA call or kernel"):
-        read_trace(write_nsys(tmp_path / "nothing.sqlite", {"KERNEL": [], "RUNTIME": []}))
-
-
-def test_nsys_is_not_changed_by_reading(tmp_path: Path) -> None:
-    path = write_nsys(tmp_path / "a.sqlite", {"KERNEL": [(1, 2, 0, 7, 9, pid(1), None, None)]})
-    before = path.read_bytes()
-    read_trace(path)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["a.sqlite"]
 
 
 def test_times_of_mended_events_are_exact_too() -> None:

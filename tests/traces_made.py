@@ -93,7 +93,9 @@ _TABLES = {
     "CUPTI_ACTIVITY_KIND_MEMSET": (
         "start INT, end INT, deviceId INT, streamId INT, correlationId INT, globalPid INT, bytes INT"
     ),
-    "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": "start INT, end INT, graphId INT",
+    "CUPTI_ACTIVITY_KIND_GRAPH_TRACE": (
+        "start INT, end INT, deviceId INT, streamId INT, correlationId INT, globalPid INT, graphId INT"
+    ),
     "NVTX_EVENTS": "start INT, end INT, eventType INT, text TEXT, textId INT, globalTid INT",
     "META_DATA_EXPORT": "name TEXT, value TEXT",
     "TARGET_INFO_SYSTEM_ENV": "name TEXT, value TEXT",

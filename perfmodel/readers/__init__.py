@@ -15,26 +15,30 @@ from perfmodel.trace import Trace
 GZIP_MAGIC = b"\x1f\x8b"
 SQLITE_MAGIC = b"SQLite format 3\0"
 
+NSYS_REPORTS = (".nsys-rep", ".qdrep")
+
 _EXPECTED = "expected a PyTorch profiler trace (.json, .json.gz) or an Nsight Systems export (.sqlite)"
-_NSYS_EXPORT = "convert it with `nsys export --type sqlite --output {stem}.sqlite {name}` and read the .sqlite file"
+_COUNTERS = "counters of Nsight Compute, which hold no trace; `perfmodel.readers.ncu.read_ncu` reads them"
 # First bytes of files that people hand over instead of a trace -> what they are and what to do.
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the trace itself; fetch the file with `git lfs pull`",
     b"PK\x03\x04": "a zip archive; unpack it and read the trace inside",
     b"\x28\xb5\x2f\xfd": "a Zstandard archive; unpack it with `zstd -d`",
+    b"==PROF==": _COUNTERS,
+    b'"ID","Process ID"': _COUNTERS,
     b"PAR1": f"a Parquet file; {_EXPECTED}",
 }
 # Suffix -> what to do; these formats have no open reader.
 _OTHER_SUFFIXES = {
-    ".nsys-rep": f"an Nsight Systems report; {_NSYS_EXPORT}",
-    ".qdrep": f"an Nsight Systems report; {_NSYS_EXPORT}",
-    ".ncu-rep": "an Nsight Compute report, which times single kernels and holds no trace; record with nsys or torch",
+    ".ncu-rep": "an Nsight Compute report, which times single kernels and holds no trace; record one with nsys "
+    "or torch, or export the counters with `ncu --import {name} --csv --page raw` for `perfmodel.readers.ncu.read_ncu`",
 }
 
 
 def read_trace(path: str | Path) -> Trace:
     """The trace in a file: PyTorch profiler JSON, plain or in gzip whatever its suffix, or an Nsight Systems .sqlite.
 
+    A folder of Parquet files that `nsys` exported is read too, and a report (.nsys-rep) where `nsys` is installed.
     Raises InputError, one sentence that says what was found and what was expected, for anything else.
     """
     path = Path(path)
@@ -49,17 +53,30 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def _read(path: Path) -> Trace:
+    if is_nsys_folder(path):
+        from perfmodel.readers.nsys import read_nsys_parquet
+
+        return read_nsys_parquet(path)
     if path.is_dir():
         raise InputError(f"a folder; {_EXPECTED}. Give one file of it")
     with path.open("rb") as file:
         magic = file.read(64)
     _refuse_other_files(path, magic)
     if magic.startswith(SQLITE_MAGIC):
-        from perfmodel.readers.nsys import read_nsys  # its driver imports pandas and pyarrow where they are installed
+        from perfmodel.readers.nsys import read_nsys
 
         return read_nsys(path)
+    if path.suffix in NSYS_REPORTS:
+        from perfmodel.readers.nsys import read_nsys_report
+
+        return read_nsys_report(path)
     with _opened(path, magic) as stream:
         return read_kineto(stream)
+
+
+def is_nsys_folder(path: Path) -> bool:
+    """Is this a folder that `nsys export --type parquetdir` wrote: one Parquet file for each table of a report."""
+    return (path / "StringIds.parquet").is_file() or any(path.glob("CUPTI_ACTIVITY_KIND_*.parquet"))
 
 
 def _refuse_other_files(path: Path, magic: bytes) -> None:
@@ -70,6 +87,8 @@ def _refuse_other_files(path: Path, magic: bytes) -> None:
     for start, found in _OTHER_FILES.items():
         if magic.startswith(start):
             raise InputError(found)
+    if path.suffix in NSYS_REPORTS:
+        return
     is_json = magic.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[", b"")
     if not is_json and not magic.startswith((GZIP_MAGIC, SQLITE_MAGIC)):
         raise InputError(f"a file that begins with {magic[:16]!r}; {_EXPECTED}")

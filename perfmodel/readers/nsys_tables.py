@@ -1,0 +1,157 @@
+"""Where do the tables of an Nsight Systems export come from: one SQLite file, or a folder with a Parquet file each."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import adbc_driver_manager as adbc
+import adbc_driver_sqlite
+import polars as pl
+
+from perfmodel.errors import InputError
+
+# Up to this size a file is checked as a whole; of a larger one, which may hold much else, the tables that are read.
+CHECK_WHOLE_BYTES = 2**29
+BATCH_ROWS = 65536  # rows the driver hands over at once; with its own 1024 a table of millions is thousands of pieces
+
+# Text in a number's place is no number: SQLite's own cast would make it 0.
+_INTEGER = """CASE WHEN typeof("{0}") IN ('integer', 'real') THEN CAST("{0}" AS INTEGER) END AS "{0}" """
+_BYTES = """CAST(COALESCE("{0}", '') AS BLOB) AS "{0}" """
+
+# Columns of whole numbers, then columns of text -> the rows of a table.
+Read = Callable[[str, Sequence[str], Sequence[str]], pl.DataFrame]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """An export as tables: `columns` names those of each table, `read` reads some of them."""
+
+    columns: Mapping[str, Set[str]]
+    read: Read
+
+    def rows(self, table: str, numbers: Sequence[str] = (), texts: Sequence[str] = ()) -> pl.DataFrame:
+        """The columns of a table that it has among those named: numbers as Int64, null where none stands; texts as
+        String, empty where none stands and with a mark in the place of bytes that are no text."""
+        there = self.columns[table]
+        return self.read(table, [c for c in numbers if c in there], [c for c in texts if c in there])
+
+
+@contextmanager
+def sqlite_tables(path: Path) -> Iterator[Tables]:
+    """The tables of an SQLite export, opened read-only; raises InputError when SQLite cannot read what was asked."""
+    with _refusing(adbc.Error):
+        database = adbc_driver_sqlite.connect(f"file:{quote(str(path.absolute()))}?mode=ro")
+        connection = adbc.AdbcConnection(database)
+    with database, connection:
+        is_small = path.stat().st_size <= CHECK_WHOLE_BYTES
+        if is_small:
+            _refuse_damage(connection)
+        names = _query(
+            connection,
+            "SELECT CAST(m.name AS BLOB), CAST(c.name AS BLOB) FROM sqlite_master m, pragma_table_info(m.name) c "
+            "WHERE m.type IN ('table', 'view')",
+        )
+        columns: dict[str, set[str]] = {}
+        for table, column in zip(*map(_text, names.iter_columns()), strict=True):
+            columns.setdefault(table, set()).add(column)
+
+        def read(table: str, numbers: Sequence[str], texts: Sequence[str]) -> pl.DataFrame:
+            if not is_small:
+                _refuse_damage(connection, table)
+            return _sqlite_rows(connection, table, numbers, texts)
+
+        yield Tables(columns, read)
+
+
+@contextmanager
+def _refusing(*errors: type[BaseException]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"begins like an SQLite database but SQLite cannot read it ({reason}); expected an Nsight Systems export. "
+            "Export or copy it again"
+        ) from None
+
+
+def _query(connection: Any, sql: str) -> pl.DataFrame:
+    """The rows of a query; the driver takes a column's type from its first rows and fails where another follows, and
+    hands over text unchecked, so that text must be asked for as BLOB."""
+    with _refusing(adbc.Error, pl.exceptions.PolarsError), closing(adbc.AdbcStatement(connection)) as statement:
+        statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
+        statement.set_sql_query(sql)
+        stream, _ = statement.execute_query()
+        return pl.DataFrame(stream)
+
+
+def _sqlite_rows(connection: Any, table: str, numbers: Sequence[str], texts: Sequence[str]) -> pl.DataFrame:
+    text = [_BYTES.format(column) for column in texts]
+    try:
+        frame = _query(connection, f"""SELECT {", ".join([*(f'"{c}"' for c in numbers), *text])} FROM "{table}" """)
+        plain = set(frame.select(numbers).dtypes) <= {pl.Int64()}
+    except InputError:
+        plain = False  # types differ within a column, or the table is damaged: then the next query fails too
+    if not plain:
+        number = [_INTEGER.format(column) for column in numbers]
+        frame = _query(connection, f'SELECT {", ".join([*number, *text])} FROM "{table}"')
+    return frame.select(*(pl.col(c).cast(pl.Int64) for c in numbers), *(_text(frame[c]) for c in texts))
+
+
+def _refuse_damage(connection: Any, table: str | None = None) -> None:
+    """Raise InputError where the pages of a database or of one table do not hang together: SQLite then reads rows
+    twice, of another table, or leaves some out unasked."""
+    of_table = f"('{table}')" if table else ""
+    found = _query(connection, f"SELECT CAST(quick_check AS BLOB) FROM pragma_quick_check{of_table}").to_series()
+    # A value of another type or a missing one is no damage of the file; it is looked at where it is used.
+    damage = [line for line in _text(found) if line != "ok" and " value in " not in line]
+    if damage:
+        reason = " ".join(damage[0].split())
+        raise InputError(f"a damaged SQLite database ({reason}); export or copy it again")
+
+
+def parquet_tables(folder: Path) -> Tables:
+    """The tables of a folder that `nsys export --type parquetdir` wrote; raises InputError for a damaged file."""
+    files = {file.stem: file for file in sorted(folder.glob("*.parquet"))}
+
+    def read(table: str, numbers: Sequence[str], texts: Sequence[str]) -> pl.DataFrame:
+        with _refusing_file(files[table]):
+            frame = pl.read_parquet(files[table], columns=[*numbers, *texts])
+        return frame.select(*(_number(frame[c]) for c in numbers), *(_text(frame[c]) for c in texts))
+
+    columns = {}
+    for table, file in files.items():
+        with _refusing_file(file):
+            columns[table] = set(pl.read_parquet_schema(file))
+    return Tables(columns, read)
+
+
+@contextmanager
+def _refusing_file(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"its {file.name} cannot be read ({reason}); export or copy it again") from None
+
+
+def _number(column: pl.Series) -> pl.Series:
+    """Whole numbers as Int64; ids that use the highest bit keep their bits; null where no number stands."""
+    if column.dtype == pl.UInt64:
+        return column.reinterpret(signed=True)
+    if not column.dtype.is_numeric():
+        return pl.Series(column.name, [None], dtype=pl.Int64).new_from_index(0, len(column))
+    return column.cast(pl.Int64, strict=False)
+
+
+def _text(column: pl.Series) -> pl.Series:
+    """Bytes or text as String; names cut at a byte limit may end inside a character."""
+    if column.dtype != pl.Binary:
+        return column.cast(pl.String).fill_null("")
+    try:
+        return column.cast(pl.String).fill_null("")
+    except pl.exceptions.PolarsError:
+        return pl.Series(column.name, [(value or b"").decode("utf-8", "replace") for value in column], pl.String)
