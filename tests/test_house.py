@@ -16,6 +16,7 @@ LEVELS = (
     {"errors"},
     {"text", "moe", "routing"},
     {"trace", "hardware", "hf_config"},
+    {"cache"},
     {
         "readers",
         "launch",

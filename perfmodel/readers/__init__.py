@@ -8,6 +8,7 @@ from typing import BinaryIO, cast
 
 from isal import igzip
 
+from perfmodel.cache import read_cached
 from perfmodel.errors import InputError
 from perfmodel.readers.kineto import read_kineto
 from perfmodel.trace import Trace
@@ -35,15 +36,16 @@ _OTHER_SUFFIXES = {
 }
 
 
-def read_trace(path: str | Path) -> Trace:
+def read_trace(path: str | Path, cache: str | Path | None = None) -> Trace:
     """The trace in a file: PyTorch profiler JSON, plain or in gzip whatever its suffix, or an Nsight Systems .sqlite.
 
     A folder of Parquet files that `nsys` exported is read too, and a report (.nsys-rep) where `nsys` is installed.
+    With `cache`, "beside" or a folder, it is kept there as Parquet and taken from there while the file is unchanged.
     Raises InputError, one sentence that says what was found and what was expected, for anything else.
     """
     path = Path(path)
     try:
-        return _read(path)
+        return _read(path) if cache is None else read_cached(path, cache, _read)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (EOFError, zlib.error, igzip.BadGzipFile) as error:
