@@ -287,7 +287,7 @@ def _small_kernels(scene: _Scene) -> _Fact | None:
 
 def _graphs(scene: _Scene) -> _Fact | None:
     replayed = scene.kernels.filter("is_graph")
-    if replayed.height < 0.5 * scene.metrics.n_kernels:
+    if replayed.height < 0.5 * scene.metrics.n_kernels or replayed.is_empty():
         return None
     words = (
         f"{text.frac(replayed.height / scene.metrics.n_kernels)} of kernels were replayed by "
@@ -295,6 +295,18 @@ def _graphs(scene: _Scene) -> _Fact | None:
         f"({text.ns(scene.metrics.tklqt_graph_ns)} of theirs) says when they ran, not what launching cost"
     )
     return "graphs", int(busy_ns(replayed)["busy_ns"].sum()), words, "judge launches by the first kernel of each launch"
+
+
+def _replays(scene: _Scene) -> _Fact | None:
+    replays = scene.work.filter(pl.col("kind") == "replay")
+    if replays.is_empty():
+        return None
+    hidden_ns = int(busy_ns(replays)["busy_ns"].sum())
+    words = (
+        f"{text.counted(replays.height, 'CUDA graph replay')} filled {scene.part(hidden_ns)} of the devices' time and "
+        f"{text.ns(hidden_ns)} with kernels that were not recorded, so classes and kernel times leave them out"
+    )
+    return "hidden_graphs", hidden_ns, words, "record with `nsys profile --cuda-graph-trace=node`"
 
 
 _FINDERS: tuple[Callable[[_Scene], _Fact | None], ...] = (
@@ -305,4 +317,5 @@ _FINDERS: tuple[Callable[[_Scene], _Fact | None], ...] = (
     _dominant_class,
     _small_kernels,
     _graphs,
+    _replays,
 )

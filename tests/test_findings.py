@@ -91,6 +91,13 @@ def test_a_queue_makes_the_device_the_bound_and_graph_kernels_do_not_count() -> 
     assert told["graphs"].explained_ns == 10 * MS and "1 graph launch call:" in told["graphs"].words
 
 
+def test_graph_replays_recorded_as_a_whole_hide_kernels() -> None:
+    table = events({"kind": "replay", "start_ns": 0, "dur_ns": 3 * MS, "device": 0}, kernel(3 * MS, MS, name="gemm"))
+    told = found(table)["hidden_graphs"]
+    assert told.explained_ns == 3 * MS
+    assert "1 CUDA graph replay filled 75.0 % of the devices' time" in told.words and "node" in told.advice
+
+
 def test_copies_that_nothing_hides_are_compared_with_the_link() -> None:
     copy = {"kind": "copy", "start_ns": 0, "dur_ns": 4 * MS, "bytes": 8_000_000}
     hidden = kernel(0, 1 * MS, stream=8, name="gemm")

@@ -124,6 +124,14 @@ def test_names_come_back_as_they_were(name: str, tmp_path: Path) -> None:
     assert b'\\"' not in path.read_bytes().replace(b'\\"q\\"', b"")  # Perfetto takes `\\"` for an escaped quote
 
 
+def test_graph_replays_come_back(tmp_path: Path) -> None:
+    replay = {"kind": "replay", "name": "graph", "start_ns": 7000, "dur_ns": 9000, "device": 0, "stream": 7, "link": 1}
+    export_perfetto(Trace(events(launch(10, link=1), replay), "nsys", 2), tmp_path / "out.json")
+    assert read_trace(tmp_path / "out.json").of_kind("replay").select("name", "start_ns", "dur_ns", "link").rows() == [
+        ("graph", 7000, 9000, 1)
+    ]
+
+
 def test_ranks_stay_apart(tmp_path: Path) -> None:
     ranks = events(
         *(launch(at, link=link, rank=rank) for at, link, rank in ((1, 1, 0), (2, 2, 1))),
