@@ -27,8 +27,8 @@ Ints = NDArray[np.int64]
 class _Line:
     """Tables on one line of time: for each its starts and ends (`shift` moved them there) and the groups of its rows.
 
-    `groups` has a row for each group, in the order of the line. Different groups never meet on it, not even with a
-    closed end.
+    `groups` has a row for each group, in the order of the line, `spans` its length. Different groups never meet on it,
+    not even with a closed end.
     """
 
     starts: list[Ints]
@@ -36,12 +36,14 @@ class _Line:
     shifts: list[Ints]
     group: list[Ints]
     groups: pl.DataFrame
+    spans: Ints
 
 
 def busy_ns(work: pl.DataFrame, by: Sequence[str] = DEVICE) -> pl.DataFrame:
-    """For how long was each device doing something: the length of the union of intervals, columns `by` and `busy_ns`.
+    """For how long was each device doing something: columns `by`, `busy_ns`, the length of the union, and `span_ns`.
 
-    Overlaps, of streams for example, count once. Sorted by `by`; `by` may name other groups than devices.
+    Overlaps, of streams for example, count once; the span runs from the first start to the last end. Sorted by `by`,
+    which may name other groups than devices.
     """
     line = _line([work], by)
     order = np.argsort(line.starts[0], kind="stable")
@@ -49,7 +51,9 @@ def busy_ns(work: pl.DataFrame, by: Sequence[str] = DEVICE) -> pl.DataFrame:
     fresh = np.maximum(end - np.maximum(start, _covered_until(start, end)), 0)
     first = np.searchsorted(line.group[0][order], np.arange(line.groups.height))
     total = np.add.reduceat(fresh, first) if len(fresh) else fresh
-    return line.groups.with_columns(busy_ns=pl.Series(total, dtype=pl.Int64))
+    return line.groups.with_columns(
+        busy_ns=pl.Series(total, dtype=pl.Int64), span_ns=pl.Series(line.spans[: line.groups.height], dtype=pl.Int64)
+    )
 
 
 def merged(intervals: pl.DataFrame, by: Sequence[str] = DEVICE) -> pl.DataFrame:
@@ -126,19 +130,47 @@ def held(intervals: pl.DataFrame, points: pl.DataFrame, by: Sequence[str] = THRE
     `points` has `by` and `at_ns`. Here an interval does not hold its last moment, so intervals that follow each other
     share nothing. Pairs come in the order of intervals.
     """
-    line = _line([intervals, points.select(*by, start_ns="at_ns", dur_ns=pl.lit(0, pl.Int64))], by)
-    order = np.argsort(line.starts[1], kind="stable")
-    at = line.starts[1][order]
-    first, beyond = np.searchsorted(at, line.starts[0]), np.searchsorted(at, line.ends[0])
-    count = np.maximum(beyond - first, 0)
+    order, first, beyond = _held(intervals, points, by)
+    count = beyond - first
     interval = np.repeat(np.arange(len(count)), count)
     nth = np.arange(len(interval)) - np.repeat(np.cumsum(count) - count, count)
     return pl.DataFrame({"interval": interval, "point": order[first[interval] + nth]})
 
 
+def earliest_held(intervals: pl.DataFrame, points: pl.DataFrame, by: Sequence[str] = THREAD) -> pl.Series:
+    """Which is the first moment that lies in each interval: rows of `points`, null for none; ends as in `held`."""
+    order, first, beyond = _held(intervals, points, by)
+    return _rows(order, np.where(first < beyond, first, -1)).alias("point")
+
+
+def _held(intervals: pl.DataFrame, points: pl.DataFrame, by: Sequence[str]) -> tuple[Ints, Ints, Ints]:
+    """The order of points in time, and for each interval the place of its first and beyond its last one in it."""
+    line = _line([intervals, points.select(*by, start_ns="at_ns", dur_ns=pl.lit(0, pl.Int64))], by)
+    order = np.argsort(line.starts[1], kind="stable")
+    at = line.starts[1][order]
+    return order, np.searchsorted(at, line.starts[0]), np.searchsorted(at, line.ends[0])
+
+
+def numbered(tables: Sequence[pl.DataFrame], by: Sequence[str]) -> tuple[list[Ints], pl.DataFrame]:
+    """Which group is each row in: for each table the number of its rows' groups, and the groups in that order.
+
+    `by` are whole-number columns, null a value like another. Columns that never vary, most of them in most traces, take
+    no part in the search for groups.
+    """
+    rows = pl.concat([table.select(by) for table in tables])
+    varying = [c for c in by if rows[c].null_count() not in (0, rows.height) or rows[c].min() != rows[c].max()]
+    constant = rows.select(pl.exclude(varying)).head(1)
+    if not varying:
+        return [np.zeros(table.height, np.int64) for table in tables], constant
+    groups = rows.select(varying).unique().sort(varying).with_row_index("_number")
+    found = rows.join(groups, on=varying, how="left", nulls_equal=True, maintain_order="left")["_number"].cast(pl.Int64)
+    ids = np.split(found.to_numpy(), np.cumsum([table.height for table in tables])[:-1])
+    return ids, groups.join(constant, how="cross").select(by) if constant.width else groups.select(by)
+
+
 def _line(tables: Sequence[pl.DataFrame], by: Sequence[str]) -> _Line:
     """Tables on one line of time; refuses times that span more than MAX_LINE_NS."""
-    ids, groups = _group_ids(tables, by)
+    ids, groups = numbered(tables, by)
     starts = [table["start_ns"].to_numpy() for table in tables]
     ends = [start + table["dur_ns"].to_numpy() for start, table in zip(starts, tables, strict=True)]
     low, high = np.full(groups.height, MAX_LINE_NS), np.full(groups.height, -MAX_LINE_NS)
@@ -155,23 +187,7 @@ def _line(tables: Sequence[pl.DataFrame], by: Sequence[str]) -> _Line:
     shift = np.cumsum(length) - length - low
     shifts = [shift[group] for group in ids]
     moved = [[t + s for t, s in zip(side, shifts, strict=True)] for side in (starts, ends)]
-    return _Line(moved[0], moved[1], shifts, ids, groups)
-
-
-def _group_ids(tables: Sequence[pl.DataFrame], by: Sequence[str]) -> tuple[list[Ints], pl.DataFrame]:
-    """For each table the number of the group of each row, and the groups in the order of their numbers.
-
-    Columns that never vary, most of them in most traces, take no part in the search for groups.
-    """
-    rows = pl.concat([table.select(by) for table in tables])
-    varying = [c for c in by if rows[c].null_count() not in (0, rows.height) or rows[c].min() != rows[c].max()]
-    constant = rows.select(pl.exclude(varying)).head(1)
-    if not varying:
-        return [np.zeros(table.height, np.int64) for table in tables], constant
-    groups = rows.select(varying).unique().sort(varying).with_row_index("group")
-    found = rows.join(groups, on=varying, how="left", nulls_equal=True, maintain_order="left")["group"].cast(pl.Int64)
-    ids = np.split(found.to_numpy(), np.cumsum([table.height for table in tables])[:-1])
-    return ids, groups.join(constant, how="cross").select(by) if constant.width else groups.select(by)
+    return _Line(moved[0], moved[1], shifts, ids, groups, high - low)
 
 
 def _covered_until(start: Ints, end: Ints) -> Ints:

@@ -14,12 +14,20 @@ from perfmodel.errors import InputError
 from perfmodel.intervals import DEVICE, busy_ns
 from perfmodel.trace import API_KINDS, DEVICE_KINDS, Trace
 
-# The plateau of TKLQT reads about 0 in published plots, so a plateau has this floor: the launch of a null kernel on
-# A100, the lowest of SKIP Table V (2260.5 ns), times 300 launches, about one forward pass of an encoder.
-PLATEAU_FLOOR_NS = 2260.5 * 300
-# Launch calls of one workload vary by less than 2 over batch sizes (Table V: 2.26 to 2.77 us over machines); queueing
-# multiplies TKLQT by ten and more within one doubling of the batch (Fig 6). Any factor from 1 to 30 finds the same.
-RULE_FACTOR = 3.0
+# The figures of a group, in the order of LaunchMetrics.
+FIGURES = (
+    *("n_launches", "n_kernels", "n_kernels_joined", "n_kernels_orphan", "n_kernels_graph"),
+    *("tklqt_ns", "tklqt_non_graph_ns", "tklqt_graph_ns", "tklqt_first_kernel_ns"),
+    *("delay_min_ns", "delay_median_ns", "delay_p99_ns", "delay_max_ns", "n_negative_delays"),
+    *("n_queued", "queue_ns", "launch_call_ns", "kernel_launch_call_ns"),
+    *("akd_ns", "kernel_time_ns", "kernel_busy_ns", "gpu_busy_ns", "gpu_span_ns", "gpu_idle_ns", "gpu_idle_frac"),
+    *("gpu_idle_eq5_ns", "inference_latency_ns"),
+)
+_MAY_BE_NULL = (
+    *("delay_min_ns", "delay_median_ns", "delay_p99_ns", "delay_max_ns", "akd_ns"),
+    *("gpu_span_ns", "gpu_idle_ns", "gpu_idle_frac", "gpu_idle_eq5_ns", "inference_latency_ns"),
+)
+_SUMS = tuple(name for name in FIGURES if name not in _MAY_BE_NULL)  # 0 where there is nothing to sum
 
 
 @dataclass(frozen=True)
@@ -41,24 +49,38 @@ class LaunchMetrics:
     """How long kernels waited for their launch and how busy the devices were, of one trace.
 
     Launch metrics cover joined kernels only, graph kernels included; busy times cover all device work, and sum over
-    devices. TKLQT is not wall time: kernels of one queue wait at the same time.
+    devices. TKLQT is not wall time: kernels of one queue wait at the same time. Each figure is defined in
+    docs/nomenclature.md.
     """
 
     source: str
     n_events: int
+    n_launches: int
     n_kernels: int
     n_kernels_joined: int
     n_kernels_orphan: int
     n_kernels_graph: int
     tklqt_ns: int
+    tklqt_non_graph_ns: int
     tklqt_graph_ns: int
     tklqt_first_kernel_ns: int
+    delay_min_ns: int | None
+    delay_median_ns: float | None
+    delay_p99_ns: float | None
+    delay_max_ns: int | None
+    n_negative_delays: int
+    n_queued: int
+    queue_ns: int
+    launch_call_ns: int
+    kernel_launch_call_ns: int
     akd_ns: float | None
     kernel_time_ns: int
     kernel_busy_ns: int
     gpu_busy_ns: int
     gpu_span_ns: int | None
+    gpu_idle_ns: int | None
     gpu_idle_frac: float | None
+    gpu_idle_eq5_ns: int | None
     inference_latency_ns: int | None
     devices: tuple[DeviceMetrics, ...]
 
@@ -116,93 +138,179 @@ def _call_of(work: pl.DataFrame, calls: pl.DataFrame) -> pl.Series:
     return pl.select(pl.when(known).then(found)).to_series()
 
 
-def device_metrics(events: pl.DataFrame) -> tuple[DeviceMetrics, ...]:
-    """How busy was each device, in the order of ranks and device numbers; empty where no device work was recorded.
+def device_table(work: pl.DataFrame, by: Sequence[str] = DEVICE) -> pl.DataFrame:
+    """How busy was each device, or each group `by` of device work: one row each, in order.
 
-    The span runs from the first start to the last end of any work of the device; busy + idle = span.
+    Columns `by`, `n_kernels`, `kernel_time_ns`, `kernel_busy_ns` and `gpu_busy_ns` (unions of kernels and of all work)
+    and `gpu_span_ns` (first start to last end of any work); busy + idle = span.
     """
-    work = events.filter(pl.col("kind").is_in(DEVICE_KINDS))
-    is_kernel = pl.col("kind") == "kernel"
-    end = pl.col("start_ns") + pl.col("dur_ns")
-    kernel_busy = busy_ns(work.filter(is_kernel)).rename({"busy_ns": "kernel_busy_ns"})
-    table = (
-        work.group_by(DEVICE)
-        .agg(
-            n_kernels=is_kernel.sum(),
-            kernel_time_ns=pl.col("dur_ns").filter(is_kernel).sum(),
-            gpu_span_ns=end.max() - pl.col("start_ns").min(),
+    kernels = work.filter(pl.col("kind") == "kernel")
+    sums = kernels.group_by(by).agg(n_kernels=pl.len().cast(pl.Int64), kernel_time_ns=pl.sum("dur_ns"))
+    of_kernels = busy_ns(kernels, by).select(*by, kernel_busy_ns="busy_ns")
+    return (
+        busy_ns(work, by)
+        .join(of_kernels, on=by, how="left", nulls_equal=True, maintain_order="left")
+        .join(sums, on=by, how="left", nulls_equal=True, maintain_order="left")
+        .select(
+            *by,
+            pl.col("n_kernels", "kernel_time_ns", "kernel_busy_ns").fill_null(0),
+            gpu_busy_ns="busy_ns",
+            gpu_span_ns="span_ns",
         )
-        .join(kernel_busy, on=DEVICE, how="left", nulls_equal=True)
-        .join(busy_ns(work).rename({"busy_ns": "gpu_busy_ns"}), on=DEVICE, nulls_equal=True)
-        .with_columns(pl.col("kernel_busy_ns").fill_null(0))
-        .sort(DEVICE)
-    )
-    return tuple(
-        DeviceMetrics(**row, gpu_idle_frac=_idle_frac(row["gpu_busy_ns"], row["gpu_span_ns"]))
-        for row in table.iter_rows(named=True)
     )
 
 
-def _idle_frac(busy: int, span: int | None) -> float | None:
-    return 1 - busy / span if span else None
+def figures(
+    work: pl.DataFrame, calls: pl.DataFrame, first_ops: pl.DataFrame, devices: pl.DataFrame | None = None
+) -> pl.DataFrame:
+    """What are the launch metrics of each group of device work: one row for each `group`, columns FIGURES, in order.
+
+    `work` is `joined_work` with `group` and `part`, whole numbers: busy times, spans and latencies are those of each
+    part (an instance of a range, say) and device, summed over the group. `calls` holds `group` and `dur_ns` of all
+    launch calls, `first_ops` `group`, `part` and `first_op_ns`, `devices` the `device_table` by group, part and device
+    if it is known already. Sums over nothing are 0. Null: delays without a joined kernel, AKD without kernels, span and
+    idle without device work, latency and what follows from it without an operator or kernels.
+    """
+    by = ["group", "part", *DEVICE]
+    devices = device_table(work, by) if devices is None else devices
+    kernels = work.filter(pl.col("kind") == "kernel")
+    latencies = _latencies(kernels, first_ops)
+    tables = (
+        _waits(kernels),
+        calls.group_by("group").agg(n_launches=pl.len().cast(pl.Int64), launch_call_ns=pl.sum("dur_ns")),
+        devices.group_by("group").agg(pl.sum("kernel_busy_ns", "gpu_busy_ns", "gpu_span_ns")),
+        latencies.group_by("group").agg(pl.sum("inference_latency_ns")),
+    )
+    table = pl.concat(t.select("group") for t in tables).unique().sort("group")
+    for columns in tables:
+        table = table.join(columns, on="group", how="left", maintain_order="left")
+    idle, span = pl.col("gpu_span_ns") - pl.col("gpu_busy_ns"), pl.col("gpu_span_ns")
+    return table.with_columns(
+        pl.col(_SUMS).fill_null(0),
+        akd_ns=pl.col("kernel_time_ns") / pl.col("n_kernels"),
+        gpu_idle_ns=idle,
+        gpu_idle_frac=pl.when(span > 0).then(idle / span),
+        gpu_idle_eq5_ns=pl.col("inference_latency_ns") - pl.col("kernel_time_ns"),
+    ).select("group", *FIGURES)
 
 
-def launch_metrics(trace: Trace) -> LaunchMetrics:
+def _waits(kernels: pl.DataFrame) -> pl.DataFrame:
+    """For each group the counts and durations of its kernels and how long they waited for their launch."""
+    delay, is_graph = pl.col("delay_ns"), pl.col("is_graph")
+    queue = delay - pl.col("launch_dur_ns")
+    launches = (
+        kernels.filter(delay.is_not_null())
+        .group_by("group", "launch_row")
+        .agg(delay.min(), pl.first("launch_dur_ns"))
+        .group_by("group")
+        .agg(tklqt_first_kernel_ns=pl.sum("delay_ns"), kernel_launch_call_ns=pl.sum("launch_dur_ns"))
+    )
+    waits = kernels.group_by("group").agg(
+        n_kernels=pl.len().cast(pl.Int64),
+        n_kernels_joined=delay.count().cast(pl.Int64),
+        n_kernels_orphan=delay.null_count().cast(pl.Int64),
+        n_kernels_graph=is_graph.sum().cast(pl.Int64),
+        tklqt_ns=delay.sum(),
+        tklqt_non_graph_ns=delay.filter(~is_graph).sum(),
+        tklqt_graph_ns=delay.filter(is_graph).sum(),
+        delay_min_ns=delay.min(),
+        delay_median_ns=delay.median(),
+        delay_p99_ns=delay.quantile(0.99, "linear"),
+        delay_max_ns=delay.max(),
+        n_negative_delays=(delay < 0).sum().cast(pl.Int64),
+        n_queued=(queue >= 0).sum().cast(pl.Int64),
+        queue_ns=queue.clip(lower_bound=0).sum(),
+        kernel_time_ns=pl.sum("dur_ns"),
+    )
+    return waits.join(launches, on="group", how="left")
+
+
+def _latencies(kernels: pl.DataFrame, first_ops: pl.DataFrame) -> pl.DataFrame:
+    """From the start of the first operator to the end of the last kernel (Eq 4), for parts that have both."""
+    ends = kernels.group_by("group", "part").agg(end_ns=(pl.col("start_ns") + pl.col("dur_ns")).max())
+    return first_ops.join(ends, on=["group", "part"]).select(
+        "group", inference_latency_ns=pl.col("end_ns") - pl.col("first_op_ns")
+    )
+
+
+def launch_metrics(trace: Trace, work: pl.DataFrame | None = None) -> LaunchMetrics:
     """How long did the kernels of a trace wait for their launch, and how busy were the devices.
 
-    TKLQT is Eq 2, AKD Eq 3 over all kernels, inference latency Eq 4, from the first operator to the end of the last
-    kernel. Null: AKD without kernels, span and idle without device work, latency without kernels or operators.
+    `work` is `joined_work` of its events, if it is known already. What is null is said by `figures`; the latency of
+    several ranks runs from the first operator of any to the last kernel of any.
     """
-    kernels = joined_kernels(trace.events)
-    delay, is_joined = pl.col("delay_ns"), pl.col("delay_ns").is_not_null()
-    first = kernels.filter(is_joined).sort("start_ns").unique(["link", "launch_start_ns"], keep="first")
-    sums = kernels.select(
-        n_kernels_joined=is_joined.sum(),
-        n_kernels_orphan=(~is_joined).sum(),
-        n_kernels_graph=pl.col("is_graph").sum(),
-        tklqt_ns=delay.sum(),
-        tklqt_graph_ns=delay.filter(pl.col("is_graph")).sum(),
-        kernel_time_ns=pl.col("dur_ns").sum(),
-    ).row(0, named=True)
-    devices = device_metrics(trace.events)
-    busy = sum(device.gpu_busy_ns for device in devices)
-    span = sum(device.gpu_span_ns or 0 for device in devices) if devices else None
-    return LaunchMetrics(
-        source=trace.source,
-        n_events=trace.n_events,
-        n_kernels=kernels.height,
-        **sums,
-        tklqt_first_kernel_ns=int(first["delay_ns"].sum()),
-        akd_ns=sums["kernel_time_ns"] / kernels.height if kernels.height else None,
-        kernel_busy_ns=sum(device.kernel_busy_ns for device in devices),
-        gpu_busy_ns=busy,
-        gpu_span_ns=span,
-        gpu_idle_frac=_idle_frac(busy, span),
-        inference_latency_ns=_inference_latency_ns(trace.events, kernels),
-        devices=devices,
+    work = joined_work(trace.events) if work is None else work
+    devices = device_table(work)
+    one_group = {"group": pl.lit(0, pl.Int64), "part": pl.lit(0, pl.Int64)}
+    events = trace.events.select("kind", "start_ns", "dur_ns")
+    first_op = events.filter(pl.col("kind") == "op").select(first_op_ns=pl.min("start_ns"), **one_group).drop_nulls()
+    calls = events.filter(pl.col("kind") == "launch").select("dur_ns", group=pl.lit(0, pl.Int64))
+    all_work = pl.DataFrame({"group": [0]})
+    table = all_work.join(
+        figures(work.with_columns(**one_group), calls, first_op, devices.with_columns(**one_group)),
+        on="group",
+        how="left",
     )
+    row = table.with_columns(pl.col(_SUMS).fill_null(0)).drop("group").row(0, named=True)
+    each = (
+        DeviceMetrics(**d, gpu_idle_frac=1 - d["gpu_busy_ns"] / d["gpu_span_ns"] if d["gpu_span_ns"] else None)
+        for d in devices.iter_rows(named=True)
+    )
+    return LaunchMetrics(source=trace.source, n_events=trace.n_events, **row, devices=tuple(each))
 
 
-def _inference_latency_ns(events: pl.DataFrame, kernels: pl.DataFrame) -> int | None:
-    """From the start of the first operator to the end of the last kernel (Eq 4); null where either is missing."""
-    first = events.filter(pl.col("kind") == "op").select(pl.col("start_ns").min()).item()
-    last = kernels.select((pl.col("start_ns") + pl.col("dur_ns")).max()).item()
-    return None if first is None or last is None else int(last - first)
+def by_kernel(events: pl.DataFrame, work: pl.DataFrame | None = None, sort_by: str = "time_ns") -> pl.DataFrame:
+    """Which kernels cost most, on the device or in waiting for their launch: one row for each name.
 
-
-def by_kernel(events: pl.DataFrame) -> pl.DataFrame:
-    """Which kernels cost most: one row for each name, columns `name`, `n_kernels`, `time_ns`, `tklqt_ns`.
-
-    Longest total time first. `tklqt_ns` sums the delays of joined kernels, null where none of that name is joined.
+    Columns `name`, `n_kernels`, `time_ns`, `tklqt_ns` (the launch tax: delays of joined kernels, null where none of
+    that name is joined), `mean_delay_ns` and `tklqt_frac` (of the trace's TKLQT). Largest `sort_by` first, nulls last.
+    Raises InputError on another column's name. `work` is `joined_work` of the events, if it is known already.
     """
-    delays = pl.col("delay_ns").drop_nulls()
-    return (
-        joined_kernels(events)
-        .group_by("name")
+    work = joined_kernels(events) if work is None else work.filter(pl.col("kind") == "kernel")
+    delay = pl.col("delay_ns")
+    table = (
+        work.group_by("name")
         .agg(
             n_kernels=pl.len().cast(pl.Int64),
             time_ns=pl.sum("dur_ns"),
-            tklqt_ns=pl.when(delays.len() > 0).then(delays.sum()),
+            tklqt_ns=pl.when(delay.count() > 0).then(delay.sum()),
+            mean_delay_ns=delay.mean(),
+        )
+        .with_columns(tklqt_frac=pl.when(pl.sum("tklqt_ns") != 0).then(pl.col("tklqt_ns") / pl.sum("tklqt_ns")))
+    )
+    if sort_by not in table.columns[1:]:
+        raise InputError(f"kernels cannot be sorted by {sort_by!r}; expected one of {', '.join(table.columns[1:])}")
+    return table.sort(sort_by, pl.col("name").cast(pl.String), descending=[True, False], nulls_last=True)
+
+
+def by_launch_call(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.DataFrame:
+    """Which API calls launch device work, and what do they cost the host: one row for each name of a `launch` call.
+
+    Columns `name`, `n_launches`, `time_ns` (on the host), `mean_ns`, `n_kernels` (what they launched),
+    `kernels_per_launch`, `n_copies` (copies and sets) and `n_without_work` (calls whose device work is not in the
+    trace). Longest first. `work` is `joined_work` of the events, if it is known already.
+    """
+    work = joined_work(events) if work is None else work
+    is_kernel = pl.col("kind") == "kernel"
+    launched = (
+        work.select("kind", row="launch_row")
+        .drop_nulls()
+        .group_by("row")
+        .agg(n_kernels=is_kernel.sum().cast(pl.Int64), n_copies=(~is_kernel).sum().cast(pl.Int64))
+    )
+    return (
+        events.select("kind", "name", "dur_ns", row=pl.int_range(pl.len()))
+        .filter(pl.col("kind") == "launch")
+        .join(launched, on="row", how="left")
+        .group_by("name")
+        .agg(
+            n_launches=pl.len().cast(pl.Int64),
+            time_ns=pl.sum("dur_ns"),
+            mean_ns=pl.mean("dur_ns"),
+            n_kernels=pl.sum("n_kernels"),
+            kernels_per_launch=pl.sum("n_kernels") / pl.len(),
+            n_copies=pl.sum("n_copies"),
+            n_without_work=pl.col("n_kernels").null_count().cast(pl.Int64),
         )
         .sort(pl.col("time_ns"), pl.col("name").cast(pl.String), descending=[True, False])
     )
@@ -225,24 +333,3 @@ def by_host_name(events: pl.DataFrame, kind: str) -> pl.DataFrame:
 def n_negative_delays(events: pl.DataFrame) -> int:
     """How many kernels began before their launch call did: a sign that host and device clocks were not aligned."""
     return joined_kernels(events).filter(pl.col("delay_ns") < 0).height
-
-
-def is_device_bound(tklqt_ns: float, plateau_ns: float, rule_factor: float = RULE_FACTOR) -> bool:
-    """Do kernels queue behind a busy device: is TKLQT above `rule_factor` times its host-bound plateau (with floor)."""
-    return tklqt_ns > rule_factor * max(plateau_ns, PLATEAU_FLOOR_NS)
-
-
-def transition_batch(batches: Sequence[int], tklqt_ns: Sequence[float], rule_factor: float = RULE_FACTOR) -> int | None:
-    """From which batch size on is the device the bound: the first whose TKLQT leaves the plateau of the smallest one.
-
-    The paper (section V-B) marks this point by eye; the rule is ours. Null when no batch leaves the plateau. The sweep
-    must begin host-bound: a sweep that begins with a full queue shows no plateau. Raises InputError on unequal lengths
-    or an empty sweep.
-    """
-    if len(batches) != len(tklqt_ns) or not batches:
-        raise InputError(
-            f"found {len(batches)} batch sizes and {len(tklqt_ns)} values of TKLQT; expected as many, not 0"
-        )
-    sweep = sorted(zip(batches, tklqt_ns, strict=True))
-    plateau = sweep[0][1]
-    return next((batch for batch, tklqt in sweep if is_device_bound(tklqt, plateau, rule_factor)), None)

@@ -17,18 +17,8 @@ LEVELS = (
     {"text", "moe", "routing"},
     {"trace", "hardware", "hf_config"},
     {"cache"},
-    {
-        "readers",
-        "launch",
-        "fusion",
-        "classify",
-        "placement",
-        "physics",
-        "capture",
-        "offload",
-        "intervals",
-        "attribution",
-    }
+    {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"}
+    | {"intervals", "attribution", "groups", "bound"}
     | {"lanes", "tracks", "findings", "diff"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression"},

@@ -9,24 +9,18 @@ from hypothesis import strategies as st
 
 from perfmodel.errors import InputError
 from perfmodel.launch import (
-    PLATEAU_FLOOR_NS,
+    FIGURES,
     by_host_name,
     by_kernel,
+    by_launch_call,
     joined_kernels,
     joined_work,
     launch_metrics,
     n_negative_delays,
-    transition_batch,
 )
 from perfmodel.readers import read_trace
 from perfmodel.trace import DEVICE_KINDS, Trace
 from tests.traces_made import events, golden_rows, kernel, launch
-
-KEYS = [
-    *("source", "n_events", "n_kernels", "n_kernels_joined", "n_kernels_orphan", "n_kernels_graph"),
-    *("tklqt_ns", "tklqt_graph_ns", "tklqt_first_kernel_ns", "akd_ns", "kernel_time_ns", "kernel_busy_ns"),
-    *("gpu_busy_ns", "gpu_span_ns", "gpu_idle_frac", "inference_latency_ns", "devices"),
-]
 
 # Synthetic, worked out by hand: two devices, a plain launch, a graph of two kernels, an orphan, a copy and a set.
 BY_HAND = events(
@@ -44,13 +38,15 @@ BY_HAND = events(
 
 def test_metrics_worked_out_by_hand() -> None:
     found = launch_metrics(Trace(BY_HAND, "kineto", 12)).to_json()
-    assert list(found) == KEYS
     assert found == {
-        "source": "kineto", "n_events": 12,
+        "source": "kineto", "n_events": 12, "n_launches": 2,
         "n_kernels": 4, "n_kernels_joined": 3, "n_kernels_orphan": 1, "n_kernels_graph": 2,
-        "tklqt_ns": 55, "tklqt_graph_ns": 50, "tklqt_first_kernel_ns": 25,
+        "tklqt_ns": 55, "tklqt_non_graph_ns": 5, "tklqt_graph_ns": 50, "tklqt_first_kernel_ns": 25,
+        "delay_min_ns": 5, "delay_median_ns": 20, "delay_p99_ns": 29.8, "delay_max_ns": 30, "n_negative_delays": 0,
+        "n_queued": 3, "queue_ns": 52, "launch_call_ns": 2, "kernel_launch_call_ns": 2,
         "akd_ns": 16.25, "kernel_time_ns": 65, "kernel_busy_ns": 55,
-        "gpu_busy_ns": 70, "gpu_span_ns": 105, "gpu_idle_frac": 1 - 70 / 105, "inference_latency_ns": 80,
+        "gpu_busy_ns": 70, "gpu_span_ns": 105, "gpu_idle_ns": 35, "gpu_idle_frac": 35 / 105, "gpu_idle_eq5_ns": 15,
+        "inference_latency_ns": 80,
         "devices": [
             {"rank": None, "device": 0, "n_kernels": 3, "kernel_time_ns": 60, "kernel_busy_ns": 50, "gpu_busy_ns": 60,
              "gpu_span_ns": 75, "gpu_idle_frac": 1 - 60 / 75},
@@ -58,13 +54,31 @@ def test_metrics_worked_out_by_hand() -> None:
              "gpu_span_ns": 30, "gpu_idle_frac": 1 - 10 / 30},
         ],
     }  # fmt: skip
+    assert list(found) == ["source", "n_events", *FIGURES, "devices"]
     assert json.loads(json.dumps(found)) == found
+
+
+def test_queueing_begins_when_the_call_returns() -> None:
+    """Delays 1, 5 and 9 after calls of 5: the first began before its call returned and did not queue."""
+    trace = events(*(launch(i * 100, link=i, dur_ns=5) for i in range(3)), launch(400, link=3, dur_ns=7),
+                   kernel(1, 20, link=0), kernel(105, 20, link=1), kernel(209, 20, link=2))  # fmt: skip
+    found = launch_metrics(Trace(trace, "kineto", 7))
+    assert (found.n_queued, found.queue_ns) == (2, 4)
+    assert (found.launch_call_ns, found.kernel_launch_call_ns, found.n_launches) == (22, 15, 4)
+
+
+def test_overlapping_streams_make_the_papers_idle_time_negative() -> None:
+    work = [kernel(0, 100, stream=s) for s in range(3)]
+    found = launch_metrics(Trace(events({"kind": "op", "start_ns": 0}, *work), "kineto", 4))
+    assert (found.inference_latency_ns, found.gpu_idle_eq5_ns, found.gpu_idle_ns) == (100, -200, 0)
 
 
 def test_what_is_not_defined_is_null() -> None:
     none = launch_metrics(Trace(events({"kind": "op", "start_ns": 0}), "kineto", 1)).to_json()
-    assert [none[key] for key in ("akd_ns", "gpu_span_ns", "gpu_idle_frac", "inference_latency_ns")] == [None] * 4
-    assert (none["tklqt_ns"], none["kernel_busy_ns"], none["devices"]) == (0, 0, [])
+    null = ("delay_min_ns", "delay_median_ns", "delay_p99_ns", "delay_max_ns", "akd_ns", "gpu_span_ns", "gpu_idle_ns")
+    null += ("gpu_idle_frac", "gpu_idle_eq5_ns", "inference_latency_ns")
+    assert {key: none[key] for key in FIGURES} == {key: None if key in null else 0 for key in FIGURES}
+    assert none["devices"] == []
     no_op = launch_metrics(Trace(events(kernel(5, 5)), "nsys", 1))
     assert (no_op.inference_latency_ns, no_op.gpu_idle_frac) == (None, 0.0)
     assert launch_metrics(Trace(events(kernel(5, 0)), "nsys", 1)).gpu_idle_frac is None
@@ -102,12 +116,38 @@ def test_costliest_kernels_first() -> None:
     trace = events(
         launch(0, link=1),
         launch(1, link=2),
-        kernel(5, 10, link=1, name="short"),
-        kernel(20, 30, link=2, name="long"),
+        kernel(8, 10, link=1, name="short"),
+        kernel(25, 30, link=2, name="long"),
         kernel(60, 1, link=9, name="long"),
         kernel(70, 10, link=9, name="orphan"),
     )
-    assert by_kernel(trace).rows() == [("long", 2, 31, 19), ("orphan", 1, 10, None), ("short", 1, 10, 5)]
+    long, orphan, short = (
+        ("long", 2, 31, 24, 24, 0.75),
+        ("orphan", 1, 10, None, None, None),
+        ("short", 1, 10, 8, 8, 0.25),
+    )
+    assert by_kernel(trace).rows() == [long, orphan, short]
+    assert by_kernel(trace, joined_work(trace), "tklqt_frac").rows() == [long, short, orphan]
+    with pytest.raises(InputError, match="expected one of n_kernels, time_ns"):
+        by_kernel(trace, sort_by="name")
+
+
+def test_launch_calls_by_name() -> None:
+    trace = events(
+        launch(0, link=1, dur_ns=4),
+        launch(10, link=2, dur_ns=8),
+        launch(20, link=3, dur_ns=30, name="cudaGraphLaunch"),
+        launch(60, link=4, dur_ns=2, name="cudaMemcpyAsync"),
+        {"kind": "sync", "name": "cudaStreamSynchronize", "start_ns": 70, "link": 5},
+        kernel(30, link=1),
+        *(kernel(50 + i, link=3) for i in range(3)),
+        {"kind": "copy", "start_ns": 70, "link": 4},
+    )
+    assert by_launch_call(trace).rows() == [
+        ("cudaGraphLaunch", 1, 30, 30.0, 3, 3.0, 0, 0),
+        ("cudaLaunchKernel", 2, 12, 6.0, 1, 0.5, 0, 1),
+        ("cudaMemcpyAsync", 1, 2, 2.0, 0, 0.0, 1, 0),
+    ]
 
 
 def test_devices_of_different_ranks_are_different_devices() -> None:
@@ -171,29 +211,6 @@ def test_parts_add_up(work: list[tuple], calls: list[tuple[int, int]]) -> None:
         assert sum(getattr(device, key) for device in found.devices) == getattr(found, key)
 
 
-# --- transition ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("platform", "batch"), [("A100", 8), ("H100", 8), ("GH200", 32)])
-def test_published_transitions(shared: Path, platform: str, batch: int) -> None:
-    sweep = pl.read_csv(shared / "reference" / "skip_batch_sweep.csv").filter(model="bert", platform=platform)
-    batches, tklqt = sweep["batch"].to_list(), (sweep["tklqt_us"] * 1000).to_list()
-    for factor in (1.5, 3.0, 30.0):
-        assert transition_batch(batches, tklqt, factor) == batch
-    assert transition_batch(batches, tklqt) == batch
-    assert transition_batch(batches[::-1], tklqt[::-1]) == batch
-
-
-def test_transition_needs_a_rise_above_the_floor() -> None:
-    assert transition_batch([1, 2, 4], [0, 0, 2 * PLATEAU_FLOOR_NS]) is None
-    assert transition_batch([1, 2, 4], [0, 0, 4 * PLATEAU_FLOOR_NS]) == 4
-    high = 10 * PLATEAU_FLOOR_NS
-    assert transition_batch([1, 2, 4], [high, 2 * high, 3.1 * high]) == 4
-    for batches, tklqt in (([], []), ([1], [1.0, 2.0])):
-        with pytest.raises(InputError):
-            transition_batch(batches, tklqt)
-
-
 # --- real traces -----------------------------------------------------------------------------------------------------
 
 KINETO_COUNTS = {
@@ -202,6 +219,7 @@ KINETO_COUNTS = {
     "n_kernels_joined": "kernels_joined",
     "n_kernels_orphan": "kernels_unlinked",
     "n_kernels_graph": "kernels_joined_via_graph",
+    "n_negative_delays": "launch_delay_negative",
 }
 KINETO_TIMES = {
     "tklqt_ns": "TKLQT_us",
@@ -211,6 +229,12 @@ KINETO_TIMES = {
     "kernel_busy_ns": "kernel_busy_union_us",
     "gpu_busy_ns": "gpu_busy_union_us",
     "gpu_span_ns": "gpu_span_us",
+    "gpu_idle_ns": "gpu_idle_in_span_us",
+    "tklqt_non_graph_ns": "TKLQT_nongraph_us",
+    "kernel_launch_call_ns": "launch_api_dur_sum_us",
+    "queue_ns": "queue_after_api_end_sum_us",
+    "delay_min_ns": "launch_delay_min_us",
+    "delay_max_ns": "launch_delay_max_us",
 }
 
 
@@ -225,6 +249,10 @@ def test_kineto_golden(shared: Path, row: dict[str, str]) -> None:
     expected = {key: int(row[column]) for key, column in KINETO_COUNTS.items()}
     expected |= {key: exact_ns(row[column]) for key, column in KINETO_TIMES.items()}
     assert {key: found[key] for key in expected} == expected
+    for key in ("median", "p99"):
+        expected_us = float(row[f"launch_delay_{key}_us"]) if row[f"launch_delay_{key}_us"] else None
+        found_ns = found[f"delay_{key}_ns"]
+        assert expected_us == (None if found_ns is None else pytest.approx(found_ns / 1000, abs=6e-4))
     assert (trace.n_dropped, trace.n_repaired) == (0, 0)
     assert n_negative_delays(trace.events) == int(row["launch_delay_negative"])
     assert len(found["devices"]) == int(row["devices"])
@@ -250,9 +278,17 @@ def test_nsys_golden(shared: Path, row: dict[str, str]) -> None:
         per_device = {int(part.split(":")[0]): int(part.split(":")[1]) for part in row[column].split(";")}
         assert {device.device: getattr(device, f"{key}_ns") for device in found.devices} == per_device
         assert getattr(found, f"{key}_ns") == sum(per_device.values())
-    delays = joined_kernels(trace.events)["delay_ns"].drop_nulls()
-    assert (delays.min(), delays.max()) == (int(row["launch_delay_min_ns"]), int(row["launch_delay_max_ns"]))
-    assert found.inference_latency_ns is None
+    assert (found.delay_min_ns, found.delay_max_ns) == (
+        int(row["launch_delay_min_ns"]),
+        int(row["launch_delay_max_ns"]),
+    )
+    delays = joined_kernels(trace.events)["delay_ns"].drop_nulls().sort()
+    assert delays[len(delays) // 2] == float(row["launch_delay_median_ns"])  # there the upper of two in the middle
+    assert found.delay_median_ns == (delays[len(delays) // 2] + delays[(len(delays) - 1) // 2]) / 2
+    assert (found.n_queued, found.queue_ns) == (int(row["QCount"]), int(row["queue_dur_sum_ns"]))
+    assert found.kernel_launch_call_ns == int(row["api_dur_sum_ns"])
+    assert found.n_negative_delays == int(row["launch_delay_negative"])
+    assert (found.inference_latency_ns, found.gpu_idle_eq5_ns) == (None, None)
 
 
 def test_host_time_by_name_counts_ranges_without_their_circumstances() -> None:
