@@ -129,6 +129,13 @@ def ceilings(profile: HardwareProfile, dtype: str) -> Ceilings:
     return Ceilings(flops, stream, (found[0], memory[0]))
 
 
+def attainable_flops_per_s(
+    intensity: Array | float, peak_flops_per_s: Array | float, bytes_per_s: Array | float
+) -> Array:
+    """The roofline: min(peak, intensity x bandwidth), of one intensity in FLOP per byte or of many."""
+    return np.asarray(np.minimum(peak_flops_per_s, intensity * bytes_per_s))
+
+
 def element_bytes(dtype: str) -> tuple[float, float]:
     """Bytes of a stored weight (scales included) and of an activation for a dtype."""
     return WEIGHT_BYTES[dtype], ACTIVATION_BYTES.get(dtype, ACTIVATION_BYTES["bf16"])

@@ -7,7 +7,7 @@ import polars as pl
 
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import work_of
-from perfmodel.physics import Array, ceilings, ideal_work
+from perfmodel.physics import attainable_flops_per_s, ceilings, ideal_work
 from perfmodel.text import NS_PER_S
 
 DEVICE_MEMORY = "device memory"  # its bandwidth is that of `physics.ceilings`
@@ -37,11 +37,6 @@ def tiers(profile: HardwareProfile, dtype: str) -> list[Tier]:
     rows = [Tier(name, q[1].value, q[1].kind, peak / q[1].value) for name, q in found.items() if q is not None]
     rows.append(Tier(DEVICE_MEMORY, roof.bytes_per_s, memory.kind, peak / roof.bytes_per_s))
     return sorted(rows, key=lambda tier: -tier.bytes_per_s)
-
-
-def attainable_flops_per_s(intensity: Array | float, peak_flops_per_s: float, bytes_per_s: float) -> Array:
-    """The roofline: min(peak, intensity x bandwidth), of one intensity in FLOP per byte or of many."""
-    return np.asarray(np.minimum(peak_flops_per_s, intensity * bytes_per_s))
 
 
 def points(observations: pl.DataFrame, profile: HardwareProfile) -> pl.DataFrame:

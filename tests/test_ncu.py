@@ -84,6 +84,7 @@ def test_counters_in_base_units(tmp_path: Path, form: Any) -> None:
             "fp16_flops": 1 + 1 + 2 * 1.0,
             "tensor_flops": 1e6,
             "flops": 1e6 + 6210 + 4,
+            "dtype": "bf16",
             "dram_read_bytes": 1.5e6,
             "dram_write_bytes": 512e3,
             "dram_bytes": 2.012e6,
@@ -108,7 +109,7 @@ def test_rates_become_counts_over_the_duration(tmp_path: Path) -> None:
     }
     launch = only(read(tmp_path, raw_page(metrics)))
     assert launch["fp32_flops"] == pytest.approx((100 + 100 + 2 * 400) * 1.5e9 * 2e-3)
-    assert launch["flops"] == launch["fp32_flops"]
+    assert (launch["flops"], launch["dtype"]) == (launch["fp32_flops"], "fp32")
     assert launch["dram_bytes"] == pytest.approx(2e9)
     assert launch["dram_read_bytes"] is None
     other = {**metrics, "smsp__cycles_elapsed.avg.per_second": ("cycle/nsecond", "1.50")}

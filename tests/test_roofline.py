@@ -6,7 +6,8 @@ import pytest
 
 from perfmodel.capture import load_capture, per_workload, profile_of
 from perfmodel.hardware import hardware
-from perfmodel.roofline import attainable_flops_per_s, points, tiers
+from perfmodel.physics import attainable_flops_per_s
+from perfmodel.roofline import points, tiers
 from tests.captures_made import ROOF, write_synthetic_capture
 
 

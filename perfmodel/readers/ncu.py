@@ -25,6 +25,7 @@ LAUNCHES = pl.Schema(
         "fp16_flops": pl.Float64(),
         "tensor_flops": pl.Float64(),
         "flops": pl.Float64(),
+        "dtype": pl.String(),
         "dram_read_bytes": pl.Float64(),
         "dram_write_bytes": pl.Float64(),
         "dram_bytes": pl.Float64(),
@@ -59,7 +60,7 @@ _TITLES = {
     ("SOL DRAM", "%"): "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     ("Memory Throughput", "/"): "dram__bytes.sum.per_second",
 }
-_PIPES = ("d", "f", "h")  # fp64, fp32, fp16
+_PIPES = {"fp64": "d", "fp32": "f", "fp16": "h"}
 _OPERATIONS = {"add": 1, "mul": 1, "fma": 2}
 _TENSOR = re.compile(
     r"(?P<counter>(?:sm|smsp)__ops_path_tensor(?P<op>_op_[a-z]+)?_src_(?P<source>\w+?)(?P<target>_dst_\w+?)?"
@@ -85,8 +86,8 @@ def read_ncu(path: str | Path) -> pl.DataFrame:
     counts once, so `fp16_flops` may be half of the truth, never more. `tensor_flops` come from the counters
     `sm__ops_path_tensor_*`, and are 0 where the tensor pipe was idle. `flops` sums the pipes that were collected; it is
     null where the tensor pipe is not known, or idle and fp32 not known. Where only rates were recorded, a count is rate
-    times duration. Null: not collected. Kernels were run one by one at fixed clocks, so durations must not be mixed
-    with those of traces.
+    times duration. `dtype` is the type in which most FLOPs ran. Null: not collected. Kernels were run one by one at
+    fixed clocks, so durations must not be mixed with those of traces.
 
     Raises InputError where the file is no such table, is cut off, or holds nothing that a roofline needs.
     """
@@ -248,10 +249,13 @@ class _Values:
 
 def _launch(about: About, values: _Values) -> tuple[object, ...]:
     """A row of LAUNCHES."""
-    pipes = [_pipe_flops(values, letter) for letter in _PIPES]
-    tensor = _tensor_flops(values)
-    known = [flops for flops in (*pipes, tensor) if flops is not None]
-    is_known = tensor is not None and (tensor > 0 or pipes[1] is not None)
+    pipes = {name: _pipe_flops(values, letter) for name, letter in _PIPES.items()}
+    by_type = _tensor_flops(values)
+    tensor = None if by_type is None else sum(by_type.values())
+    known = {name: n for name, n in pipes.items() if n is not None}
+    for name, n in (by_type or {}).items():
+        known[name] = known.get(name, 0.0) + n
+    is_known = tensor is not None and (tensor > 0 or pipes["fp32"] is not None)
     read = _first(values.total(f"dram__bytes{op}", "bytes") for op in ("_read", "_op_read"))
     write = _first(values.total(f"dram__bytes{op}", "bytes") for op in ("_write", "_op_write"))
     both = read + write if read is not None and write is not None else None
@@ -263,9 +267,10 @@ def _launch(about: About, values: _Values) -> tuple[object, ...]:
         about.get("Grid Size"),
         about.get("Block Size"),
         values.duration_ns,
-        *pipes,
+        *pipes.values(),
         tensor,
-        sum(known) if is_known else None,
+        sum(known.values()) if is_known else None,
+        max(known, key=lambda name: known[name]) if is_known else None,
         read,
         write,
         _first([values.total("dram__bytes", "bytes"), both]),
@@ -293,8 +298,9 @@ def _pipe_flops(values: _Values, letter: str) -> float | None:
     return None if None in counts else sum(count for count in counts if count is not None)
 
 
-def _tensor_flops(values: _Values) -> float | None:
-    """Operations of the tensor pipe: by type of operand, from the counters that split it least; 0 where it was idle."""
+def _tensor_flops(values: _Values) -> dict[str, float] | None:
+    """Operations of the tensor pipe by type of operand, from the counters that split them least; none where it
+    was idle, null where that is not known."""
     split: dict[str, dict[tuple[bool, ...], set[str]]] = {}
     for name in values.cells:
         found = _TENSOR.fullmatch(name)
@@ -302,7 +308,7 @@ def _tensor_flops(values: _Values) -> float | None:
             by = tuple(found[part] is not None for part in ("op", "target", "sparsity"))
             split.setdefault(found["source"], {}).setdefault(by, set()).add(found["counter"])
     if split:
-        least = [counters for kinds in split.values() for counters in [kinds[min(kinds)]]]
-        return sum(values.total(counter) or 0.0 for counters in least for counter in counters)
-    busy = [number for name in values.cells if _TENSOR_BUSY.fullmatch(name) for number in [values.plain(name)]]
-    return 0.0 if any(number == 0 for number in busy) else None
+        least = {source: kinds[min(kinds)] for source, kinds in split.items()}
+        return {source: sum(values.total(c) or 0.0 for c in counters) for source, counters in least.items()}
+    is_idle = any(values.plain(name) == 0 for name in values.cells if _TENSOR_BUSY.fullmatch(name))
+    return {} if is_idle else None
