@@ -257,10 +257,11 @@ def _dominant_class(scene: _Scene) -> _Fact | None:
         return None
     chosen = scene.kernels.filter(pl.col("class").cast(pl.String) == name)
     top, top_ns = _most(chosen, "name", "dur_ns")
+    top_name = text.shortened(str(top).removeprefix("void "), NAME_WIDTH)
     words = (
         f"{name} kernels filled {scene.part(spent_ns)} of the devices' time ("
         f"{text.counted(chosen.height, 'kernel')}, {text.ns(spent_ns)}), "
-        f"{text.frac(top_ns / int(chosen['dur_ns'].sum()))} of it in {text.shortened(str(top), NAME_WIDTH)}"
+        f"{text.frac(top_ns / int(chosen['dur_ns'].sum()))} of it in {top_name}"
     )
     return "dominant_class", spent_ns, words, _CLASS_ADVICE[name]
 

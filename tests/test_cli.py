@@ -73,8 +73,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PAGE_KEYS = {
-    *("n_repaired", "n_dropped", "notes", "n_kernels_found_by", "findings", "classes", "kernels", "operators"),
-    *("ranges",),
+    *("n_repaired", "n_dropped", "notes", "n_kernels_found_by", "bound", "findings", "by", "groups", "classes"),
+    *("kernels", "launch_calls", "operators", "ranges", "steps", "products", "counted"),
 }
 
 
@@ -147,6 +147,35 @@ def test_diff_compares_two_traces(trace: Path) -> None:
     assert set(found) == {"n_steps_a", "n_steps_b", "metrics", "classes", "operators"}
     assert found["operators"][0]["ratio"] == 1
     assert "no such file" in refused("diff", str(trace), "nowhere.json").lower()
+
+
+def test_sweep_finds_the_transition_from_traces_and_from_a_table(trace: Path, tmp_path: Path) -> None:
+    found = json.loads(run("sweep", f"1={trace}", f"4={trace}", "--json").stdout)
+    assert (found["transition_batch"], [row["tklqt_ns"] for row in found["table"]]) == (None, [4500, 4500])
+    table = tmp_path / "sweep.csv"
+    table.write_text("batch,tklqt_ns\n1,1000000\n2,1100000\n8,9000000\n")
+    assert "device-bound from batch 8 on" in run("sweep", str(table)).stdout
+    assert "no batch size is device-bound" in run("sweep", str(table), "--factor", "10").stdout
+    for words, said in (
+        (("x",), "expected BATCH=TRACE"),
+        ((f"a={trace}",), "whole number"),
+        ((str(table), "--factor", "none"), "--factor is 'none'"),
+        ((str(tmp_path / "none.csv"),), "no such file"),
+    ):
+        assert said in refused("sweep", *words)
+    for text in ("batch,time\n1,2\n", "batch,tklqt_ns\n1,\n", "batch,tklqt_ns\na,2\n", ""):
+        table.write_text(text)
+        assert str(table) in refused("sweep", str(table))
+
+
+def test_analyze_groups_its_metrics_and_refuses_other_groups(trace: Path) -> None:
+    page = run("analyze", str(trace), "--by", "stream").stdout
+    assert "by stream" in page and "device 0, stream 7" in page
+    found = json.loads(run("analyze", str(trace), "--by", "thread", "--json").stdout)
+    assert found["by"] == "thread" and sum(row["n_kernels"] for row in found["groups"]) == 2
+    assert "expected one of rank, device" in refused("analyze", str(trace), "--by", "moon")
+    assert "unknown hardware" in refused("analyze", str(trace), "--hardware", "gh300")
+    assert "cannot" in refused("analyze", str(trace), "--ncu", str(trace.parent / "none.csv"))
 
 
 def test_analyze_text_says_what_was_joined_and_keeps_names_literal(trace: Path) -> None:

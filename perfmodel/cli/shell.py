@@ -1,6 +1,7 @@
 """What all commands share: the application, its common options, reading what was asked for, printing, numbers."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -87,6 +88,17 @@ def whole(word: str, option: str) -> int:
     if not 1 <= number <= MAX_WHOLE:
         raise InputError(f"{option} is {word}, expected at least 1 and at most {MAX_WHOLE:,}")
     return number
+
+
+def number(word: str, option: str) -> float:
+    """A positive number from the words of an option; raises InputError on another."""
+    try:
+        found = float(word)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise InputError(f"{option} is {word!r}, expected a positive number")
+    return found
 
 
 def fraction(word: str, option: str) -> float:

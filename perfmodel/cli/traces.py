@@ -1,30 +1,41 @@
 """Commands about traces: each reads, makes one call, prints."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from perfmodel import fusion, hardware, report, text
-from perfmodel.cli.shell import Json, Top, TracePath, app, note, print_json, print_words, read, whole, width
+from perfmodel.cli.shell import Json, Top, TracePath, app, note, number, print_json, print_words, read, whole, width
 from perfmodel.errors import InputError
+from perfmodel.groups import GROUPINGS
 
 
 @app.command()
 def analyze(
     trace: TracePath,
-    hardware_name: Annotated[
-        str | None, typer.Option("--hardware", help="Profile of the machine that ran it: what its link could do.")
+    by: Annotated[
+        str | None, typer.Option(help="Launch metrics of each rank, device, stream, process, thread, range or step.")
     ] = None,
     top: Top = None,
+    hardware_name: Annotated[
+        str | None,
+        typer.Option("--hardware", help="Profile of the machine that ran it: roofline, and what its link does."),
+    ] = None,
+    ncu: Annotated[str | None, typer.Option(help="Counters of Nsight Compute, from `ncu --csv --page raw`.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Where does the time of a trace go: coverage, launch metrics (TKLQT and friends), busy and idle time."""
+    """Where does the time of a trace go: coverage, findings in words, launch metrics, classes, kernels, operators."""
     from perfmodel.analysis import analyse
+    from perfmodel.readers.ncu import read_ncu
 
     profile = hardware.hardware(hardware_name) if hardware_name else None
     n_top = whole(top, "--top") if top else None
-    found = analyse(read(trace), profile)
+    if by is not None and by not in GROUPINGS:
+        raise InputError(f"--by is {by!r}, expected one of {', '.join(GROUPINGS)}")
+    counted = read_ncu(ncu) if ncu else None
+    found = analyse(read(trace), hardware=profile, by=by, counted=counted)
     if as_json:
         print_json(found.to_json(n_top))
     else:
@@ -67,6 +78,58 @@ def fusion_command(
         print_json({"lengths": by_length.to_dicts(), "chains": chains.to_dicts()})
     else:
         print_words(report.fusion_page(by_length, chains, Path(trace).name, width()))
+
+
+@app.command()
+def sweep(
+    traces: Annotated[
+        list[str],
+        typer.Argument(help="BATCH=TRACE for each batch size, or one .csv with the columns batch and tklqt_ns."),
+    ],
+    factor: Annotated[
+        str, typer.Option(help="Device-bound is a TKLQT above so many times that of the smallest batch.")
+    ] = "3",
+    as_json: Json = False,
+) -> None:
+    """From which batch size on is the device the bound, and no longer the host: TKLQT over a sweep of batch sizes."""
+    from perfmodel import bound
+    from perfmodel.launch import launch_metrics
+
+    rule_factor = number(factor, "--factor")
+    if len(traces) == 1 and traces[0].endswith(".csv"):
+        batches, tklqt = _read_sweep(traces[0])
+        found = bound.sweep(batches, tklqt, rule_factor)
+    else:
+        given = [_batch_and_trace(word) for word in traces]
+        found = bound.sweep([b for b, _ in given], [launch_metrics(read(path)) for _, path in given], rule_factor)
+    if as_json:
+        print_json({**asdict(found), "table": found.table.to_dicts()})
+    else:
+        print_words(report.sweep_page(found))
+
+
+def _read_sweep(path: str) -> tuple[list[int], list[float]]:
+    """Batch sizes and their TKLQT from a .csv file."""
+    import polars as pl
+
+    try:
+        table = pl.read_csv(path, columns=["batch", "tklqt_ns"]).cast({"batch": pl.Int64, "tklqt_ns": pl.Float64})
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read ({reason}); expected columns batch and tklqt_ns, numbers") from None
+    if table.null_count().sum_horizontal().item():
+        raise InputError(f"{path} has empty cells; expected a batch size and a TKLQT in every row")
+    return table["batch"].to_list(), table["tklqt_ns"].to_list()
+
+
+def _batch_and_trace(word: str) -> tuple[int, str]:
+    """The batch size and the trace of an argument such as `8=trace.json.gz`."""
+    batch, equals, path = word.partition("=")
+    if not equals:
+        raise InputError(f"found {word!r}, expected BATCH=TRACE such as 8=trace.json.gz, or one .csv file")
+    return whole(batch, "the batch size"), path
 
 
 @app.command()

@@ -1,8 +1,9 @@
-"""Text pages about chains of kernels, and about two traces side by side."""
+"""Text pages about chains of kernels, and about two or more traces side by side."""
 
 import polars as pl
 
 from perfmodel import text
+from perfmodel.bound import Sweep
 from perfmodel.diff import TraceDiff
 from perfmodel.report.words import N_TOP, WIDTH, ratio, table, wrapped
 
@@ -22,6 +23,25 @@ _METRICS = {
     "akd_ns": "average kernel duration",
     "gpu_idle_frac": "devices idle",
 }
+
+
+def sweep_page(found: Sweep) -> str:
+    """TKLQT of each batch size against the smallest, and from which one on the device is the bound."""
+    rows = [
+        [
+            str(r["batch"]),
+            text.ns(r["tklqt_ns"]),
+            ratio(r["tklqt_ns"] / found.plateau_ns if found.plateau_ns else None),
+            r["label"],
+        ]
+        for r in found.table.iter_rows(named=True)
+    ]
+    rule = f"TKLQT above {found.rule_factor:g} times that of the smallest batch"
+    if found.transition_batch is None:
+        verdict = f"no batch size is device-bound: none has a {rule}"
+    else:
+        verdict = f"device-bound from batch {text.count(found.transition_batch)} on: the first with a {rule}"
+    return table(rows, ["batch", "TKLQT", "of the smallest", "bound"]) + f"\n\n{verdict}"
 
 
 def fusion_page(table_by_length: pl.DataFrame, chains: pl.DataFrame, name: str, width: int = WIDTH) -> str:

@@ -9,20 +9,51 @@ from perfmodel.analysis import Analysis
 from perfmodel.findings import Finding
 from perfmodel.report.words import N_TOP, WIDTH, table, wrapped
 
+_HEADERS = {
+    "n_kernels": "kernels",
+    "n_calls": "calls",
+    "n_launches": "launches",
+    "n_products": "products",
+    "time_ns": "time",
+    "time_frac": "share",
+    "tklqt_ns": "TKLQT",
+    "tklqt_frac": "share",
+    "mean_delay_ns": "mean delay",
+    "delay_median_ns": "median delay",
+    "mean_ns": "mean",
+    "self_ns": "host time",
+    "kernel_time_ns": "kernel time",
+    "gpu_busy_ns": "busy",
+    "gpu_idle_frac": "idle",
+    "inference_latency_ns": "latency",
+    "launch_call_ns": "launch calls",
+    "queue_ns": "queueing",
+    "flops_per_s": "achieved",
+    "flops_per_byte": "FLOP/B",
+    "roof_frac": "of roof",
+}
+_GROUP_NUMBERS = (
+    *("n_launches", "n_kernels", "tklqt_ns", "delay_median_ns", "queue_ns", "kernel_time_ns", "gpu_busy_ns"),
+    *("gpu_idle_frac", "inference_latency_ns"),
+)
+
 
 def trace_page(found: Analysis, name: str, n_top: int = N_TOP, width: int = WIDTH) -> str:
-    """Coverage first, then findings with what to do, launch metrics, devices, classes, kernels and operators."""
+    """Coverage first, then findings with what to do, launch metrics, and tables of what cost most."""
     sections = [_coverage(found, name, width)]
     if found.metrics.n_kernels == 0:
         sections.append("No kernels were recorded, so there are no launch metrics.")
     if found.findings:
         sections.append(findings_text(found.findings, width))
     if found.metrics.n_kernels:
-        sections.append(_launch_metrics(found))
+        sections.append(_launch_metrics(found, width))
+    if found.groups is not None:
+        sections.append(_groups(found.groups, f"by {found.by}", n_top, width))
     if found.metrics.devices:
         sections.append(_devices(found, width))
-    by_name = [show(found, n_top, width) for show in (_kernels, _tax, _operators, _ranges)]
-    return "\n\n".join([*sections, *(shown for shown in (_classes(found), *by_name) if shown)])
+    if found.steps.height > 1 and found.by != "step":
+        sections.append(_groups(found.steps, "steps", n_top, width))
+    return "\n\n".join([*sections, *(shown for shown in _tables(found, n_top, width) if shown)])
 
 
 def findings_text(findings: Sequence[Finding], width: int = WIDTH) -> str:
@@ -49,21 +80,28 @@ def _coverage(found: Analysis, name: str, width: int) -> str:
         unknown = m.n_kernels - sum(by.values())
         parts = [f"{text.count(n)} by {how}" for how, n in by.items()]
         lines.append(f"operators of kernels: {', '.join(parts)}, {text.count(unknown)} unknown")
-    return "\n".join([*lines, *(wrapped(f"note: {note}", width, "", "      ") for note in trace.notes)])
+    notes = [*trace.notes]
+    if m.n_negative_delays:
+        started = text.counted(m.n_negative_delays, "kernel")
+        notes.append(f"{started} started before their launch call: host and device clocks disagree")
+    return "\n".join([*lines, *(wrapped(f"note: {note}", width, "", "      ") for note in notes)])
 
 
-def _launch_metrics(found: Analysis) -> str:
+def _launch_metrics(found: Analysis, width: int) -> str:
     m = found.metrics
-    return table(
-        [
-            ["TKLQT (kernel start - launch start)", text.ns(m.tklqt_ns)],
-            ["  of graph kernels", text.ns(m.tklqt_graph_ns)],
-            ["  first kernel of each launch", text.ns(m.tklqt_first_kernel_ns)],
-            ["average kernel duration", text.ns(m.akd_ns)],
-            ["inference latency", text.ns(m.inference_latency_ns)],
-        ],
-        ["launch metrics", ""],
-    )
+    rows = [
+        ["TKLQT (kernel start - launch start)", text.ns(m.tklqt_ns)],
+        ["  of graph kernels", text.ns(m.tklqt_graph_ns)],
+        ["  first kernel of each launch", text.ns(m.tklqt_first_kernel_ns)],
+        ["launch delay, median", text.ns(m.delay_median_ns)],
+        ["launch delay, 99th percentile", text.ns(m.delay_p99_ns)],
+        [f"queueing after the call returned ({text.counted(m.n_queued, 'kernel')})", text.ns(m.queue_ns)],
+        [f"host time in {text.counted(m.n_launches, 'launch call')}", text.ns(m.launch_call_ns)],
+        ["average kernel duration", text.ns(m.akd_ns)],
+        ["inference latency", text.ns(m.inference_latency_ns)],
+    ]
+    words = f"{found.bound.label or 'host or device the bound'}: {found.bound.reason}"
+    return table(rows, ["launch metrics", ""], width) + "\n" + wrapped(words, width)
 
 
 def _devices(found: Analysis, width: int) -> str:
@@ -76,63 +114,87 @@ def _devices(found: Analysis, width: int) -> str:
     return table(rows, ["devices", "kernels", "kernel time", "kernel busy", "busy", "span", "idle"], width)
 
 
-def _classes(found: Analysis) -> str | None:
-    return _table(
-        found.classes, found.classes.height, {"class": "kernel classes"}, ("n_kernels", "time_ns", "time_frac")
-    )
+def _groups(groups: pl.DataFrame, title: str, n_top: int, width: int) -> str:
+    """Launch metrics of groups, in their own order; what belongs to none of them is a row that says so."""
+    keys = [key for key in groups.columns[: groups.columns.index("n_launches")] if key not in _NOT_SHOWN]
+    rows = [
+        [_place(keys, row), *(_in_words(n, row[n]) for n in _GROUP_NUMBERS)]
+        for row in groups.head(n_top).iter_rows(named=True)
+    ]
+    more = f"\n... and {text.count(groups.height - n_top)} more" if groups.height > n_top else ""
+    return table(rows, [title, *(_HEADERS[n] for n in _GROUP_NUMBERS)], width) + more
 
 
-def _kernels(found: Analysis, n_top: int, width: int) -> str | None:
-    title = f"costliest {min(n_top, found.kernels.height)} kernels"
-    return _table(found.kernels, n_top, {"name": title}, ("n_kernels", "time_ns", "tklqt_ns"), width)
+_NOT_SHOWN = ("n_calls", "start_ns", "dur_ns")
 
 
-def _tax(found: Analysis, n_top: int, width: int) -> str | None:
-    """Kernels by what launching them cost, with the wait of one."""
+def _place(keys: Sequence[str], row: dict[str, object]) -> str:
+    """The keys of a group in words: the name of a range or step alone, else every number with its kind."""
+    if "name" in keys:
+        rank = "" if row["rank"] is None else f"rank {row['rank']} "
+        return rank + ("(elsewhere)" if row["name"] is None else str(row["name"]))
+    words = [f"{key} {'unknown' if row[key] is None else row[key]}" for key in keys]
+    return ", ".join(word for word in words if word != "rank unknown") or "rank unknown"
+
+
+def _tables(found: Analysis, n_top: int, width: int) -> list[str | None]:
+    """What cost most, by class, kernel, call, operator, range and matrix product; None where there is nothing."""
+    host = () if found.metrics.n_kernels else (("operators", found.host_operators),)
     taxed = found.kernels.drop_nulls("tklqt_ns").sort("tklqt_ns", "name", descending=[True, False])
-    return _table(taxed, n_top, {"name": "kernels by launch tax"}, ("n_kernels", "tklqt_ns", "time_ns"), width)
+    wanted = [
+        (f"costliest {min(n_top, found.kernels.height)} kernels", found.kernels, ("n_kernels", "time_ns", "tklqt_ns")),
+        ("kernels by launch tax", taxed, ("n_kernels", "tklqt_ns", "tklqt_frac", "mean_delay_ns")),
+        ("launch calls", found.launch_calls, ("n_launches", "time_ns", "mean_ns", "n_kernels")),
+    ]
+    if found.metrics.n_kernels:
+        numbers = ("n_calls", "self_ns", "n_kernels", "kernel_time_ns", "tklqt_ns")
+        wanted.append(("operators, by kernel time", found.operators, numbers))
+    for title, rows in (("ranges", found.ranges), *host):
+        wanted.append((f"longest {title} (with what they contain)", rows, ("n_calls", "time_ns")))
+    counted = found.counted
+    return [
+        _table(found.classes, found.classes.height, "class", "kernel classes", ("n_kernels", "time_ns", "time_frac")),
+        *(_table(rows, n_top, "name", title, numbers, width) for title, rows, numbers in wanted),
+        _points(found.products, "matrix products", n_top, width),
+        None if counted is None else _points(counted, "kernels counted by Nsight Compute", n_top, width),
+    ]
 
 
-def _operators(found: Analysis, n_top: int, width: int) -> str | None:
-    numbers = ("n_calls", "self_ns", "n_kernels", "kernel_time_ns", "tklqt_ns")
-    if not found.metrics.n_kernels:
-        return _table(
-            found.host_operators,
-            n_top,
-            {"name": "longest operators (with what they contain)"},
-            ("n_calls", "time_ns"),
-            width,
-        )
-    return _table(found.operators, n_top, {"name": "operators, by kernel time"}, numbers, width)
+def _points(points: pl.DataFrame, title: str, n_top: int, width: int) -> str | None:
+    """Points of a roofline, with what a roof bounds them where the machine is known."""
+    numbers = ["n_products", "time_ns", "flops_per_s", "flops_per_byte"]
+    numbers += ["roof_frac"] if "roof_frac" in points.columns else []
+    body = []
+    for row in points.head(n_top).iter_rows(named=True):
+        roof = [row["bound"] or "n/a"] if "bound" in row else []
+        body.append([_product(row), *(_in_words(n, row[n]) for n in numbers), *roof])
+    header = [title, *(_HEADERS[n] for n in numbers), *(["bound by"] if "bound" in points.columns else [])]
+    return table(body, header, width) if body else None
 
 
-def _ranges(found: Analysis, n_top: int, width: int) -> str | None:
-    title = "longest ranges (with what they contain)"
-    return _table(found.ranges, n_top, {"name": title}, ("n_calls", "time_ns"), width)
-
-
-_HEADERS = {
-    "n_kernels": "kernels",
-    "n_calls": "calls",
-    "time_ns": "time",
-    "time_frac": "share",
-    "tklqt_ns": "TKLQT",
-    "self_ns": "host time",
-    "kernel_time_ns": "kernel time",
-}
+def _product(row: dict[str, object]) -> str:
+    """A matrix product in words, such as `aten::mm 32 x 4096 x 1024 bf16`."""
+    dtype = f" {row['dtype']}" if row["dtype"] else ""
+    if "m" not in row:
+        return f"{row['op']}{dtype}"
+    batch = f"{row['batch']} of " if row["batch"] != 1 else ""
+    experts = f", {row['n_experts']} experts" if row["n_experts"] else ""
+    return f"{row['op']} {batch}{row['m']} x {row['n']} x {row['k']}{dtype}{experts}"
 
 
 def _table(
-    rows: pl.DataFrame, n_top: int, title: dict[str, str], numbers: Sequence[str], width: int | None = None
+    rows: pl.DataFrame, n_top: int, key: str, title: str, numbers: Sequence[str], width: int | None = None
 ) -> str | None:
     """The first rows of a table with numbers in words by the unit in their name; None where there are none."""
-    ((key, header),) = title.items()
     shown = rows.head(n_top).with_columns(pl.col(key).cast(pl.String).str.strip_prefix("void "))
     body = [[str(r[key]), *(_in_words(n, r[n]) for n in numbers)] for r in shown.iter_rows(named=True)]
-    return table(body, [header, *(_HEADERS[n] for n in numbers)], width) if body else None
+    return table(body, [title, *(_HEADERS[n] for n in numbers)], width) if body else None
 
 
 def _in_words(name: str, value: float | None) -> str:
-    if name.endswith("_ns"):
-        return text.ns(value)
-    return text.frac(value) if name.endswith("_frac") else text.count(value)
+    if value is None:
+        return "n/a"
+    if name == "flops_per_byte":
+        return f"{value:,.1f}"
+    writers = {"_flops_per_s": text.flops_per_s, "_ns": text.ns, "_frac": text.frac}
+    return next((write(value) for suffix, write in writers.items() if f"_{name}".endswith(suffix)), text.count(value))
