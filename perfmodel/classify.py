@@ -18,6 +18,7 @@ CLASSES = (
     "gemm",
     "attention",
     "moe_dispatch",
+    "moe_all_to_all",
     "collective",
     "copy",
     "elementwise",
@@ -25,6 +26,7 @@ CLASSES = (
     "other",
 )
 KERNEL_CLASS = pl.Enum(CLASSES)
+COMMUNICATION = ("moe_all_to_all", "collective")  # the classes whose work is to move data between devices
 
 Rules = Sequence[tuple[str, re.Pattern[str]]]
 
@@ -58,10 +60,10 @@ def kernel_class(name: str, rules: Rules | None = None) -> str:
 
 def classify(names: pl.Series, rules: Rules | None = None) -> pl.Series:
     """Which class has each kernel of a column of names; null where the name is."""
-    text = names.cast(pl.String)
-    distinct = text.drop_nulls().unique()
-    found = pl.Series([kernel_class(name, rules) for name in distinct], dtype=pl.String)
-    return text.replace_strict(distinct, found, return_dtype=pl.String, default=None).cast(KERNEL_CLASS).alias("class")
+    distinct = names.drop_nulls().unique()
+    found = [kernel_class(name, rules) for name in distinct.cast(pl.String)]
+    table = pl.DataFrame({"name": distinct, "class": pl.Series(found, dtype=KERNEL_CLASS)})
+    return names.to_frame("name").join(table, on="name", how="left", maintain_order="left")["class"]
 
 
 def class_shares(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:

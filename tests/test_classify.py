@@ -31,7 +31,7 @@ NAMES = {
         "void paged_attention_ll4mi_reduce_kernel<__hip_bfloat16, __hip_bfloat16, 128, 128, 256, 3, false>(...)",
         "attn_fwd",
     ),
-    "moe_dispatch": (
+    "moe_all_to_all": (
         "void dpsk::ep::internode::dispatch<false, 1, false, 5120>(...)",
         "void dpsk::ep::internode::combine<false, 1, __nv_bfloat16>(...)",
         "void deep_ep::internode_ll::combine<true, 7168, 9>(...)",
@@ -39,10 +39,15 @@ NAMES = {
         "nvshmemi_transfer_rma_nbi",
         "void pplx::AllToAllInterNode::dispatchSendKernel<...>",
         "tensorrt_llm::kernels::moe_a2a_dispatch",
+        "my_all2all_kernel",
+    ),
+    "moe_dispatch": (
         "void vllm::moe::moe_align_block_size_kernel<int>(...)",
         "_combined_routing_compute",
+        "void tensorrt_llm::kernels::finalizeMoeRoutingKernel<...>",
     ),
     "collective": (
+        "ncclDevKernel_AlltoAll_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
         "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
         "ncclKernel_SendRecv_RING_SIMPLE_Sum_int8_t(ncclDevComm*, unsigned long, ncclWork*)",
         "void vllm::cross_device_reduce_1stage<__nv_bfloat16, 8>(...)",

@@ -1,0 +1,120 @@
+"""What hides under compute and what does not: copies and communication; and what the host did while devices idled."""
+
+import polars as pl
+
+from perfmodel.classify import COMMUNICATION, Rules, classify
+from perfmodel.intervals import DEVICE, busy_ns, gaps, overlap_ns
+from perfmodel.launch import joined_work
+
+DOING = pl.Enum(("compute", "communication", "copy"))
+HOST = pl.Enum(("launch", "sync", "neither"))
+
+
+def device_doing(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
+    """What was each device doing: the kernels and copies of EVENTS with `doing`, one of compute, communication, copy.
+
+    Communication is kernels of the classes `classify.COMMUNICATION` (collectives, MoE all-to-all over links), compute
+    all other kernels, copy what the profiler recorded as copies between memories; sets are none of them. Columns
+    `name`, `rank`, `device`, `start_ns`, `dur_ns`, `bytes`, `doing`.
+    """
+    work = events.select("kind", "name", *DEVICE, "start_ns", "dur_ns", "bytes")
+    work = work.filter(pl.col("kind").is_in(["kernel", "copy"]))
+    communicates = classify(work["name"], rules).is_in(list(COMMUNICATION))
+    doing = (
+        pl.when(pl.col("kind") == "copy").then(pl.lit("copy", DOING))
+        .when(communicates).then(pl.lit("communication", DOING))
+        .otherwise(pl.lit("compute", DOING))
+    )  # fmt: skip
+    return work.with_columns(doing=doing).drop("kind")
+
+
+def exposed_time(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
+    """How long did each device copy or communicate without computing meanwhile: one row for each rank and device.
+
+    Columns `rank`, `device`, `compute_busy_ns`, and for `copy` and `communication` each `..._busy_ns`,
+    `..._exposed_ns` (no compute kernel ran on the device) and `..._hidden_ns`; exposed + hidden = busy. Times are
+    unions, so several streams count once; the trace's totals are the sums of the columns.
+    """
+    work = device_doing(events, rules)
+    is_compute = pl.col("doing") == "compute"
+
+    def busy(name: str, rows: pl.Expr) -> pl.DataFrame:
+        return busy_ns(work.filter(rows)).select(*DEVICE, pl.col("busy_ns").alias(name))
+
+    parts = [busy("compute_busy_ns", is_compute)]
+    for doing in ("copy", "communication"):
+        alone = pl.col("doing") == doing
+        parts += [busy(f"{doing}_busy_ns", alone), busy(f"{doing}_exposed_ns", alone | is_compute)]
+    table = busy_ns(work).select(DEVICE)
+    for part in parts:
+        table = table.join(part, on=DEVICE, how="left", nulls_equal=True, maintain_order="left")
+    exposed = [pl.col(f"{d}_exposed_ns") - pl.col("compute_busy_ns") for d in ("copy", "communication")]
+    hidden = {f"{d}_hidden_ns": pl.col(f"{d}_busy_ns") - pl.col(f"{d}_exposed_ns") for d in ("copy", "communication")}
+    return table.with_columns(pl.exclude(DEVICE).fill_null(0)).with_columns(exposed).with_columns(**hidden)
+
+
+def idle_gaps(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.DataFrame:
+    """When did each device do nothing between two pieces of work, and what did the host do: one row a gap, in order.
+
+    Columns `rank`, `device`, `start_ns`, `dur_ns`; `launch_ns`, `sync_ns` and `neither_ns`, the parts of the gap in
+    which a thread was in a launch call, else one was waiting in a sync call, else neither; and `host`, the largest of
+    them (the first named of equal ones). Threads are those of the processes that launched work on the device; null
+    where no launch is known. Gaps of a device add up to its `gpu_idle_ns`. `work` is `joined_work` of the events, if it
+    is known already.
+    """
+    work = joined_work(events) if work is None else work
+    found = gaps(work)
+    drivers = work.filter(pl.col("launch_row").is_not_null()).select(*DEVICE, process="launch_process").unique()
+    calls = (
+        events.select("kind", "rank", "process", "start_ns", "dur_ns")
+        .filter(pl.col("kind").is_in(["launch", "sync"]))
+        .join(drivers, on=["rank", "process"], nulls_equal=True)
+    )
+    launching = overlap_ns(found, calls.filter(pl.col("kind") == "launch"))
+    either = overlap_ns(found, calls)
+    parts = found.with_columns(launch_ns=launching, sync_ns=either - launching, neither_ns=pl.col("dur_ns") - either)
+    names = ("launch_ns", "sync_ns", "neither_ns")
+    most = pl.max_horizontal(names)
+    host = (
+        pl.when(pl.col("launch_ns") == most).then(pl.lit("launch", HOST))
+        .when(pl.col("sync_ns") == most).then(pl.lit("sync", HOST))
+        .otherwise(pl.lit("neither", HOST))
+    )  # fmt: skip
+    known = drivers.select(DEVICE).unique().with_columns(is_known=pl.lit(value=True))
+    return (
+        parts.with_columns(host=host)
+        .join(known, on=DEVICE, how="left", nulls_equal=True, maintain_order="left")
+        .with_columns(pl.when(pl.col("is_known")).then(pl.col(*names, "host")))
+        .drop("is_known")
+    )
+
+
+def launch_gaps(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.DataFrame:
+    """How much did each device idle between pieces of work, and what did the host do: one row for each rank and device.
+
+    Columns `rank`, `device`, `n_gaps`, `gap_ns`, `longest_gap_ns` (null without gaps), and for each of `launch`, `sync`
+    and `neither` (see `idle_gaps`) `n_..._gaps`, the gaps in which the host did that longest, and `..._ns`, the time;
+    null where the host is not known.
+    """
+    work = joined_work(events) if work is None else work
+    by_gap = idle_gaps(events, work)
+    is_known = pl.col("host").is_not_null().all()
+    sums = [
+        column
+        for word in HOST.categories
+        for column in (
+            pl.when(is_known).then((pl.col("host") == word).sum().cast(pl.Int64)).alias(f"n_{word}_gaps"),
+            pl.when(is_known).then(pl.sum(f"{word}_ns")).alias(f"{word}_ns"),
+        )
+    ]
+    table = by_gap.group_by(DEVICE).agg(
+        *sums, n_gaps=pl.len().cast(pl.Int64), gap_ns=pl.sum("dur_ns"), longest_gap_ns=pl.max("dur_ns")
+    )
+    return (
+        work.select(DEVICE)
+        .unique()
+        .join(table, on=DEVICE, how="left", nulls_equal=True)
+        .with_columns(pl.col("n_gaps", "gap_ns").fill_null(0))
+        .select(*DEVICE, "n_gaps", "gap_ns", "longest_gap_ns", *(c.meta.output_name() for c in sums))
+        .sort(DEVICE)
+    )
