@@ -83,7 +83,8 @@ def by_operator(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.Da
     `work` may be given as `attributed` made it. Longest kernel time first, then longest self time.
     """
     work = attributed(events) if work is None else work
-    is_kernel, delay = pl.col("kind") == "kernel", pl.col("delay_ns").filter(pl.col("kind") == "kernel")
+    is_kernel, is_copy = pl.col("kind") == "kernel", pl.col("kind").is_in(("copy", "set"))
+    delay = pl.col("delay_ns").filter(is_kernel)
     part = (
         pl.when(pl.col("is_graph")).then(pl.lit("graph", PARTS))
         .when(pl.col("operator").is_not_null()).then(pl.lit("operator", PARTS))
@@ -97,8 +98,8 @@ def by_operator(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.Da
             n_kernels=is_kernel.sum().cast(pl.Int64),
             kernel_time_ns=pl.col("dur_ns").filter(is_kernel).sum(),
             tklqt_ns=pl.when(delay.count() > 0).then(delay.sum()),
-            n_copies=(~is_kernel).sum().cast(pl.Int64),
-            copy_time_ns=pl.col("dur_ns").filter(~is_kernel).sum(),
+            n_copies=is_copy.sum().cast(pl.Int64),
+            copy_time_ns=pl.col("dur_ns").filter(is_copy).sum(),
         )
     )
     names = pl.col("name").cast(pl.String).fill_null(pl.col("part").cast(pl.String).replace(PART_NAMES))

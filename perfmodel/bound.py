@@ -11,9 +11,12 @@ import polars as pl
 
 from perfmodel import text
 from perfmodel.errors import InputError
+from perfmodel.intervals import busy_ns
 from perfmodel.launch import LaunchMetrics, device_table, joined_work
 
 Label = Literal["host-bound", "device-bound", "mixed"]
+
+COMPUTING = ("kernel", "replay")  # a graph counts as one launch, whether its kernels or only its replays were recorded
 
 # The launch of a null kernel, call start to kernel start, of SKIP (arXiv 2504.11750) Table V: A100 and GH200, the
 # lowest and the highest of three machines.
@@ -87,14 +90,15 @@ def bound(
     of the events, if it is known already.
     """
     work = joined_work(events) if work is None else work
-    kernels = work.filter((pl.col("kind") == "kernel") & pl.col("delay_ns").is_not_null())
+    computing = work.filter(pl.col("kind").is_in(COMPUTING))
+    kernels = computing.filter(pl.col("delay_ns").is_not_null())
     launches = kernels.group_by("launch_row").agg(pl.min("delay_ns"), pl.first("launch_dur_ns"))
     limit_ns = queue_factor * launch_floor_ns
     queue = pl.col("delay_ns") - pl.col("launch_dur_ns")
     queued, median = launches.select((queue > limit_ns).mean().alias("queued"), pl.median("delay_ns")).row(0)
-    devices = device_table(work).select(pl.sum("kernel_busy_ns", "gpu_busy_ns", "gpu_span_ns"))
-    kernel_busy, busy, span = devices.row(0)
-    idle, copies = 1 - busy / span if span else None, 1 - kernel_busy / busy if busy else None
+    busy, span = device_table(work).select(pl.sum("gpu_busy_ns", "gpu_span_ns")).row(0)
+    compute_busy = busy_ns(computing)["busy_ns"].sum()
+    idle, copies = 1 - busy / span if span else None, 1 - compute_busy / busy if busy else None
     label: Label | None = None
     if launches.height < min_launches:
         reason = f"{launches.height} launches of kernels are too few to tell; expected at least {min_launches}"

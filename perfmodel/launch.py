@@ -291,12 +291,12 @@ def by_launch_call(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl
     trace). Longest first. `work` is `joined_work` of the events, if it is known already.
     """
     work = joined_work(events) if work is None else work
-    is_kernel = pl.col("kind") == "kernel"
+    is_kernel, is_copy = pl.col("kind") == "kernel", pl.col("kind").is_in(("copy", "set"))
     launched = (
         work.select("kind", row="launch_row")
         .drop_nulls()
         .group_by("row")
-        .agg(n_kernels=is_kernel.sum().cast(pl.Int64), n_copies=(~is_kernel).sum().cast(pl.Int64))
+        .agg(n_kernels=is_kernel.sum().cast(pl.Int64), n_copies=is_copy.sum().cast(pl.Int64))
     )
     return (
         events.select("kind", "name", "dur_ns", row=pl.int_range(pl.len()))

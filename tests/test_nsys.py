@@ -11,8 +11,10 @@ from typing import Any
 import polars as pl
 import pytest
 
+from perfmodel.attribution import by_operator
+from perfmodel.bound import bound
 from perfmodel.errors import InputError
-from perfmodel.launch import launch_metrics
+from perfmodel.launch import by_launch_call, launch_metrics
 from perfmodel.readers import nsys_tables, read_trace
 from perfmodel.readers.nsys import read_nsys, read_nsys_parquet
 from perfmodel.trace import MAX_DUR_NS, Trace
@@ -212,6 +214,25 @@ def test_a_graph_replay_is_busy_time_and_no_kernel(tmp_path: Path) -> None:
     assert "2 CUDA graph replays" in trace.notes[0]
     assert "--cuda-graph-trace=node" in trace.notes[0]
     assert read_trace(write_nsys(tmp_path / "no.sqlite", {**tables, "GRAPH_TRACE": []})).notes == ()
+
+
+def test_a_graph_counts_as_one_launch_whether_its_kernels_or_its_replays_were_recorded(tmp_path: Path) -> None:
+    """Twenty replays of two kernels each, back to back, launched well ahead of the device."""
+    names = [{"id": 1, "value": "cudaGraphLaunch_v10000"}]
+    calls = [call(i, i + 1, correlationId=i, nameId=1) for i in range(20)]
+    nodes = [kernel(100_000 * (i + 1) + at, 100_000 * (i + 1) + at + 50_000, correlationId=i)
+             for i in range(20) for at in (0, 50_000)]  # fmt: skip
+    whole = [kernel(100_000 * (i + 1), 100_000 * (i + 2), correlationId=i) for i in range(20)]
+    found = [
+        read_trace(export(tmp_path / f"{table}.sqlite", {"StringIds": names, R: calls, table: work})).events
+        for table, work in ((K, nodes), (GRAPH, whole))
+    ]
+    by_node, by_graph = (bound(events) for events in found)
+    assert by_node == by_graph
+    assert (by_graph.label, by_graph.n_launches, by_graph.copies_frac) == ("device-bound", 20, 0)
+    calls_table, operators = by_launch_call(found[1]), by_operator(found[1])
+    assert calls_table.select("n_launches", "n_kernels", "n_copies", "n_without_work").rows() == [(20, 0, 0, 0)]
+    assert operators["copy_time_ns"].sum() == 0
 
 
 def test_ranges_of_all_domains_by_text_or_registered_string(tmp_path: Path) -> None:
