@@ -9,11 +9,13 @@ import polars as pl
 from perfmodel.attribution import FOUND_BY, attributed, by_operator
 from perfmodel.bound import Bound, bound
 from perfmodel.classify import class_shares, classify
+from perfmodel.copies import copies
 from perfmodel.findings import Finding, findings
 from perfmodel.groups import launch_metrics_by
 from perfmodel.hardware import HardwareProfile
 from perfmodel.launch import LaunchMetrics, by_host_name, by_kernel, by_launch_call, launch_metrics
 from perfmodel.matmuls import launch_points, matmuls, points_on_roof
+from perfmodel.overlap import exposed_time, launch_gaps
 from perfmodel.text import NS_PER_S
 from perfmodel.trace import Trace
 
@@ -25,7 +27,8 @@ class Analysis:
     `n_kernels_found_by` counts kernels by how their operator was found (`attribution.FOUND_BY`); `groups` holds the
     launch metrics of each group `by` that was asked for. The tables hold all their rows, costliest first: `classes`
     (`classify.class_shares`), `kernels` (`launch.by_kernel`), `launch_calls` (`launch.by_launch_call`), `operators`
-    (`attribution.by_operator`), `host_operators` and `ranges` (`launch.by_host_name`), `steps` (`launch_metrics_by`),
+    (`attribution.by_operator`), `host_operators` and `ranges` (`launch.by_host_name`), `copies` (`copies.copies`),
+    `exposed` (`overlap.exposed_time`), `gaps` (`overlap.launch_gaps`), `steps` (`groups.launch_metrics_by`),
     `products` (alike `matmuls` taken together, with the roof of the machine where it is known) and `counted` (kernels
     that Nsight Compute counted, likewise). Null: what was not asked for.
     """
@@ -41,6 +44,9 @@ class Analysis:
     operators: pl.DataFrame
     host_operators: pl.DataFrame
     ranges: pl.DataFrame
+    copies: pl.DataFrame
+    exposed: pl.DataFrame
+    gaps: pl.DataFrame
     steps: pl.DataFrame
     products: pl.DataFrame
     counted: pl.DataFrame | None = None
@@ -63,7 +69,10 @@ class Analysis:
         }
 
 
-TABLES = ("classes", "kernels", "launch_calls", "operators", "ranges", "steps", "products", "counted", "groups")
+TABLES = (
+    *("groups", "exposed", "gaps", "steps", "classes", "kernels", "launch_calls", "operators", "ranges", "copies"),
+    *("products", "counted"),
+)
 
 
 def analyse(
@@ -96,6 +105,9 @@ def analyse(
         operators=by_operator(events, work),
         host_operators=by_host_name(events, "op"),
         ranges=by_host_name(events, "range"),
+        copies=copies(events),
+        exposed=exposed_time(events),
+        gaps=launch_gaps(events, work),
         steps=launch_metrics_by(events, "step", work).filter(pl.col("name").is_not_null()),
         products=_with_roof(_products(trace), hardware),
         counted=None if counted is None else _with_roof(_alike(launch_points(counted), ("op", "dtype")), hardware),

@@ -10,10 +10,10 @@ import polars as pl
 
 from perfmodel.attribution import attributed, by_operator
 from perfmodel.classify import class_shares
+from perfmodel.groups import STEP_PREFIX
 from perfmodel.launch import launch_metrics
 from perfmodel.trace import Trace
 
-STEP_PREFIX = "ProfilerStep#"
 # Of the launch metrics, those that grow with the length of a trace, and those that do not.
 SUMS = (
     "n_kernels",

@@ -11,11 +11,14 @@ from typing import Any
 import polars as pl
 
 from perfmodel import text
-from perfmodel.classify import CLASSES
+from perfmodel.bound import COPIES_FRAC
+from perfmodel.classify import CLASSES, COMMUNICATION
+from perfmodel.copies import copies
 from perfmodel.fusion import fusion_table
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
 from perfmodel.launch import LaunchMetrics
+from perfmodel.overlap import exposed_time
 from perfmodel.trace import DEVICE_KINDS
 
 N_FINDINGS = 3
@@ -26,7 +29,6 @@ MANY_KERNELS = 50
 UNQUEUED_NS = 10_000  # a call and its launch take 2 to 3 us on an idle device (Table V); who waits longer queues
 FUSION_LENGTHS = (2, 4, 8, 16, 32, 64)
 NAME_WIDTH = 60
-COMMUNICATION = ("collective", "moe_dispatch")
 
 _CLASS_ADVICE = {
     "gemm": "compare it with the roofline (--hardware) before changing anything: a large product may be at its limit",
@@ -99,14 +101,14 @@ def findings(
     return sorted(told, key=lambda finding: -finding.explained_ns)[:n_most]
 
 
-def idle_gaps(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
+def gap_causes(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
     """Why was each device idle: one row for each gap between its first and last work, with what ended it.
 
     Columns `rank`, `device`, `start_ns`, `dur_ns`, `ended_by` (the first work after it), `late_ns` (the part before the
     host began the call for that work), `launching_ns` (from that call on, if it began in the gap), `waiting_ns` (all of
     it, if the call had begun before the gap: the work waited for something else); null where that call is not in the
     trace. `host_name` is what the calling thread was in, innermost, in the middle of the late part; null for nothing
-    that was recorded, or no late part.
+    that was recorded, or no late part. (`overlap.idle_gaps` asks instead in which calls the host was.)
     """
     first_work = work.sort(pl.col("launch_start_ns").is_null()).unique([*DEVICE, "start_ns"], keep="first")
     columns = [*DEVICE, "name", "launch_start_ns", "launch_process", "launch_thread"]
@@ -139,7 +141,7 @@ def idle_gaps(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
 
 
 def _idle(scene: _Scene) -> _Fact | None:
-    table = idle_gaps(scene.events, scene.work)
+    table = gap_causes(scene.events, scene.work)
     idle_ns = int(table["dur_ns"].sum())
     if not idle_ns:
         return None
@@ -184,65 +186,60 @@ def _queue(scene: _Scene) -> _Fact | None:
     queued = scene.kernels.filter((pl.col("start_ns") > since) & ~pl.col("is_graph")).select(
         *DEVICE, start_ns=since, dur_ns=pl.col("start_ns") - since
     )
-    if queued.is_empty():
+    if queued.is_empty() or not scene.metrics.gpu_busy_ns:
         return None
     queued_ns = int(overlap_ns(merged(scene.work), queued).sum())
     mean_ns = int(queued["dur_ns"].sum()) / queued.height
+    copies_frac = 1 - scene.metrics.kernel_busy_ns / scene.metrics.gpu_busy_ns
+    behind = (
+        f"copies and sets ({text.frac(copies_frac)} of busy time)" if copies_frac > COPIES_FRAC else "a busy device"
+    )
     words = (
         f"the device is the bound for {scene.part(queued_ns)} of its time: "
-        f"{text.counted(queued.height, 'launched kernel')} queued behind a busy device, {text.ns(mean_ns)} each on "
-        f"average, which makes TKLQT {text.ns(scene.metrics.tklqt_ns - scene.metrics.tklqt_graph_ns)}"
+        f"{text.counted(queued.height, 'launched kernel')} queued behind {behind}, {text.ns(mean_ns)} each on "
+        f"average, which makes TKLQT {text.ns(scene.metrics.tklqt_non_graph_ns)}"
     )
     words += " outside graphs" if scene.metrics.n_kernels_graph else ""
+    if is_copying:
+        return "link_bound", queued_ns, words, "neither launches nor kernels are the bound: copy less, or meanwhile"
     return "device_bound", queued_ns, words, "launch cost is hidden here; only faster or fewer kernels help"
 
 
 def _copies(scene: _Scene) -> _Fact | None:
-    copies = scene.work.filter(pl.col("kind") == "copy")
-    if copies.is_empty():
+    table = copies(scene.events).filter(pl.col("kind") == "copy")
+    if table.is_empty():
         return None
-    exposed = copies.with_columns(exposed_ns=pl.col("dur_ns") - overlap_ns(copies, scene.kernels))
-    name, _ = _most(exposed, "name", "exposed_ns")
-    chosen = exposed.filter(pl.col("name").cast(pl.String) == name)
-    exposed_ns = _outside(copies, scene.kernels)
-    n_bytes, time_ns = int(chosen["bytes"].sum()), int(chosen["dur_ns"].sum())
+    exposed_ns = int(exposed_time(scene.events)["copy_exposed_ns"].sum())
+    top = table.sort("exposed_ns", "time_ns", descending=True).row(0, named=True)
+    memories = f" ({top['from_memory']} -> {top['to_memory']})" if top["from_memory"] and top["to_memory"] else ""
     words = (
-        f"copies took {text.ns(exposed_ns)} that no kernel hid, mostly {name}: {text.count(chosen.height)} of "
-        f"{text.n_bytes(n_bytes)} in all"
+        f"copies took {text.ns(exposed_ns)} in which nothing was computed, mostly {top['direction'] or 'copies'}"
+        f"{memories}: {text.count(top['n_copies'])} of {text.n_bytes(top['bytes'])} in all"
     )
-    if n_bytes and time_ns:
-        words += f" at {text.bytes_per_s(n_bytes / time_ns * text.NS_PER_S)}{_against_link(scene, str(name))}"
-    if name and "Pageable" in name:
+    if top["bytes_per_s"]:
+        words += f" at {text.bytes_per_s(top['bytes_per_s'])}{_against_link(scene, top['direction'])}"
+    if "Pageable" in memories:
         return "exposed_copies", exposed_ns, words, "pin the host memory: pageable copies are slow and block the host"
     return "exposed_copies", exposed_ns, words, "copy on a stream of its own while kernels run, or copy less"
 
 
-def _against_link(scene: _Scene, name: str) -> str:
+def _against_link(scene: _Scene, direction: str | None) -> str:
     """What the link of the given machine can do in the direction of a copy; nothing where that is not known."""
-    direction = next((d for d in ("h2d", "d2h") if d.replace("2", "to") in name.lower()), None)
-    if scene.hardware is None or direction is None:
+    way = {"HtoD": "h2d", "DtoH": "d2h"}.get(direction or "")
+    if scene.hardware is None or way is None:
         return ""
-    found = scene.hardware.first(f"link_{direction}_copy_bytes_per_s", "link_peak_bytes_per_s")
+    found = scene.hardware.first(f"link_{way}_copy_bytes_per_s", "link_peak_bytes_per_s")
     return f", where the link of {scene.hardware.name} does {text.bytes_per_s(found[1].value)}" if found else ""
 
 
-def _outside(work: pl.DataFrame, others: pl.DataFrame) -> int:
-    """For how long did devices do some of `work` and none of `others`."""
-    both = pl.concat([work.select(*DEVICE, "start_ns", "dur_ns"), others.select(*DEVICE, "start_ns", "dur_ns")])
-    return int(busy_ns(both)["busy_ns"].sum()) - int(busy_ns(others)["busy_ns"].sum())
-
-
 def _communication(scene: _Scene) -> _Fact | None:
-    is_communication = pl.col("class").cast(pl.String).is_in(COMMUNICATION)
-    sent, rest = scene.kernels.filter(is_communication), scene.kernels.filter(~is_communication)
-    if sent.is_empty():
+    sums = exposed_time(scene.events).select(pl.sum("communication_busy_ns", "communication_exposed_ns"))
+    busy, exposed_ns = (int(value) for value in sums.row(0))
+    if not busy:
         return None
-    busy = int(busy_ns(sent)["busy_ns"].sum())
-    exposed_ns = _outside(sent, rest)
-    hidden = text.frac(1 - exposed_ns / busy) if busy else "none"
     words = (
         f"communication between devices took {text.ns(busy)}, of which {text.ns(exposed_ns)} lay beside no computation "
-        f"({hidden} hidden)"
+        f"({text.frac(1 - exposed_ns / busy)} hidden)"
     )
     return "exposed_communication", exposed_ns, words, "overlap it with computation, move fewer bytes, or balance ranks"
 

@@ -74,7 +74,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PAGE_KEYS = {
     *("n_repaired", "n_dropped", "notes", "n_kernels_found_by", "bound", "findings", "by", "groups", "classes"),
-    *("kernels", "launch_calls", "operators", "ranges", "steps", "products", "counted"),
+    *("kernels", "launch_calls", "operators", "ranges", "copies", "exposed", "gaps", "steps", "products", "counted"),
 }
 
 

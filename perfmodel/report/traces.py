@@ -14,6 +14,10 @@ _HEADERS = {
     "n_calls": "calls",
     "n_launches": "launches",
     "n_products": "products",
+    "n_copies": "number",
+    "bytes": "size",
+    "bytes_per_s": "speed",
+    "exposed_ns": "exposed",
     "time_ns": "time",
     "time_frac": "share",
     "tklqt_ns": "TKLQT",
@@ -51,6 +55,7 @@ def trace_page(found: Analysis, name: str, n_top: int = N_TOP, width: int = WIDT
         sections.append(_groups(found.groups, f"by {found.by}", n_top, width))
     if found.metrics.devices:
         sections.append(_devices(found, width))
+        sections.append(_overlap(found, width))
     if found.steps.height > 1 and found.by != "step":
         sections.append(_groups(found.steps, "steps", n_top, width))
     return "\n\n".join([*sections, *(shown for shown in _tables(found, n_top, width) if shown)])
@@ -100,7 +105,7 @@ def _launch_metrics(found: Analysis, width: int) -> str:
         ["average kernel duration", text.ns(m.akd_ns)],
         ["inference latency", text.ns(m.inference_latency_ns)],
     ]
-    words = f"{found.bound.label or 'host or device the bound'}: {found.bound.reason}"
+    words = f"{found.bound.label or 'neither host nor device told the bound'}: {found.bound.reason}"
     return table(rows, ["launch metrics", ""], width) + "\n" + wrapped(words, width)
 
 
@@ -112,6 +117,29 @@ def _devices(found: Analysis, width: int) -> str:
         for d in found.metrics.devices
     ]
     return table(rows, ["devices", "kernels", "kernel time", "kernel busy", "busy", "span", "idle"], width)
+
+
+def _overlap(found: Analysis, width: int) -> str:
+    """What each device did beside computing, how much of it showed, and what the host did in its gaps."""
+    gaps = found.exposed.join(found.gaps, on=["rank", "device"], how="full", nulls_equal=True, coalesce=True)
+    times = ("copy_busy_ns", "copy_exposed_ns", "communication_busy_ns", "communication_exposed_ns")
+    host = ("gap_ns", "launch_ns", "sync_ns", "neither_ns")
+    rows = [
+        [_place(["rank", "device"], row), *(_in_words(n, row[n]) for n in (*times, *host))]
+        for row in gaps.sort("rank", "device").iter_rows(named=True)
+    ]
+    header = [
+        "beside computing",
+        "copies",
+        "exposed",
+        "communication",
+        "exposed",
+        "gaps",
+        "launching",
+        "syncing",
+        "neither",
+    ]
+    return table(rows, header, width)
 
 
 def _groups(groups: pl.DataFrame, title: str, n_top: int, width: int) -> str:
@@ -152,12 +180,20 @@ def _tables(found: Analysis, n_top: int, width: int) -> list[str | None]:
     for title, rows in (("ranges", found.ranges), *host):
         wanted.append((f"longest {title} (with what they contain)", rows, ("n_calls", "time_ns")))
     counted = found.counted
+    routes = found.copies.with_columns(name=_route())
+    wanted.append(("copies and sets", routes, ("n_copies", "bytes", "bytes_per_s", "time_ns", "exposed_ns")))
     return [
         _table(found.classes, found.classes.height, "class", "kernel classes", ("n_kernels", "time_ns", "time_frac")),
         *(_table(rows, n_top, "name", title, numbers, width) for title, rows, numbers in wanted),
         _points(found.products, "matrix products", n_top, width),
         None if counted is None else _points(counted, "kernels counted by Nsight Compute", n_top, width),
     ]
+
+
+def _route() -> pl.Expr:
+    """The route of a copy in words: `copy HtoD (Pinned -> Device)`."""
+    memories = pl.format(" ({} -> {})", "from_memory", "to_memory").fill_null("")
+    return pl.concat_str("kind", pl.format(" {}", "direction").fill_null(""), memories)
 
 
 def _points(points: pl.DataFrame, title: str, n_top: int, width: int) -> str | None:
@@ -196,5 +232,11 @@ def _in_words(name: str, value: float | None) -> str:
         return "n/a"
     if name == "flops_per_byte":
         return f"{value:,.1f}"
-    writers = {"_flops_per_s": text.flops_per_s, "_ns": text.ns, "_frac": text.frac}
+    writers = {
+        "_flops_per_s": text.flops_per_s,
+        "_bytes_per_s": text.bytes_per_s,
+        "_bytes": text.n_bytes,
+        "_ns": text.ns,
+        "_frac": text.frac,
+    }
     return next((write(value) for suffix, write in writers.items() if f"_{name}".endswith(suffix)), text.count(value))
