@@ -191,9 +191,8 @@ def _queue(scene: _Scene) -> _Fact | None:
     queued_ns = int(overlap_ns(merged(scene.work), queued).sum())
     mean_ns = int(queued["dur_ns"].sum()) / queued.height
     copies_frac = 1 - scene.metrics.kernel_busy_ns / scene.metrics.gpu_busy_ns
-    behind = (
-        f"copies and sets ({text.frac(copies_frac)} of busy time)" if copies_frac > COPIES_FRAC else "a busy device"
-    )
+    is_copying = copies_frac > COPIES_FRAC
+    behind = f"copies and sets ({text.frac(copies_frac)} of busy time)" if is_copying else "a busy device"
     words = (
         f"the device is the bound for {scene.part(queued_ns)} of its time: "
         f"{text.counted(queued.height, 'launched kernel')} queued behind {behind}, {text.ns(mean_ns)} each on "

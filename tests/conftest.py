@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,24 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("the reference material beside the project is absent")
     return path
+
+
+@pytest.fixture(scope="session")
+def scheduler() -> Iterator[str]:
+    """The address of a Dask cluster on this machine that gives a task up when two workers died of it."""
+    distributed = pytest.importorskip("distributed")
+    import dask
+
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            scheduler_port=0,
+            dashboard_address=None,
+            silence_logs="CRITICAL",
+        ) as cluster,
+    ):
+        yield cluster.scheduler_address

@@ -14,14 +14,14 @@ LIBRARY = sorted((ROOT / "perfmodel").rglob("*.py"))
 # Each module may import from its own level and those before it (docs/decisions/0001-house.md).
 LEVELS = (
     {"errors"},
-    {"text", "moe", "routing"},
+    {"text", "moe", "routing", "workers"},
     {"trace", "hardware", "hf_config"},
     {"cache"},
     {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"}
     | {"intervals", "attribution", "groups", "bound", "matmuls", "overlap", "copies"}
     | {"lanes", "tracks", "findings", "diff"},
     {"latency"},
-    {"fitting", "predict", "roofline", "regression"},
+    {"fitting", "predict", "roofline", "regression", "ranks"},
     {"schedule", "report", "perfetto", "analysis"},
     {"figures"},
     {"cli"},

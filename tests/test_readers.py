@@ -360,7 +360,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path: Path, name: str) -> None:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         read_trace(tmp_path / "none.json")
-    with pytest.raises(InputError, match="a folder; expected"):
+    with pytest.raises(InputError, match="a folder without traces"):
         read_trace(tmp_path)
 
 
