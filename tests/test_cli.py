@@ -178,6 +178,47 @@ def test_analyze_groups_its_metrics_and_refuses_other_groups(trace: Path) -> Non
     assert "cannot" in refused("analyze", str(trace), "--ncu", str(trace.parent / "none.csv"))
 
 
+@pytest.fixture
+def ranks(trace: Path, tmp_path: Path) -> Path:
+    """A folder of two ranks, the second computing twice as long, and a third whose file is cut off."""
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    document = json.loads(trace.read_text())
+    (folder / "rank-0.json").write_text(json.dumps({**document, "distributedInfo": {"rank": 0}}))
+    slow = [
+        {**event, "dur": event["dur"] * (2 if event["cat"] == "kernel" else 1)} for event in document["traceEvents"]
+    ]
+    (folder / "rank-1.json").write_text(json.dumps({"distributedInfo": {"rank": 1}, "traceEvents": slow}))
+    (folder / "rank-2.json").write_text(trace.read_text()[:300])
+    return folder
+
+
+def test_a_folder_of_ranks_is_compared_rank_by_rank(ranks: Path) -> None:
+    page = run("analyze", str(ranks)).stdout
+    assert "2 ranks, 1 file not read" in page and "not read: rank-2.json: the file is cut off" in page
+    assert "Rank 1 holds up the others: it computes 10.0 µs, 33.3 % more than the median rank (7.50 µs)" in page
+    found = json.loads(run("analyze", str(ranks), "--json").stdout)
+    assert [row["compute_time_ns"] for row in found["ranks"]] == [5000, 10000]
+    assert found["straggler"]["rank"] == 1
+
+
+def test_a_folder_of_ranks_is_one_trace_where_groups_are_asked_for(ranks: Path, tmp_path: Path) -> None:
+    done = run("analyze", str(ranks), "--by", "rank", "--json", "--workers", "1", "--cache", str(tmp_path / "cache"))
+    found = json.loads(done.stdout)
+    assert [(row["rank"], row["n_kernels"]) for row in found["groups"]] == [(0, 2), (1, 2)]
+    assert found["n_kernels"] == 4 and "rank-2.json" in found["notes"][0]
+    assert run("export", str(ranks), "--perfetto", str(tmp_path / "view.json")).returncode == 0
+
+
+def test_options_for_ranks_are_refused_where_there_are_none(trace: Path, ranks: Path, tmp_path: Path) -> None:
+    assert "read a folder of ranks" in refused("analyze", str(trace), "--workers", "2")
+    assert "not a backend" in refused("analyze", str(ranks), "--backend", "moon")
+    assert "only dask does" in refused("analyze", str(ranks), "--scheduler", "tcp://127.0.0.1:1")
+    assert "--workers is 'x'" in refused("analyze", str(ranks), "--workers", "x")
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused("analyze", str(tmp_path / "empty"))
+
+
 def test_analyze_text_says_what_was_joined_and_keeps_names_literal(trace: Path) -> None:
     page = run("analyze", str(trace)).stdout
     assert "2 kernels, 1 joined to their launch (50.0 %), 1 orphans" in page

@@ -11,7 +11,7 @@ import typer
 
 from perfmodel import __version__, report, text
 from perfmodel.errors import InputError
-from perfmodel.readers import read_trace
+from perfmodel.readers import is_nsys_folder, read_trace
 from perfmodel.trace import Trace
 
 app = typer.Typer(
@@ -61,17 +61,41 @@ def note(words: str) -> None:
     sys.stderr.write(words + "\n")
 
 
-def read(path: str) -> Trace:
-    """The trace in a file; a person who watches is told that a large one is being read."""
-    is_long = sys.stderr.isatty() and Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES
-    if is_long:
-        sys.stderr.write(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
-        sys.stderr.flush()
+def read(
+    path: str,
+    cache: str | None = None,
+    backend: str = "loky",
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+) -> Trace:
+    """The trace in a file or a folder of ranks; a person who watches is told that a large one is being read."""
+    if is_ranks(path):
+        from perfmodel.readers.folder import read_ranks
+
+        try:
+            return read_ranks(path, cache, backend, n_workers, scheduler, progress)
+        except InputError as error:
+            raise type(error)(f"{path}: {error}") from None
+        finally:
+            progress("")
+    if Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES:
+        progress(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
     try:
-        return read_trace(path)
+        return read_trace(path, cache)
     finally:
-        if is_long:
-            sys.stderr.write("\r\x1b[K")  # the line is gone when the page comes
+        progress("")
+
+
+def is_ranks(path: str) -> bool:
+    """Is this a folder with a trace for each rank, and no export of a single one."""
+    return Path(path).is_dir() and not is_nsys_folder(Path(path))
+
+
+def progress(words: str) -> None:
+    """Show a person who watches how far reading is, on one line that the next words, or none, replace."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{words[: shutil.get_terminal_size().columns - 1]}")
+        sys.stderr.flush()
 
 
 def width() -> int:

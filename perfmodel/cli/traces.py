@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from perfmodel import fusion, hardware, report, text
-from perfmodel.cli.shell import Json, Top, TracePath, app, note, number, print_json, print_words, read, whole, width
+from perfmodel.cli.shell import (
+    Json,
+    Top,
+    TracePath,
+    app,
+    is_ranks,
+    note,
+    number,
+    print_json,
+    print_words,
+    progress,
+    read,
+    whole,
+    width,
+)
 from perfmodel.errors import InputError
 from perfmodel.groups import GROUPINGS
 
@@ -24,18 +38,40 @@ def analyze(
         typer.Option("--hardware", help="Profile of the machine that ran it: roofline, and what its link does."),
     ] = None,
     ncu: Annotated[str | None, typer.Option(help="Counters of Nsight Compute, from `ncu --csv --page raw`.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Keep what was read, `beside` the file or in this folder, and read that next time."),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="What reads a folder of ranks: a joblib backend (loky, dask ...).")
+    ] = "loky",
+    workers: Annotated[str | None, typer.Option(help="Workers that read a folder of ranks.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of the Dask scheduler, with --backend dask.")] = None,
     as_json: Json = False,
 ) -> None:
     """Where does the time of a trace go: coverage, findings in words, launch metrics, classes, kernels, operators."""
     from perfmodel.analysis import analyse
     from perfmodel.readers.ncu import read_ncu
 
-    profile = hardware.hardware(hardware_name) if hardware_name else None
     n_top = whole(top, "--top") if top else None
     if by is not None and by not in GROUPINGS:
         raise InputError(f"--by is {by!r}, expected one of {', '.join(GROUPINGS)}")
+    n_workers = whole(workers, "--workers") if workers else None
+    if not is_ranks(trace) and (backend != "loky" or n_workers or scheduler):
+        raise InputError(f"--backend, --workers and --scheduler read a folder of ranks; {trace} is none")
+    if is_ranks(trace) and not (by or hardware_name or ncu):
+        from perfmodel.ranks import summarise_ranks
+
+        summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress)
+        progress("")
+        if as_json:
+            print_json(summary.to_json())
+        else:
+            print_words(report.ranks_page(summary, n_top or report.N_TOP, width()))
+        return
+    profile = hardware.hardware(hardware_name) if hardware_name else None
     counted = read_ncu(ncu) if ncu else None
-    found = analyse(read(trace), hardware=profile, by=by, counted=counted)
+    found = analyse(read(trace, cache, backend, n_workers, scheduler), hardware=profile, by=by, counted=counted)
     if as_json:
         print_json(found.to_json(n_top))
     else:

@@ -2,6 +2,7 @@
 
 from perfmodel.report.captures import check_page, fit_page, schedule_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
+from perfmodel.report.ranks import ranks_page
 from perfmodel.report.traces import findings_text, trace_page
 from perfmodel.report.words import N_TOP, WIDTH, table
 
@@ -13,6 +14,7 @@ __all__ = [
     "findings_text",
     "fit_page",
     "fusion_page",
+    "ranks_page",
     "schedule_page",
     "sweep_page",
     "table",

@@ -7,7 +7,7 @@ import polars as pl
 from perfmodel import text
 from perfmodel.analysis import Analysis
 from perfmodel.findings import Finding
-from perfmodel.report.words import N_TOP, WIDTH, table, wrapped
+from perfmodel.report.words import N_TOP, WIDTH, in_words, table, wrapped
 
 _HEADERS = {
     "n_kernels": "kernels",
@@ -125,7 +125,7 @@ def _overlap(found: Analysis, width: int) -> str:
     times = ("copy_busy_ns", "copy_exposed_ns", "communication_busy_ns", "communication_exposed_ns")
     host = ("gap_ns", "launch_ns", "sync_ns", "neither_ns")
     rows = [
-        [_place(["rank", "device"], row), *(_in_words(n, row[n]) for n in (*times, *host))]
+        [_place(["rank", "device"], row), *(in_words(n, row[n]) for n in (*times, *host))]
         for row in gaps.sort("rank", "device").iter_rows(named=True)
     ]
     header = [
@@ -146,7 +146,7 @@ def _groups(groups: pl.DataFrame, title: str, n_top: int, width: int) -> str:
     """Launch metrics of groups, in their own order; what belongs to none of them is a row that says so."""
     keys = [key for key in groups.columns[: groups.columns.index("n_launches")] if key not in _NOT_SHOWN]
     rows = [
-        [_place(keys, row), *(_in_words(n, row[n]) for n in _GROUP_NUMBERS)]
+        [_place(keys, row), *(in_words(n, row[n]) for n in _GROUP_NUMBERS)]
         for row in groups.head(n_top).iter_rows(named=True)
     ]
     more = f"\n... and {text.count(groups.height - n_top)} more" if groups.height > n_top else ""
@@ -203,7 +203,7 @@ def _points(points: pl.DataFrame, title: str, n_top: int, width: int) -> str | N
     body = []
     for row in points.head(n_top).iter_rows(named=True):
         roof = [row["bound"] or "n/a"] if "bound" in row else []
-        body.append([_product(row), *(_in_words(n, row[n]) for n in numbers), *roof])
+        body.append([_product(row), *(in_words(n, row[n]) for n in numbers), *roof])
     header = [title, *(_HEADERS[n] for n in numbers), *(["bound by"] if "bound" in points.columns else [])]
     return table(body, header, width) if body else None
 
@@ -223,20 +223,5 @@ def _table(
 ) -> str | None:
     """The first rows of a table with numbers in words by the unit in their name; None where there are none."""
     shown = rows.head(n_top).with_columns(pl.col(key).cast(pl.String).str.strip_prefix("void "))
-    body = [[str(r[key]), *(_in_words(n, r[n]) for n in numbers)] for r in shown.iter_rows(named=True)]
+    body = [[str(r[key]), *(in_words(n, r[n]) for n in numbers)] for r in shown.iter_rows(named=True)]
     return table(body, [title, *(_HEADERS[n] for n in numbers)], width) if body else None
-
-
-def _in_words(name: str, value: float | None) -> str:
-    if value is None:
-        return "n/a"
-    if name == "flops_per_byte":
-        return f"{value:,.1f}"
-    writers = {
-        "_flops_per_s": text.flops_per_s,
-        "_bytes_per_s": text.bytes_per_s,
-        "_bytes": text.n_bytes,
-        "_ns": text.ns,
-        "_frac": text.frac,
-    }
-    return next((write(value) for suffix, write in writers.items() if f"_{name}".endswith(suffix)), text.count(value))

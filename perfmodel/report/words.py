@@ -38,3 +38,19 @@ def wrapped(words: str, width: int, first: str = "", others: str = "") -> str:
 def ratio(value: float | None) -> str:
     """A ratio of two figures in words, `n/a` for null."""
     return "n/a" if value is None else f"{value:,.2f}x"
+
+
+def in_words(name: str, value: float | None) -> str:
+    """A figure in words, by the unit at the end of its name; a count where there is none, `n/a` for null."""
+    if value is None:
+        return "n/a"
+    if name == "flops_per_byte":
+        return f"{value:,.1f}"
+    writers = {
+        "_flops_per_s": text.flops_per_s,
+        "_bytes_per_s": text.bytes_per_s,
+        "_bytes": text.n_bytes,
+        "_ns": text.ns,
+        "_frac": text.frac,
+    }
+    return next((write(value) for suffix, write in writers.items() if f"_{name}".endswith(suffix)), text.count(value))
