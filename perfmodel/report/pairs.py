@@ -3,7 +3,7 @@
 import polars as pl
 
 from perfmodel import text
-from perfmodel.bound import Sweep
+from perfmodel.bound import PLATEAU_FLOOR_NS, Sweep
 from perfmodel.diff import TraceDiff
 from perfmodel.report.words import N_TOP, WIDTH, ratio, table, wrapped
 
@@ -36,7 +36,10 @@ def sweep_page(found: Sweep) -> str:
         ]
         for r in found.table.iter_rows(named=True)
     ]
-    rule = f"TKLQT above {found.rule_factor:g} times that of the smallest batch"
+    rule = (
+        f"TKLQT above {found.rule_factor:g} times that of the smallest batch, or {found.rule_factor:g} times "
+        f"{text.ns(PLATEAU_FLOOR_NS)} where that is more"
+    )
     if found.transition_batch is None:
         verdict = f"no batch size is device-bound: none has a {rule}"
     else:
