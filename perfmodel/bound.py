@@ -72,6 +72,7 @@ class Sweep:
 def bound(
     events: pl.DataFrame,
     work: pl.DataFrame | None = None,
+    devices: pl.DataFrame | None = None,
     *,
     launch_floor_ns: float = HIGHEST_LAUNCH_NS,
     queue_factor: float = QUEUE_FACTOR,
@@ -86,8 +87,8 @@ def bound(
     Host-bound: neither. Mixed: one of both, as with phases of either kind or two sides that keep pace. A launch counts
     once, however many kernels of a graph it started, and however long it waited: graphs and deep queues have no more
     weight than other launches. Copies and sets are busy time, but no launches. Null: fewer than `min_launches` launches
-    of kernels, no time, or copies alone in most of the busy time. Ranks and devices are pooled; `work` is `joined_work`
-    of the events, if it is known already.
+    of kernels, no time, or copies alone in most of the busy time. Ranks and devices are pooled; `work` and
+    `devices` are `joined_work` and `device_table` of the events, if they are known already.
     """
     work = joined_work(events) if work is None else work
     computing = work.filter(pl.col("kind").is_in(COMPUTING))
@@ -96,7 +97,8 @@ def bound(
     limit_ns = queue_factor * launch_floor_ns
     queue = pl.col("delay_ns") - pl.col("launch_dur_ns")
     queued, median = launches.select((queue > limit_ns).mean().alias("queued"), pl.median("delay_ns")).row(0)
-    busy, span = device_table(work).select(pl.sum("gpu_busy_ns", "gpu_span_ns")).row(0)
+    devices = device_table(work) if devices is None else devices
+    busy, span = devices.select(pl.sum("gpu_busy_ns", "gpu_span_ns")).row(0)
     compute_busy = busy_ns(computing)["busy_ns"].sum()
     idle, copies = 1 - busy / span if span else None, 1 - compute_busy / busy if busy else None
     label: Label | None = None

@@ -6,7 +6,7 @@ The rules are `data/kernel_classes.toml`; a name is looked at once, however many
 import re
 import tomllib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 import polars as pl
@@ -55,15 +55,27 @@ def shipped_rules() -> Rules:
 
 def kernel_class(name: str, rules: Rules | None = None) -> str:
     """Which class has a kernel of this name: that of the first rule whose pattern is found in it, else `other`."""
-    return next((found for found, pattern in rules or shipped_rules() if pattern.search(name)), "other")
+    return _shipped_class(name) if rules is None else _first_match(name, rules)
+
+
+@lru_cache(maxsize=2**16)
+def _shipped_class(name: str) -> str:
+    return _first_match(name, shipped_rules())
+
+
+def _first_match(name: str, rules: Rules) -> str:
+    return next((found for found, pattern in rules if pattern.search(name)), "other")
 
 
 def classify(names: pl.Series, rules: Rules | None = None) -> pl.Series:
     """Which class has each kernel of a column of names; null where the name is."""
-    distinct = names.drop_nulls().unique()
+    coded = names.cast(pl.Categorical)
+    distinct = coded.drop_nulls().unique()
     found = [kernel_class(name, rules) for name in distinct.cast(pl.String)]
-    table = pl.DataFrame({"name": distinct, "class": pl.Series(found, dtype=KERNEL_CLASS)})
-    return names.to_frame("name").join(table, on="name", how="left", maintain_order="left")["class"]
+    codes = coded.to_physical()
+    by_code = pl.Series([None], dtype=KERNEL_CLASS).new_from_index(0, 1 + max(distinct.to_physical(), default=0))
+    by_code = by_code.scatter(distinct.to_physical(), pl.Series(found, dtype=KERNEL_CLASS))
+    return by_code.gather(codes).alias("class")
 
 
 def class_shares(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
@@ -71,7 +83,7 @@ def class_shares(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFra
 
     Largest first. Fractions are of the summed kernel time, so they add to 1; null where all kernels took no time.
     """
-    kernels = events.filter(pl.col("kind") == "kernel")
+    kernels = events.select("kind", "name", "dur_ns").filter(pl.col("kind") == "kernel")
     total = pl.col("time_ns").sum()
     return (
         kernels.select(classify(kernels["name"], rules), "dur_ns")

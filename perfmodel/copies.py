@@ -39,13 +39,14 @@ def with_routes(work: pl.DataFrame) -> pl.DataFrame:
     return work.join(routes.with_columns(name=names), on="name", how="left", maintain_order="left")
 
 
-def copies(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
+def copies(events: pl.DataFrame, rules: Rules | None = None, doing: pl.DataFrame | None = None) -> pl.DataFrame:
     """Which copies and sets cost most: one row for each kind, direction and pair of memories, longest time first.
 
     Columns `kind` (copy, set), `direction`, `from_memory`, `to_memory` (null where the trace does not say), `n_copies`,
     `n_unsized` (those whose bytes are unknown), `bytes` and `bytes_per_s` (of the sized ones; null without any, or
     without time), `time_ns` (sum of durations), `exposed_ns` (time in which at least one ran and no compute kernel did
-    on its device, see `overlap.exposed_time`). All devices together.
+    on its device, see `overlap.exposed_time`). All devices together. `doing` is `overlap.device_doing` of the events,
+    if it is known already.
     """
     columns = ["kind", "name", *DEVICE, "start_ns", "dur_ns", "bytes"]
     work = with_routes(events.select(columns).filter(pl.col("kind").is_in(["copy", "set"])))
@@ -62,7 +63,7 @@ def copies(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
     )
     return (
         routes.join(sums, on="route")
-        .join(_exposed(work, device_doing(events, rules)), on="route")
+        .join(_exposed(work, device_doing(events, rules) if doing is None else doing), on="route")
         .drop("route")
         .sort(["time_ns", "n_copies", *_ROUTE], descending=[True, True, False, False, False])
     )
@@ -71,6 +72,7 @@ def copies(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
 def _exposed(work: pl.DataFrame, doing: pl.DataFrame) -> pl.DataFrame:
     """For each `route` the time in which its copies ran and no compute kernel did, summed over devices."""
     union = merged(work.with_columns(pl.col("route").cast(pl.Int64)), ["route", *DEVICE])
-    hidden = overlap_ns(union, doing.filter(pl.col("doing") == "compute"))
+    compute = doing.select(*DEVICE, "start_ns", "dur_ns", "doing").filter(pl.col("doing") == "compute")
+    hidden = overlap_ns(union, compute)
     exposed = union.select(pl.col("route").cast(pl.UInt32), exposed_ns=pl.col("dur_ns") - hidden)
     return exposed.group_by("route").agg(pl.sum("exposed_ns"))

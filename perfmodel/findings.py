@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from perfmodel import text
-from perfmodel.bound import COPIES_FRAC
+from perfmodel.bound import COMPUTING, COPIES_FRAC
 from perfmodel.classify import CLASSES, COMMUNICATION
 from perfmodel.copies import copies
 from perfmodel.fusion import fusion_table
@@ -190,7 +190,8 @@ def _queue(scene: _Scene) -> _Fact | None:
         return None
     queued_ns = int(overlap_ns(merged(scene.work), queued).sum())
     mean_ns = int(queued["dur_ns"].sum()) / queued.height
-    copies_frac = 1 - scene.metrics.kernel_busy_ns / scene.metrics.gpu_busy_ns
+    computing = busy_ns(scene.work.filter(pl.col("kind").is_in(COMPUTING)))
+    copies_frac = 1 - int(computing["busy_ns"].sum()) / scene.metrics.gpu_busy_ns
     is_copying = copies_frac > COPIES_FRAC
     behind = f"copies and sets ({text.frac(copies_frac)} of busy time)" if is_copying else "a busy device"
     words = (

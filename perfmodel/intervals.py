@@ -40,20 +40,23 @@ class _Line:
 
 
 def busy_ns(work: pl.DataFrame, by: Sequence[str] = DEVICE) -> pl.DataFrame:
-    """For how long was each device doing something: columns `by`, `busy_ns`, the length of the union, and `span_ns`.
+    """For how long was each device doing something: one row a device, with `busy_ns`, the length of the union.
 
-    Overlaps, of streams for example, count once; the span runs from the first start to the last end. Sorted by `by`,
-    which may name other groups than devices.
+    Columns `by`, `n_intervals`, `time_ns` (the sum of durations), `busy_ns` (overlaps, of streams for example, count
+    once) and `span_ns` (first start to last end). Sorted by `by`, which may name other groups than devices.
     """
     line = _line([work], by)
     order = np.argsort(line.starts[0], kind="stable")
     start, end = line.starts[0][order], line.ends[0][order]
     fresh = np.maximum(end - np.maximum(start, _covered_until(start, end)), 0)
     first = np.searchsorted(line.group[0][order], np.arange(line.groups.height))
-    total = np.add.reduceat(fresh, first) if len(fresh) else fresh
-    return line.groups.with_columns(
-        busy_ns=pl.Series(total, dtype=pl.Int64), span_ns=pl.Series(line.spans[: line.groups.height], dtype=pl.Int64)
-    )
+    sums = {
+        "n_intervals": np.diff(np.append(first, len(start))),
+        "time_ns": np.add.reduceat(end - start, first) if len(first) else start,
+        "busy_ns": np.add.reduceat(fresh, first) if len(first) else start,
+        "span_ns": line.spans,
+    }
+    return line.groups.with_columns(**{name: pl.Series(total, dtype=pl.Int64) for name, total in sums.items()})
 
 
 def merged(intervals: pl.DataFrame, by: Sequence[str] = DEVICE) -> pl.DataFrame:
@@ -175,8 +178,11 @@ def _line(tables: Sequence[pl.DataFrame], by: Sequence[str]) -> _Line:
     ends = [start + table["dur_ns"].to_numpy() for start, table in zip(starts, tables, strict=True)]
     low, high = np.full(groups.height, MAX_LINE_NS), np.full(groups.height, -MAX_LINE_NS)
     for group, start, end in zip(ids, starts, ends, strict=True):
-        np.minimum.at(low, group, start)
-        np.maximum.at(high, group, end)
+        if groups.height == 1 and len(start):
+            low, high = np.minimum(low, start.min()), np.maximum(high, end.max())
+        else:
+            np.minimum.at(low, group, start)
+            np.maximum.at(high, group, end)
     total_ns = sum(int(h) - int(w) + 1 for h, w in zip(high, low, strict=True))
     if total_ns > MAX_LINE_NS:
         raise InputError(
@@ -185,6 +191,8 @@ def _line(tables: Sequence[pl.DataFrame], by: Sequence[str]) -> _Line:
         )
     length = high - low + 1
     shift = np.cumsum(length) - length - low
+    if len(shift) == 1:
+        return _Line(starts, ends, ids, ids, groups, high - low)  # on its own line already: moved by 0
     shifts = [shift[group] for group in ids]
     moved = [[t + s for t, s in zip(side, shifts, strict=True)] for side in (starts, ends)]
     return _Line(moved[0], moved[1], shifts, ids, groups, high - low)

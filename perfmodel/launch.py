@@ -127,7 +127,11 @@ def _call_of(work: pl.DataFrame, calls: pl.DataFrame) -> pl.Series:
     order = np.lexsort((calls["start_ns"].to_numpy(), calls["link"].to_numpy()))
     link, start = calls["link"].to_numpy()[order], calls["start_ns"].to_numpy()[order]
     wanted = work["link"].fill_null(0).to_numpy()
-    first, beyond = np.searchsorted(link, wanted), np.searchsorted(link, wanted, side="right")
+    first = np.searchsorted(link, wanted)
+    is_once = (link[1:] != link[:-1]).all()
+    here = first < len(link)
+    here[here] = link[first[here]] == wanted[here]
+    beyond = first + here if is_once else np.searchsorted(link, wanted, side="right")
     low, high = first + 1, beyond
     while (low < high).any():  # halve the calls that share the link until the first that began too late is found
         middle = np.minimum((low + high) // 2, len(link) - 1)
@@ -144,19 +148,16 @@ def device_table(work: pl.DataFrame, by: Sequence[str] = DEVICE) -> pl.DataFrame
     Columns `by`, `n_kernels`, `kernel_time_ns`, `kernel_busy_ns` and `gpu_busy_ns` (unions of kernels and of all work)
     and `gpu_span_ns` (first start to last end of any work); busy + idle = span.
     """
-    kernels = work.filter(pl.col("kind") == "kernel")
-    sums = kernels.group_by(by).agg(n_kernels=pl.len().cast(pl.Int64), kernel_time_ns=pl.sum("dur_ns"))
-    of_kernels = busy_ns(kernels, by).select(*by, kernel_busy_ns="busy_ns")
+    work = work.select("kind", *by, "start_ns", "dur_ns")
+    kernels = busy_ns(work.filter(pl.col("kind") == "kernel"), by).select(
+        *by, n_kernels="n_intervals", kernel_time_ns="time_ns", kernel_busy_ns="busy_ns"
+    )
     return (
         busy_ns(work, by)
-        .join(of_kernels, on=by, how="left", nulls_equal=True, maintain_order="left")
-        .join(sums, on=by, how="left", nulls_equal=True, maintain_order="left")
-        .select(
-            *by,
-            pl.col("n_kernels", "kernel_time_ns", "kernel_busy_ns").fill_null(0),
-            gpu_busy_ns="busy_ns",
-            gpu_span_ns="span_ns",
-        )
+        .select(*by, gpu_busy_ns="busy_ns", gpu_span_ns="span_ns")
+        .join(kernels, on=by, how="left", nulls_equal=True, maintain_order="left")
+        .with_columns(pl.col("n_kernels", "kernel_time_ns", "kernel_busy_ns").fill_null(0))
+        .select(*by, "n_kernels", "kernel_time_ns", "kernel_busy_ns", "gpu_busy_ns", "gpu_span_ns")
     )
 
 
@@ -173,7 +174,8 @@ def figures(
     """
     by = ["group", "part", *DEVICE]
     devices = device_table(work, by) if devices is None else devices
-    kernels = work.filter(pl.col("kind") == "kernel")
+    needed = ("kind", "group", "part", "start_ns", "dur_ns", "delay_ns", "is_graph", "launch_row", "launch_dur_ns")
+    kernels = work.select(needed).filter(pl.col("kind") == "kernel")
     latencies = _latencies(kernels, first_ops)
     tables = (
         _waits(kernels),

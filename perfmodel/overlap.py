@@ -3,7 +3,7 @@
 import polars as pl
 
 from perfmodel.classify import COMMUNICATION, Rules, classify
-from perfmodel.intervals import DEVICE, busy_ns, gaps, overlap_ns
+from perfmodel.intervals import DEVICE, STREAM, busy_ns, gaps, merged, overlap_ns
 from perfmodel.launch import joined_work
 
 DOING = pl.Enum(("compute", "communication", "copy"))
@@ -15,9 +15,9 @@ def device_doing(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFra
 
     Communication is kernels of the classes `classify.COMMUNICATION` (collectives, MoE all-to-all over links), compute
     all other kernels, copy what the profiler recorded as copies between memories; sets are none of them. Columns
-    `name`, `rank`, `device`, `start_ns`, `dur_ns`, `bytes`, `doing`.
+    `name`, `rank`, `device`, `stream`, `start_ns`, `dur_ns`, `doing`.
     """
-    work = events.select("kind", "name", *DEVICE, "start_ns", "dur_ns", "bytes")
+    work = events.select("kind", "name", *STREAM, "start_ns", "dur_ns")
     work = work.filter(pl.col("kind").is_in(["kernel", "copy"]))
     communicates = classify(work["name"], rules).is_in(list(COMMUNICATION))
     doing = (
@@ -28,29 +28,27 @@ def device_doing(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFra
     return work.with_columns(doing=doing).drop("kind")
 
 
-def exposed_time(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
+def exposed_time(events: pl.DataFrame, rules: Rules | None = None, doing: pl.DataFrame | None = None) -> pl.DataFrame:
     """How long did each device copy or communicate without computing meanwhile: one row for each rank and device.
 
     Columns `rank`, `device`, `compute_busy_ns`, and for `copy` and `communication` each `..._busy_ns`,
     `..._exposed_ns` (no compute kernel ran on the device) and `..._hidden_ns`; exposed + hidden = busy. Times are
-    unions, so several streams count once; the trace's totals are the sums of the columns.
+    unions, so several streams count once; the trace's totals are the sums of the columns. `doing` is `device_doing` of
+    the events, if it is known already.
     """
-    work = device_doing(events, rules)
-    is_compute = pl.col("doing") == "compute"
-
-    def busy(name: str, rows: pl.Expr) -> pl.DataFrame:
-        return busy_ns(work.filter(rows)).select(*DEVICE, pl.col("busy_ns").alias(name))
-
-    parts = [busy("compute_busy_ns", is_compute)]
-    for doing in ("copy", "communication"):
-        alone = pl.col("doing") == doing
-        parts += [busy(f"{doing}_busy_ns", alone), busy(f"{doing}_exposed_ns", alone | is_compute)]
-    table = busy_ns(work).select(DEVICE)
+    doing = (device_doing(events, rules) if doing is None else doing).select(*DEVICE, "start_ns", "dur_ns", "doing")
+    compute = doing.filter(pl.col("doing") == "compute")
+    table = doing.select(DEVICE).unique().sort(DEVICE)
+    parts = [busy_ns(compute).select(*DEVICE, compute_busy_ns="busy_ns")]
+    for word in ("copy", "communication"):
+        union = merged(doing.filter(pl.col("doing") == word))
+        hidden = union.select(*DEVICE, "dur_ns", overlap_ns(union, compute)).group_by(DEVICE)
+        busy, covered = pl.sum("dur_ns"), pl.sum("overlap_ns")
+        columns = {f"{word}_busy_ns": busy, f"{word}_exposed_ns": busy - covered, f"{word}_hidden_ns": covered}
+        parts.append(hidden.agg(**columns))
     for part in parts:
         table = table.join(part, on=DEVICE, how="left", nulls_equal=True, maintain_order="left")
-    exposed = [pl.col(f"{d}_exposed_ns") - pl.col("compute_busy_ns") for d in ("copy", "communication")]
-    hidden = {f"{d}_hidden_ns": pl.col(f"{d}_busy_ns") - pl.col(f"{d}_exposed_ns") for d in ("copy", "communication")}
-    return table.with_columns(pl.exclude(DEVICE).fill_null(0)).with_columns(exposed).with_columns(**hidden)
+    return table.with_columns(pl.exclude(DEVICE).fill_null(0))
 
 
 def idle_gaps(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.DataFrame:
@@ -97,24 +95,16 @@ def launch_gaps(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.Da
     null where the host is not known.
     """
     work = joined_work(events) if work is None else work
-    by_gap = idle_gaps(events, work)
-    is_known = pl.col("host").is_not_null().all()
-    sums = [
-        column
-        for word in HOST.categories
-        for column in (
-            pl.when(is_known).then((pl.col("host") == word).sum().cast(pl.Int64)).alias(f"n_{word}_gaps"),
-            pl.when(is_known).then(pl.sum(f"{word}_ns")).alias(f"{word}_ns"),
-        )
-    ]
-    table = by_gap.group_by(DEVICE).agg(
-        *sums, n_gaps=pl.len().cast(pl.Int64), gap_ns=pl.sum("dur_ns"), longest_gap_ns=pl.max("dur_ns")
-    )
+    counts = {f"n_{word}_gaps": (pl.col("host") == word).sum().cast(pl.Int64) for word in HOST.categories}
+    sums = {f"{word}_ns": pl.sum(f"{word}_ns") for word in HOST.categories}
+    all_gaps = {"n_gaps": pl.len().cast(pl.Int64), "gap_ns": pl.sum("dur_ns"), "longest_gap_ns": pl.max("dur_ns")}
+    is_unknown = pl.col("host").null_count() > 0
+    table = idle_gaps(events, work).group_by(DEVICE).agg(**all_gaps, **counts, **sums, is_unknown=is_unknown)
+    names = [name for word in HOST.categories for name in (f"n_{word}_gaps", f"{word}_ns")]
     return (
-        work.select(DEVICE)
-        .unique()
-        .join(table, on=DEVICE, how="left", nulls_equal=True)
-        .with_columns(pl.col("n_gaps", "gap_ns").fill_null(0))
-        .select(*DEVICE, "n_gaps", "gap_ns", "longest_gap_ns", *(c.meta.output_name() for c in sums))
-        .sort(DEVICE)
+        busy_ns(work)
+        .select(DEVICE)
+        .join(table, on=DEVICE, how="left", nulls_equal=True, maintain_order="left")
+        .with_columns(pl.when(~pl.col("is_unknown")).then(pl.col(names)), pl.col("n_gaps", "gap_ns").fill_null(0))
+        .select(*DEVICE, *all_gaps, *names)
     )

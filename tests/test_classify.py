@@ -91,6 +91,9 @@ def test_a_column_of_names() -> None:
     names = pl.Series(["volta_sgemm_64x64_nt", None, "??", "volta_sgemm_64x64_nt"], dtype=pl.Categorical)
     assert classify(names).to_list() == ["gemm", None, "other", "gemm"]
     assert classify(pl.Series([], dtype=pl.String)).to_list() == []
+    assert classify(names.slice(1, 2)).to_list() == [None, "other"]
+    assert classify(pl.Series(["??", None, "attn_fwd"])).to_list() == ["other", None, "attention"]
+    assert classify(pl.Series([None], dtype=pl.Categorical)).to_list() == [None]
 
 
 def test_shares_by_hand_and_their_sum() -> None:

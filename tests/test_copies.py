@@ -5,7 +5,7 @@ import pytest
 
 from perfmodel.copies import copies, copy_route
 from perfmodel.launch import launch_metrics
-from perfmodel.overlap import exposed_time
+from perfmodel.overlap import device_doing, exposed_time
 from perfmodel.readers import read_trace
 from tests.traces_made import events, golden_rows, kernel
 
@@ -59,7 +59,7 @@ def test_copies_by_hand() -> None:
 )
 def test_copies_of_real_traces_are_all_counted(shared: Path, row: dict[str, str]) -> None:
     trace = read_trace(shared / "traces" / row["file"])
-    table = copies(trace.events)
+    table = copies(trace.events, doing=device_doing(trace.events))
     count = dict(table.group_by("kind").agg(pl.sum("n_copies")).iter_rows())
     assert (count.get("copy", 0), count.get("set", 0)) == (int(row["memcpy"]), int(row["memset"]))
     of_copies = table.filter(pl.col("kind") == "copy")

@@ -209,3 +209,15 @@ def test_groups_of_real_traces_add_up(shared: Path, row: dict[str, str]) -> None
             assert table[name].sum() == getattr(total, name), (by, name)
     n_steps = trace.events.filter(pl.col("name").cast(pl.String).str.starts_with("ProfilerStep#")).height
     assert steps(trace.events).height >= n_steps
+
+
+def test_two_ranks_in_one_trace_are_what_they_are_apart(shared: Path) -> None:
+    """Same process, device and stream numbers; links of the second rank moved, as where ranks are read together."""
+    paths = sorted((shared / "traces").glob("hta__trace_filter__sampled_rank-*"))
+    apart = [read_trace(path).events for path in paths]
+    both = pl.concat([e.with_columns(pl.col("link") + i * 2**32) for i, e in enumerate(apart)])
+    for by in GROUPINGS:
+        expected = pl.concat([launch_metrics_by(e, by) for e in apart])
+        found = launch_metrics_by(both, by).sort("rank", maintain_order=True)
+        assert found.equals(expected), by
+    assert launch_metrics_by(both, "device")["rank"].to_list() == [0, 1]

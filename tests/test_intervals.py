@@ -35,7 +35,7 @@ def moments(rows: Sequence[Row]) -> dict[tuple[int | None, int], set[int]]:
 def test_worked_out_by_hand() -> None:
     """Device 0: 0-10, 5-12, 12-15 touch, then 20-21; device 1 of another rank apart."""
     rows = [(None, 0, 5, 7), (None, 0, 0, 10), (None, 0, 12, 3), (None, 0, 20, 1), (1, 0, 3, 4)]
-    assert busy_ns(table(rows)).rows() == [(None, 0, 16, 21), (1, 0, 4, 4)]
+    assert busy_ns(table(rows)).rows() == [(None, 0, 4, 21, 16, 21), (1, 0, 1, 4, 4, 4)]
     assert merged(table(rows)).rows() == [(None, 0, 0, 15), (None, 0, 20, 1), (1, 0, 3, 4)]
     assert gaps(table(rows)).rows() == [(None, 0, 15, 5)]
     assert overlap_ns(table([(None, 0, 14, 7), (1, 0, 0, 99)]), table(rows)).to_list() == [2, 4]
@@ -44,7 +44,7 @@ def test_worked_out_by_hand() -> None:
 @given(ROWS)
 def test_busy_time_is_the_union_of_intervals(rows: list[Row]) -> None:
     expected = {key: len(at) for key, at in moments(rows).items()}
-    assert {(rank, device): busy for rank, device, busy, _ in busy_ns(table(rows)).iter_rows()} == expected
+    assert {row[:2]: row[4] for row in busy_ns(table(rows)).iter_rows()} == expected
 
 
 @given(ROWS)
@@ -61,7 +61,7 @@ def test_union_and_gaps_fill_the_span(rows: list[Row]) -> None:
     }
     both = pl.concat([union, idle]).group_by(BY).agg(pl.sum("dur_ns"))
     assert {(rank, device): total for rank, device, total in both.iter_rows()} == span
-    assert {(rank, device): total for rank, device, _, total in busy_ns(table(rows)).iter_rows()} == span
+    assert {row[:2]: row[5] for row in busy_ns(table(rows)).iter_rows()} == span
 
 
 @given(ROWS, ROWS)
@@ -126,12 +126,12 @@ def test_touching_operators_share_no_launch() -> None:
 
 def test_any_column_may_name_the_groups() -> None:
     named = table([(None, 0, 0, 5), (None, 1, 1, 5)]).rename({"rank": "part", "device": "group"})
-    assert busy_ns(named, ("part", "group")).rows() == [(None, 0, 5, 5), (None, 1, 5, 5)]
+    assert busy_ns(named, ("part", "group")).rows() == [(None, 0, 1, 5, 5, 5), (None, 1, 1, 5, 5, 5)]
 
 
 def test_nothing_in_nothing_out() -> None:
     nothing = table([])
-    assert busy_ns(nothing).schema == dict.fromkeys(("rank", "device", "busy_ns", "span_ns"), pl.Int64)
+    assert busy_ns(nothing).schema == dict.fromkeys((*BY, "n_intervals", "time_ns", "busy_ns", "span_ns"), pl.Int64)
     assert merged(nothing).is_empty() and gaps(nothing).is_empty()
     assert overlap_ns(table([(None, 0, 1, 2)]), nothing).to_list() == [0]
     assert holders(nothing, points([(None, 0, 1, 2)]), BY).rows() == [(None, None)]
