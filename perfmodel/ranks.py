@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from perfmodel.classify import KERNEL_CLASS, class_shares
+from perfmodel.classify import COMMUNICATION, KERNEL_CLASS, class_shares
 from perfmodel.errors import InputError
 from perfmodel.launch import launch_metrics
 from perfmodel.readers.folder import (
@@ -25,8 +25,6 @@ from perfmodel.readers.folder import (
     time_origin_ns,
 )
 from perfmodel.workers import Lost, Progress, run_on_all
-
-COMMUNICATION = ("collective", "moe_dispatch")  # classes of kernels that wait for other ranks
 
 RANKS = pl.Schema(
     {

@@ -15,6 +15,7 @@ from typing import Any
 from perfmodel.errors import InputError, MissingExtraError
 
 IN_PROCESS = ("threading", "sequential")
+WAIT_S = 60  # for the first worker of a cluster, or for one that is started again
 
 # Classes of errors that say "a worker died": those of concurrent.futures and loky, Dask, and Ray.
 _DEAD_WORKER = {"BrokenExecutor", "TerminatedWorkerError", "KilledWorker", "WorkerCrashedError", "OutOfMemoryError"}
@@ -40,15 +41,18 @@ def run_on_all(
 ) -> list[Any]:
     """The results of `function`, written as "module:name", for each tuple of arguments, in their order.
 
-    A call whose worker died runs again, at last alone; where that worker dies as well its result is `Lost`. `backend`
-    is a joblib backend: "loky" (processes), "threading", "sequential", "dask" with the scheduler's address (or a
-    client that is open), or one that is registered with joblib, as Ray's. `n_workers` is null for one worker for each
-    core; Dask decides for itself. Raises InputError on an unknown backend or one that cannot be reached, and
-    MissingExtraError where Dask is not installed.
+    A call whose worker died runs again, at last alone; where that worker dies as well its result is `Lost`, as are all
+    that remain when a cluster has lost its last worker. `backend` is a joblib backend: "loky" (processes), "threading",
+    "sequential", "dask" with the scheduler's address (or a client that is open), or one that is registered with joblib,
+    as Ray's. `n_workers` is null for one worker for each core; Dask decides for itself. Raises InputError on an unknown
+    backend or one that cannot be reached, and MissingExtraError where Dask is not installed.
     """
     results: dict[int, Any] = {}
     with _configured(backend, n_workers, scheduler) as n_jobs:
         n_threads = None if backend in IN_PROCESS else _threads_per_worker(backend, n_jobs)
+
+        def missing() -> list[int]:
+            return [index for index in range(len(calls)) if index not in results]
 
         def run(indices: Sequence[int], n_jobs: int | None) -> str | None:
             """Add the results of some calls; returns why not of all."""
@@ -56,18 +60,20 @@ def run_on_all(
                 for index, result in _stream([(i, function, calls[i], n_threads) for i in indices], n_jobs):
                     results[index] = result
                     progress(f"{len(results)} of {len(calls)}: {calls[index][0]}")
+            except TimeoutError as error:  # nobody is there to run anything
+                reason = " ".join(str(error).split())
+                if not results:
+                    raise InputError(f"the Dask scheduler has no worker ({reason})") from None
+                results.update(dict.fromkeys(missing(), Lost(reason)))
             except Exception as error:
                 if _DEAD_WORKER.isdisjoint(kind.__name__ for kind in type(error).__mro__):
                     raise
                 return " ".join(str(error).split()) or type(error).__name__
             return None
 
-        def missing() -> list[int]:
-            return [index for index in range(len(calls)) if index not in results]
-
-        # A death takes the calls of other workers with it. Twice they may try together; then one by one, until the
-        # culprit has died alone, which is one of the first: calls begin in their order.
-        while run(missing(), n_jobs) and run(missing(), n_jobs):
+        # A death takes the calls of other workers with it. They may try together once more, unless Dask has tried; then
+        # one by one, until the culprit has died alone, which is one of the first: calls begin in their order.
+        while run(missing(), n_jobs) and (backend == "dask" or run(missing(), n_jobs)):
             for index in missing():
                 reason = run([index], 2)  # a pool of one would be this very process
                 if reason and index not in results:
@@ -114,10 +120,7 @@ def _configured(backend: str, n_workers: int | None, scheduler: str | None) -> I
         raise InputError(f"the backend {backend!r} knows no scheduler address; only dask does")
     if backend == "dask":
         with _dask(scheduler) as chosen, parallel_config(backend=chosen):
-            try:
-                yield -1
-            except TimeoutError as error:
-                raise InputError(f"the Dask scheduler has no worker ({' '.join(str(error).split())})") from None
+            yield -1
         return
     known = sorted({*BACKENDS, *EXTERNAL_BACKENDS} - {"multiprocessing"})  # which forks, and Polars does not survive it
     if backend not in known:
@@ -157,11 +160,11 @@ def _dask(scheduler: str | None) -> Iterator[Any]:
             raise InputError(
                 "the backend dask needs the address of a scheduler, as tcp://host:8786, or an open client"
             ) from None
-        yield Backend(client=client)
+        yield Backend(client=client, wait_for_workers_timeout=WAIT_S)
         return
     try:
         client = Client(scheduler, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError
         raise InputError(f"no Dask scheduler answers at {scheduler!r} ({error}); expected tcp://host:8786") from None
     with client:
-        yield Backend(client=client)
+        yield Backend(client=client, wait_for_workers_timeout=WAIT_S)

@@ -3,7 +3,9 @@
 import gzip
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,14 +211,17 @@ def test_ids_are_equal_where_rank_and_id_were(all_ranks: list[list[tuple[int | N
 
 def test_ranks_of_both_vendors_share_a_clock(tmp_path: Path) -> None:
     write_rank(tmp_path, 0)
-    kernels = [(20, 30, 0, 7, 1, pid(5), None, None)]
-    write_nsys(tmp_path / "rank-1.sqlite", {"KERNEL": kernels})
+    path = write_nsys(tmp_path / "rank-1.sqlite", {"KERNEL": [(20, 30, 0, 7, 1, pid(5), None, None)]})
+    assert read_trace(tmp_path).meta["time_origin_ns"] is None
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE TARGET_INFO_SESSION_START_TIME (utcEpochNs INT)")
+        database.execute("INSERT INTO TARGET_INFO_SESSION_START_TIME VALUES (?)", (BASE_NS - 500,))
+        database.commit()
     trace = read_trace(tmp_path)
     assert trace.source == "kineto+nsys"
-    assert trace.events["rank"].unique().sort().to_list() == [0, 1]
-    nsys = read_trace(tmp_path / "rank-1.sqlite")
-    timed = replace(nsys, meta={**nsys.meta, "session_start_ns": BASE_NS + 5})
-    assert (time_base_ns(nsys), time_base_ns(timed)) == (None, BASE_NS + 5)
+    assert trace.meta["time_origin_ns"] == BASE_NS - 500
+    firsts = trace.events.group_by("rank").agg(pl.min("start_ns")).sort("rank")
+    assert firsts.rows() == [(0, 1500), (1, 20)]
 
 
 def test_without_a_common_clock_times_stay_as_they_are_and_a_note_says_so(tmp_path: Path) -> None:

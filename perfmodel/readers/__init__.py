@@ -39,8 +39,8 @@ _OTHER_SUFFIXES = {
 def read_trace(path: str | Path, cache: str | Path | None = None) -> Trace:
     """The trace in a file: PyTorch profiler JSON, plain or in gzip whatever its suffix, or an Nsight Systems .sqlite.
 
-    A folder of Parquet files that `nsys` exported is read too, and a report (.nsys-rep) where `nsys` is installed. A
-    folder of such files, one for each rank, is one trace with `rank` set (`folder.read_ranks`, which has options).
+    A folder of Parquet files that `nsys` exported is read too, and a report (.nsys-rep) where `nsys` is installed.
+    Any other folder holds the files of ranks and is one trace with `rank` set (`folder.read_ranks` has options).
     With `cache`, "beside" or a folder, it is kept there as Parquet and taken from there while the file is unchanged.
     Raises InputError, one sentence that says what was found and what was expected, for anything else.
     """
@@ -50,7 +50,7 @@ def read_trace(path: str | Path, cache: str | Path | None = None) -> Trace:
             from perfmodel.readers.folder import read_ranks  # which reads its files with this module
 
             return read_ranks(path, cache)
-        return _read(path) if cache is None or path.is_dir() else read_cached(path, cache, _read)
+        return _read(path) if cache is None else read_cached(path, cache, _read)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (EOFError, zlib.error, igzip.BadGzipFile) as error:
@@ -60,7 +60,7 @@ def read_trace(path: str | Path, cache: str | Path | None = None) -> Trace:
 
 
 def _read(path: Path) -> Trace:
-    if path.is_dir():
+    if is_nsys_folder(path):
         from perfmodel.readers.nsys import read_nsys_parquet
 
         return read_nsys_parquet(path)
