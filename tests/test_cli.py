@@ -180,7 +180,7 @@ def test_analyze_groups_its_metrics_and_refuses_other_groups(trace: Path) -> Non
 
 @pytest.fixture
 def ranks(trace: Path, tmp_path: Path) -> Path:
-    """A folder of two ranks, the second computing twice as long, and a third whose file is cut off."""
+    """A folder of two ranks, the second computing twice as long, and a third whose file is a pointer."""
     folder = tmp_path / "ranks"
     folder.mkdir()
     document = json.loads(trace.read_text())
@@ -189,13 +189,13 @@ def ranks(trace: Path, tmp_path: Path) -> Path:
         {**event, "dur": event["dur"] * (2 if event["cat"] == "kernel" else 1)} for event in document["traceEvents"]
     ]
     (folder / "rank-1.json").write_text(json.dumps({"distributedInfo": {"rank": 1}, "traceEvents": slow}))
-    (folder / "rank-2.json").write_text(trace.read_text()[:300])
+    (folder / "rank-2.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     return folder
 
 
 def test_a_folder_of_ranks_is_compared_rank_by_rank(ranks: Path) -> None:
     page = run("analyze", str(ranks)).stdout
-    assert "2 ranks, 1 file not read" in page and "not read: rank-2.json: the file is cut off" in page
+    assert "2 ranks, 1 file not read" in page and "not read: rank-2.json: a Git LFS pointer" in page
     assert "Rank 1 holds up the others: it computes 10.0 µs, 33.3 % more than the median rank (7.50 µs)" in page
     found = json.loads(run("analyze", str(ranks), "--json").stdout)
     assert [row["compute_time_ns"] for row in found["ranks"]] == [5000, 10000]
