@@ -4,7 +4,8 @@ import loading
 import polars as pl
 import streamlit as st
 
-from perfmodel import classify, figures, launch, report, text
+from perfmodel import figures, report, text
+from perfmodel.analysis import analyse
 from perfmodel.trace import Trace
 
 DEFAULT_TOKENS = (64, 4096, 65_536, 524_288)
@@ -28,7 +29,8 @@ def default_slowdown() -> None:
 
 def trace_summary(name: str, trace: Trace) -> None:
     """Coverage, launch metrics and the busiest kernel classes of one trace."""
-    metrics = launch.launch_metrics(trace)
+    found = analyse(trace)
+    metrics = found.metrics
     loading.literal(f"{name}: {trace.source} trace, {text.count(metrics.n_events)} events")
     first = st.columns(4)
     first[0].metric(
@@ -49,15 +51,13 @@ def trace_summary(name: str, trace: Trace) -> None:
     if metrics.n_kernels == 0:
         st.info("This trace holds no kernels: nothing was recorded on a device.")
         return
-    for finding in report.findings(trace, metrics):
-        loading.literal(f"- {finding}")
+    loading.literal(report.findings_text(found.findings))
     left, right = st.columns(2)
     with left:
         loading.chart(figures.busy(metrics), "Busy and idle time per device")
     with right:
-        by_class = classify.class_shares(trace.events)
         loading.chart(
-            figures.shares(by_class, "class", "time_ns", "Kernel time by class"), "Kernel time by class of kernel"
+            figures.shares(found.classes, "class", "time_ns", "Kernel time by class"), "Kernel time by class of kernel"
         )
-    kernels = launch.by_kernel(trace.events).head(200)
+    kernels = found.kernels.head(200)
     st.dataframe(kernels.with_columns(pl.col("name").cast(pl.String)), width="stretch", height=300)

@@ -4,7 +4,7 @@
     python docs/regenerate.py readme     # only the outputs in README.md
 
 In the README, a block that begins with ```console holds commands after `$ ` and their output; what a command prints
-replaces the lines below it. Commands that measure, open the dashboard or set things up keep theirs.
+replaces the lines below it. Commands that measure, export, open the dashboard or set things up keep theirs.
 """
 
 import json
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KEPT = ("make", "perfmodel app", "perfmodel collect", "pip", "git")
+KEPT = ("make", "perfmodel app", "perfmodel collect", "perfmodel export", "pip", "git")
 GOLDEN_FRAC = 0.5
 GOLDEN_CASES = (
     ("gh200", "poster", "mmlu-like", 65_536, "zero-copy"),

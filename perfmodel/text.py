@@ -109,3 +109,20 @@ def in_unit(value: float, suffix: str) -> str:
     """A number in base units as words, chosen by the suffix of its name (`ns`, `bytes`, `bytes_per_s` ...)."""
     writers = {"ns": ns, "bytes": n_bytes, "bytes_per_s": bytes_per_s, "flops_per_s": flops_per_s, "count": count}
     return writers[suffix](value)
+
+
+def counted(n: int, noun: str) -> str:
+    """A count with its noun, in the plural unless it is one: `1 kernel`, `2,048 kernels`."""
+    return f"{count(n)} {noun}" if n == 1 else f"{count(n)} {noun}s"
+
+
+def shortened(words: str, n_most: int) -> str:
+    """A name of at most `n_most` characters, the middle left out, for names differ at both ends; no control characters.
+
+    Of kernels the end says more than the middle: what operator a template was made for.
+    """
+    shown = "".join(c if c.isprintable() else "?" for c in words)
+    if len(shown) <= n_most:
+        return shown
+    n_end = (n_most - 1) // 3
+    return f"{shown[: n_most - 1 - n_end]}…{shown[len(shown) - n_end :]}"

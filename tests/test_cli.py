@@ -72,9 +72,15 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+PAGE_KEYS = {
+    *("n_repaired", "n_dropped", "notes", "n_kernels_found_by", "bound", "findings", "by", "groups", "classes"),
+    *("kernels", "launch_calls", "operators", "ranges", "copies", "exposed", "gaps", "steps", "products", "counted"),
+}
+
+
 def test_analyze_json_has_exactly_the_promised_keys_and_values(trace: Path) -> None:
-    done = run("analyze", str(trace), "--json")
-    assert json.loads(done.stdout) == {
+    found = json.loads(run("analyze", str(trace), "--json").stdout)
+    assert {key: value for key, value in found.items() if key not in PAGE_KEYS} == {
         "source": "kineto",
         "n_events": 4,
         "n_launches": 1,
@@ -119,6 +125,100 @@ def test_analyze_json_has_exactly_the_promised_keys_and_values(trace: Path) -> N
     }
 
 
+def test_analyze_json_holds_everything_of_the_page(trace: Path) -> None:
+    found = json.loads(run("analyze", str(trace), "--json").stdout)
+    assert set(found) > PAGE_KEYS
+    assert found["n_kernels_found_by"] == {"nesting": 1, "external id": 0}
+    assert (found["n_repaired"], found["n_dropped"], found["notes"], found["ranges"]) == (0, 0, [], [])
+    assert [finding["name"] for finding in found["findings"]] == ["host_bound", "dominant_class"]
+    assert found["classes"][0] == {"class": "gemm", "n_kernels": 1, "time_ns": 4000, "time_frac": 0.8}
+    assert [row["name"] for row in found["kernels"]] == ["gemm<bf16>", "early"]
+    assert [(row["name"], row["kernel_time_ns"]) for row in found["operators"]] == [
+        ("aten::mm", 4000),
+        ("(orphans)", 1000),
+    ]
+    assert len(json.loads(run("analyze", str(trace), "--json", "--top", "1").stdout)["kernels"]) == 1
+
+
+def test_diff_compares_two_traces(trace: Path) -> None:
+    page = run("diff", str(trace), str(trace)).stdout
+    assert "b / a" in page and "aten::mm" in page and "1.00x" in page
+    found = json.loads(run("diff", str(trace), str(trace), "--json").stdout)
+    assert set(found) == {"n_steps_a", "n_steps_b", "metrics", "classes", "operators"}
+    assert found["operators"][0]["ratio"] == 1
+    assert "no such file" in refused("diff", str(trace), "nowhere.json").lower()
+
+
+def test_sweep_finds_the_transition_from_traces_and_from_a_table(trace: Path, tmp_path: Path) -> None:
+    found = json.loads(run("sweep", f"1={trace}", f"4={trace}", "--json").stdout)
+    assert (found["transition_batch"], [row["tklqt_ns"] for row in found["table"]]) == (None, [4500, 4500])
+    table = tmp_path / "sweep.csv"
+    table.write_text("batch,tklqt_ns\n1,1000000\n2,1100000\n8,9000000\n")
+    assert "device-bound from batch 8 on" in run("sweep", str(table)).stdout
+    assert "no batch size is device-bound" in run("sweep", str(table), "--factor", "10").stdout
+    for words, said in (
+        (("x",), "expected BATCH=TRACE"),
+        ((f"a={trace}",), "whole number"),
+        ((str(table), "--factor", "none"), "--factor is 'none'"),
+        ((str(tmp_path / "none.csv"),), "no such file"),
+    ):
+        assert said in refused("sweep", *words)
+    for text in ("batch,time\n1,2\n", "batch,tklqt_ns\n1,\n", "batch,tklqt_ns\na,2\n", ""):
+        table.write_text(text)
+        assert str(table) in refused("sweep", str(table))
+
+
+def test_analyze_groups_its_metrics_and_refuses_other_groups(trace: Path) -> None:
+    page = run("analyze", str(trace), "--by", "stream").stdout
+    assert "by stream" in page and "device 0, stream 7" in page
+    found = json.loads(run("analyze", str(trace), "--by", "thread", "--json").stdout)
+    assert found["by"] == "thread" and sum(row["n_kernels"] for row in found["groups"]) == 2
+    assert "expected one of rank, device" in refused("analyze", str(trace), "--by", "moon")
+    assert "unknown hardware" in refused("analyze", str(trace), "--hardware", "gh300")
+    assert "cannot" in refused("analyze", str(trace), "--ncu", str(trace.parent / "none.csv"))
+
+
+@pytest.fixture
+def ranks(trace: Path, tmp_path: Path) -> Path:
+    """A folder of two ranks, the second computing twice as long, and a third whose file is a pointer."""
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    document = json.loads(trace.read_text())
+    (folder / "rank-0.json").write_text(json.dumps({**document, "distributedInfo": {"rank": 0}}))
+    slow = [
+        {**event, "dur": event["dur"] * (2 if event["cat"] == "kernel" else 1)} for event in document["traceEvents"]
+    ]
+    (folder / "rank-1.json").write_text(json.dumps({"distributedInfo": {"rank": 1}, "traceEvents": slow}))
+    (folder / "rank-2.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return folder
+
+
+def test_a_folder_of_ranks_is_compared_rank_by_rank(ranks: Path) -> None:
+    page = run("analyze", str(ranks)).stdout
+    assert "2 ranks, 1 file not read" in page and "not read: rank-2.json: a Git LFS pointer" in page
+    assert "Rank 1 holds up the others: it computes 10.0 µs, 33.3 % more than the median rank (7.50 µs)" in page
+    found = json.loads(run("analyze", str(ranks), "--json").stdout)
+    assert [row["compute_time_ns"] for row in found["ranks"]] == [5000, 10000]
+    assert found["straggler"]["rank"] == 1
+
+
+def test_a_folder_of_ranks_is_one_trace_where_groups_are_asked_for(ranks: Path, tmp_path: Path) -> None:
+    done = run("analyze", str(ranks), "--by", "rank", "--json", "--workers", "1", "--cache", str(tmp_path / "cache"))
+    found = json.loads(done.stdout)
+    assert [(row["rank"], row["n_kernels"]) for row in found["groups"]] == [(0, 2), (1, 2)]
+    assert found["n_kernels"] == 4 and "rank-2.json" in found["notes"][0]
+    assert run("export", str(ranks), "--perfetto", str(tmp_path / "view.json")).returncode == 0
+
+
+def test_options_for_ranks_are_refused_where_there_are_none(trace: Path, ranks: Path, tmp_path: Path) -> None:
+    assert "read a folder of ranks" in refused("analyze", str(trace), "--workers", "2")
+    assert "not a backend" in refused("analyze", str(ranks), "--backend", "moon")
+    assert "only dask does" in refused("analyze", str(ranks), "--scheduler", "tcp://127.0.0.1:1")
+    assert "--workers is 'x'" in refused("analyze", str(ranks), "--workers", "x")
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused("analyze", str(tmp_path / "empty"))
+
+
 def test_analyze_text_says_what_was_joined_and_keeps_names_literal(trace: Path) -> None:
     page = run("analyze", str(trace)).stdout
     assert "2 kernels, 1 joined to their launch (50.0 %), 1 orphans" in page
@@ -128,6 +228,16 @@ def test_analyze_text_says_what_was_joined_and_keeps_names_literal(trace: Path) 
 def test_fusion_runs_on_a_trace(trace: Path) -> None:
     done = json.loads(run("fusion", str(trace), "--lengths", "2", "--json").stdout)
     assert done["lengths"][0]["length"] == 2
+
+
+def test_export_writes_a_file_that_reads_back(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "view.json.gz"
+    done = run("export", str(trace), "--perfetto", str(out))
+    assert done.returncode == 0 and not done.stdout and "wrote 9 slices" in done.stderr
+    first, second = (json.loads(run("analyze", str(path), "--json").stdout) for path in (trace, out))
+    assert {**first, "n_events": 0} == {**second, "n_events": 0}
+    assert "cannot write" in refused("export", str(trace), "--perfetto", str(tmp_path / "nowhere" / "view.json"))
+    assert refused("export", str(trace)).count("\n") == 1
 
 
 @pytest.mark.parametrize("case", ["missing", "folder", "text", "truncated", "not a trace", "no tables", "empty"])

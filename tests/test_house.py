@@ -18,10 +18,11 @@ LEVELS = (
     {"trace", "hardware", "hf_config"},
     {"cache"},
     {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"}
-    | {"intervals", "attribution", "groups", "bound", "overlap", "copies", "matmuls"},
+    | {"intervals", "attribution", "groups", "bound", "matmuls", "overlap", "copies"}
+    | {"lanes", "tracks", "findings", "diff"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression", "ranks"},
-    {"schedule", "report"},
+    {"schedule", "report", "perfetto", "analysis"},
     {"figures"},
     {"cli"},
     {"__main__"},

@@ -26,6 +26,7 @@ DEVICE_KIND_OF_CATEGORY = {
     "Memcpy": "copy",
     "gpu_memset": "set",
     "Memset": "set",
+    "graph_replay": "replay",  # ours: what `perfetto.export_perfetto` writes of traces of Nsight Systems
 }
 # cuda_, hip_, mtia_, xpu_, privateuse1_ ...
 _API_CATEGORY = re.compile(r".*_(?:runtime|driver)")

@@ -1,90 +1,18 @@
-"""The command line: each command loads, makes one call, prints. Data on stdout, progress and errors on stderr."""
+"""Commands about models, machines and captures: each loads, makes one call, prints."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
-from perfmodel import __version__, fusion, hardware, launch, report, text
+from perfmodel import hardware, report, text
+from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words, whole
 from perfmodel.errors import InputError, MissingExtraError
-from perfmodel.readers import read_trace
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Trace analysis and roofline performance models for MoE models whose experts do not all fit on the GPU.",
-)
-
-MAX_WHOLE = 10**12
-EXIT_BUG = 70  # none of the documented codes: a defect of ours must not read as "slower"
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-
-
-def _print(words: str) -> None:
-    sys.stdout.write(words + "\n")
-
-
-def _print_json(value: Any) -> None:
-    _print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        _print(f"perfmodel {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
-def analyze(
-    trace: Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")],
-    as_json: Json = False,
-) -> None:
-    """Where does the time of a trace go: coverage, launch metrics (TKLQT and friends), busy and idle time."""
-    loaded = read_trace(trace)
-    if as_json:
-        _print_json(launch.launch_metrics(loaded).to_json())
-    else:
-        _print(report.trace_page(loaded, Path(trace).name))
-
-
-@app.command(name="fusion")
-def fusion_command(
-    trace: Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")],
-    lengths: Annotated[str, typer.Option(help="Chain lengths, separated by commas.")] = "2,4,8,16,32,64",
-    threshold: Annotated[float, typer.Option(help="Lowest proximity score to list, 0 to 1.")] = 1.0,
-    as_json: Json = False,
-) -> None:
-    """Which chains of kernels always follow one another, and what fusing them would save at best."""
-    wanted = [_whole(word, "--lengths") for word in lengths.split(",")]
-    if not 0 <= threshold <= 1:
-        raise InputError(f"--threshold is {threshold:g}, expected 0 to 1")
-    loaded = read_trace(trace)
-    by_length = fusion.fusion_table(loaded.events, wanted)
-    chains = fusion.chains(loaded.events, min(wanted), threshold)
-    if as_json:
-        _print_json({"lengths": by_length.to_dicts(), "chains": chains.to_dicts()})
-    else:
-        _print(report.fusion_page(by_length, chains, Path(trace).name))
 
 
 @app.command()
@@ -97,10 +25,10 @@ def fit(
 
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"cannot write {out!r}: its folder does not exist")
-    model, errors = fitting.fit_captures(captures, progress=_note)
+    model, errors = fitting.fit_captures(captures, progress=note)
     model.save(out)
-    _print(report.fit_page(model, errors))
-    _note(f"wrote {out}")
+    print_words(report.fit_page(model, errors))
+    note(f"wrote {out}")
 
 
 @app.command()
@@ -131,17 +59,17 @@ def predict(
     from perfmodel import predict as predicting
     from perfmodel.routing import routing as routing_of
 
-    offload_frac = _fraction(offload, "--offload")
+    offload_frac = fraction(offload, "--offload")
     profile = _machine(hardware_name)
     moe_shape = hf_config.resolve(shape)
     moe_shape = replace(moe_shape, dtype=dtype) if dtype else moe_shape
-    batch = routing_of(routing, moe_shape.n_experts, moe_shape.top_k, _whole(tokens, "--tokens"))
+    batch = routing_of(routing, moe_shape.n_experts, moe_shape.top_k, whole(tokens, "--tokens"))
     fitted = latency.load_model(model) if model else None
     result = predicting.predict(profile, moe_shape, batch, offload_frac, access, op=op, model=fitted)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
-        _print(
+        print_words(
             f"{moe_shape.name} on {profile.title}, {text.count(batch.n_tokens)} tokens, {batch.name}, {access}\n"
             f"{result}"
         )
@@ -172,16 +100,16 @@ def check(
     from perfmodel.capture import load_capture
 
     sides = load_capture(baseline), load_capture(candidate)
-    verdicts = regression.check(*sides, _fraction(margin, "--margin"), axis or ())
+    verdicts = regression.check(*sides, fraction(margin, "--margin"), axis or ())
     missing = {"baseline": regression.n_missing(*sides[::-1]), "candidate": regression.n_missing(*sides)}
     if as_json:
         rows = [asdict(v) for v in verdicts]
-        _print_json({"slower": regression.is_slower(verdicts), "n_missing_workloads": missing, "verdicts": rows})
+        print_json({"slower": regression.is_slower(verdicts), "n_missing_workloads": missing, "verdicts": rows})
     else:
-        _print(report.check_page(verdicts))
+        print_words(report.check_page(verdicts))
     for side, n_missing in missing.items():
         if n_missing:
-            _note(f"{n_missing} workloads of the other capture are missing in the {side} and were not compared")
+            note(f"{n_missing} workloads of the other capture are missing in the {side} and were not compared")
     raise typer.Exit(1 if regression.is_slower(verdicts) else 0)
 
 
@@ -199,13 +127,13 @@ def schedule(
 
     profile, moe_shape = hardware.hardware(hardware_name), hf_config.resolve(shape)
     rows = [
-        schedules.layer_schedule(moe_shape, profile, _whole(gpus, "--gpus"), _whole(tokens, "--tokens"), name)
+        schedules.layer_schedule(moe_shape, profile, whole(gpus, "--gpus"), whole(tokens, "--tokens"), name)
         for name in schedules.SCHEDULES
     ]
     if as_json:
-        _print_json([asdict(row) for row in rows])
+        print_json([asdict(row) for row in rows])
     else:
-        _print(report.schedule_page(rows))
+        print_words(report.schedule_page(rows))
 
 
 @app.command(name="list")
@@ -222,7 +150,7 @@ def list_names() -> None:
         "captures": [os.path.relpath(path) for path in capture.shipped_captures()],
     }
     for title, names in rows.items():
-        _print(f"{title:10}" + f"\n{'':10}".join(names))
+        print_words(f"{title:10}" + f"\n{'':10}".join(names))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -256,59 +184,3 @@ def _sibling(name: str) -> str:
     """`app` or `collectors`: inside this package when installed from a wheel, beside it in a checkout."""
     inside = f"perfmodel.{name}"
     return inside if importlib.util.find_spec(inside) is not None else name
-
-
-def _whole(word: str, option: str) -> int:
-    try:
-        number = int(word)
-    except ValueError:
-        raise InputError(f"{option} is {word!r}, expected a whole number") from None
-    if not 1 <= number <= MAX_WHOLE:
-        raise InputError(f"{option} is {word}, expected at least 1 and at most {MAX_WHOLE:,}")
-    return number
-
-
-def _fraction(word: str, option: str) -> float:
-    try:
-        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
-    except ValueError:
-        raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None
-
-
-def _note(words: str) -> None:
-    sys.stderr.write(words + "\n")
-
-
-def main() -> NoReturn:
-    """Run the command line; a user's mistake becomes one sentence on stderr and an exit code, never a traceback."""
-    try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
-    except InputError as error:
-        _note(f"perfmodel: {error}")
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
-        sys.exit(0)
-    except OSError as error:
-        _note(f"perfmodel: {error.strerror or error}")
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        _note("perfmodel: interrupted")
-        sys.exit(130)
-    except Exception as error:
-        sys.exit(_usage_error(error))
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _usage_error(error: Exception) -> int:
-    """Say what is wrong with the words of a command, as typer found it; anything else is a bug and shows its trace."""
-    if not hasattr(error, "format_message"):
-        traceback.print_exception(error)
-        return EXIT_BUG
-    message = " ".join(error.format_message().split())
-    if type(error).__name__ == "NoArgsIsHelpError":
-        _note(error.format_message())
-    else:
-        _note(f"perfmodel: {message}")
-    return 2

@@ -1,0 +1,133 @@
+"""What all commands share: the application, its common options, reading what was asked for, printing, numbers."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from perfmodel import __version__, report, text
+from perfmodel.errors import InputError
+from perfmodel.readers import is_nsys_folder, read_trace
+from perfmodel.trace import Trace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Trace analysis and roofline performance models for MoE models whose experts do not all fit on the GPU.",
+)
+
+MAX_WHOLE = 10**12
+LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Top = Annotated[str | None, typer.Option(help="Rows of each table; 10 in text and all in JSON unless given.")]
+TracePath = Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print_words(f"perfmodel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def print_words(words: str) -> None:
+    """Print what a command found, on stdout."""
+    sys.stdout.write(words + "\n")
+
+
+def print_json(value: Any) -> None:
+    """Print what a command found, as JSON."""
+    print_words(json.dumps(value, indent=2, allow_nan=False))
+
+
+def note(words: str) -> None:
+    """Say what goes on, on stderr."""
+    sys.stderr.write(words + "\n")
+
+
+def read(
+    path: str,
+    cache: str | None = None,
+    backend: str = "loky",
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+) -> Trace:
+    """The trace in a file or a folder of ranks; a person who watches is told that a large one is being read."""
+    if is_ranks(path):
+        from perfmodel.readers.folder import read_ranks
+
+        try:
+            return read_ranks(path, cache, backend, n_workers, scheduler, progress)
+        except InputError as error:
+            raise type(error)(f"{path}: {error}") from None
+        finally:
+            progress("")
+    if Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES:
+        progress(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
+    try:
+        return read_trace(path, cache)
+    finally:
+        progress("")
+
+
+def is_ranks(path: str) -> bool:
+    """Is this a folder with a trace for each rank, and no export of a single one."""
+    return Path(path).is_dir() and not is_nsys_folder(Path(path))
+
+
+def progress(words: str) -> None:
+    """Show a person who watches how far reading is, on one line that the next words, or none, replace."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{words[: shutil.get_terminal_size().columns - 1]}")
+        sys.stderr.flush()
+
+
+def width() -> int:
+    """The columns of the terminal, or those of a page that goes elsewhere."""
+    return max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else report.WIDTH
+
+
+def whole(word: str, option: str) -> int:
+    """A whole number from the words of an option; raises InputError on another, or one too small or large."""
+    try:
+        number = int(word)
+    except ValueError:
+        raise InputError(f"{option} is {word!r}, expected a whole number") from None
+    if not 1 <= number <= MAX_WHOLE:
+        raise InputError(f"{option} is {word}, expected at least 1 and at most {MAX_WHOLE:,}")
+    return number
+
+
+def number(word: str, option: str) -> float:
+    """A positive number from the words of an option; raises InputError on another."""
+    try:
+        found = float(word)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise InputError(f"{option} is {word!r}, expected a positive number")
+    return found
+
+
+def fraction(word: str, option: str) -> float:
+    """A fraction from the words of an option, such as `3%` or `0.03`; raises InputError on another."""
+    try:
+        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    except ValueError:
+        raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None

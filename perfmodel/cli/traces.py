@@ -1,0 +1,180 @@
+"""Commands about traces: each reads, makes one call, prints."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perfmodel import fusion, hardware, report, text
+from perfmodel.cli.shell import (
+    Json,
+    Top,
+    TracePath,
+    app,
+    is_ranks,
+    note,
+    number,
+    print_json,
+    print_words,
+    progress,
+    read,
+    whole,
+    width,
+)
+from perfmodel.errors import InputError
+from perfmodel.groups import GROUPINGS
+
+
+@app.command()
+def analyze(
+    trace: TracePath,
+    by: Annotated[
+        str | None, typer.Option(help="Launch metrics of each rank, device, stream, process, thread, range or step.")
+    ] = None,
+    top: Top = None,
+    hardware_name: Annotated[
+        str | None,
+        typer.Option("--hardware", help="Profile of the machine that ran it: roofline, and what its link does."),
+    ] = None,
+    ncu: Annotated[str | None, typer.Option(help="Counters of Nsight Compute, from `ncu --csv --page raw`.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="Keep what was read, `beside` the file or in this folder, and read that next time."),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="What reads a folder of ranks: a joblib backend (loky, dask ...).")
+    ] = "loky",
+    workers: Annotated[str | None, typer.Option(help="Workers that read a folder of ranks.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of the Dask scheduler, with --backend dask.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Where does the time of a trace go: coverage, findings in words, launch metrics, classes, kernels, operators."""
+    from perfmodel.analysis import analyse
+    from perfmodel.readers.ncu import read_ncu
+
+    n_top = whole(top, "--top") if top else None
+    if by is not None and by not in GROUPINGS:
+        raise InputError(f"--by is {by!r}, expected one of {', '.join(GROUPINGS)}")
+    n_workers = whole(workers, "--workers") if workers else None
+    if not is_ranks(trace) and (backend != "loky" or n_workers or scheduler):
+        raise InputError(f"--backend, --workers and --scheduler read a folder of ranks; {trace} is none")
+    if is_ranks(trace) and not (by or hardware_name or ncu):
+        from perfmodel.ranks import summarise_ranks
+
+        summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress)
+        progress("")
+        if as_json:
+            print_json(summary.to_json())
+        else:
+            print_words(report.ranks_page(summary, n_top or report.N_TOP, width()))
+        return
+    profile = hardware.hardware(hardware_name) if hardware_name else None
+    counted = read_ncu(ncu) if ncu else None
+    found = analyse(read(trace, cache, backend, n_workers, scheduler), hardware=profile, by=by, counted=counted)
+    if as_json:
+        print_json(found.to_json(n_top))
+    else:
+        print_words(report.trace_page(found, Path(trace).name, n_top or report.N_TOP, width()))
+
+
+@app.command(name="diff")
+def diff_command(
+    a: TracePath,
+    b: Annotated[str, typer.Argument(help="The trace to compare with it.")],
+    top: Top = None,
+    as_json: Json = False,
+) -> None:
+    """What differs between two traces: launch metrics, kernel classes and operators, not kernel names."""
+    from perfmodel.diff import diff
+
+    found = diff(read(a), read(b))
+    n_top = whole(top, "--top") if top else report.N_TOP
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_words(report.diff_page(found, (Path(a).name, Path(b).name), n_top, width()))
+
+
+@app.command(name="fusion")
+def fusion_command(
+    trace: TracePath,
+    lengths: Annotated[str, typer.Option(help="Chain lengths, separated by commas.")] = "2,4,8,16,32,64",
+    threshold: Annotated[float, typer.Option(help="Lowest proximity score to list, 0 to 1.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Which chains of kernels always follow one another, and what fusing them would save at best."""
+    wanted = [whole(word, "--lengths") for word in lengths.split(",")]
+    if not 0 <= threshold <= 1:
+        raise InputError(f"--threshold is {threshold:g}, expected 0 to 1")
+    loaded = read(trace)
+    by_length = fusion.fusion_table(loaded.events, wanted)
+    chains = fusion.chains(loaded.events, min(wanted), threshold)
+    if as_json:
+        print_json({"lengths": by_length.to_dicts(), "chains": chains.to_dicts()})
+    else:
+        print_words(report.fusion_page(by_length, chains, Path(trace).name, width()))
+
+
+@app.command()
+def sweep(
+    traces: Annotated[
+        list[str],
+        typer.Argument(help="BATCH=TRACE for each batch size, or one .csv with the columns batch and tklqt_ns."),
+    ],
+    factor: Annotated[
+        str, typer.Option(help="Device-bound is a TKLQT above so many times that of the smallest batch.")
+    ] = "3",
+    as_json: Json = False,
+) -> None:
+    """From which batch size on is the device the bound, and no longer the host: TKLQT over a sweep of batch sizes."""
+    from perfmodel import bound
+    from perfmodel.launch import launch_metrics
+
+    rule_factor = number(factor, "--factor")
+    if len(traces) == 1 and traces[0].endswith(".csv"):
+        batches, tklqt = _read_sweep(traces[0])
+        found = bound.sweep(batches, tklqt, rule_factor)
+    else:
+        given = [_batch_and_trace(word) for word in traces]
+        found = bound.sweep([b for b, _ in given], [launch_metrics(read(path)) for _, path in given], rule_factor)
+    if as_json:
+        print_json({**asdict(found), "table": found.table.to_dicts()})
+    else:
+        print_words(report.sweep_page(found))
+
+
+def _read_sweep(path: str) -> tuple[list[int], list[float]]:
+    """Batch sizes and their TKLQT from a .csv file."""
+    import polars as pl
+
+    try:
+        table = pl.read_csv(path, columns=["batch", "tklqt_ns"]).cast({"batch": pl.Int64, "tklqt_ns": pl.Float64})
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read ({reason}); expected columns batch and tklqt_ns, numbers") from None
+    if table.null_count().sum_horizontal().item():
+        raise InputError(f"{path} has empty cells; expected a batch size and a TKLQT in every row")
+    return table["batch"].to_list(), table["tklqt_ns"].to_list()
+
+
+def _batch_and_trace(word: str) -> tuple[int, str]:
+    """The batch size and the trace of an argument such as `8=trace.json.gz`."""
+    batch, equals, path = word.partition("=")
+    if not equals:
+        raise InputError(f"found {word!r}, expected BATCH=TRACE such as 8=trace.json.gz, or one .csv file")
+    return whole(batch, "the batch size"), path
+
+
+@app.command()
+def export(
+    trace: TracePath,
+    perfetto: Annotated[str, typer.Option(help="File to write for ui.perfetto.dev: .json, or .json.gz to pack it.")],
+) -> None:
+    """Write the trace for a viewer, with lines added that say what waited: launch delay, queueing, idle, classes."""
+    from perfmodel.perfetto import export_perfetto
+
+    n_slices = export_perfetto(read(trace), perfetto)
+    note(f"wrote {text.count(n_slices)} slices to {perfetto}; open it at https://ui.perfetto.dev")

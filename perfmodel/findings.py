@@ -1,0 +1,319 @@
+"""What are the most telling facts of a trace, in words: what its time went to, with the number and what to do about it.
+
+A finding is told only where it is true and explains a part of the devices' time that is worth a sentence; the greater
+that part, the earlier it comes. Reasons are in docs/decisions/0016-findings.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import polars as pl
+
+from perfmodel import text
+from perfmodel.bound import COMPUTING, COPIES_FRAC
+from perfmodel.classify import CLASSES, COMMUNICATION
+from perfmodel.copies import copies
+from perfmodel.fusion import fusion_table
+from perfmodel.hardware import HardwareProfile
+from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
+from perfmodel.launch import LaunchMetrics
+from perfmodel.overlap import exposed_time
+from perfmodel.trace import DEVICE_KINDS
+
+N_FINDINGS = 3
+SIGNIFICANT_FRAC = 0.05  # of the devices' time: what explains less is not worth a sentence
+DOMINANT_FRAC = 0.3  # of the devices' time in one class of kernels
+SMALL_KERNEL_NS = 5_000  # about twice the launch of a null kernel (SKIP, arXiv 2504.11750, Table V)
+MANY_KERNELS = 50
+UNQUEUED_NS = 10_000  # a call and its launch take 2 to 3 us on an idle device (Table V); who waits longer queues
+FUSION_LENGTHS = (2, 4, 8, 16, 32, 64)
+NAME_WIDTH = 60
+
+_CLASS_ADVICE = {
+    "gemm": "compare it with the roofline (--hardware) before changing anything: a large product may be at its limit",
+    "grouped_gemm": "compare it with the roofline (--hardware); few tokens an expert make it read weights, not compute",
+    "attention": "look whether a fused attention kernel is used, and how long the sequences are",
+    "elementwise": "fuse it into its neighbours (torch.compile): such kernels only move memory",
+    "reduction": "fuse it into its neighbours (torch.compile): such kernels only move memory",
+    "copy": "avoid the copies: contiguous layouts and in-place updates need none",
+    "other": "these names are unknown to the rules; name them in kernel_classes.toml",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact of a trace: how much device time it explains, also as a part of the devices' spans, and in words."""
+
+    name: str
+    explained_ns: int
+    explained_frac: float
+    words: str
+    advice: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding as a dict that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What findings look at: events, their device work joined to its calls with the class of kernels, and metrics."""
+
+    events: pl.DataFrame
+    work: pl.DataFrame
+    metrics: LaunchMetrics
+    hardware: HardwareProfile | None
+
+    def part(self, time_ns: int) -> str:
+        """A time as a part of the devices' spans, in words."""
+        return text.frac(time_ns / (self.metrics.gpu_span_ns or 1))
+
+    @property
+    def kernels(self) -> pl.DataFrame:
+        """The kernels among the device work."""
+        return self.work.filter(pl.col("kind") == "kernel")
+
+
+_Fact = tuple[str, int, str, str]  # name, explained_ns, words, advice
+
+
+def findings(
+    events: pl.DataFrame,
+    work: pl.DataFrame,
+    metrics: LaunchMetrics,
+    hardware: HardwareProfile | None = None,
+    n_most: int = N_FINDINGS,
+) -> list[Finding]:
+    """What are the most telling facts of a trace: at most `n_most`, those that explain most device time first.
+
+    `work` is `joined_work` with the `class` of kernels; `hardware` says what the link could do. The whole is the sum of
+    the devices' spans; what explains less than SIGNIFICANT_FRAC of it is left out, so there may be fewer, or none.
+    Parts may overlap: a device that the host keeps waiting for is idle, and may have many small kernels.
+    """
+    whole_ns = metrics.gpu_span_ns
+    if not whole_ns:
+        return []
+    scene = _Scene(events, work, metrics, hardware)
+    facts = [fact for find in _FINDERS if (fact := find(scene)) is not None]
+    found = [Finding(name, ns, ns / whole_ns, words, advice) for name, ns, words, advice in facts]
+    told = [finding for finding in found if finding.explained_frac >= SIGNIFICANT_FRAC]
+    return sorted(told, key=lambda finding: -finding.explained_ns)[:n_most]
+
+
+def gap_causes(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
+    """Why was each device idle: one row for each gap between its first and last work, with what ended it.
+
+    Columns `rank`, `device`, `start_ns`, `dur_ns`, `ended_by` (the first work after it), `late_ns` (the part before the
+    host began the call for that work), `launching_ns` (from that call on, if it began in the gap), `waiting_ns` (all of
+    it, if the call had begun before the gap: the work waited for something else); null where that call is not in the
+    trace. `host_name` is what the calling thread was in, innermost, in the middle of the late part; null for nothing
+    that was recorded, or no late part. (`overlap.idle_gaps` asks instead in which calls the host was.)
+    """
+    first_work = work.sort(pl.col("launch_start_ns").is_null()).unique([*DEVICE, "start_ns"], keep="first")
+    columns = [*DEVICE, "name", "launch_start_ns", "launch_process", "launch_thread"]
+    ended = gaps(work).with_columns(end_ns=pl.col("start_ns") + pl.col("dur_ns")).join(
+        first_work.select(*columns, end_ns="start_ns"), on=[*DEVICE, "end_ns"], how="left", nulls_equal=True
+    )  # fmt: skip
+    called, start, dur = pl.col("launch_start_ns"), pl.col("start_ns"), pl.col("dur_ns")
+    late = (called - start).clip(0, dur)
+    parts = ended.with_columns(
+        late_ns=late,
+        launching_ns=pl.when(called >= start).then(dur - late).when(called < start).then(0),
+        waiting_ns=pl.when(called < start).then(dur).when(called >= start).then(0),
+    )
+    is_step = pl.col("name").cast(pl.String).str.starts_with("ProfilerStep")  # holds all, so it says nothing
+    host = events.filter(~pl.col("kind").is_in(DEVICE_KINDS)).filter(~is_step)
+    points = parts.select(
+        "rank", process="launch_process", thread="launch_thread", at_ns=start + pl.col("late_ns").fill_null(0) // 2
+    )
+    inner = holders(host, points, THREAD)["innermost"]
+    return parts.select(
+        *DEVICE,
+        "start_ns",
+        "dur_ns",
+        ended_by="name",
+        late_ns="late_ns",
+        launching_ns="launching_ns",
+        waiting_ns="waiting_ns",
+        host_name=pl.when(pl.col("late_ns") > 0).then(host["name"].gather(inner)),
+    )
+
+
+def _idle(scene: _Scene) -> _Fact | None:
+    table = gap_causes(scene.events, scene.work)
+    idle_ns = int(table["dur_ns"].sum())
+    if not idle_ns:
+        return None
+    late_ns, launching_ns, waiting_ns = (int(table[c].sum()) for c in ("late_ns", "launching_ns", "waiting_ns"))
+    words = (
+        f"devices stood idle for {scene.part(idle_ns)} of their time, {text.ns(idle_ns)} in "
+        f"{text.counted(table.height, 'gap')}"
+    )
+    if late_ns + launching_ns >= 0.5 * idle_ns:
+        host, host_ns = _most(table.filter(pl.col("late_ns") > 0), "host_name", "late_ns")
+        words += (
+            f"; for {text.frac((late_ns + launching_ns) / idle_ns)} of that the host had not launched the next work"
+        )
+        if host_ns < 0.2 * idle_ns:
+            return "host_bound", idle_ns, words, _host_advice(None)
+        where = f"longest in {text.shortened(host, NAME_WIDTH)}" if host else "longest between recorded calls"
+        return "host_bound", idle_ns, f"{words}, {where} ({text.frac(host_ns / idle_ns)})", _host_advice(host)
+    if waiting_ns >= 0.5 * idle_ns:
+        words += f"; for {text.frac(waiting_ns / idle_ns)} of that the next work had been launched and waited"
+        advice = "it waited for another stream, a copy, an event or another rank: see `perfmodel export`"
+        return "launched_but_waiting", idle_ns, words, advice
+    return "idle", idle_ns, words, "see what ends the gaps on the idle lines of `perfmodel export`"
+
+
+def _most(table: pl.DataFrame, name: str, weight: str) -> tuple[str | None, int]:
+    """The name with the greatest sum of weights, null counting as a name, and that sum."""
+    sums = table.group_by(pl.col(name).cast(pl.String)).agg(pl.sum(weight)).sort(weight, name, descending=[True, False])
+    return (sums[name][0], int(sums[weight][0])) if sums.height else (None, 0)
+
+
+def _host_advice(host: str | None) -> str:
+    waits = ("Synchronize", "aten::item", "_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+    if host and "DataLoader" in host:
+        return "load data ahead of need: more DataLoader workers, pinned memory, prefetching"
+    if host and (any(word in host for word in waits) or host.startswith(("cudaMemcpy", "hipMemcpy", "aten::copy_"))):
+        return "the host waits for the device: take .item(), .cpu() and synchronisations out of the loop"
+    return "launch less or earlier: fuse (`perfmodel fusion`, torch.compile), replay a CUDA graph, or enlarge the batch"
+
+
+def _queue(scene: _Scene) -> _Fact | None:
+    since = pl.col("launch_start_ns") + pl.max_horizontal(pl.col("launch_dur_ns"), pl.lit(UNQUEUED_NS))
+    queued = scene.kernels.filter((pl.col("start_ns") > since) & ~pl.col("is_graph")).select(
+        *DEVICE, start_ns=since, dur_ns=pl.col("start_ns") - since
+    )
+    if queued.is_empty() or not scene.metrics.gpu_busy_ns:
+        return None
+    queued_ns = int(overlap_ns(merged(scene.work), queued).sum())
+    mean_ns = int(queued["dur_ns"].sum()) / queued.height
+    computing = busy_ns(scene.work.filter(pl.col("kind").is_in(COMPUTING)))
+    copies_frac = 1 - int(computing["busy_ns"].sum()) / scene.metrics.gpu_busy_ns
+    is_copying = copies_frac > COPIES_FRAC
+    behind = f"copies and sets ({text.frac(copies_frac)} of busy time)" if is_copying else "a busy device"
+    words = (
+        f"the device is the bound for {scene.part(queued_ns)} of its time: "
+        f"{text.counted(queued.height, 'launched kernel')} queued behind {behind}, {text.ns(mean_ns)} each on "
+        f"average, which makes TKLQT {text.ns(scene.metrics.tklqt_non_graph_ns)}"
+    )
+    words += " outside graphs" if scene.metrics.n_kernels_graph else ""
+    if is_copying:
+        return "link_bound", queued_ns, words, "neither launches nor kernels are the bound: copy less, or meanwhile"
+    return "device_bound", queued_ns, words, "launch cost is hidden here; only faster or fewer kernels help"
+
+
+def _copies(scene: _Scene) -> _Fact | None:
+    table = copies(scene.events).filter(pl.col("kind") == "copy")
+    if table.is_empty():
+        return None
+    exposed_ns = int(exposed_time(scene.events)["copy_exposed_ns"].sum())
+    top = table.sort("exposed_ns", "time_ns", descending=True).row(0, named=True)
+    memories = f" ({top['from_memory']} -> {top['to_memory']})" if top["from_memory"] and top["to_memory"] else ""
+    words = (
+        f"copies took {text.ns(exposed_ns)} in which nothing was computed, mostly {top['direction'] or 'copies'}"
+        f"{memories}: {text.count(top['n_copies'])} of {text.n_bytes(top['bytes'])} in all"
+    )
+    if top["bytes_per_s"]:
+        words += f" at {text.bytes_per_s(top['bytes_per_s'])}{_against_link(scene, top['direction'])}"
+    if "Pageable" in memories:
+        return "exposed_copies", exposed_ns, words, "pin the host memory: pageable copies are slow and block the host"
+    return "exposed_copies", exposed_ns, words, "copy on a stream of its own while kernels run, or copy less"
+
+
+def _against_link(scene: _Scene, direction: str | None) -> str:
+    """What the link of the given machine can do in the direction of a copy; nothing where that is not known."""
+    way = {"HtoD": "h2d", "DtoH": "d2h"}.get(direction or "")
+    if scene.hardware is None or way is None:
+        return ""
+    found = scene.hardware.first(f"link_{way}_copy_bytes_per_s", "link_peak_bytes_per_s")
+    return f", where the link of {scene.hardware.name} does {text.bytes_per_s(found[1].value)}" if found else ""
+
+
+def _communication(scene: _Scene) -> _Fact | None:
+    sums = exposed_time(scene.events).select(pl.sum("communication_busy_ns", "communication_exposed_ns"))
+    busy, exposed_ns = (int(value) for value in sums.row(0))
+    if not busy:
+        return None
+    words = (
+        f"communication between devices took {text.ns(busy)}, of which {text.ns(exposed_ns)} lay beside no computation "
+        f"({text.frac(1 - exposed_ns / busy)} hidden)"
+    )
+    return "exposed_communication", exposed_ns, words, "overlap it with computation, move fewer bytes, or balance ranks"
+
+
+def _dominant_class(scene: _Scene) -> _Fact | None:
+    by_class = busy_ns(scene.kernels.with_columns(pl.col("class").to_physical()), [*DEVICE, "class"])
+    if by_class.is_empty():
+        return None
+    sums = by_class.group_by("class").agg(pl.sum("busy_ns")).sort("busy_ns", "class", descending=[True, False])
+    name, spent_ns = CLASSES[sums["class"][0]], int(sums["busy_ns"][0])
+    if spent_ns < DOMINANT_FRAC * (scene.metrics.gpu_span_ns or 0) or name in COMMUNICATION:
+        return None
+    chosen = scene.kernels.filter(pl.col("class").cast(pl.String) == name)
+    top, top_ns = _most(chosen, "name", "dur_ns")
+    top_name = text.shortened(str(top).removeprefix("void "), NAME_WIDTH)
+    words = (
+        f"{name} kernels filled {scene.part(spent_ns)} of the devices' time ("
+        f"{text.counted(chosen.height, 'kernel')}, {text.ns(spent_ns)}), "
+        f"{text.frac(top_ns / int(chosen['dur_ns'].sum()))} of it in {top_name}"
+    )
+    return "dominant_class", spent_ns, words, _CLASS_ADVICE[name]
+
+
+def _small_kernels(scene: _Scene) -> _Fact | None:
+    n_kernels = scene.metrics.n_kernels
+    is_small = (pl.col("dur_ns") < SMALL_KERNEL_NS) & ~pl.col("is_graph").fill_null(value=False)
+    n_small = scene.kernels.filter(is_small).height
+    idle_ns = (scene.metrics.gpu_span_ns or 0) - scene.metrics.gpu_busy_ns
+    if n_kernels < MANY_KERNELS or n_small < 0.5 * n_kernels or not idle_ns:
+        return None
+    table = fusion_table(scene.events, FUSION_LENGTHS).drop_nulls("ideal_speedup").sort("ideal_speedup")
+    if table.is_empty():
+        return None
+    best = table.row(-1, named=True)
+    words = (
+        f"{text.frac(n_small / n_kernels)} of {text.counted(n_kernels, 'kernel')} ran shorter than "
+        f"{text.ns(SMALL_KERNEL_NS)}; fusing chains of {best['length']} that always repeat would leave "
+        f"{text.count(best['n_launches'])} launches, {best['ideal_speedup']:.2f}x at best where the host is the bound"
+    )
+    advice = "`perfmodel fusion` lists the chains; torch.compile or a CUDA graph removes their launches"
+    return "small_kernels", round(idle_ns * (1 - 1 / best["ideal_speedup"])), words, advice
+
+
+def _graphs(scene: _Scene) -> _Fact | None:
+    replayed = scene.kernels.filter("is_graph")
+    if replayed.height < 0.5 * scene.metrics.n_kernels or replayed.is_empty():
+        return None
+    words = (
+        f"{text.frac(replayed.height / scene.metrics.n_kernels)} of kernels were replayed by "
+        f"{text.counted(replayed['launch_row'].n_unique(), 'graph launch call')}: they share a call, so TKLQT "
+        f"({text.ns(scene.metrics.tklqt_graph_ns)} of theirs) says when they ran, not what launching cost"
+    )
+    return "graphs", int(busy_ns(replayed)["busy_ns"].sum()), words, "judge launches by the first kernel of each launch"
+
+
+def _replays(scene: _Scene) -> _Fact | None:
+    replays = scene.work.filter(pl.col("kind") == "replay")
+    if replays.is_empty():
+        return None
+    hidden_ns = int(busy_ns(replays)["busy_ns"].sum())
+    words = (
+        f"{text.counted(replays.height, 'CUDA graph replay')} filled {scene.part(hidden_ns)} of the devices' time and "
+        f"{text.ns(hidden_ns)} with kernels that were not recorded, so classes and kernel times leave them out"
+    )
+    return "hidden_graphs", hidden_ns, words, "record with `nsys profile --cuda-graph-trace=node`"
+
+
+_FINDERS: tuple[Callable[[_Scene], _Fact | None], ...] = (
+    _idle,
+    _queue,
+    _copies,
+    _communication,
+    _dominant_class,
+    _small_kernels,
+    _graphs,
+    _replays,
+)

@@ -1,0 +1,22 @@
+"""Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
+
+from perfmodel.report.captures import check_page, fit_page, schedule_page
+from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
+from perfmodel.report.ranks import ranks_page
+from perfmodel.report.traces import findings_text, trace_page
+from perfmodel.report.words import N_TOP, WIDTH, table
+
+__all__ = [
+    "N_TOP",
+    "WIDTH",
+    "check_page",
+    "diff_page",
+    "findings_text",
+    "fit_page",
+    "fusion_page",
+    "ranks_page",
+    "schedule_page",
+    "sweep_page",
+    "table",
+    "trace_page",
+]

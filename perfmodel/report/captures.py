@@ -1,0 +1,82 @@
+"""Text pages about fits, comparisons and schedules."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from perfmodel import text
+from perfmodel.report.words import table
+
+if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
+    from perfmodel.latency import Errors, LatencyModel
+    from perfmodel.regression import Verdict
+    from perfmodel.schedule import LayerSchedule
+
+
+def fit_page(model: "LatencyModel", errors: dict[str, dict[str, "Errors"]]) -> str:
+    """Held-out error by shape beside the baselines, then the constants."""
+    shapes = [s for s in errors["model"] if s != "all"]
+
+    def row(shape: str) -> list[str]:
+        e = errors["model"][shape]
+        others = [text.frac(errors[who][shape].median_ape_frac) for who in ("roofline_only", "constant")]
+        return [
+            shape,
+            str(e.n),
+            *(text.frac(x) for x in (e.median_ape_frac, e.p90_ape_frac, e.worst_ape_frac)),
+            *others,
+        ]
+
+    header = ["held-out shape", "n", "median", "p90", "worst", "roofline only", "constant"]
+    constants = [[name, f"{value:.4g}"] for name, value in vars(model.constants_).items()]
+    half_width = 100 * math.expm1(model.log_half_width_)
+    return "\n\n".join(
+        [
+            f"fitted on {model.n_observations_} workloads of {model.profile.name}, {model.dtype}, {model.kernel}",
+            "absolute error of each shape, predicted without its data; last two columns: medians of the baselines\n"
+            + table([row(s) for s in [*shapes, "all"]], header),
+            table(constants, ["constant", "value"]),
+            ("" if half_width < 100 else "NOT TO BE TRUSTED: held-out errors are too large; was the machine busy?\n")
+            + f"90 % interval: +{half_width:.0f} % / -{100 * (1 - 1 / (1 + half_width / 100)):.0f} %",
+        ]
+    )
+
+
+def check_page(verdicts: "Sequence[Verdict]") -> str:
+    """The overall verdict, a count of each, and the workloads that moved most."""
+    overall, *each = verdicts
+    counts = {name: sum(v.verdict == name for v in each) for name in dict.fromkeys(v.verdict for v in each)}
+    moved = [v for v in each if v.verdict in ("regressed", "suspect", "improved")] or each[:5]
+
+    def row(v: "Verdict") -> list[str]:
+        more = f"{v.n_more_runs} more runs" if v.n_more_runs else ""
+        return [v.label, f"{v.ratio:.3f}x", f"{v.ratio_low:.3f} to {v.ratio_high:.3f}", v.verdict, more]
+
+    shown = moved[:20]
+    lines = [
+        f"{overall.verdict}: candidate takes {overall.ratio:.3f}x the baseline's time over all workloads "
+        f"(90 % interval {overall.ratio_low:.3f} to {overall.ratio_high:.3f}, "
+        f"{overall.n_runs_baseline} and {overall.n_runs_candidate} runs)",
+        f"{len(each)} workloads: " + ", ".join(f"{n} {name}" for name, n in counts.items()),
+    ]
+    if "suspect" in (overall.verdict, *counts):
+        lines.append("suspect: one side has a single run, so the spread between runs is assumed; collect with --runs 5")
+    more = f"\n... and {len(moved) - len(shown)} more" if len(moved) > len(shown) else ""
+    return (
+        "\n".join(lines) + "\n\n" + table([row(v) for v in shown], ["workload", "ratio", "90 %", "verdict", ""]) + more
+    )
+
+
+def schedule_page(rows: "Sequence[LayerSchedule]") -> str:
+    """Latency of each schedule and its phases."""
+    phases = list(rows[0].phases)
+    body = [
+        [
+            r.schedule,
+            text.ns(r.latency_ns),
+            *(text.ns(r.phases[p]) for p in phases),
+            f"{rows[0].latency_ns / r.latency_ns:.2f}x",
+        ]
+        for r in rows
+    ]
+    return table(body, ["schedule", "latency", *phases, f"against {rows[0].schedule}"])
