@@ -9,7 +9,7 @@ memory are those the operating system counted for each child. Without --trace, t
 
     perfmodel        read the JSON, all launch metrics
     float times      the same with times as floating-point numbers, which loses nanoseconds: what exactness costs
-    from the cache   read the Parquet cache instead, all launch metrics
+    from the cache   read the Parquet cache instead, everything that `perfmodel analyze` says
     tokenise         read the file and tokenise it with simdjson, making nothing of it: a floor
     HTA              parse the JSON, kernel launch statistics
 
@@ -35,9 +35,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 
 METRICS = """
-from perfmodel import attribution, bound, classify, copies, launch
-kernels = launch.joined_kernels(trace.events)
-metrics = launch.launch_metrics(trace)
+from perfmodel.launch import launch_metrics
+metrics = launch_metrics(trace)
 print(metrics.n_kernels_joined, "kernels joined, TKLQT", metrics.tklqt_ns, "ns")
 """
 OURS = "import sys\nfrom perfmodel.readers import read_trace\ntrace = read_trace(sys.argv[1])\n" + METRICS

@@ -8,14 +8,14 @@ import polars as pl
 
 from perfmodel.attribution import FOUND_BY, attributed, by_operator
 from perfmodel.bound import Bound, bound
-from perfmodel.classify import class_shares, classify
+from perfmodel.classify import Rules, class_shares, classify
 from perfmodel.copies import copies
 from perfmodel.findings import Finding, findings
 from perfmodel.groups import launch_metrics_by
 from perfmodel.hardware import HardwareProfile
 from perfmodel.launch import LaunchMetrics, by_host_name, by_kernel, by_launch_call, launch_metrics
 from perfmodel.matmuls import launch_points, matmuls, points_on_roof
-from perfmodel.overlap import exposed_time, launch_gaps
+from perfmodel.overlap import device_doing, exposed_time, launch_gaps
 from perfmodel.text import NS_PER_S
 from perfmodel.trace import Trace
 
@@ -81,44 +81,48 @@ def analyse(
     hardware: HardwareProfile | None = None,
     by: str | None = None,
     counted: pl.DataFrame | None = None,
+    rules: Rules | None = None,
 ) -> Analysis:
     """What does a trace say: everything that its page shows.
 
     `hardware` adds what the machine could do, `by` a grouping of the launch metrics (`groups.GROUPINGS`), `counted` the
-    launches that Nsight Compute counted (`readers.ncu.read_ncu`).
+    launches that Nsight Compute counted (`readers.ncu.read_ncu`); `rules` tell kernel classes instead of the shipped
+    ones (`classify.read_rules`).
     """
     events = trace.events
     work = attributed(events)
     is_kernel = pl.col("kind") == "kernel"
-    work = work.with_columns(pl.when(is_kernel).then(classify(work["name"])).alias("class"))
+    work = work.with_columns(pl.when(is_kernel).then(classify(work["name"], rules)).alias("class"))
     metrics = launch_metrics(trace, work)
+    doing = device_doing(events, rules)
+    copied, exposed = copies(events, rules, doing), exposed_time(events, rules, doing)
     found_by = dict(work.filter(is_kernel).group_by(pl.col("found_by").cast(pl.String)).agg(pl.len()).iter_rows())
     return Analysis(
         trace=trace,
         metrics=metrics,
         bound=bound(events, work),
         n_kernels_found_by={how: found_by.get(how, 0) for how in FOUND_BY.categories},
-        findings=tuple(findings(events, work, metrics, hardware)),
-        classes=class_shares(events),
+        findings=tuple(findings(events, work, metrics, copied, exposed, hardware)),
+        classes=class_shares(events, rules),
         kernels=by_kernel(events, work),
         launch_calls=by_launch_call(events, work),
         operators=by_operator(events, work),
         host_operators=by_host_name(events, "op"),
         ranges=by_host_name(events, "range"),
-        copies=copies(events),
-        exposed=exposed_time(events),
+        copies=copied,
+        exposed=exposed,
         gaps=launch_gaps(events, work),
         steps=launch_metrics_by(events, "step", work).filter(pl.col("name").is_not_null()),
-        products=_with_roof(_products(trace), hardware),
+        products=_with_roof(_products(trace, work), hardware),
         counted=None if counted is None else _with_roof(_alike(launch_points(counted), ("op", "dtype")), hardware),
         by=by,
         groups=None if by is None else launch_metrics_by(events, by, work),
     )
 
 
-def _products(trace: Trace) -> pl.DataFrame:
+def _products(trace: Trace, work: pl.DataFrame) -> pl.DataFrame:
     """The matrix products of a trace, those of one operator, shape and type together."""
-    timed = matmuls(trace).filter(pl.col("time_ns") > 0)
+    timed = matmuls(trace, work).filter(pl.col("time_ns") > 0)
     return _alike(timed, ("op", "m", "n", "k", "batch", "n_experts", "dtype"))
 
 

@@ -34,13 +34,15 @@ Rules = Sequence[tuple[str, re.Pattern[str]]]
 def read_rules(text: str) -> Rules:
     """The rules of a TOML text, in order: `[[rule]]` with `class` and `pattern`, a regular expression, case ignored.
 
-    Raises InputError on text that is not TOML, an unknown class, a missing key or a broken pattern.
+    Raises InputError on text that is not TOML, no rule, an unknown class, a missing key or a broken pattern.
     """
     try:
         entries = tomllib.loads(text).get("rule", [])
         rules = [(str(entry["class"]), re.compile(entry["pattern"], re.IGNORECASE)) for entry in entries]
     except (tomllib.TOMLDecodeError, KeyError, TypeError, re.error) as error:
         raise InputError(f"kernel rules cannot be read ({error}); expected [[rule]] with class and pattern") from None
+    if not rules:
+        raise InputError("found no kernel rule; expected [[rule]] with class and pattern")
     unknown = {name for name, _ in rules} - set(CLASSES)
     if unknown:
         raise InputError(f"kernel rules name the class {', '.join(sorted(unknown))}; known are {', '.join(CLASSES)}")

@@ -13,12 +13,11 @@ import polars as pl
 from perfmodel import text
 from perfmodel.bound import COMPUTING, COPIES_FRAC
 from perfmodel.classify import CLASSES, COMMUNICATION
-from perfmodel.copies import copies
 from perfmodel.fusion import fusion_table
+from perfmodel.groups import STEP_PREFIX
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
 from perfmodel.launch import LaunchMetrics
-from perfmodel.overlap import exposed_time
 from perfmodel.trace import DEVICE_KINDS
 
 N_FINDINGS = 3
@@ -58,11 +57,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Scene:
-    """What findings look at: events, their device work joined to its calls with the class of kernels, and metrics."""
+    """What findings look at: events, their device work joined to its calls with the class of kernels, and figures."""
 
     events: pl.DataFrame
     work: pl.DataFrame
     metrics: LaunchMetrics
+    copied: pl.DataFrame
+    exposed: pl.DataFrame
     hardware: HardwareProfile | None
 
     def part(self, time_ns: int) -> str:
@@ -82,19 +83,22 @@ def findings(
     events: pl.DataFrame,
     work: pl.DataFrame,
     metrics: LaunchMetrics,
+    copied: pl.DataFrame,
+    exposed: pl.DataFrame,
     hardware: HardwareProfile | None = None,
     n_most: int = N_FINDINGS,
 ) -> list[Finding]:
     """What are the most telling facts of a trace: at most `n_most`, those that explain most device time first.
 
-    `work` is `joined_work` with the `class` of kernels; `hardware` says what the link could do. The whole is the sum of
-    the devices' spans; what explains less than SIGNIFICANT_FRAC of it is left out, so there may be fewer, or none.
+    `work` is `joined_work` with the `class` of kernels, `copied` is `copies.copies` and `exposed` is
+    `overlap.exposed_time`; `hardware` says what the link could do. The whole is the sum of the devices' spans; what
+    explains less than SIGNIFICANT_FRAC of it is left out, so there may be fewer, or none.
     Parts may overlap: a device that the host keeps waiting for is idle, and may have many small kernels.
     """
     whole_ns = metrics.gpu_span_ns
     if not whole_ns:
         return []
-    scene = _Scene(events, work, metrics, hardware)
+    scene = _Scene(events, work, metrics, copied, exposed, hardware)
     facts = [fact for find in _FINDERS if (fact := find(scene)) is not None]
     found = [Finding(name, ns, ns / whole_ns, words, advice) for name, ns, words, advice in facts]
     told = [finding for finding in found if finding.explained_frac >= SIGNIFICANT_FRAC]
@@ -122,8 +126,10 @@ def gap_causes(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
         launching_ns=pl.when(called >= start).then(dur - late).when(called < start).then(0),
         waiting_ns=pl.when(called < start).then(dur).when(called >= start).then(0),
     )
-    is_step = pl.col("name").cast(pl.String).str.starts_with("ProfilerStep")  # holds all, so it says nothing
-    host = events.filter(~pl.col("kind").is_in(DEVICE_KINDS)).filter(~is_step)
+    host = events.select("kind", "name", *THREAD, "start_ns", "dur_ns").filter(~pl.col("kind").is_in(DEVICE_KINDS))
+    ranges = host.filter(pl.col("kind") == "range")["name"].unique()
+    steps = ranges.filter(ranges.cast(pl.String).str.starts_with(STEP_PREFIX))
+    host = host.filter(~pl.col("name").is_in(steps.implode()))  # a step holds all, so it says nothing
     points = parts.select(
         "rank", process="launch_process", thread="launch_thread", at_ns=start + pl.col("late_ns").fill_null(0) // 2
     )
@@ -206,10 +212,10 @@ def _queue(scene: _Scene) -> _Fact | None:
 
 
 def _copies(scene: _Scene) -> _Fact | None:
-    table = copies(scene.events).filter(pl.col("kind") == "copy")
+    table = scene.copied.filter(pl.col("kind") == "copy")
     if table.is_empty():
         return None
-    exposed_ns = int(exposed_time(scene.events)["copy_exposed_ns"].sum())
+    exposed_ns = int(scene.exposed["copy_exposed_ns"].sum())
     top = table.sort("exposed_ns", "time_ns", descending=True).row(0, named=True)
     memories = f" ({top['from_memory']} -> {top['to_memory']})" if top["from_memory"] and top["to_memory"] else ""
     words = (
@@ -233,7 +239,7 @@ def _against_link(scene: _Scene, direction: str | None) -> str:
 
 
 def _communication(scene: _Scene) -> _Fact | None:
-    sums = exposed_time(scene.events).select(pl.sum("communication_busy_ns", "communication_exposed_ns"))
+    sums = scene.exposed.select(pl.sum("communication_busy_ns", "communication_exposed_ns"))
     busy, exposed_ns = (int(value) for value in sums.row(0))
     if not busy:
         return None

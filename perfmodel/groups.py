@@ -12,6 +12,7 @@ PROCESS = ("rank", "process")
 KEYS = {"rank": ("rank",), "device": DEVICE, "stream": STREAM, "process": PROCESS, "thread": THREAD}
 GROUPINGS = (*KEYS, "range", "step")
 
+LEAST_STEP_FRAC = 0.5  # of the time of all outermost ranges
 STEP_PREFIX = "ProfilerStep#"  # how torch.profiler names the steps of its schedule
 
 
@@ -40,20 +41,19 @@ def launch_metrics_by(events: pl.DataFrame, by: str, work: pl.DataFrame | None =
 def steps(events: pl.DataFrame) -> pl.DataFrame:
     """Which are the steps of a trace: columns `rank`, `process`, `thread`, `name`, `start_ns`, `dur_ns`, in time order.
 
-    All ranges named ProfilerStep#N, the last one too; without any, the range that occurs most often (of equal ones the
-    longest in all) among those that lie in no other range and occur more than once. Names without what follows `|`.
+    All ranges named ProfilerStep#N, the last one too; without any, the range that lies in no other range, occurs more
+    than once and takes most time in all, if that is at least half of the time of all such outermost ranges: what takes
+    less is no step of the work. Names without what follows `|`.
     """
     ranges = _ranges(events)
     found = ranges.filter(pl.col("name").str.starts_with(STEP_PREFIX))
     if found.is_empty():
         top = ranges.filter(parents(ranges).is_null())
-        often = (
-            top.group_by("name")
-            .agg(n=pl.len(), time_ns=pl.sum("dur_ns"))
-            .filter(pl.col("n") > 1)
-            .sort("n", "time_ns", "name", descending=[True, True, False])
+        by_name = (
+            top.group_by("name").agg(n=pl.len(), time_ns=pl.sum("dur_ns")).sort("time_ns", "name", descending=True)
         )
-        found = top.join(often.head(1), on="name", how="semi")
+        is_step = (pl.col("n") > 1) & (pl.col("time_ns") >= pl.sum("time_ns") * LEAST_STEP_FRAC)
+        found = top.join(by_name.filter(is_step).head(1), on="name", how="semi")
     return found.select(*THREAD, "name", "start_ns", "dur_ns").sort("rank", "process", "start_ns")
 
 

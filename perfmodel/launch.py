@@ -324,10 +324,11 @@ def by_host_name(events: pl.DataFrame, kind: str) -> pl.DataFrame:
     Longest first. Times include what a call contains, so nested ones count in both; ranges that carry their
     circumstances after a `|` count together.
     """
-    host = events.filter(pl.col("kind") == kind)
+    calls = events.select("kind", "name", "dur_ns").filter(pl.col("kind") == kind)
+    by_name = calls.group_by("name").agg(n_calls=pl.len().cast(pl.Int64), time_ns=pl.sum("dur_ns"))
     return (
-        host.group_by(pl.col("name").cast(pl.String).str.split("|").list.first().alias("name"))
-        .agg(n_calls=pl.len().cast(pl.Int64), time_ns=pl.sum("dur_ns"))
+        by_name.group_by(pl.col("name").cast(pl.String).str.split("|").list.first().alias("name"))
+        .agg(pl.sum("n_calls", "time_ns"))
         .sort("time_ns", "name", descending=[True, False])
     )
 

@@ -71,7 +71,7 @@ class Product:
     expert_bytes: int | None
 
 
-def matmuls(trace: Trace) -> pl.DataFrame:
+def matmuls(trace: Trace, work: pl.DataFrame | None = None) -> pl.DataFrame:
     """Which matrix products did a trace record, how much did each compute and move, and how fast: one row a product.
 
     Columns `row` (of the operator in EVENTS), `op`, `rank`, `start_ns`, `m`, `n`, `k`, `batch`, `n_experts` (null where
@@ -81,7 +81,8 @@ def matmuls(trace: Trace) -> pl.DataFrame:
     ones are not known), `n_kernels`, `time_ns`, `timed_by` (its kernels of a GEMM class, or, in a trace without device
     work, the operator), `flops_per_s`, `flops_per_byte`. Of operators inside each other, as linear, matmul and mm, only
     the innermost counts, but a grouped one counts for those inside. Time is null where no kernel is known to be
-    of the product: replayed by a graph, launched before the window, or computed on the host beside a device.
+    of the product: replayed by a graph, launched before the window, or computed on the host beside a device. `work` is
+    `attribution.attributed` of the events, if it is known already.
     """
     ops = trace.events.select(
         "kind",
@@ -103,7 +104,7 @@ def matmuls(trace: Trace) -> pl.DataFrame:
             & pl.col("n_experts").is_not_null()
             & pl.col("n_active").is_null()
         )
-        .join(_times(trace, products), on="row", how="left", maintain_order="left")
+        .join(_times(trace, products, work), on="row", how="left", maintain_order="left")
         .with_columns(
             pl.col("op").cast(pl.String),
             flops_per_s=pl.when(seconds > 0).then(pl.col("flops") / seconds),
@@ -226,12 +227,13 @@ def _with_active_experts(products: pl.DataFrame, trace: Trace) -> pl.DataFrame:
     return products.with_columns(n_active=n_active.cast(pl.Int64), counts_from=counts_from.cast(COUNTS_FROM))
 
 
-def _times(trace: Trace, products: pl.DataFrame) -> pl.DataFrame:
+def _times(trace: Trace, products: pl.DataFrame, work: pl.DataFrame | None) -> pl.DataFrame:
     """How long each product took: `row`, `n_kernels`, `time_ns`, `timed_by`."""
     if trace.of_kind(*DEVICE_KINDS).is_empty():
         by_operator = pl.lit("operator", TIMED_BY)
         return products.select("row", n_kernels=pl.lit(0, pl.Int64), time_ns="dur_ns", timed_by=by_operator)
-    kernels = attributed(trace.events).filter(pl.col("kind") == "kernel", ~pl.col("is_graph").fill_null(True))
+    work = attributed(trace.events) if work is None else work
+    kernels = work.filter(pl.col("kind") == "kernel", ~pl.col("is_graph").fill_null(True))
     kernels = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMM_CLASSES))
     launched = kernels.select("rank", process="launch_process", thread="launch_thread", at_ns="launch_start_ns")
     around = products["row"].gather(holders(products, launched)["innermost"])

@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,14 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("the reference material beside the project is absent")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _main_module() -> Iterator[None]:
+    """What runs is still pytest after a test of the dashboard, whose page takes its place; new processes look there."""
+    before = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = before
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perfmodel.classify import classify
+from perfmodel.copies import copies
 from perfmodel.findings import MANY_KERNELS, SIGNIFICANT_FRAC, Finding, findings, gap_causes
 from perfmodel.hardware import hardware
 from perfmodel.launch import joined_work, launch_metrics
+from perfmodel.overlap import exposed_time
 from perfmodel.readers import read_trace
 from perfmodel.trace import Trace
 from tests.traces_made import events, golden_rows, kernel, launch
@@ -20,7 +22,8 @@ def found(table: pl.DataFrame, machine: str | None = None, n_most: int = 9) -> d
     trace, work = Trace(table, "kineto", table.height), joined_work(table)
     work = work.with_columns(pl.when(pl.col("kind") == "kernel").then(classify(work["name"])).alias("class"))
     profile = hardware(machine) if machine else None
-    return {f.name: f for f in findings(table, work, launch_metrics(trace), profile, n_most)}
+    tables = copies(table), exposed_time(table)
+    return {f.name: f for f in findings(table, work, launch_metrics(trace), *tables, profile, n_most)}
 
 
 def test_gaps_are_split_by_what_the_host_did_worked_out_by_hand() -> None:

@@ -92,7 +92,7 @@ def test_places_of_launch_and_work() -> None:
     ]
 
 
-def test_steps_without_profiler_steps_are_the_most_frequent_outer_range() -> None:
+def test_steps_without_profiler_steps_are_the_outer_range_that_repeats_and_takes_most_time() -> None:
     trace = events(
         range_(0, 10, "iteration|batch=1"), range_(20, 10, "iteration|batch=2"),
         range_(1, 2, "layer"), range_(4, 2, "layer"), range_(21, 2, "layer"),
@@ -100,6 +100,9 @@ def test_steps_without_profiler_steps_are_the_most_frequent_outer_range() -> Non
     )  # fmt: skip
     assert steps(trace).select("name", "start_ns", "dur_ns").rows() == [("iteration", 0, 10), ("iteration", 20, 10)]
     assert steps(events(range_(0, 10, "once"))).is_empty()
+    rare = [range_(30, 1, "twice"), range_(32, 1, "twice")]
+    assert steps(events(range_(0, 10, "once"), *rare)).is_empty()
+    assert steps(events(range_(0, 2, "once"), *rare))["name"].to_list() == ["twice", "twice"]
     assert launch_metrics_by(events(launch(0, link=1)), "step").select("name", "n_launches").rows() == [(None, 1)]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from perfmodel import fusion, hardware, report, text
+from perfmodel.classify import Rules, read_rules, shipped_rules
 from perfmodel.cli.shell import (
     Json,
     Top,
@@ -38,6 +39,10 @@ def analyze(
         typer.Option("--hardware", help="Profile of the machine that ran it: roofline, and what its link does."),
     ] = None,
     ncu: Annotated[str | None, typer.Option(help="Counters of Nsight Compute, from `ncu --csv --page raw`.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Rules for kernel names (.toml), tried before those of the package (kernel_classes.toml)."),
+    ] = None,
     cache: Annotated[
         str | None,
         typer.Option(help="Keep what was read, `beside` the file or in this folder, and read that next time."),
@@ -59,7 +64,7 @@ def analyze(
     n_workers = whole(workers, "--workers") if workers else None
     if not is_ranks(trace) and (backend != "loky" or n_workers or scheduler):
         raise InputError(f"--backend, --workers and --scheduler read a folder of ranks; {trace} is none")
-    if is_ranks(trace) and not (by or hardware_name or ncu):
+    if is_ranks(trace) and not (by or hardware_name or ncu or classes):
         from perfmodel.ranks import summarise_ranks
 
         summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress)
@@ -71,11 +76,23 @@ def analyze(
         return
     profile = hardware.hardware(hardware_name) if hardware_name else None
     counted = read_ncu(ncu) if ncu else None
-    found = analyse(read(trace, cache, backend, n_workers, scheduler), hardware=profile, by=by, counted=counted)
+    rules = _rules(classes) if classes else None
+    loaded = read(trace, cache, backend, n_workers, scheduler)
+    found = analyse(loaded, hardware=profile, by=by, counted=counted, rules=rules)
     if as_json:
         print_json(found.to_json(n_top))
     else:
         print_words(report.trace_page(found, Path(trace).name, n_top or report.N_TOP, width()))
+
+
+def _rules(path: str) -> Rules:
+    """The rules of a file, then the shipped ones."""
+    try:
+        return [*read_rules(Path(path).read_text(encoding="utf-8")), *shipped_rules()]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 @app.command(name="diff")

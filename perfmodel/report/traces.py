@@ -105,7 +105,7 @@ def _launch_metrics(found: Analysis, width: int) -> str:
         ["average kernel duration", text.ns(m.akd_ns)],
         ["inference latency", text.ns(m.inference_latency_ns)],
     ]
-    words = f"{found.bound.label or 'neither host nor device told the bound'}: {found.bound.reason}"
+    words = f"{found.bound.label or 'host-bound or device-bound cannot be told'}: {found.bound.reason}"
     return table(rows, ["launch metrics", ""], width) + "\n" + wrapped(words, width)
 
 
