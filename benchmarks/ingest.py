@@ -66,7 +66,7 @@ import simdjson
 boundary = re.compile(rb'}\s*(,)\s*{\s*"(?:ph|name|cat|pid)"\s*:')
 parser, rest, n_events = simdjson.Parser(), b"", 0
 with open(sys.argv[1], "rb", buffering=0) as file:
-    while piece := file.read(1 << 19):
+    while piece := file.read(1 << 18):
         block = rest + piece
         if not n_events and not rest:
             block = block[block.index(b"[", block.index(b'"traceEvents"')) + 1:]

@@ -1,6 +1,7 @@
 """What does a runtime or driver call do: start device work, wait for the device, or neither."""
 
 import re
+from functools import lru_cache
 
 import polars as pl
 
@@ -14,6 +15,7 @@ _NOT_LAUNCH = re.compile(r"graph(?:add|exec(?!ute)|instantiate|kernelnode|mem)|h
 _SYNC = re.compile(r"synchronize|^(?:ur|pi)events?wait|queuefinish", re.I)
 
 
+@lru_cache(maxsize=4096)
 def api_kind(name: str) -> str:
     """Which kind of EVENTS is a call of this name: `sync`, `launch`, or `call` for any other."""
     if _SYNC.search(name):

@@ -88,6 +88,7 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
     """
     frames: list[pl.DataFrame] = []
     host, device = _Kept(), _Kept()
+    kind_of, is_product = _Looked(_kind), _Looked(_is_product)
     n_events = n_timed = n_negative = 0
 
     def flush(kept: _Kept, rows: Callable[[_Kept], pl.DataFrame]) -> None:
@@ -95,15 +96,17 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
         frame = rows(kept)
         n_timed += frame.height
         usable = _usable(frame)
-        n_negative += int((usable["dur_ns"] < 0).sum())
-        frames.append(usable.with_columns(pl.col("dur_ns").clip(lower_bound=0)))
+        n_of_these = int((usable["dur_ns"] < 0).sum())
+        n_negative += n_of_these
+        frames.append(usable.with_columns(pl.col("dur_ns").clip(lower_bound=0)) if n_of_these else usable)
         kept.clear()
 
     def take(events: list[Event]) -> None:
         nonlocal n_events
         n_events += len(events)
-        _keep_host(host, events)
-        _keep_device(device, events)
+        kept = [e for e in events if kind_of[e.cat] and e.ph == "X"]
+        _keep_host(host, [e for e in kept if e.cat not in DEVICE_KIND_OF_CATEGORY], kind_of, is_product)
+        _keep_device(device, [e for e in kept if e.cat in DEVICE_KIND_OF_CATEGORY], kind_of)
         if len(host.kinds) >= BATCH_ROWS:
             flush(host, _host_rows)
         if len(device.kinds) >= BATCH_ROWS:
@@ -175,32 +178,28 @@ class _Kept:
         self.externals += [a.external if a.external is not None else a.external_old for a in args]
 
 
-def _keep_host(kept: _Kept, events: list[Event]) -> None:
+def _keep_host(kept: _Kept, events: list[Event], kind_of: "_Looked", is_product: "_Looked") -> None:
     """Keep what ran on the host."""
-    kind_of = {category: _host_kind(category) for category in {e.cat for e in events}}
-    found = [e for e in events if kind_of[e.cat] and e.ph == "X"]
-    if not found:
+    if not events:
         return
-    args = [e.args or _NO_ARGS for e in found]
-    kind_of_call = {name: api_kind(name or "") for name in {e.name for e in found if kind_of[e.cat] == "call"}}
-    kinds = [kind_of[e.cat] or "" for e in found]
-    kinds = [kind_of_call[e.name] if kind == "call" else kind for e, kind in zip(found, kinds, strict=True)]
-    kept.add(kinds, found, args)
-    kept.wheres += [e.pid for e in found]
-    kept.lanes += [e.tid for e in found]
-    products = {name for name in {e.name for e in found} if name and _MATRIX_PRODUCT.search(name)}
-    kept.inputs += [_inputs(a) if e.name in products else None for e, a in zip(found, args, strict=True)]
+    args = [e.args or _NO_ARGS for e in events]
+    kinds = [kind_of[e.cat] for e in events]
+    if "call" in kinds:
+        kinds = [api_kind(e.name or "") if kind == "call" else kind for e, kind in zip(events, kinds, strict=True)]
+    kept.add(kinds, events, args)
+    kept.wheres += [e.pid for e in events]
+    kept.lanes += [e.tid for e in events]
+    kept.inputs += [_inputs(a) if is_product[e.name] else None for e, a in zip(events, args, strict=True)]
 
 
-def _keep_device(kept: _Kept, events: list[Event]) -> None:
+def _keep_device(kept: _Kept, events: list[Event], kind_of: "_Looked") -> None:
     """Keep what ran on a device; its number is null where the file names none."""
-    found = [e for e in events if e.cat in DEVICE_KIND_OF_CATEGORY and e.ph == "X"]
-    if not found:
+    if not events:
         return
-    args = [e.args or _NO_ARGS for e in found]
-    kept.add([DEVICE_KIND_OF_CATEGORY[e.cat or ""] for e in found], found, args)
-    kept.wheres += [e.pid if a.device is None else a.device for e, a in zip(found, args, strict=True)]
-    kept.lanes += [e.tid if a.stream is None else a.stream for e, a in zip(found, args, strict=True)]
+    args = [e.args or _NO_ARGS for e in events]
+    kept.add([kind_of[e.cat] for e in events], events, args)
+    kept.wheres += [e.pid if a.device is None else a.device for e, a in zip(events, args, strict=True)]
+    kept.lanes += [e.tid if a.stream is None else a.stream for e, a in zip(events, args, strict=True)]
     kept.n_bytes += [a.bytes for a in args]
     kept.graphs += [a.graph for a in args]
 
@@ -278,10 +277,28 @@ def _whole_numbers(values: list[Whole], in_text: bool = True) -> pl.Series:
         return pl.Series([_whole(value, in_text) for value in values], dtype=pl.Int64)
 
 
-def _host_kind(category: str | None) -> str | None:
+class _Looked(dict[str | None, Any]):
+    """What is known of each category or name, found when it is met first."""
+
+    def __init__(self, find: Callable[[str | None], Any]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, key: str | None) -> Any:
+        self[key] = found = self._find(key)
+        return found
+
+
+def _kind(category: str | None) -> str | None:
+    """The kind of the events of a category, `call` for every API call; null for those that are not kept."""
     if category is None:
         return None
-    return HOST_KIND_OF_CATEGORY.get(category) or ("call" if _API_CATEGORY.fullmatch(category) else None)
+    known = HOST_KIND_OF_CATEGORY.get(category) or DEVICE_KIND_OF_CATEGORY.get(category)
+    return known or ("call" if _API_CATEGORY.fullmatch(category) else None)
+
+
+def _is_product(name: str | None) -> bool:
+    return name is not None and _MATRIX_PRODUCT.search(name) is not None
 
 
 def _inputs(args: Args) -> str | None:
@@ -306,9 +323,9 @@ def _whole(value: Whole, in_text: bool = True) -> int | None:
 def _usable(events: pl.DataFrame) -> pl.DataFrame:
     """The events with a start, a duration that can be true, and a device where they ran on one."""
     has_device = pl.col("device").is_not_null() | ~pl.col("kind").is_in(DEVICE_KINDS)
-    return events.filter(
-        pl.col("start_ns").is_not_null() & pl.col("dur_ns").is_between(-MAX_DUR_NS, MAX_DUR_NS) & has_device
-    )
+    is_usable = pl.col("start_ns").is_not_null() & pl.col("dur_ns").is_between(-MAX_DUR_NS, MAX_DUR_NS) & has_device
+    usable = events.select(is_usable.fill_null(value=False)).to_series()
+    return events if usable.all() else events.filter(usable)  # a filter that keeps all rows would copy them
 
 
 def _without_zero_starts(events: pl.DataFrame) -> pl.DataFrame:
