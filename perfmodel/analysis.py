@@ -1,6 +1,7 @@
 """Everything that the page of a trace says, computed once: coverage, findings, launch metrics and tables."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,29 +95,35 @@ def analyse(
     is_kernel = pl.col("kind") == "kernel"
     work = work.with_columns(pl.when(is_kernel).then(classify(work["name"], rules)).alias("class"))
     metrics = launch_metrics(trace, work)
+    found_by = dict(work.filter(is_kernel).group_by(pl.col("found_by").cast(pl.String)).agg(pl.len()).iter_rows())
     doing = device_doing(events, rules)
     copied, exposed = copies(events, rules, doing), exposed_time(events, rules, doing)
-    found_by = dict(work.filter(is_kernel).group_by(pl.col("found_by").cast(pl.String)).agg(pl.len()).iter_rows())
+    # Each of these takes long alone and spends its time outside of the interpreter's lock; the longest begin first.
+    tables: dict[str, Callable[[], Any]] = {
+        "findings": lambda: tuple(findings(events, work, metrics, copied, exposed, hardware)),
+        "operators": lambda: by_operator(events, work),
+        "steps": lambda: launch_metrics_by(events, "step", work).filter(pl.col("name").is_not_null()),
+        "products": lambda: _with_roof(_products(trace, work), hardware),
+        "gaps": lambda: launch_gaps(events, work),
+        "bound": lambda: bound(events, work),
+        "launch_calls": lambda: by_launch_call(events, work),
+        "kernels": lambda: by_kernel(events, work),
+        "classes": lambda: class_shares(events, rules),
+        "host_operators": lambda: by_host_name(events, "op"),
+        "ranges": lambda: by_host_name(events, "range"),
+        "groups": lambda: None if by is None else launch_metrics_by(events, by, work),
+    }
+    with ThreadPoolExecutor(2) as pool:  # more would hold more tables at once
+        done = dict(zip(tables, pool.map(lambda compute: compute(), tables.values()), strict=True))
     return Analysis(
         trace=trace,
         metrics=metrics,
-        bound=bound(events, work),
         n_kernels_found_by={how: found_by.get(how, 0) for how in FOUND_BY.categories},
-        findings=tuple(findings(events, work, metrics, copied, exposed, hardware)),
-        classes=class_shares(events, rules),
-        kernels=by_kernel(events, work),
-        launch_calls=by_launch_call(events, work),
-        operators=by_operator(events, work),
-        host_operators=by_host_name(events, "op"),
-        ranges=by_host_name(events, "range"),
         copies=copied,
         exposed=exposed,
-        gaps=launch_gaps(events, work),
-        steps=launch_metrics_by(events, "step", work).filter(pl.col("name").is_not_null()),
-        products=_with_roof(_products(trace, work), hardware),
         counted=None if counted is None else _with_roof(_alike(launch_points(counted), ("op", "dtype")), hardware),
         by=by,
-        groups=None if by is None else launch_metrics_by(events, by, work),
+        **done,
     )
 
 
