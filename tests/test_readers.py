@@ -211,6 +211,8 @@ def test_a_start_more_than_a_week_from_the_others_is_damaged() -> None:
     trace = read([complete("kernel", "k", ts, 1, 0, 7) for ts in (now - 1, now - 1, now, now, *starts)])
     assert trace.events["start_ns"].to_list() == [ts * 1000 for ts in (now - 1, now - 1, now, now, *starts[:2])]
     assert (trace.n_events, trace.n_dropped) == (11, 5)
+    of_two_years = [complete("kernel", "k", ts, 1, device, 7) for ts, device in ((0, 0), (9, 0), (now, 1), (now, 1))]
+    assert read(of_two_years).n_dropped == 0
 
 
 @pytest.mark.parametrize("block_bytes", [64, 2**18])

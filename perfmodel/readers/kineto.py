@@ -337,14 +337,16 @@ def _usable(events: pl.DataFrame) -> pl.DataFrame:
 def _at_true_times(events: pl.DataFrame) -> pl.DataFrame:
     """The events without those more than a week from the others: their start was never recorded (0) or is damaged.
 
-    One of them would make every idle time years long. The others are where the median of the starts other than 0 is.
+    One of them would make every idle time years long. The others are those of the same process or device, around the
+    median of their starts other than 0: ranks that were recorded in different years may stand in one file.
     """
     first, last = events.select(first=pl.min("start_ns"), last=pl.max("start_ns")).row(0)
     if first is None or last - first <= MAX_DUR_NS:
         return events  # a filter that keeps all rows would copy them
-    middle = int(events["start_ns"].filter(events["start_ns"] != 0).quantile(0.5, "lower") or 0)
-    near = pl.col("start_ns").is_between(max(middle - MAX_DUR_NS, -_MAX_INT64), min(middle + MAX_DUR_NS, _MAX_INT64))
-    return events.filter(near)
+    start = pl.col("start_ns")
+    middle = pl.when(start != 0).then(start).quantile(0.5, "lower")
+    far_ns = (start.cast(pl.Float64) - pl.coalesce(middle.over("process", "device"), middle)).abs()
+    return events.filter(far_ns <= MAX_DUR_NS)
 
 
 def _with_launches(events: pl.DataFrame) -> pl.DataFrame:
