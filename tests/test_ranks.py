@@ -112,6 +112,21 @@ def test_subfolders_of_machines_count_where_the_folder_holds_no_trace(tmp_path: 
     assert names_of(tmp_path) == (["node2/rank-2.json", "node10/rank-10.json"], ["manifest.json"])
 
 
+def test_a_subfolder_that_cannot_be_opened_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for node in (0, 1):
+        (tmp_path / f"node{node}").mkdir()
+        write_rank(tmp_path / f"node{node}", node)
+    closed, iterdir = tmp_path / "node1", Path.iterdir
+
+    def refusing(folder: Path) -> Any:
+        if folder == closed:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    assert names_of(tmp_path) == (["node0/rank-0.json"], ["node1"])
+
+
 @pytest.mark.parametrize(("present", "found"), [((), "nothing"), (("a.txt", "b.json"), "a.txt, b.json")])
 def test_a_folder_without_traces_is_refused(tmp_path: Path, present: tuple[str, ...], found: str) -> None:
     for name in present:

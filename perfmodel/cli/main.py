@@ -34,7 +34,8 @@ def main() -> NoReturn:
         # Typer ends with 1, which reads as "slower", where whoever read its help has left.
         sys.exit(0 if isinstance(end.__context__, BrokenPipeError) else end.code)
     except OSError as error:
-        note(f"perfmodel: {error.strerror or error}")
+        where = f"{error.filename}: " if error.filename else ""
+        note(f"perfmodel: {where}{error.strerror or error}")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         note("perfmodel: interrupted")

@@ -41,7 +41,10 @@ def find_ranks(folder: Path) -> tuple[list[Path], list[str]]:
             others += subfolders
         else:
             for subfolder in subfolders:
-                more, rest = _split(subfolder)
+                try:
+                    more, rest = _split(subfolder)
+                except OSError:
+                    more, rest = [], [subfolder]
                 files, others = files + more, others + rest
     except OSError as error:
         raise InputError(f"a folder that cannot be read: {error.strerror or error}") from None
