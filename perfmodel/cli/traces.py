@@ -137,7 +137,7 @@ def fusion_command(
 def sweep(
     traces: Annotated[
         list[str],
-        typer.Argument(help="BATCH=TRACE for each batch size, or one .csv with the columns batch and tklqt_ns."),
+        typer.Argument(help="BATCH=TRACE for each batch size, or one .csv with columns batch and tklqt_ns (or _us)."),
     ],
     factor: Annotated[
         str, typer.Option(help="Device-bound is a TKLQT above so many times that of the smallest batch.")
@@ -150,31 +150,18 @@ def sweep(
 
     rule_factor = number(factor, "--factor")
     if len(traces) == 1 and traces[0].endswith(".csv"):
-        batches, tklqt = _read_sweep(traces[0])
-        found = bound.sweep(batches, tklqt, rule_factor)
+        given = bound.read_sweeps(traces[0])
+        found = {name: bound.sweep(*batches_and_tklqt, rule_factor) for name, batches_and_tklqt in given.items()}
     else:
-        given = [_batch_and_trace(word) for word in traces]
-        found = bound.sweep([b for b, _ in given], [launch_metrics(read(path)) for _, path in given], rule_factor)
+        pairs = [_batch_and_trace(word) for word in traces]
+        metrics = [launch_metrics(read(path)) for _, path in pairs]
+        found = {"": bound.sweep([batch for batch, _ in pairs], metrics, rule_factor)}
     if as_json:
-        print_json({**asdict(found), "table": found.table.to_dicts()})
+        rows = [{"name": name, **asdict(one), "table": one.table.to_dicts()} for name, one in found.items()]
+        print_json(rows[0] if len(rows) == 1 else {"sweeps": rows})
     else:
-        print_words(report.sweep_page(found))
-
-
-def _read_sweep(path: str) -> tuple[list[int], list[float]]:
-    """Batch sizes and their TKLQT from a .csv file."""
-    import polars as pl
-
-    try:
-        table = pl.read_csv(path, columns=["batch", "tklqt_ns"]).cast({"batch": pl.Int64, "tklqt_ns": pl.Float64})
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read ({reason}); expected columns batch and tklqt_ns, numbers") from None
-    if table.null_count().sum_horizontal().item():
-        raise InputError(f"{path} has empty cells; expected a batch size and a TKLQT in every row")
-    return table["batch"].to_list(), table["tklqt_ns"].to_list()
+        pages = [(f"{name}\n\n" if name else "") + report.sweep_page(one) for name, one in found.items()]
+        print_words("\n\n".join(pages))
 
 
 def _batch_and_trace(word: str) -> tuple[int, str]:
