@@ -174,9 +174,9 @@ def sweep(batches: Sequence[int], metrics: Sequence[LaunchMetrics | float], rule
 def read_sweeps(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     """The sweeps in a .csv file, by name: batch sizes and their TKLQT in ns.
 
-    Columns `batch` and `tklqt_ns` (or `_us`, `_ms`, `_s`); columns of text, as a model or a platform, tell several sweeps apart,
-    and with none there is one sweep without a name. Of what was not measured the cell is empty; a sweep without any
-    TKLQT is left out. Raises InputError when the file has no such columns or no such sweep.
+    Columns `batch` and `tklqt_ns` (or `_us`, `_ms`, `_s`); columns of text, as a model or a platform, tell several
+    sweeps apart, and with none there is one sweep without a name. A sweep of which no TKLQT is known is left out.
+    Raises InputError when the file has no such columns, no such sweep, or a sweep with gaps.
     """
     try:
         table = pl.read_csv(path)
@@ -189,20 +189,19 @@ def read_sweeps(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     if "batch" not in table.columns or not units:
         raise InputError(f"{path} has the columns {', '.join(table.columns)}; {_EXPECTED_COLUMNS}")
     factor, _ = text.to_base(1.0, units[0])
-    names = [
-        name
-        for name, dtype in table.schema.items()
-        if dtype == pl.String and name not in ("batch", f"tklqt_{units[0]}")
-    ]
+    tklqt = f"tklqt_{units[0]}"
+    names = [name for name, dtype in table.schema.items() if dtype == pl.String and name not in ("batch", tklqt)]
     try:
         rows = table.select(
             pl.concat_str(names, separator=", ").alias("name") if names else pl.lit("").alias("name"),
             pl.col("batch").cast(pl.Int64),
-            tklqt_ns=pl.col(f"tklqt_{units[0]}").cast(pl.Float64) * factor,
-        ).drop_nulls()
+            tklqt_ns=pl.col(tklqt).cast(pl.Float64) * factor,
+        )
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); {_EXPECTED_COLUMNS}") from None
-    if rows.is_empty():
+    parts = [part for part in rows.partition_by("name", maintain_order=True) if part["tklqt_ns"].count()]
+    if not parts:
         raise InputError(f"{path} holds no batch size with a TKLQT; {_EXPECTED_COLUMNS}")
-    parts = rows.partition_by("name", maintain_order=True)
+    if any(sum(part.null_count().row(0)) for part in parts):
+        raise InputError(f"{path} has empty cells; expected a batch size and a TKLQT in every row of a sweep")
     return {part["name"][0]: (part["batch"].to_list(), part["tklqt_ns"].to_list()) for part in parts}
