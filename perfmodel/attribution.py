@@ -1,8 +1,8 @@
-"""Which operator, and which named ranges, launched each kernel: by nesting in time on the launching thread."""
+"""Which operator launched each kernel: by nesting in time on the launching thread."""
 
 import polars as pl
 
-from perfmodel.intervals import THREAD, held, holders, parents
+from perfmodel.intervals import THREAD, holders, parents
 from perfmodel.launch import joined_work
 
 FOUND_BY = pl.Enum(("nesting", "external id"))
@@ -123,16 +123,3 @@ def _host_time(events: pl.DataFrame) -> pl.DataFrame:
         .group_by("name")
         .agg(n_calls=pl.len().cast(pl.Int64), self_ns=pl.sum("self_ns"))
     )
-
-
-def in_ranges(events: pl.DataFrame, points: pl.DataFrame) -> pl.DataFrame:
-    """Which named ranges was each host moment in: one row for each pair, columns `point` and `range_row`.
-
-    `points` has `rank`, `process`, `thread` and `at_ns`: the starts of launch calls, say, for device work belongs to
-    the ranges in which its launch call began (the rule of Nsight Systems' nvtx_kern_sum). A moment in nested ranges is
-    in all of them. `point` is a row of `points`, `range_row` one of EVENTS.
-    """
-    ranges = events.select("kind", *THREAD, "start_ns", "dur_ns", row=pl.int_range(pl.len()))
-    ranges = ranges.filter(pl.col("kind") == "range")
-    pairs = held(ranges, points)
-    return pairs.select("point", range_row=ranges["row"].gather(pairs["interval"]))

@@ -331,8 +331,3 @@ def by_host_name(events: pl.DataFrame, kind: str) -> pl.DataFrame:
         .agg(pl.sum("n_calls", "time_ns"))
         .sort("time_ns", "name", descending=[True, False])
     )
-
-
-def n_negative_delays(events: pl.DataFrame) -> int:
-    """How many kernels began before their launch call did: a sign that host and device clocks were not aligned."""
-    return joined_kernels(events).filter(pl.col("delay_ns") < 0).height
