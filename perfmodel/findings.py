@@ -17,7 +17,7 @@ from perfmodel.fusion import fusion_table
 from perfmodel.groups import STEP_PREFIX
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
-from perfmodel.launch import LaunchMetrics
+from perfmodel.launch import LaunchMetrics, call_starts
 from perfmodel.trace import DEVICE_KINDS
 
 N_FINDINGS = 3
@@ -130,10 +130,8 @@ def gap_causes(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
     ranges = host.filter(pl.col("kind") == "range")["name"].unique()
     steps = ranges.filter(ranges.cast(pl.String).str.starts_with(STEP_PREFIX))
     host = host.filter(~pl.col("name").is_in(steps.implode()))  # a step holds all, so it says nothing
-    points = parts.select(
-        "rank", process="launch_process", thread="launch_thread", at_ns=start + pl.col("late_ns").fill_null(0) // 2
-    )
-    inner = holders(host, points, THREAD)["innermost"]
+    middle_of_late = call_starts(parts).with_columns(parts.select(at_ns=start + pl.col("late_ns").fill_null(0) // 2))
+    inner = holders(host, middle_of_late)["innermost"]
     return parts.select(
         *DEVICE,
         "start_ns",

@@ -13,6 +13,7 @@ from perfmodel.classify import classify
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import THREAD, holders, parents
+from perfmodel.launch import call_starts
 from perfmodel.physics import COMPUTES_IN, attainable_flops_per_s, ceilings
 from perfmodel.readers.ncu import TO_COLLECT
 from perfmodel.text import NS_PER_S
@@ -235,8 +236,7 @@ def _times(trace: Trace, products: pl.DataFrame, work: pl.DataFrame | None) -> p
     work = attributed(trace.events) if work is None else work
     kernels = work.filter(pl.col("kind") == "kernel", ~pl.col("is_graph").fill_null(True))
     kernels = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMM_CLASSES))
-    launched = kernels.select("rank", process="launch_process", thread="launch_thread", at_ns="launch_start_ns")
-    around = products["row"].gather(holders(products, launched)["innermost"])
+    around = products["row"].gather(holders(products, call_starts(kernels))["innermost"])
     of_kernel = pl.coalesce(pl.when(pl.col("found_by") == "nesting").then(around), "operator_row")
     times = kernels.group_by(row=of_kernel).agg(n_kernels=pl.len().cast(pl.Int64), time_ns=pl.sum("dur_ns"))
     found = products.select("row").join(times, on="row", how="left", maintain_order="left")

@@ -12,7 +12,7 @@ import polars as pl
 
 from perfmodel.cache import SUFFIX
 from perfmodel.errors import InputError
-from perfmodel.trace import EVENTS, Trace
+from perfmodel.trace import EVENTS, MAX_RANK, Trace
 from perfmodel.workers import IN_PROCESS, Lost, Progress, run_on_all
 
 _PACKINGS = (".gz", ".zip", ".zst")
@@ -20,7 +20,6 @@ _FORMATS = (".json", ".sqlite", ".nsys-rep")  # of one trace kept twice, the fir
 _DOCUMENT_BYTES = 2**20  # a shorter JSON document without events is a manifest or settings, not a broken trace
 _RANK_WORD = re.compile(r"(?<![a-z])(?<!local)(?<!local[-_. ])rank[-_. ]?(\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"(\d+)")
-_MAX_RANK = 2**31 - 1
 _MAX_ID = 2**40  # ids of one rank beyond this are numbered anew, lest thousands of ranks overflow
 # Times since 1970 lie between the years 2000 and 2116; smaller ones count from somewhere else.
 _EPOCH_NS = range(946_684_800 * 10**9, 2**62)
@@ -263,7 +262,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _ranks_in_names(names: Sequence[str]) -> list[int | None]:
     words = [_RANK_WORD.search(Path(name).name) for name in names]
     if any(words):
-        return [int(word[1]) if word and int(word[1]) <= _MAX_RANK else None for word in words]
+        return [int(word[1]) if word and int(word[1]) <= MAX_RANK else None for word in words]
     parts = [_NUMBER.split(Path(name).name) for name in names]
     if len({len(part) for part in parts}) == 1 and len(names) > 1:
         differing = [i for i in range(len(parts[0])) if len({part[i] for part in parts}) > 1]
