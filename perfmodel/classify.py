@@ -26,6 +26,7 @@ CLASSES = (
     "other",
 )
 KERNEL_CLASS = pl.Enum(CLASSES)
+GEMMS = ("gemm", "grouped_gemm")  # the classes whose work is to multiply matrices
 COMMUNICATION = ("moe_all_to_all", "collective")  # the classes whose work is to move data between devices
 
 Rules = Sequence[tuple[str, re.Pattern[str]]]

@@ -11,10 +11,10 @@ from typing import Any
 import polars as pl
 
 from perfmodel import text
-from perfmodel.bound import COMPUTING, COPIES_FRAC
+from perfmodel.bound import COPIES_FRAC, copies_frac
 from perfmodel.classify import CLASSES, COMMUNICATION
 from perfmodel.fusion import fusion_table
-from perfmodel.groups import STEP_PREFIX
+from perfmodel.groups import profiler_steps
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
 from perfmodel.launch import LaunchMetrics, call_starts
@@ -127,9 +127,7 @@ def gap_causes(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
         waiting_ns=pl.when(called < start).then(dur).when(called >= start).then(0),
     )
     host = events.select("kind", "name", *THREAD, "start_ns", "dur_ns").filter(~pl.col("kind").is_in(DEVICE_KINDS))
-    ranges = host.filter(pl.col("kind") == "range")["name"].unique()
-    steps = ranges.filter(ranges.cast(pl.String).str.starts_with(STEP_PREFIX))
-    host = host.filter(~pl.col("name").is_in(steps.implode()))  # a step holds all, so it says nothing
+    host = host.filter(~pl.col("name").is_in(profiler_steps(events).implode()))  # a step holds all, so it says nothing
     middle_of_late = call_starts(parts).with_columns(parts.select(at_ns=start + pl.col("late_ns").fill_null(0) // 2))
     inner = holders(host, middle_of_late)["innermost"]
     return parts.select(
@@ -194,10 +192,9 @@ def _queue(scene: _Scene) -> _Fact | None:
         return None
     queued_ns = int(overlap_ns(merged(scene.work), queued).sum())
     mean_ns = int(queued["dur_ns"].sum()) / queued.height
-    computing = busy_ns(scene.work.filter(pl.col("kind").is_in(COMPUTING)))
-    copies_frac = 1 - int(computing["busy_ns"].sum()) / scene.metrics.gpu_busy_ns
-    is_copying = copies_frac > COPIES_FRAC
-    behind = f"copies and sets ({text.frac(copies_frac)} of busy time)" if is_copying else "a busy device"
+    copying_frac = copies_frac(scene.work, scene.metrics.gpu_busy_ns) or 0
+    is_copying = copying_frac > COPIES_FRAC
+    behind = f"copies and sets ({text.frac(copying_frac)} of busy time)" if is_copying else "a busy device"
     words = (
         f"the device is the bound for {scene.part(queued_ns)} of its time: "
         f"{text.counted(queued.height, 'launched kernel')} queued behind {behind}, {text.ns(mean_ns)} each on "

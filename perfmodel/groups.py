@@ -57,6 +57,12 @@ def steps(events: pl.DataFrame) -> pl.DataFrame:
     return found.select(*THREAD, "name", "start_ns", "dur_ns").sort("rank", "process", "start_ns")
 
 
+def profiler_steps(events: pl.DataFrame) -> pl.Series:
+    """Which steps did the profiler mark (`ProfilerStep#N`): their names, each once, whatever thread or rank has it."""
+    names = events.filter(pl.col("kind") == "range")["name"].unique()
+    return names.filter(names.cast(pl.String).str.starts_with(STEP_PREFIX))
+
+
 def _ranges(events: pl.DataFrame) -> pl.DataFrame:
     """The ranges of EVENTS under their plain names, outer ones before those within."""
     ranges = events.select("kind", "name", *THREAD, "start_ns", "dur_ns").filter(pl.col("kind") == "range")

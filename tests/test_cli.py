@@ -74,7 +74,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PAGE_KEYS = {
     *("n_repaired", "n_dropped", "notes", "n_kernels_found_by", "bound", "findings", "by", "groups", "classes"),
-    *("kernels", "launch_calls", "operators", "ranges", "copies", "exposed", "gaps", "steps", "products", "counted"),
+    *("kernels", "launch_calls", "operators", "host_operators", "ranges", "copies", "exposed", "gaps", "steps"),
+    *("products", "counted"),
 }
 
 
@@ -137,6 +138,7 @@ def test_analyze_json_holds_everything_of_the_page(trace: Path) -> None:
         ("aten::mm", 4000),
         ("(orphans)", 1000),
     ]
+    assert found["host_operators"] == [{"name": "aten::mm", "n_calls": 1, "time_ns": 9000}]
     assert len(json.loads(run("analyze", str(trace), "--json", "--top", "1").stdout)["kernels"]) == 1
 
 
