@@ -13,7 +13,7 @@ import polars as pl
 from perfmodel import text
 from perfmodel.bound import COPIES_FRAC, copies_frac
 from perfmodel.classify import CLASSES, COMMUNICATION
-from perfmodel.fusion import fusion_table
+from perfmodel.fusion import SHORT_LENGTHS, fusion_table
 from perfmodel.groups import profiler_steps
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
@@ -26,7 +26,6 @@ DOMINANT_FRAC = 0.3  # of the devices' time in one class of kernels
 SMALL_KERNEL_NS = 5_000  # about twice the launch of a null kernel (SKIP, arXiv 2504.11750, Table V)
 MANY_KERNELS = 50
 UNQUEUED_NS = 10_000  # a call and its launch take 2 to 3 us on an idle device (Table V); who waits longer queues
-FUSION_LENGTHS = (2, 4, 8, 16, 32, 64)
 NAME_WIDTH = 60
 
 _CLASS_ADVICE = {
@@ -271,7 +270,7 @@ def _small_kernels(scene: _Scene) -> _Fact | None:
     idle_ns = (scene.metrics.gpu_span_ns or 0) - scene.metrics.gpu_busy_ns
     if n_kernels < MANY_KERNELS or n_small < 0.5 * n_kernels or not idle_ns:
         return None
-    table = fusion_table(scene.events, FUSION_LENGTHS).drop_nulls("ideal_speedup").sort("ideal_speedup")
+    table = fusion_table(scene.events, SHORT_LENGTHS).drop_nulls("ideal_speedup").sort("ideal_speedup")
     if table.is_empty():
         return None
     best = table.row(-1, named=True)

@@ -16,6 +16,7 @@ from perfmodel.intervals import PROCESS, STREAM
 from perfmodel.launch import joined_kernels
 
 CHAIN_LENGTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512)  # those of the paper's Fig 7
+SHORT_LENGTHS = tuple(length for length in CHAIN_LENGTHS if length <= 64)  # what is worth looking at in any trace
 
 Ints = NDArray[np.int64]
 

@@ -1,6 +1,7 @@
 """Which files of a folder are the ranks of one run, which rank is each, and how do they become one Trace."""
 
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ from typing import Any
 import polars as pl
 
 from perfmodel.cache import SUFFIX
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, about
 from perfmodel.trace import EVENTS, MAX_RANK, Trace
-from perfmodel.workers import IN_PROCESS, Lost, Progress, run_on_all
+from perfmodel.workers import ON_THIS_MACHINE, PROCESSES, Lost, Progress, run_on_all
 
 _PACKINGS = (".gz", ".zip", ".zst")
 _FORMATS = (".json", ".sqlite", ".nsys-rep")  # of one trace kept twice, the first in this order is read
@@ -25,6 +26,7 @@ _MAX_ID = 2**40  # ids of one rank beyond this are numbered anew, lest thousands
 _EPOCH_NS = range(946_684_800 * 10**9, 2**62)
 _BYTES_PER_WORKER = 4 * 2**20  # a process takes about as long to start as to read this much
 _N_NAMED = 5
+_TASK = "perfmodel.readers.folder:write_part"
 
 
 def find_ranks(folder: Path) -> tuple[list[Path], list[str]]:
@@ -123,7 +125,7 @@ def n_workers_for(files: Sequence[Path], backend: str, n_workers: int | None) ->
     """How many workers reading some files is worth: what is asked for, else no more processes than pay."""
     if backend == "sequential":
         return 1
-    if n_workers is not None or backend != "loky":
+    if n_workers is not None or backend != PROCESSES:
         return n_workers
     from joblib import cpu_count
 
@@ -134,7 +136,7 @@ def n_workers_for(files: Sequence[Path], backend: str, n_workers: int | None) ->
 def read_ranks(
     folder: str | Path,
     cache: str | Path | None = None,
-    backend: str = "loky",
+    backend: str = PROCESSES,
     n_workers: int | None = None,
     scheduler: str | None = None,
     progress: Progress = lambda _: None,
@@ -148,35 +150,32 @@ def read_ranks(
     ranks agree on. Raises InputError where no file can be read, and on a cluster without `cache`.
     """
     folder = Path(folder)
-    if cache is None and backend not in (*IN_PROCESS, "loky"):
-        raise InputError(
-            f"reading on {backend} needs a cache folder that all its workers see, to pass on what they read"
-        )
-    files, ignored = find_ranks(folder)
-    n_workers = n_workers_for(files, backend, n_workers)
-    with _parts(cache, n_workers) as parts:
-        if n_workers == 1:
+    with about(folder):
+        if cache is None and backend not in ON_THIS_MACHINE:
+            raise InputError(
+                f"reading on {backend} needs a cache folder that all its workers see, to pass on what they read"
+            )
+        files, ignored = find_ranks(folder)
+        n_workers = n_workers_for(files, backend, n_workers)
+        with _parts(cache, n_workers) as parts:
             outcomes: list[Any] = [None] * len(files)
-        else:
-            calls = [(str(file), str(parts)) for file in files]
-            outcomes = run_on_all("perfmodel.readers.folder:write_part", calls, backend, n_workers, scheduler, progress)
-        traces = {}
-        failures = {}
-        for file, outcome in zip(files, outcomes, strict=True):
-            name = str(file.relative_to(folder))
-            if isinstance(outcome, str | Lost):
-                failures[name] = outcome if isinstance(outcome, str) else lost_sentence(outcome)
-                continue
-            trace = read_or_why(file, parts)
-            if isinstance(trace, str):
-                failures[name] = trace
-            else:
-                traces[name] = trace
-            if n_workers == 1:
-                progress(f"{len(traces) + len(failures)} of {len(files)}: {file}")
-    refuse_if_all_failed(failures, len(files))
-    left_out = [f"{name} is left out: {why}" for name, why in failures.items()]
-    return _together(str(folder), traces, ignored_note(ignored) + left_out)
+            if n_workers != 1:
+                calls = [(str(file), str(parts)) for file in files]
+                outcomes = run_on_all(_TASK, calls, backend, n_workers, scheduler, progress)
+            traces = {}
+            failures = {}
+            for file, outcome in zip(files, outcomes, strict=True):
+                name = str(file.relative_to(folder))
+                trace = read_or_why(file, parts) if outcome is None else outcome
+                if isinstance(trace, Trace):
+                    traces[name] = trace
+                else:
+                    failures[name] = why_not(trace)
+                if n_workers == 1:
+                    progress(f"{len(traces) + len(failures)} of {len(files)}: {file}")
+        refuse_if_all_failed(failures, len(files))
+        left_out = [f"{name} is left out: {why}" for name, why in failures.items()]
+        return _together(str(folder), traces, ignored_note(ignored) + left_out)
 
 
 def write_part(file: str, parts: str) -> str | None:
@@ -197,9 +196,11 @@ def read_or_why(file: Path, cache: str | Path | None) -> Trace | str:
         return f"the reader failed ({type(error).__name__}: {error}), which is a defect"
 
 
-def lost_sentence(lost: Lost) -> str:
-    """Why a file has no result whose workers died."""
-    return f"every worker that read it died, for want of memory perhaps ({lost.reason})"
+def why_not(outcome: str | Lost) -> str:
+    """Why a file has no result: what its worker said, or that every worker which had it died."""
+    if isinstance(outcome, str):
+        return outcome
+    return f"every worker that read it died, for want of memory perhaps ({outcome.reason})"
 
 
 def refuse_if_all_failed(failures: Mapping[str, str], n_files: int) -> None:
@@ -250,7 +251,7 @@ def _is_other_document(path: Path) -> bool:
     """Whether a file is a short JSON object that holds no events: a manifest, settings."""
     if path.suffix.lower() != ".json" or path.stat().st_size > _DOCUMENT_BYTES:
         return False
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = path.read_bytes().removeprefix(BOM_UTF8).lstrip()
     return text.startswith(b"{") and b'"traceEvents"' not in text
 
 
