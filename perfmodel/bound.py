@@ -5,7 +5,6 @@ The rules and their constants are argued in docs/decisions/0009-host-or-device-b
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -36,8 +35,6 @@ QUEUED_FRAC = 0.5  # of launches; real traces lie below 0.3 or above 0.75, the f
 IDLE_FRAC = 0.2  # of the device's span; published sweeps have 0.38 and more before the transition, 0.06 and less after
 COPIES_FRAC = 0.5  # of busy time; beyond, the link is the bound and no question of launches
 MIN_LAUNCHES = 10
-
-_EXPECTED_COLUMNS = "expected the columns batch and tklqt_ns (or _us, _ms, _s), numbers"
 
 
 @dataclass(frozen=True)
@@ -173,39 +170,3 @@ def sweep(batches: Sequence[int], metrics: Sequence[LaunchMetrics | float], rule
     )
     first = table.filter(pl.col("label") == "device-bound")["batch"].to_list()[:1]
     return Sweep(table, first[0] if first else None, plateau_ns, rule_factor)
-
-
-def read_sweeps(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
-    """The sweeps in a .csv file, by name: batch sizes and their TKLQT in ns.
-
-    Columns `batch` and `tklqt_ns` (or `_us`, `_ms`, `_s`); columns of text, as a model or a platform, tell several
-    sweeps apart, and with none there is one sweep without a name. A sweep of which no TKLQT is known is left out.
-    Raises InputError when the file has no such columns, no such sweep, or a sweep with gaps.
-    """
-    try:
-        table = pl.read_csv(path)
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); {_EXPECTED_COLUMNS}") from None
-    units = [name.removeprefix("tklqt_") for name in table.columns if name.startswith("tklqt_")]
-    units = [unit for unit in units if text.UNITS.get(unit, ("",))[0] == "ns"]
-    if "batch" not in table.columns or not units:
-        raise InputError(f"{path} has the columns {', '.join(table.columns)}; {_EXPECTED_COLUMNS}")
-    factor, _ = text.to_base(1.0, units[0])
-    tklqt = f"tklqt_{units[0]}"
-    names = [name for name, dtype in table.schema.items() if dtype == pl.String and name not in ("batch", tklqt)]
-    try:
-        rows = table.select(
-            pl.concat_str(names, separator=", ").alias("name") if names else pl.lit("").alias("name"),
-            pl.col("batch").cast(pl.Int64),
-            tklqt_ns=pl.col(tklqt).cast(pl.Float64) * factor,
-        )
-    except pl.exceptions.PolarsError as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); {_EXPECTED_COLUMNS}") from None
-    parts = [part for part in rows.partition_by("name", maintain_order=True) if part["tklqt_ns"].count()]
-    if not parts:
-        raise InputError(f"{path} holds no batch size with a TKLQT; {_EXPECTED_COLUMNS}")
-    if any(sum(part.null_count().row(0)) for part in parts):
-        raise InputError(f"{path} has empty cells; expected a batch size and a TKLQT in every row of a sweep")
-    return {part["name"][0]: (part["batch"].to_list(), part["tklqt_ns"].to_list()) for part in parts}

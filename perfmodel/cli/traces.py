@@ -31,6 +31,7 @@ from perfmodel.perfetto import export_perfetto
 from perfmodel.ranks import summarise_ranks
 from perfmodel.readers import is_folder_of_ranks
 from perfmodel.readers.ncu import read_ncu
+from perfmodel.readers.sweeps import read_sweeps
 from perfmodel.workers import PROCESSES
 
 
@@ -149,7 +150,7 @@ def sweep(
     """From which batch size on is the device the bound, and no longer the host: TKLQT over a sweep of batch sizes."""
     rule_factor = number(factor, "--factor")
     if len(traces) == 1 and traces[0].endswith(".csv"):
-        given = bound.read_sweeps(traces[0])
+        given = read_sweeps(traces[0])
         found = {name: bound.sweep(*batches_and_tklqt, rule_factor) for name, batches_and_tklqt in given.items()}
     else:
         pairs = [_batch_and_trace(word) for word in traces]
