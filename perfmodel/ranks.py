@@ -63,7 +63,7 @@ CLASSES_OF_RANKS = pl.Schema(
     }
 )
 # What ranks are compared by.
-FIGURES = (
+COMPARED = (
     "compute_time_ns",
     "communication_time_ns",
     "communication_frac",
@@ -187,13 +187,13 @@ def summary_of_file(file: str, cache: str | None) -> dict[str, Any] | str:
 
 
 def spread(ranks: pl.DataFrame) -> pl.DataFrame:
-    """How far apart are the ranks: one row for each of FIGURES that any rank has, from the table RANKS.
+    """How far apart are the ranks: one row for each of COMPARED that any rank has, from the table RANKS.
 
     Columns `figure` (with its unit), `least`, `median`, `most`, `least_rank`, `most_rank` (the first of equals) and
     `excess_frac`, by how much the most exceeds the median; null where the median is 0.
     """
     rows = []
-    for figure in FIGURES:
+    for figure in COMPARED:
         known = ranks.select("rank", value=pl.col(figure).cast(pl.Float64)).drop_nulls().sort("value", "rank")
         if known.is_empty():
             continue

@@ -299,24 +299,18 @@ def _together(folder: str, traces: dict[str, Trace], notes: list[str]) -> Trace:
         rank_notes.append(
             f"rank {listed(unknown)}: the file does not say when its times begin, so the times of ranks are not aligned"
         )
-    metas = [dict(trace.meta) for trace in traces.values()]
-    common = {k: v for k, v in metas[0].items() if all(k in meta and meta[k] == v for meta in metas)}
+    in_order = sorted(zip(ranks, names, bases, strict=True))
     sources = sorted({trace.source for trace in traces.values()})
     n_events, n_dropped, n_repaired = (
         sum(getattr(trace, count) for trace in traces.values()) for count in ("n_events", "n_dropped", "n_repaired")
     )
-    by_note: dict[str, list[int]] = {}
+    own_notes = _notes_of_ranks([(rank, traces[name].notes) for rank, name, _ in in_order])
+    meta = _meta_of_ranks([(rank, name, base, traces[name].meta) for rank, name, base in in_order])
     frames = []
     next_free: dict[str, int] = {}
-    for i in sorted(range(len(names)), key=lambda i: ranks[i]):
-        trace = traces.pop(names[i])
-        for note in trace.notes:
-            by_note.setdefault(note, []).append(ranks[i])
-        base = bases[i]
+    for rank, name, base in in_order:
         shift_ns = 0 if origin is None or base is None else base - origin
-        frames.append(_as_rank(trace.events, ranks[i], shift_ns, next_free))
-        del trace
-    own_notes = [f"rank {listed([str(rank) for rank in who])}: {note}" for note, who in by_note.items()]
+        frames.append(_as_rank(traces.pop(name).events, rank, shift_ns, next_free))
     return Trace(
         pl.concat(frames),
         "+".join(sources),
@@ -324,21 +318,33 @@ def _together(folder: str, traces: dict[str, Trace], notes: list[str]) -> Trace:
         n_dropped,
         n_repaired,
         notes=(*notes, *rank_notes, *own_notes),
-        meta={
-            **common,
-            "folder": folder,
-            "time_origin_ns": origin,
-            "ranks": [
-                {
-                    "rank": ranks[i],
-                    "file": names[i],
-                    "time_base_ns": bases[i],
-                    "meta": {k: v for k, v in metas[i].items() if k not in common},
-                }
-                for i in sorted(range(len(names)), key=lambda i: ranks[i])
-            ],
-        },
+        meta={**meta, "folder": folder, "time_origin_ns": origin},
     )
+
+
+def _notes_of_ranks(notes: Sequence[tuple[int, Sequence[str]]]) -> list[str]:
+    """What the files say, each sentence once with the ranks that say it."""
+    by_note: dict[str, list[str]] = {}
+    for rank, sentences in notes:
+        for note in sentences:
+            by_note.setdefault(note, []).append(str(rank))
+    return [f"rank {listed(ranks)}: {note}" for note, ranks in by_note.items()]
+
+
+def _meta_of_ranks(ranks: Sequence[tuple[int, str, int | None, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What the files record, once where all ranks agree, else in `ranks` beside rank, file and time base of each."""
+    _, _, _, first = ranks[0]
+    common = {k: v for k, v in first.items() if all(k in meta and meta[k] == v for *_, meta in ranks)}
+    own = [
+        {
+            "rank": rank,
+            "file": name,
+            "time_base_ns": base,
+            "meta": {k: v for k, v in meta.items() if k not in common},
+        }
+        for rank, name, base, meta in ranks
+    ]
+    return {**common, "ranks": own}
 
 
 def _as_rank(events: pl.DataFrame, rank: int, shift_ns: int, next_free: dict[str, int]) -> pl.DataFrame:

@@ -11,7 +11,7 @@ _COLUMNS = (
     *("n_kernels", "compute_time_ns", "communication_time_ns", "gpu_busy_ns", "gpu_span_ns", "gpu_idle_frac"),
     *("tklqt_ns", "inference_latency_ns"),
 )
-# Words for `ranks.FIGURES`, which stand in rows.
+# Words for `ranks.COMPARED`, which stand in rows.
 _FIGURES = HEADERS | {
     "compute_time_ns": "kernel time of computation",
     "communication_time_ns": "kernel time of communication",
