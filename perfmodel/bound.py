@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -38,8 +37,6 @@ QUEUED_FRAC = 0.5  # of launches; real traces lie below 0.3 or above 0.75, the f
 IDLE_FRAC = 0.2  # of the device's span; published sweeps have 0.38 and more before the transition, 0.06 and less after
 COPIES_FRAC = 0.5  # of busy time; beyond, the link is the bound and no question of launches
 MIN_LAUNCHES = 10
-
-_EXPECTED_COLUMNS = "expected the columns batch and tklqt_ns (or _us, _ms, _s), numbers"
 
 
 @dataclass(frozen=True)
@@ -96,16 +93,14 @@ def bound(
     `devices` are `joined_work` and `device_table` of the events, if they are known already.
     """
     work = joined_work(events) if work is None else work
-    computing = work.filter(pl.col("kind").is_in(COMPUTING))
-    kernels = computing.filter(pl.col("delay_ns").is_not_null())
+    kernels = work.filter(pl.col("kind").is_in(COMPUTING), pl.col("delay_ns").is_not_null())
     launches = kernels.group_by("launch_row").agg(pl.min("delay_ns"), pl.first("launch_dur_ns"))
     limit_ns = queue_factor * launch_floor_ns
     queue = pl.col("delay_ns") - pl.col("launch_dur_ns")
     queued, median = launches.select((queue > limit_ns).mean().alias("queued"), pl.median("delay_ns")).row(0)
     devices = device_table(work) if devices is None else devices
     busy, span = devices.select(pl.sum("gpu_busy_ns", "gpu_span_ns")).row(0)
-    compute_busy = busy_ns(computing)["busy_ns"].sum()
-    idle, copies = 1 - busy / span if span else None, 1 - compute_busy / busy if busy else None
+    idle, copies = 1 - busy / span if span else None, copies_frac(work, busy)
     label: Label | None = None
     if launches.height < min_launches:
         reason = f"{launches.height} launches of kernels are too few to tell; expected at least {min_launches}"
@@ -133,6 +128,12 @@ def bound(
         copies_frac=copies,
         graph_frac=graph if isinstance(graph, float) else None,
     )
+
+
+def copies_frac(work: pl.DataFrame, gpu_busy_ns: int) -> float | None:
+    """Which part of the devices' busy time is copies and sets without a kernel; null where they were never busy."""
+    computing = busy_ns(work.filter(pl.col("kind").is_in(COMPUTING)))
+    return 1 - int(computing["busy_ns"].sum()) / gpu_busy_ns if gpu_busy_ns else None
 
 
 def is_device_bound(tklqt_ns: float, plateau_ns: float, rule_factor: float = RULE_FACTOR) -> bool:
@@ -176,39 +177,3 @@ def sweep(batches: Sequence[int], metrics: Sequence[LaunchMetrics | float], rule
     )
     first = table.filter(pl.col("label") == "device-bound")["batch"].to_list()[:1]
     return Sweep(table, first[0] if first else None, plateau_ns, rule_factor)
-
-
-def read_sweeps(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
-    """The sweeps in a .csv file, by name: batch sizes and their TKLQT in ns.
-
-    Columns `batch` and `tklqt_ns` (or `_us`, `_ms`, `_s`); columns of text, as a model or a platform, tell several
-    sweeps apart, and with none there is one sweep without a name. A sweep of which no TKLQT is known is left out.
-    Raises InputError when the file has no such columns, no such sweep, or a sweep with gaps.
-    """
-    try:
-        table = pl.read_csv(path)
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); {_EXPECTED_COLUMNS}") from None
-    units = [name.removeprefix("tklqt_") for name in table.columns if name.startswith("tklqt_")]
-    units = [unit for unit in units if text.UNITS.get(unit, ("",))[0] == "ns"]
-    if "batch" not in table.columns or not units:
-        raise InputError(f"{path} has the columns {', '.join(table.columns)}; {_EXPECTED_COLUMNS}")
-    factor, _ = text.to_base(1.0, units[0])
-    tklqt = f"tklqt_{units[0]}"
-    names = [name for name, dtype in table.schema.items() if dtype == pl.String and name not in ("batch", tklqt)]
-    try:
-        rows = table.select(
-            pl.concat_str(names, separator=", ").alias("name") if names else pl.lit("").alias("name"),
-            pl.col("batch").cast(pl.Int64),
-            tklqt_ns=pl.col(tklqt).cast(pl.Float64) * factor,
-        )
-    except pl.exceptions.PolarsError as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); {_EXPECTED_COLUMNS}") from None
-    parts = [part for part in rows.partition_by("name", maintain_order=True) if part["tklqt_ns"].count()]
-    if not parts:
-        raise InputError(f"{path} holds no batch size with a TKLQT; {_EXPECTED_COLUMNS}")
-    if any(sum(part.null_count().row(0)) for part in parts):
-        raise InputError(f"{path} has empty cells; expected a batch size and a TKLQT in every row of a sweep")
-    return {part["name"][0]: (part["batch"].to_list(), part["tklqt_ns"].to_list()) for part in parts}
