@@ -93,16 +93,14 @@ def bound(
     `devices` are `joined_work` and `device_table` of the events, if they are known already.
     """
     work = joined_work(events) if work is None else work
-    computing = work.filter(pl.col("kind").is_in(COMPUTING))
-    kernels = computing.filter(pl.col("delay_ns").is_not_null())
+    kernels = work.filter(pl.col("kind").is_in(COMPUTING), pl.col("delay_ns").is_not_null())
     launches = kernels.group_by("launch_row").agg(pl.min("delay_ns"), pl.first("launch_dur_ns"))
     limit_ns = queue_factor * launch_floor_ns
     queue = pl.col("delay_ns") - pl.col("launch_dur_ns")
     queued, median = launches.select((queue > limit_ns).mean().alias("queued"), pl.median("delay_ns")).row(0)
     devices = device_table(work) if devices is None else devices
     busy, span = devices.select(pl.sum("gpu_busy_ns", "gpu_span_ns")).row(0)
-    compute_busy = busy_ns(computing)["busy_ns"].sum()
-    idle, copies = 1 - busy / span if span else None, 1 - compute_busy / busy if busy else None
+    idle, copies = 1 - busy / span if span else None, copies_frac(work, busy)
     label: Label | None = None
     if launches.height < min_launches:
         reason = f"{launches.height} launches of kernels are too few to tell; expected at least {min_launches}"
@@ -130,6 +128,12 @@ def bound(
         copies_frac=copies,
         graph_frac=graph if isinstance(graph, float) else None,
     )
+
+
+def copies_frac(work: pl.DataFrame, gpu_busy_ns: int) -> float | None:
+    """Which part of the devices' busy time is copies and sets without a kernel; null where they were never busy."""
+    computing = busy_ns(work.filter(pl.col("kind").is_in(COMPUTING)))
+    return 1 - int(computing["busy_ns"].sum()) / gpu_busy_ns if gpu_busy_ns else None
 
 
 def is_device_bound(tklqt_ns: float, plateau_ns: float, rule_factor: float = RULE_FACTOR) -> bool:

@@ -11,13 +11,13 @@ from typing import Any
 import polars as pl
 
 from perfmodel import text
-from perfmodel.bound import COMPUTING, COPIES_FRAC
+from perfmodel.bound import COPIES_FRAC, copies_frac
 from perfmodel.classify import CLASSES, COMMUNICATION
-from perfmodel.fusion import fusion_table
-from perfmodel.groups import STEP_PREFIX
+from perfmodel.fusion import SHORT_LENGTHS, fusion_table
+from perfmodel.groups import profiler_steps
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
-from perfmodel.launch import LaunchMetrics
+from perfmodel.launch import LaunchMetrics, call_starts
 from perfmodel.trace import DEVICE_KINDS
 
 N_FINDINGS = 3
@@ -26,7 +26,6 @@ DOMINANT_FRAC = 0.3  # of the devices' time in one class of kernels
 SMALL_KERNEL_NS = 5_000  # about twice the launch of a null kernel (SKIP, arXiv 2504.11750, Table V)
 MANY_KERNELS = 50
 UNQUEUED_NS = 10_000  # a call and its launch take 2 to 3 us on an idle device (Table V); who waits longer queues
-FUSION_LENGTHS = (2, 4, 8, 16, 32, 64)
 NAME_WIDTH = 60
 
 _CLASS_ADVICE = {
@@ -127,13 +126,9 @@ def gap_causes(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
         waiting_ns=pl.when(called < start).then(dur).when(called >= start).then(0),
     )
     host = events.select("kind", "name", *THREAD, "start_ns", "dur_ns").filter(~pl.col("kind").is_in(DEVICE_KINDS))
-    ranges = host.filter(pl.col("kind") == "range")["name"].unique()
-    steps = ranges.filter(ranges.cast(pl.String).str.starts_with(STEP_PREFIX))
-    host = host.filter(~pl.col("name").is_in(steps.implode()))  # a step holds all, so it says nothing
-    points = parts.select(
-        "rank", process="launch_process", thread="launch_thread", at_ns=start + pl.col("late_ns").fill_null(0) // 2
-    )
-    inner = holders(host, points, THREAD)["innermost"]
+    host = host.filter(~pl.col("name").is_in(profiler_steps(events).implode()))  # a step holds all, so it says nothing
+    middle_of_late = call_starts(parts).with_columns(parts.select(at_ns=start + pl.col("late_ns").fill_null(0) // 2))
+    inner = holders(host, middle_of_late)["innermost"]
     return parts.select(
         *DEVICE,
         "start_ns",
@@ -196,10 +191,9 @@ def _queue(scene: _Scene) -> _Fact | None:
         return None
     queued_ns = int(overlap_ns(merged(scene.work), queued).sum())
     mean_ns = int(queued["dur_ns"].sum()) / queued.height
-    computing = busy_ns(scene.work.filter(pl.col("kind").is_in(COMPUTING)))
-    copies_frac = 1 - int(computing["busy_ns"].sum()) / scene.metrics.gpu_busy_ns
-    is_copying = copies_frac > COPIES_FRAC
-    behind = f"copies and sets ({text.frac(copies_frac)} of busy time)" if is_copying else "a busy device"
+    copying_frac = copies_frac(scene.work, scene.metrics.gpu_busy_ns) or 0
+    is_copying = copying_frac > COPIES_FRAC
+    behind = f"copies and sets ({text.frac(copying_frac)} of busy time)" if is_copying else "a busy device"
     words = (
         f"the device is the bound for {scene.part(queued_ns)} of its time: "
         f"{text.counted(queued.height, 'launched kernel')} queued behind {behind}, {text.ns(mean_ns)} each on "
@@ -276,7 +270,7 @@ def _small_kernels(scene: _Scene) -> _Fact | None:
     idle_ns = (scene.metrics.gpu_span_ns or 0) - scene.metrics.gpu_busy_ns
     if n_kernels < MANY_KERNELS or n_small < 0.5 * n_kernels or not idle_ns:
         return None
-    table = fusion_table(scene.events, FUSION_LENGTHS).drop_nulls("ideal_speedup").sort("ideal_speedup")
+    table = fusion_table(scene.events, SHORT_LENGTHS).drop_nulls("ideal_speedup").sort("ideal_speedup")
     if table.is_empty():
         return None
     best = table.row(-1, named=True)

@@ -15,6 +15,7 @@ from perfmodel.errors import InputError
 # of a CUDA graph recorded as a whole, which keeps its device busy with kernels that cannot be seen.
 KINDS = ("op", "range", "launch", "sync", "call", "kernel", "copy", "set", "replay")
 DEVICE_KINDS = ("kernel", "copy", "set", "replay")
+COPY_KINDS = ("copy", "set")  # what moves or fills memory without computing
 API_KINDS = ("launch", "sync", "call")
 
 EVENTS = pl.Schema(
@@ -36,6 +37,7 @@ EVENTS = pl.Schema(
     }
 )
 
+MAX_RANK = 2**31 - 1  # the highest that the column holds
 MAX_DUR_NS = 7 * 24 * 3600 * 10**9  # a single event longer than a week is a corrupt record (HTA issue 325)
 
 
@@ -77,6 +79,14 @@ def check_events(events: pl.DataFrame) -> None:
     ).item()
     if n_bad:
         raise InputError(f"{n_bad} events have no time, a negative duration, or device work without a device")
+
+
+def plain_name() -> pl.Expr:
+    """What is an event called, whatever its circumstances: its name up to `|`, behind which our collectors write them.
+
+    The same for calls of one operator or range with different batches, say; as text.
+    """
+    return pl.col("name").cast(pl.String).str.split("|").list.first()
 
 
 def cut(trace: Trace, start_ns: int, end_ns: int) -> Trace:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perfmodel.attribution import attributed, by_operator, in_ranges
+from perfmodel.attribution import attributed, by_operator
 from perfmodel.launch import joined_work, launch_metrics
 from perfmodel.readers import read_trace
 from perfmodel.trace import Trace
@@ -97,18 +97,6 @@ def test_an_id_that_repeats_the_link_is_no_operator(offset: int) -> None:
     assert attributed(trace)["operator"].to_list() == [None, None]
     honest = trace.with_columns(external=pl.col("external").replace({71: 75}))
     assert attributed(honest)["operator"].to_list() == ["op", "op"]
-
-
-def test_moments_in_nested_ranges_are_in_all_of_them() -> None:
-    trace = events(
-        launch(5, link=1),
-        {"kind": "range", "start_ns": 0, "dur_ns": 10},
-        {"kind": "range", "start_ns": 2, "dur_ns": 4},
-        {"kind": "range", "start_ns": 0, "dur_ns": 5},
-        {"kind": "range", "start_ns": 0, "dur_ns": 10, "thread": 2},
-    )
-    points = trace.filter(pl.col("kind") == "launch").select("rank", "process", "thread", at_ns="start_ns")
-    assert sorted(in_ranges(trace, points).iter_rows()) == [(0, 1), (0, 2)]
 
 
 CALL = st.tuples(st.integers(0, 40), st.integers(0, 3), st.booleans())

@@ -176,7 +176,7 @@ def _flip(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(at=st.floats(0, 1, exclude_max=True), cut=st.booleans())
 def test_a_damaged_cache_is_never_used_and_is_written_again(
     at: float, cut: bool, tmp_path_factory: pytest.TempPathFactory
@@ -282,7 +282,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(meta=st.dictionaries(st.text(max_size=4), json_values, max_size=3), notes=st.lists(st.text(), max_size=2))
 def test_the_record_survives_exactly(
     meta: dict[str, Any], notes: list[str], tmp_path_factory: pytest.TempPathFactory

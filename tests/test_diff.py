@@ -3,7 +3,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from perfmodel.diff import diff, n_steps
+from perfmodel.diff import diff
 from perfmodel.launch import launch_metrics
 from perfmodel.readers import read_trace
 from perfmodel.trace import Trace
@@ -66,8 +66,8 @@ def test_steps_make_traces_of_different_length_comparable() -> None:
     assert (metrics["n_kernels"], metrics["akd_ns"]) == ((0, 1), (0, 1))
     raw = diff(with_steps(2), trace(kernel(0, 10, name="gemm")))
     assert not raw.per_step and raw.classes["change_ns"].to_list() == [-10]
-    two_ranks = events(*({"kind": "range", "name": "ProfilerStep#1", "start_ns": 0, "rank": r} for r in (0, 1)))
-    assert n_steps(two_ranks) == 1
+    two_ranks = trace(*({"kind": "range", "name": "ProfilerStep#1", "start_ns": 0, "rank": r} for r in (0, 1)))
+    assert diff(two_ranks, two_ranks).n_steps_a == 1  # that several ranks recorded
 
 
 PAIRS = [

@@ -45,9 +45,7 @@ FILES = (
         if (SHARED / name).is_file()
     ),
 )
-MANY = settings(
-    max_examples=N_CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=N_CASES < 1000
-)
+MANY = settings(max_examples=N_CASES, suppress_health_check=list(HealthCheck), derandomize=N_CASES < 1000)
 
 HOST = {"cpu_op": "op", "Operator": "op", "user_annotation": "range"}
 DEVICE = {"kernel": "kernel", "Kernel": "kernel", "gpu_memcpy": "copy", "Memcpy": "copy", "gpu_memset": "set",

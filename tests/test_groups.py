@@ -157,7 +157,7 @@ def made(ranges: list, calls: list, work: list) -> pl.DataFrame:
     return events(*rows)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(RANGES, CALLS, WORK)
 def test_groups_add_up_to_the_trace(ranges: list, calls: list, work: list) -> None:
     trace = made(ranges, calls, work)
@@ -171,7 +171,7 @@ def test_groups_add_up_to_the_trace(ranges: list, calls: list, work: list) -> No
         assert table.columns[-len(FIGURES) :] == list(FIGURES)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(RANGES, CALLS, WORK)
 def test_ranges_hold_the_launches_a_look_at_every_pair_finds(ranges: list, calls: list, work: list) -> None:
     """Kernels by (rank, name) of all ranges around their call, and by the step that began last around it."""

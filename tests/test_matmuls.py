@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel.classify import classify
+from perfmodel.classify import GEMMS, classify
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile, Quantity
-from perfmodel.matmuls import GEMM_CLASSES, launch_points, matmuls, points_on_roof, product_of
+from perfmodel.matmuls import launch_points, matmuls, points_on_roof, product_of
 from perfmodel.readers import read_trace
 from perfmodel.readers.ncu import LAUNCHES
 from perfmodel.trace import Trace
@@ -220,7 +220,7 @@ def test_products_inside_a_grouped_one_tell_its_active_experts() -> None:
     assert (found["bytes"], found["flops"], found["time_ns"]) == (2 * (48 + 12) + 32, 192, 100)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12), st.booleans()), max_size=9))
 def test_the_innermost_product_counts_as_a_slow_search_finds(rows: list[tuple[int, int, bool]]) -> None:
     """Intervals that cross are cut to nest, as calls of one thread do."""
@@ -303,7 +303,7 @@ def test_no_product_of_a_real_trace_beats_its_card(path: Path, peak: float) -> N
     assert np.all(rates < peak)
     assert rates.max() > 0.1 * peak
     kernels = recorded.of_kind("kernel")
-    gemms = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMM_CLASSES))
+    gemms = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMMS))
     assert found["n_kernels"].sum() <= gemms.height
     assert found["time_ns"].sum() <= gemms["dur_ns"].sum()
 

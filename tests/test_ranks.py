@@ -217,7 +217,7 @@ def test_links_stay_within_their_rank(folder: Path, backend: str) -> None:
 ids = st.none() | st.integers(-3, 3) | st.sampled_from([2**62, 2**63 - 1, -(2**63), 2**41])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.lists(st.tuples(ids, ids), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_ids_are_equal_where_rank_and_id_were(all_ranks: list[list[tuple[int | None, int | None]]]) -> None:
     from perfmodel.readers.folder import _as_rank

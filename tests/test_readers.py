@@ -271,7 +271,7 @@ EVENT = st.fixed_dictionaries(
 META = st.dictionaries(st.one_of(WORD, st.sampled_from(["deviceProperties", "INFO"])), VALUE, max_size=3)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(EVENT, max_size=12), st.tuples(META, META), st.sampled_from(["bare", *LAYOUTS]), st.integers(64, 700))
 def test_blocks_give_what_reading_the_whole_document_gives(
     elements: list[dict], around: tuple[dict, dict], layout: str, block_bytes: int
@@ -424,7 +424,7 @@ def is_prefix_by_kind(part: Trace, whole: Trace) -> bool:
     return True
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, len(GOOD) - 1), st.integers(64, 3000))
 def test_a_document_cut_anywhere_is_read_to_the_cut(length: int, block_bytes: int) -> None:
     n_complete = GOOD[:length].count('"ph"') - 1  # the event that the cut goes through may be complete but for a brace

@@ -12,8 +12,10 @@ import typer
 
 from perfmodel import __version__, report, text
 from perfmodel.errors import InputError
-from perfmodel.readers import is_nsys_folder, read_trace
+from perfmodel.readers import is_folder_of_ranks, read_trace
+from perfmodel.readers.folder import read_ranks
 from perfmodel.trace import Trace
+from perfmodel.workers import PROCESSES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,7 +30,9 @@ MAX_WHOLE = 10**12
 LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Top = Annotated[str | None, typer.Option(help="Rows of each table; 10 in text and all in JSON unless given.")]
+Top = Annotated[
+    str | None, typer.Option(help=f"Rows of each table; {report.N_TOP} in text and all in JSON unless given.")
+]
 TracePath = Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")]
 
 
@@ -69,31 +73,19 @@ def note(words: str) -> None:
 def read(
     path: str,
     cache: str | None = None,
-    backend: str = "loky",
+    backend: str = PROCESSES,
     n_workers: int | None = None,
     scheduler: str | None = None,
 ) -> Trace:
     """The trace in a file or a folder of ranks; a person who watches is told that a large one is being read."""
-    if is_ranks(path):
-        from perfmodel.readers.folder import read_ranks
-
-        try:
-            return read_ranks(path, cache, backend, n_workers, scheduler, progress)
-        except InputError as error:
-            raise type(error)(f"{path}: {error}") from None
-        finally:
-            progress("")
-    if Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES:
-        progress(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
     try:
+        if is_folder_of_ranks(Path(path)):
+            return read_ranks(path, cache, backend, n_workers, scheduler, progress)
+        if Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES:
+            progress(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
         return read_trace(path, cache)
     finally:
         progress("")
-
-
-def is_ranks(path: str) -> bool:
-    """Is this a folder with a trace for each rank, and no export of a single one."""
-    return Path(path).is_dir() and not is_nsys_folder(Path(path))
 
 
 def progress(words: str) -> None:

@@ -2,12 +2,14 @@
 
 import shutil
 import tempfile
+from codecs import BOM_UTF8
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 
 from perfmodel.cache import read_cached
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, about
+from perfmodel.readers.folder import read_ranks
 from perfmodel.readers.kineto import read_kineto
 from perfmodel.readers.unpack import is_cut_off, is_packed, unpacked
 from perfmodel.trace import Trace
@@ -47,20 +49,19 @@ def read_trace(path: str | Path, cache: str | Path | None = None) -> Trace:
     Raises InputError, one sentence that says what was found and what was expected, for anything else.
     """
     path = Path(path)
-    try:
-        if path.is_dir() and not is_nsys_folder(path):
-            from perfmodel.readers.folder import read_ranks  # which reads its files with this module
+    with about(path):
+        if not is_folder_of_ranks(path):
+            return _read(path) if cache is None else read_cached(path, cache, _read)
+    return read_ranks(path, cache)
 
-            return read_ranks(path, cache)
-        return _read(path) if cache is None else read_cached(path, cache, _read)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+def is_folder_of_ranks(path: Path) -> bool:
+    """Is this a folder with a trace for each rank, and no export of a single one."""
+    return path.is_dir() and not _is_nsys_folder(path)
 
 
 def _read(path: Path) -> Trace:
-    if is_nsys_folder(path):
+    if _is_nsys_folder(path):
         from perfmodel.readers.nsys import read_nsys_parquet
 
         return read_nsys_parquet(path)
@@ -81,7 +82,7 @@ def _read(path: Path) -> Trace:
         return read_nsys(path)
 
 
-def is_nsys_folder(path: Path) -> bool:
+def _is_nsys_folder(path: Path) -> bool:
     """Is this a folder that `nsys export --type parquetdir` wrote: one Parquet file for each table of a report."""
     return (path / "StringIds.parquet").is_file() or any(path.glob("CUPTI_ACTIVITY_KIND_*.parquet"))
 
@@ -99,7 +100,7 @@ def _refuse_other_files(path: Path, magic: bytes) -> None:
     for start, found in _OTHER_FILES.items():
         if magic.startswith(start):
             raise InputError(found)
-    is_json = magic.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[", b"")
+    is_json = magic.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"[", b"")
     if not is_json and not magic.startswith(SQLITE_MAGIC):
         raise InputError(f"a file that begins with {magic[:16]!r}; {_EXPECTED}")
 

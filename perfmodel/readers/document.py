@@ -2,6 +2,7 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from perfmodel.readers.blocks import (
 )
 
 _ARRAY_KEY = re.compile(rb'"traceEvents"\s*:\s*\[')
-_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*([{\[])")
+_START = re.compile(rb"(?:%b)?\s*([{\[])" % BOM_UTF8)
 _EXPECTED = "expected a PyTorch profiler trace, a JSON document with `traceEvents`"
 
 

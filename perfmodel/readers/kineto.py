@@ -14,7 +14,7 @@ from perfmodel.errors import InputError
 from perfmodel.readers.api import api_kind
 from perfmodel.readers.blocks import BLOCK_BYTES, Stream, lenient
 from perfmodel.readers.document import read_array
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
 HOST_KIND_OF_CATEGORY = {
@@ -146,7 +146,7 @@ def rank_of(meta: Mapping[str, Any]) -> int | None:
     """Which rank of its process group recorded a trace; null where its document does not say."""
     group = meta.get("distributedInfo")
     rank = group.get("rank") if isinstance(group, Mapping) else None
-    return rank if type(rank) is int and 0 <= rank < 2**31 else None
+    return rank if type(rank) is int and 0 <= rank <= MAX_RANK else None
 
 
 @dataclass
