@@ -240,7 +240,7 @@ def _times(trace: Trace, products: pl.DataFrame, work: pl.DataFrame | None) -> p
     kernels = work.filter(pl.col("kind") == "kernel", ~pl.col("is_graph").fill_null(True))
     kernels = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMMS))
     around = products["row"].gather(holders(products, call_starts(kernels))["innermost"])
-    of_kernel = pl.coalesce(pl.when(pl.col("found_by") == "nesting").then(around), "operator_row")
+    of_kernel = pl.coalesce(around, "operator_row")  # an operator that is no product has no row among the products
     times = kernels.group_by(row=of_kernel).agg(n_kernels=pl.len().cast(pl.Int64), time_ns=pl.sum("dur_ns"))
     found = products.select("row").join(times, on="row", how="left", maintain_order="left")
     is_timed = pl.col("time_ns").is_not_null()
