@@ -268,11 +268,13 @@ def launch_points(launches: pl.DataFrame) -> pl.DataFrame:
 def alike(points: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Which points of a roofline cost most, those that agree in `keys` taken together: longest time first.
 
-    Columns `keys`, `flops`, `bytes` and `time_ns` in all, `n_products`, and the rates that follow, as in `matmuls`.
+    Columns `keys`, `flops`, `bytes` (null where those of any are) and `time_ns` in all, `n_products`, and the rates
+    that follow, as in `matmuls`.
     """
+    n_bytes = pl.when(pl.col("bytes").is_not_null().all()).then(pl.sum("bytes"))
     return (
         points.group_by(keys)
-        .agg(pl.sum("flops", "bytes", "time_ns"), n_products=pl.len().cast(pl.Int64))
+        .agg(pl.sum("flops"), n_bytes.alias("bytes"), pl.sum("time_ns"), n_products=pl.len().cast(pl.Int64))
         .with_columns(**_rates())
         .sort("time_ns", *keys, descending=[True, *(False for _ in keys)], nulls_last=True)
     )

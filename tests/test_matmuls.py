@@ -303,7 +303,7 @@ def test_alike_points_are_summed_and_their_rates_are_those_of_the_sums() -> None
         }
     )
     assert alike(points, ["op"]).rows() == [
-        ("bmm", 50, 0, 9, 1, pytest.approx(50 / 9e-9), None),
+        ("bmm", 50, None, 9, 1, pytest.approx(50 / 9e-9), None),
         ("mm", 400, 40, 4, 2, pytest.approx(400 / 4e-9), 10),
     ]
 
