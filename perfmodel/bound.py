@@ -3,6 +3,8 @@
 The rules and their constants are argued in docs/decisions/0009-host-or-device-bound.md.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -154,13 +156,18 @@ def sweep(batches: Sequence[int], metrics: Sequence[LaunchMetrics | float], rule
 
     `metrics` are those of one trace for each batch size, or their TKLQT in ns, as published. Of a trace the first
     kernel of each launch counts, for the others of a graph wait for each other, not for their launch. The smallest
-    batch is the plateau and host-bound by definition. Raises as `transition_batch`.
+    batch is the plateau and host-bound by definition. Raises as `transition_batch`, and on a batch size given twice.
     """
     if len(batches) != len(metrics) or not batches:
         raise InputError(
             f"found {len(batches)} batch sizes and {len(metrics)} values of TKLQT; expected as many, not 0"
         )
     tklqt_ns = [float(m.tklqt_first_kernel_ns if isinstance(m, LaunchMetrics) else m) for m in metrics]
+    repeated = [str(batch) for batch, n in Counter(batches).items() if n > 1]
+    if repeated:
+        raise InputError(f"found the batch size {repeated[0]} more than once; expected one value of TKLQT for each")
+    if min(batches) < 1 or not all(map(math.isfinite, tklqt_ns)):
+        raise InputError("found a batch size below 1 or a TKLQT that is no number; expected numbers in every row")
     rows = sorted(zip(batches, tklqt_ns, strict=True))
     plateau_ns = rows[0][1]
     labels = ["device-bound" if is_device_bound(t, plateau_ns, rule_factor) else "host-bound" for _, t in rows]

@@ -55,14 +55,15 @@ class TraceDiff:
         """Whether changes and ratios are per step."""
         return self.n_steps_a > 0 and self.n_steps_b > 0
 
-    def to_json(self) -> dict[str, Any]:
-        """The comparison as a dict that JSON can hold."""
+    def to_json(self, n_top: int | None = None) -> dict[str, Any]:
+        """The comparison as a dict that JSON can hold: all metrics, and the other tables cut after `n_top` rows."""
+        classes, operators = (t if n_top is None else t.head(n_top) for t in (self.classes, self.operators))
         return {
             "n_steps_a": self.n_steps_a,
             "n_steps_b": self.n_steps_b,
             "metrics": self.metrics.to_dicts(),
-            "classes": self.classes.to_dicts(),
-            "operators": self.operators.to_dicts(),
+            "classes": classes.to_dicts(),
+            "operators": operators.to_dicts(),
         }
 
 

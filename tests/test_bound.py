@@ -163,6 +163,24 @@ def test_a_sweep_of_traces() -> None:
     assert (found.transition_batch, found.plateau_ns) == (4, 500_000)
 
 
+@pytest.mark.parametrize(
+    ("batches", "tklqt_ns", "words"),
+    [
+        ([1, 8, 8], [1.0, 2.0, 9e9], "the batch size 8 more than once"),
+        ([1, 2], [1.0, float("nan")], "no number"),
+        ([1, 2], [1.0, float("inf")], "no number"),
+        ([0, 2], [1.0, 1.0], "below 1"),
+    ],
+)
+def test_a_sweep_that_says_nothing_is_refused(batches: list[int], tklqt_ns: list[float], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        sweep(batches, tklqt_ns)
+
+
+def test_batches_may_come_in_any_order() -> None:
+    assert transition_batch([32, 1, 8], [9e9, 1.0, 2.0]) == 32
+
+
 def test_tables_of_sweeps(tmp_path: Path) -> None:
     table = tmp_path / "sweep.csv"
     table.write_text("batch,tklqt_ms\n8,2.5\n1,1\n")

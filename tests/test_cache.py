@@ -349,3 +349,14 @@ def test_a_source_that_changes_while_it_is_read_is_not_cached(source: Path) -> N
 
     read_cached(source, "beside", read)
     assert not list(source.parent.glob(f"*{SUFFIX}"))
+
+
+def test_a_pipe_is_read_and_not_kept(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    document = json.dumps({"traceEvents": [complete("cpu_op", "a", 1, 1)]})
+    writer = threading.Thread(target=lambda: pipe.write_text(document))
+    writer.start()
+    trace = read_trace(pipe, cache="beside")
+    writer.join()
+    assert trace.events.height == 1 and list(tmp_path.iterdir()) == [pipe]

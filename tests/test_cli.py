@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -401,3 +402,56 @@ def test_version_and_help() -> None:
 
 def test_shipped_captures_are_found() -> None:
     assert shipped_captures()
+
+
+# --- terminals, pipes and places of every kind ------------------------------------------------------------------------
+
+
+def test_a_terminal_that_knows_few_characters_gets_others(trace: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "perfmodel", "analyze"]
+    done = subprocess.run([*command, str(trace)], cwd=ROOT, capture_output=True, env=env, check=True)
+    page = run("analyze", str(trace)).stdout
+    assert "µs" in page and done.stdout.decode("ascii") == page.replace("µ", "u").replace("…", "~")
+    done = subprocess.run([*command, str(tmp_path / "né")], cwd=ROOT, capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stderr.decode("ascii").count("\n")) == (2, 1) and b"n?: cannot" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["0<&-", ">&-", "2>&-", "0<&- >&- 2>&-"])
+def test_closed_streams_are_no_defect(closed: str, trace: Path) -> None:
+    command = f'"{sys.executable}" -m perfmodel analyze "$1" {closed}'
+    done = subprocess.run(["sh", "-c", command, "sh", str(trace)], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("words", [("--help",), ("analyze", "TRACE", "--json"), ("list",)])
+def test_whoever_reads_may_leave(words: tuple[str, ...], trace: Path) -> None:
+    words = tuple(word.replace("TRACE", str(trace)) for word in words)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "perfmodel", *words], cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_name_of_several_lines_is_refused_in_one() -> None:
+    assert refused("analyze", "no\nsuch").count("\n") == 1
+
+
+def test_export_never_replaces_what_it_reads(trace: Path, tmp_path: Path) -> None:
+    source, link = tmp_path / "trace.json", tmp_path / "link.json"
+    source.write_bytes(trace.read_bytes())
+    link.symlink_to(source)
+    for target in (source, link):
+        assert "is the trace itself" in refused("export", str(source), "--perfetto", str(target))
+    assert "lies in the folder" in refused("export", str(tmp_path), "--perfetto", str(tmp_path / "view.json"))
+    assert "expected the name" in refused("export", str(source), "--perfetto", "")
+    assert source.read_bytes() == trace.read_bytes() and set(tmp_path.iterdir()) == {source, link}
+
+
+def test_a_table_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "sweep.csv"
+    table.write_text("batch,tklqt_ns\n1,10\n2,NaN\n")
+    assert "no number" in refused("sweep", str(table), "--json")

@@ -95,3 +95,12 @@ def test_sides_sum_to_their_traces(names: tuple[str, str], shared: Path) -> None
     assert set(same.metrics["ratio"].drop_nulls()) == {1.0}
     assert same.operators["change_ns"].abs().sum() == 0
     assert same.classes.filter(pl.col("ratio") != 1).is_empty()
+
+
+def test_json_holds_as_many_rows_as_are_asked_for() -> None:
+    ops = [{"kind": "op", "name": name, "start_ns": 0, "dur_ns": 1} for name in "abc"]
+    trace = Trace(events(*ops, kernel(10, 5, name="gemm"), kernel(20, 5, name="flash")), "kineto", 5)
+    found = diff(trace, trace)
+    whole, first = found.to_json(), found.to_json(1)
+    assert first == {**whole, "classes": whole["classes"][:1], "operators": whole["operators"][:1]}
+    assert (len(whole["classes"]), len(whole["operators"])) == (2, 4)

@@ -123,11 +123,13 @@ def expected_rows(elements: list[Any]) -> tuple[list[Row], int]:
         name = e.get("name")
         name = "unknown" if name in (None, "") else str(name)
         rows.append((kind, name, start, max(dur, 0), device, whole(args.get("correlation"), in_text=False)))
-    if any(r[2] == 0 for r in rows):
-        others = [r for r in rows if r[2] != 0]
-        if others and all(r[2] > MAX_DUR_NS for r in others):
-            n_unusable += len(rows) - len(others)
-            rows = others
+    starts = sorted(r[2] for r in rows)
+    if starts and starts[-1] - starts[0] > MAX_DUR_NS:
+        recorded = [start for start in starts if start != 0]
+        middle = recorded[(len(recorded) - 1) // 2]
+        near = [r for r in rows if abs(r[2] - middle) <= MAX_DUR_NS]
+        n_unusable += len(rows) - len(near)
+        rows = near
     return rows, n_unusable
 
 

@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import threading
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -233,3 +235,34 @@ def test_added_lines_add_up_to_the_metrics(row: dict[str, str], shared: Path) ->
     )
     assert by_class == dict(class_shares(trace.events).select(pl.col("class").cast(pl.String), "n_kernels").iter_rows())
     assert table.filter(pl.col("kind").is_not_null()).height == trace.events.height
+
+
+# --- what lies under the name already --------------------------------------------------------------------------------
+
+
+def test_a_pipe_is_written_to_and_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe.json", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    export_perfetto(Trace(events(kernel(10, 5)), "kineto", 1), pipe)
+    reader.join()
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    assert json.loads(read[0])["traceEvents"]
+
+
+def test_a_link_stays_and_leads_to_the_new_file(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    exported(Trace(events(kernel(10, 5)), "kineto", 1), link)
+    assert link.is_symlink() and json.loads(target.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "x" * 256, "no/such/folder.json"])
+def test_a_name_that_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    before = set(tmp_path.parent.iterdir())
+    with pytest.raises(InputError, match="cannot write"):
+        export_perfetto(Trace(events(kernel(10, 5)), "kineto", 1), tmp_path / name)
+    assert not list(tmp_path.iterdir()) and set(tmp_path.parent.iterdir()) == before
+    exported(Trace(events(kernel(10, 5)), "kineto", 1), tmp_path / ("x" * 255))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -51,8 +52,12 @@ def _root(
 
 
 def print_words(words: str) -> None:
-    """Print what a command found, on stdout."""
-    sys.stdout.write(words + "\n")
+    """Print what a command found, on stdout; whoever reads it may leave, which changes no exit code."""
+    try:
+        sys.stdout.write(words + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:

@@ -106,12 +106,12 @@ def diff_command(
     as_json: Json = False,
 ) -> None:
     """What differs between two traces: launch metrics, kernel classes and operators, not kernel names."""
+    n_top = whole(top, "--top") if top else None
     found = diff(read(a), read(b))
-    n_top = whole(top, "--top") if top else report.N_TOP
     if as_json:
-        print_json(found.to_json())
+        print_json(found.to_json(n_top))
     else:
-        print_words(report.diff_page(found, (Path(a).name, Path(b).name), n_top, width()))
+        print_words(report.diff_page(found, (Path(a).name, Path(b).name), n_top or report.N_TOP, width()))
 
 
 @app.command(name="fusion")
@@ -178,5 +178,19 @@ def export(
     perfetto: Annotated[str, typer.Option(help="File to write for ui.perfetto.dev: .json, or .json.gz to pack it.")],
 ) -> None:
     """Write the trace for a viewer, with lines added that say what waited: launch delay, queueing, idle, classes."""
+    _refuse_source(trace, perfetto)
     n_slices = export_perfetto(read(trace), perfetto)
     note(f"wrote {text.count(n_slices)} slices to {perfetto}; open it at https://ui.perfetto.dev")
+
+
+def _refuse_source(trace: str, target: str) -> None:
+    """Raise InputError where writing would replace what is read, or add a file to a folder of ranks."""
+    if not target:
+        raise InputError("--perfetto is '', expected the name of a file")
+    source, written = Path(trace).resolve(), Path(target).resolve()
+    if source.is_file() and written.exists() and source.samefile(written):
+        raise InputError(f"{target} is the trace itself, which would be lost; give another name")
+    if source.is_dir() and written.is_relative_to(source) and not written.is_dir():
+        raise InputError(
+            f"{target} lies in the folder of the trace, where it would count as a rank; give another place"
+        )

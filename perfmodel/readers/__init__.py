@@ -19,12 +19,18 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 NSYS_REPORTS = (".nsys-rep", ".qdrep")
 
 _EXPECTED = "expected a PyTorch profiler trace (.json, .json.gz) or an Nsight Systems export (.sqlite)"
-_COUNTERS = "counters of Nsight Compute, which hold no trace; `perfmodel.readers.ncu.read_ncu` reads them"
+_COUNTERS = (
+    "counters of Nsight Compute, which hold no trace; give them beside one, `perfmodel analyze TRACE --ncu FILE`"
+)
+_PICKLE = f"a Python pickle, such as a memory snapshot of torch.cuda; {_EXPECTED}"
 # First bytes of files that people hand over instead of a trace -> what they are and what to do.
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the trace itself; fetch the file with `git lfs pull`",
     b"==PROF==": _COUNTERS,
     b'"ID","Process ID"': _COUNTERS,
+    b"\x80\x04": _PICKLE,
+    b"\x80\x05": _PICKLE,
+    b"<": f"a page of HTML or XML, as failed downloads and memory timelines are; {_EXPECTED}",
     b"PAR1": f"a Parquet file; {_EXPECTED}",
 }
 # Suffix -> what to do; these formats have no open reader.

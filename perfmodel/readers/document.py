@@ -130,6 +130,8 @@ def _refuse_broken(first: bytes, is_cut_off: bool) -> None:
             f"the file is cut off: it ends before any event is complete ({begins}). Was the process killed while it "
             "wrote? Record or copy the file again"
         )
+    if first[:1] == b"[":
+        raise InputError("found an array of arrays, as memory timelines are; expected events, {...}")
     raise InputError(f"not valid JSON: {begins} and none can be read; expected events, {{...}}")
 
 

@@ -125,8 +125,10 @@ def n_workers_for(files: Sequence[Path], backend: str, n_workers: int | None) ->
     """How many workers reading some files is worth: what is asked for, else no more processes than pay."""
     if backend == "sequential":
         return 1
-    if n_workers is not None or backend != PROCESSES:
+    if backend != PROCESSES:
         return n_workers
+    if n_workers is not None:
+        return min(n_workers, len(files))
     from joblib import cpu_count
 
     n_bytes = sum(file.stat().st_size for file in files)
@@ -225,11 +227,11 @@ def _split(folder: Path) -> tuple[list[Path], list[Path]]:
     """The traces that lie in one folder, each once, and its other files."""
     by_stem: dict[str, list[Path]] = {}
     others = []
-    for entry in sorted((entry for entry in folder.iterdir() if entry.is_file()), key=_natural):
+    for entry in sorted((entry for entry in folder.iterdir() if not entry.is_dir()), key=_natural):
         if entry.name.startswith(".") or entry.name.endswith(SUFFIX):
             continue
         stem, kind = _stem(entry.name)
-        if kind in _FORMATS and not _is_other_document(entry):
+        if entry.is_file() and kind in _FORMATS and not _is_other_document(entry):  # no pipe, no link to nothing
             by_stem.setdefault(stem, []).append(entry)
         else:
             others.append(entry)

@@ -17,7 +17,13 @@ from perfmodel.readers.document import read_array
 from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
-HOST_KIND_OF_CATEGORY = {"cpu_op": "op", "Operator": "op", "user_annotation": "range", "Runtime": "call"}
+HOST_KIND_OF_CATEGORY = {
+    "cpu_op": "op",
+    "Operator": "op",
+    "user_annotation": "range",
+    "Runtime": "call",
+    "hpu_op": "call",
+}
 DEVICE_KIND_OF_CATEGORY = {
     "kernel": "kernel",
     "Kernel": "kernel",
@@ -124,7 +130,7 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
     rank = rank_of(rest.meta)
     ranked = [frame.with_columns(_repeated("rank", rank, frame.height)) for frame in frames]
     # Not rechunked: the pieces stay where they are, and the table never stands in memory twice.
-    events = _without_zero_starts(pl.concat(ranked, rechunk=False))
+    events = _with_launches(_at_true_times(pl.concat(ranked, rechunk=False)))
     return Trace(
         events,
         "kineto",
@@ -328,14 +334,31 @@ def _usable(events: pl.DataFrame) -> pl.DataFrame:
     return events if usable.all() else events.filter(usable)  # a filter that keeps all rows would copy them
 
 
-def _without_zero_starts(events: pl.DataFrame) -> pl.DataFrame:
-    """The events without those at time 0 in a trace whose clock stands far from 0: their start was never recorded."""
-    is_zero = pl.col("start_ns") == 0
-    if not events.select(is_zero.any()).item():
+def _at_true_times(events: pl.DataFrame) -> pl.DataFrame:
+    """The events without those more than a week from the others: their start was never recorded (0) or is damaged.
+
+    One of them would make every idle time years long. The others are where the median of the starts other than 0 is.
+    """
+    first, last = events.select(first=pl.min("start_ns"), last=pl.max("start_ns")).row(0)
+    if first is None or last - first <= MAX_DUR_NS:
         return events  # a filter that keeps all rows would copy them
-    others = events.filter(~is_zero)
-    is_far = not others.is_empty() and not (others["start_ns"] <= MAX_DUR_NS).any()
-    return others if is_far else events
+    middle = int(events["start_ns"].filter(events["start_ns"] != 0).quantile(0.5, "lower") or 0)
+    near = pl.col("start_ns").is_between(max(middle - MAX_DUR_NS, -_MAX_INT64), min(middle + MAX_DUR_NS, _MAX_INT64))
+    return events.filter(near)
+
+
+def _with_launches(events: pl.DataFrame) -> pl.DataFrame:
+    """EVENTS in which a call of a name we do not know is a launch if device work bears its link."""
+    linked = events.select("kind", "link", row=pl.int_range(pl.len())).drop_nulls("link")
+    calls = linked.filter(pl.col("kind") == "call")
+    if calls.is_empty():
+        return events
+    launches = calls.join(linked.filter(pl.col("kind").is_in(DEVICE_KINDS)), on="link", how="semi")["row"]
+    if launches.is_empty():
+        return events
+    is_launch = pl.int_range(pl.len()).is_in(launches.implode())
+    kind = pl.when(is_launch).then(pl.lit("launch", EVENTS["kind"])).otherwise("kind")
+    return events.with_columns(kind.alias("kind"))
 
 
 def _mended(text: str) -> Event | None:
