@@ -262,5 +262,5 @@ def test_files_that_are_not_there_and_counters_in_place_of_a_trace(tmp_path: Pat
     for lines in ([*PRINTED[:1], *raw_page(FULL)], raw_page(FULL)):
         path = tmp_path / "synthetic.csv"
         path.write_text("\n".join(lines))
-        with pytest.raises(InputError, match=r"counters of Nsight Compute.*read_ncu"):
+        with pytest.raises(InputError, match=r"counters of Nsight Compute.*--ncu FILE"):
             read_trace(path)
