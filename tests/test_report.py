@@ -7,6 +7,7 @@ from perfmodel import report
 from perfmodel.analysis import analyse
 from perfmodel.diff import diff
 from perfmodel.hardware import hardware
+from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary
 from perfmodel.readers import read_trace
 from perfmodel.trace import Trace
 from tests.traces_made import events, golden_rows, kernel, launch
@@ -31,6 +32,49 @@ def test_what_belongs_to_no_group_is_a_row_that_says_so() -> None:
     )
     page = report.trace_page(analyse(Trace(table, "kineto", 5), by="step"), "made")
     assert "ProfilerStep#1" in page and "(elsewhere)" in page
+
+
+def made(*rows: dict) -> Trace:
+    return Trace(events(*rows), "kineto", len(rows))
+
+
+def test_steps_stand_on_the_page_where_there_are_several() -> None:
+    steps = [{"kind": "range", "name": f"ProfilerStep#{i}", "start_ns": 10 * i, "dur_ns": 10} for i in range(2)]
+    rows = (launch(1, link=1), kernel(5, link=1), launch(12, link=2), kernel(15, link=2), kernel(30, link=9))
+    found = analyse(made(*steps, *rows))
+    assert found.steps.select("name", "n_kernels").rows() == [("ProfilerStep#0", 1), ("ProfilerStep#1", 1)]
+    assert "\nsteps           launches" in report.trace_page(found, "made")
+    assert "\nsteps " not in report.trace_page(analyse(made(steps[0], *rows)), "made")
+
+
+def test_clocks_that_disagree_are_said() -> None:
+    page = report.trace_page(analyse(made(launch(10, link=1), kernel(5, link=1))), "made")
+    assert "note: 1 kernel started before their launch call: host and device clocks disagree" in page
+
+
+def test_products_that_took_no_known_time_are_not_listed() -> None:
+    product = {"kind": "op", "name": "aten::mm", "start_ns": 0, "dur_ns": 9, "inputs": '[[[4, 8], [8, 2]], ["float"]]'}
+    assert analyse(made(product, kernel(50, 5, link=9, name="gemm"))).products.is_empty()
+    timed = analyse(made(product, launch(1, link=1), kernel(50, 5, link=1, name="gemm")))
+    assert timed.products["time_ns"].to_list() == [5]
+
+
+def test_what_a_page_of_two_traces_leaves_out_is_summed() -> None:
+    a = made(*(kernel(10 * i, 2**i, name=name) for i, name in enumerate(("gemm", "relu", "softmax", "nccl"))))
+    page = report.diff_page(diff(a, made(kernel(0, 1, name="gemm"))), ("a", "b"), 2)
+    (rest,) = (line.split() for line in page.split("\n") if line.startswith("(2 more)"))
+    assert rest == ["(2", "more)", "2", "1", "3.00", "ns", "1.00", "ns", "-2.00", "ns", "-"]
+
+
+def test_ranks_that_compute_equally_long_hold_up_nobody() -> None:
+    def page(*compute_ns: int) -> str:
+        rows = [{"rank": i, "file": str(i), "compute_time_ns": ns} for i, ns in enumerate(compute_ns)]
+        counts = dict.fromkeys(("n_events", "n_dropped", "n_repaired", "n_kernels", "n_kernels_joined"), 1)
+        ranks = pl.DataFrame([row | counts for row in rows], RANKS)
+        return report.ranks_page(RankSummary("run", ranks, pl.DataFrame(schema=CLASSES_OF_RANKS), (), {}, (), (), None))
+
+    assert "Ranks compute equally long: the longest, rank 2, is 4.0 % above the median of 100 ns." in page(98, 100, 104)
+    assert "Rank 2 holds up the others" in page(98, 100, 106)
 
 
 def test_findings_are_numbered_sentences_with_advice() -> None:
