@@ -240,7 +240,7 @@ def _times(trace: Trace, products: pl.DataFrame, work: pl.DataFrame | None) -> p
     kernels = work.filter(pl.col("kind") == "kernel", ~pl.col("is_graph").fill_null(True))
     kernels = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMMS))
     around = products["row"].gather(holders(products, call_starts(kernels))["innermost"])
-    of_kernel = pl.coalesce(pl.when(pl.col("found_by") == "nesting").then(around), "operator_row")
+    of_kernel = pl.coalesce(around, "operator_row")  # an operator that is no product has no row among the products
     times = kernels.group_by(row=of_kernel).agg(n_kernels=pl.len().cast(pl.Int64), time_ns=pl.sum("dur_ns"))
     found = products.select("row").join(times, on="row", how="left", maintain_order="left")
     is_timed = pl.col("time_ns").is_not_null()
@@ -268,11 +268,13 @@ def launch_points(launches: pl.DataFrame) -> pl.DataFrame:
 def alike(points: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Which points of a roofline cost most, those that agree in `keys` taken together: longest time first.
 
-    Columns `keys`, `flops`, `bytes` and `time_ns` in all, `n_products`, and the rates that follow, as in `matmuls`.
+    Columns `keys`, `flops`, `bytes` (null where those of any are) and `time_ns` in all, `n_products`, and the rates
+    that follow, as in `matmuls`.
     """
+    n_bytes = pl.when(pl.col("bytes").is_not_null().all()).then(pl.sum("bytes"))
     return (
         points.group_by(keys)
-        .agg(pl.sum("flops", "bytes", "time_ns"), n_products=pl.len().cast(pl.Int64))
+        .agg(pl.sum("flops"), n_bytes.alias("bytes"), pl.sum("time_ns"), n_products=pl.len().cast(pl.Int64))
         .with_columns(**_rates())
         .sort("time_ns", *keys, descending=[True, *(False for _ in keys)], nulls_last=True)
     )

@@ -89,6 +89,18 @@ def test_an_id_tells_the_operator_where_nesting_does_not() -> None:
     assert dict(parts.select("part", "n_kernels").iter_rows()) == {"operator": 2, "orphan": 3}
 
 
+def test_operators_inside_that_overlap_leave_no_negative_time() -> None:
+    trace = events(op(0, 10, "outer"), op(1, 6, "inner"), op(3, 6, "inner"))
+    assert dict(by_operator(trace).select("name", "self_ns").iter_rows()) == {"inner": 12, "outer": 0}
+
+
+def test_a_single_id_may_lie_anywhere_but_on_its_link() -> None:
+    def owner(link: int) -> list[str | None]:
+        return attributed(events(op(0, 5, external=70), kernel(60, link=link, external=70)))["operator"].to_list()
+
+    assert (owner(71), owner(70)) == (["op"], [None])
+
+
 @pytest.mark.parametrize("offset", [0, 7 * 2**32])
 def test_an_id_that_repeats_the_link_is_no_operator(offset: int) -> None:
     """Old profilers wrote the correlation id twice; links of a later rank are moved by a constant."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from perfmodel.classify import GEMMS, classify
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile, Quantity
-from perfmodel.matmuls import launch_points, matmuls, points_on_roof, product_of
+from perfmodel.matmuls import alike, launch_points, matmuls, points_on_roof, product_of
 from perfmodel.readers import read_trace
 from perfmodel.readers.ncu import LAUNCHES
 from perfmodel.trace import Trace
@@ -220,6 +220,12 @@ def test_products_inside_a_grouped_one_tell_its_active_experts() -> None:
     assert (found["bytes"], found["flops"], found["time_ns"]) == (2 * (48 + 12) + 32, 192, 100)
 
 
+def test_more_products_inside_than_experts_tell_nothing() -> None:
+    inner = [op("aten::mm", 10 * i, 5, inputs([2, 8], [8, 2])) for i in range(1, 5)]
+    found = only(matmuls(trace(GROUPED_OP, *inner)))
+    assert (found["n_active"], found["counts_from"], found["is_upper_bound"]) == (None, None, True)
+
+
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12), st.booleans()), max_size=9))
 def test_the_innermost_product_counts_as_a_slow_search_finds(rows: list[tuple[int, int, bool]]) -> None:
@@ -285,6 +291,21 @@ def test_kernels_that_nsight_compute_counted_are_points_too() -> None:
     assert roof.select("roof_frac", "bound").rows() == [(pytest.approx(0.5), "compute")]
     with pytest.raises(InputError, match=r"has all of flops, dram_bytes; collect with `ncu --set roofline --metrics"):
         launch_points(pl.DataFrame([blank | {"duration_ns": 1.0}], LAUNCHES))
+
+
+def test_alike_points_are_summed_and_their_rates_are_those_of_the_sums() -> None:
+    points = pl.DataFrame(
+        {
+            "op": ["mm", "mm", "bmm"],
+            "flops": [100, 300, 50],
+            "bytes": [10, 30, None],
+            "time_ns": [1, 3, 9],
+        }
+    )
+    assert alike(points, ["op"]).rows() == [
+        ("bmm", 50, None, 9, 1, pytest.approx(50 / 9e-9), None),
+        ("mm", 400, 40, 4, 2, pytest.approx(400 / 4e-9), 10),
+    ]
 
 
 # --- real traces -----------------------------------------------------------------------------------------------------

@@ -106,6 +106,28 @@ def test_arrows_lead_from_each_call_to_its_kernels_and_not_back_in_time(tmp_path
     assert sum(line.startswith("launch delay") for line, *_ in drawn(document)) == 2
 
 
+def test_kernels_of_a_class_that_touch_are_one_bar(tmp_path: Path) -> None:
+    touching = events(*(kernel(start, 1000, name="gemm") for start in (1000, 2000, 5000)))
+    bars = drawn(exported(Trace(touching, "kineto", 3), tmp_path / "out.json"))
+    assert [bar for bar in bars if bar[0] == "class gemm"] == [
+        ("class gemm", "gemm", 1, 2),
+        ("class gemm", "gemm", 5, 1),
+    ]
+
+
+def test_no_line_has_the_number_0_which_a_viewer_takes_for_none(tmp_path: Path) -> None:
+    rows = [{"kind": "op", "start_ns": start, "process": start, "thread": start} for start in (0, 1)]
+    document = exported(Trace(events(*rows, kernel(5)), "kineto", 3), tmp_path / "out.json")
+    places = [(e["pid"], e["tid"]) for e in document["traceEvents"] if e["ph"] == "X"]
+    assert len(set(places)) == 4  # two threads, a stream, and the line of its class
+    assert min(number for place in places for number in place) == 1
+
+
+def test_a_moment_at_which_a_counter_stays_the_same_is_no_row() -> None:
+    waiting = events(launch(1, link=1), launch(9, link=2), kernel(10, link=1), kernel(15, link=2))
+    assert counters(waiting).select("at_ns", "value").rows() == [(2, 1), (15, 0)]
+
+
 def test_counters_hold_until_the_next_row() -> None:
     table = counters(WAITING).select("name", "at_ns", "value")
     assert table.rows() == [

@@ -289,6 +289,17 @@ def test_blocks_give_what_reading_the_whole_document_gives(
     assert (rest.n_mended, rest.n_damaged) == (0, 0)
 
 
+def test_what_stands_behind_the_events_is_read_however_long_it_is() -> None:
+    tail = {"names": ["x" * 100] * 100, "last": 1}
+    assert read({"traceEvents": [complete("cpu_op", "a", 0, 1)], **tail}).meta == tail
+
+
+def test_mended_keys_beside_the_events_count_as_one_repair() -> None:
+    trace = read('{"traceEvents": [' + json.dumps(complete("cpu_op", "a", 0, 1)) + '], "a": "tab\there", "b": "C:\\q"}')
+    assert trace.meta == {"a": "tab\there", "b": "C:\\q"}
+    assert (trace.n_repaired, trace.notes) == (1, ())
+
+
 def test_an_event_larger_than_a_block_is_read_whole() -> None:
     long = complete("cpu_op", "n" * 5160, 1, 1, shapes=[{"name": "a"}, {"name": "b"}] * 500)
     trace = read([complete("cpu_op", "a", 0, 1), long, complete("cpu_op", "b", 3, 1)], block_bytes=100)

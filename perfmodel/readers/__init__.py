@@ -19,9 +19,8 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 NSYS_REPORTS = (".nsys-rep", ".qdrep")
 
 _EXPECTED = "expected a PyTorch profiler trace (.json, .json.gz) or an Nsight Systems export (.sqlite)"
-_COUNTERS = (
-    "counters of Nsight Compute, which hold no trace; give them beside one, `perfmodel analyze TRACE --ncu FILE`"
-)
+_BESIDE_TRACE = "give them beside one, `perfmodel analyze TRACE --ncu FILE`"
+_COUNTERS = f"counters of Nsight Compute, which hold no trace; {_BESIDE_TRACE}"
 _PICKLE = f"a Python pickle, such as a memory snapshot of torch.cuda; {_EXPECTED}"
 # First bytes of files that people hand over instead of a trace -> what they are and what to do.
 _OTHER_FILES = {
@@ -36,7 +35,7 @@ _OTHER_FILES = {
 # Suffix -> what to do; these formats have no open reader.
 _OTHER_SUFFIXES = {
     ".ncu-rep": "an Nsight Compute report, which times single kernels and holds no trace; record one with nsys "
-    "or torch, or export the counters with `ncu --import {name} --csv --page raw` for `perfmodel.readers.ncu.read_ncu`",
+    "or torch, or export the counters with `ncu --import {name} --csv --page raw` and " + _BESIDE_TRACE,
 }
 
 

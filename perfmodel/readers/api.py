@@ -8,7 +8,6 @@ from functools import lru_cache
 _LAUNCH = re.compile(
     r"launch(?!hostfunc)|mem(?:cpy|set)(?!node|.*node)|memoryco?py|memory(?:copy|fill)|memprefetch|runfunction", re.I
 )
-_NOT_LAUNCH = re.compile(r"graph(?:add|exec(?!ute)|instantiate|kernelnode|mem)|hostfunc|occupancy|getattr", re.I)
 # Calls in which the host waits until the device has done something; cudaStreamWaitEvent makes only a stream wait.
 _SYNC = re.compile(r"synchronize|^(?:ur|pi)events?wait|queuefinish", re.I)
 
@@ -18,4 +17,4 @@ def api_kind(name: str) -> str:
     """Which kind of EVENTS is a call of this name: `sync`, `launch`, or `call` for any other."""
     if _SYNC.search(name):
         return "sync"
-    return "launch" if _LAUNCH.search(name) and not _NOT_LAUNCH.search(name) else "call"
+    return "launch" if _LAUNCH.search(name) else "call"
