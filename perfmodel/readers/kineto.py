@@ -14,7 +14,7 @@ from perfmodel.errors import InputError
 from perfmodel.readers.api import api_kind
 from perfmodel.readers.blocks import BLOCK_BYTES, Stream, lenient
 from perfmodel.readers.document import read_array
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
 HOST_KIND_OF_CATEGORY = {"cpu_op": "op", "Operator": "op", "user_annotation": "range", "Runtime": "call"}
@@ -122,7 +122,7 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
             + "".join(f"; {note}" for note in rest.notes)
         )
     rank = rank_of(rest.meta)
-    ranked = [frame.with_columns(_repeated("rank", rank, frame.height)) for frame in frames]
+    ranked = [frame.with_columns(repeated("rank", rank, frame.height)) for frame in frames]
     # Not rechunked: the pieces stay where they are, and the table never stands in memory twice.
     events = _without_zero_starts(pl.concat(ranked, rechunk=False))
     return Trace(
@@ -236,15 +236,10 @@ def _rows(kept: _Kept, **columns: pl.Series) -> pl.DataFrame:
     n_rows = len(kept.kinds)
     return pl.DataFrame(
         [
-            columns[name].cast(dtype).alias(name) if name in columns else _repeated(name, None, n_rows)
+            columns[name].cast(dtype).alias(name) if name in columns else repeated(name, None, n_rows)
             for name, dtype in EVENTS.items()
         ]
     )
-
-
-def _repeated(name: str, value: int | None, n_rows: int) -> pl.Series:
-    """A column of EVENTS with one value, written out: tables whose columns differ in their pieces are copied whole."""
-    return pl.repeat(value, n_rows, dtype=EVENTS[name], eager=True).alias(name)
 
 
 def _lines(texts: Sequence[bytes | msgspec.Raw]) -> bytes:
