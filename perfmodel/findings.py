@@ -18,6 +18,7 @@ from perfmodel.groups import STEP_PREFIX
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
 from perfmodel.launch import LaunchMetrics
+from perfmodel.overhead import idle_beside_overhead_ns, profiler_overhead
 from perfmodel.trace import DEVICE_KINDS
 
 N_FINDINGS = 3
@@ -313,6 +314,27 @@ def _replays(scene: _Scene) -> _Fact | None:
     return "hidden_graphs", hidden_ns, words, "record with `nsys profile --cuda-graph-trace=node`"
 
 
+def _overhead(scene: _Scene) -> _Fact | None:
+    table = profiler_overhead(scene.events, scene.work)
+    if table.is_empty():
+        return None
+    idle_ns = idle_beside_overhead_ns(scene.events, scene.work)
+    top = table.sort("idle_ns", "name", descending=[True, False]).row(0, named=True)
+    whose = "the driver" if top["is_driver"] else "the profiler"
+    words = (
+        f"for {scene.part(idle_ns)} of their time devices stood idle while overhead was recorded ({text.ns(idle_ns)}), "
+        f"most of it of {whose}: {text.shortened(top['name'], NAME_WIDTH)}"
+    )
+    if top["is_driver"]:
+        return "overhead", idle_ns, words, "run what is measured once before (CUDA_MODULE_LOADING=EAGER loads it all)"
+    return (
+        "overhead",
+        idle_ns,
+        words,
+        "it would not be there unwatched: record few steps after warm-up, in less detail",
+    )
+
+
 _FINDERS: tuple[Callable[[_Scene], _Fact | None], ...] = (
     _idle,
     _queue,
@@ -322,4 +344,5 @@ _FINDERS: tuple[Callable[[_Scene], _Fact | None], ...] = (
     _small_kernels,
     _graphs,
     _replays,
+    _overhead,
 )

@@ -36,6 +36,7 @@ _CATEGORIES = {
     "copy": "gpu_memcpy",
     "set": "gpu_memset",
     "replay": "graph_replay",
+    "overhead": "overhead",
 }
 _KEPT_META = ("deviceProperties", "distributedInfo")
 # A viewer shows lines by process: those of a host process, of a device, and those on which kernels wait for a device.

@@ -13,8 +13,9 @@ from perfmodel.errors import InputError
 # What an event is. `launch`: an API call that starts device work (kernel, graph, copy, set); `sync`: an API call that
 # waits for the device; `call`: any other runtime or driver API call; `op`: a framework operator on the host;
 # `range`: a named annotation (record_function, NVTX); `kernel`, `copy`, `set`: work on a device; `replay`: one run
-# of a CUDA graph recorded as a whole, which keeps its device busy with kernels that cannot be seen.
-KINDS = ("op", "range", "launch", "sync", "call", "kernel", "copy", "set", "replay")
+# of a CUDA graph recorded as a whole, which keeps its device busy with kernels that cannot be seen; `overhead`: time
+# of the host that the profiler spent on itself, or saw the driver spend on its own affairs.
+KINDS = ("op", "range", "launch", "sync", "call", "kernel", "copy", "set", "replay", "overhead")
 DEVICE_KINDS = ("kernel", "copy", "set", "replay")
 API_KINDS = ("launch", "sync", "call")
 

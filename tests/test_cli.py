@@ -75,6 +75,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PAGE_KEYS = {
     *("n_repaired", "n_dropped", "notes", "n_kernels_found_by", "bound", "findings", "by", "groups", "classes"),
     *("kernels", "launch_calls", "operators", "ranges", "copies", "exposed", "gaps", "steps", "products", "counted"),
+    *("profiler_overhead", "profiler_overhead_ns"),
 }
 
 

@@ -18,7 +18,7 @@ LEVELS = (
     {"trace", "hardware", "hf_config"},
     {"cache"},
     {"readers", "launch", "fusion", "classify", "placement", "physics", "capture", "offload"}
-    | {"intervals", "attribution", "groups", "bound", "matmuls", "overlap", "copies"}
+    | {"intervals", "attribution", "groups", "bound", "matmuls", "overlap", "copies", "overhead"}
     | {"lanes", "tracks", "findings", "diff"},
     {"latency"},
     {"fitting", "predict", "roofline", "regression", "ranks"},

@@ -17,7 +17,13 @@ from perfmodel.readers.document import read_array
 from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
-HOST_KIND_OF_CATEGORY = {"cpu_op": "op", "Operator": "op", "user_annotation": "range", "Runtime": "call"}
+HOST_KIND_OF_CATEGORY = {
+    "cpu_op": "op",
+    "Operator": "op",
+    "user_annotation": "range",
+    "Runtime": "call",
+    "overhead": "overhead",
+}
 DEVICE_KIND_OF_CATEGORY = {
     "kernel": "kernel",
     "Kernel": "kernel",
@@ -33,6 +39,7 @@ _API_CATEGORY = re.compile(r".*_(?:runtime|driver)")
 
 BATCH_ROWS = 2**13  # fewer, larger frames cost less, but keep what they are made of in memory for longer
 _MAX_INT64 = 2**63 - 1
+_NO_PROCESS = -1
 _QUOTED_NAME = re.compile(
     r'("name"\s*:\s*")(.*?)("\s*(?:,\s*"(?:ph|cat|pid|tid|ts|dur|args|id|s|bp)"\s*:|}\s*$))', re.DOTALL
 )
@@ -205,10 +212,14 @@ def _keep_device(kept: _Kept, events: list[Event], kind_of: "_Looked") -> None:
 
 
 def _host_rows(kept: _Kept) -> pl.DataFrame:
+    process, thread = _whole_numbers(kept.wheres), _whole_numbers(kept.lanes)
+    if (process == _NO_PROCESS).any():  # of overhead, whose thread is then 0
+        is_known = process != _NO_PROCESS
+        process, thread = (pl.select(pl.when(is_known).then(column)).to_series() for column in (process, thread))
     return _rows(
         kept,
-        process=_whole_numbers(kept.wheres),
-        thread=_whole_numbers(kept.lanes),
+        process=process,
+        thread=thread,
         inputs=pl.Series(kept.inputs, dtype=pl.String),
     )
 

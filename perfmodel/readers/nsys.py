@@ -26,6 +26,7 @@ TABLES = {
     "set": ("CUPTI_ACTIVITY_KIND_MEMSET",),
     "replay": ("CUPTI_ACTIVITY_KIND_GRAPH_TRACE",),
     "range": ("NVTX_EVENTS",),
+    "overhead": ("PROFILER_OVERHEAD", "CUPTI_ACTIVITY_KIND_OVERHEAD"),  # of the profiler itself, and of the driver
 }
 NVTX_RANGES = (
     59,
@@ -122,7 +123,7 @@ def _trace(tables: Tables) -> Trace:
     rows = _near(found)
     del found
     n_dropped = n_timed - sum(piece.height for piece in _all(rows))
-    if n_dropped == n_timed:
+    if not any(piece.height for piece in _all({**rows, "overhead": []})):
         raise InputError(f"an Nsight Systems export whose {n_records} records hold no complete CUDA call or kernel")
     n_unended = sum(piece["dur_ns"].null_count() for piece in rows["range"])
     n_backwards = sum(int((piece["dur_ns"] < 0).sum()) for piece in _all(rows))
@@ -153,7 +154,7 @@ def _trace(tables: Tables) -> Trace:
 def _records(tables: Tables, processes: Processes) -> tuple[_Rows, int, int]:
     """The plausible records of each kind, how many records there are, and how many of them have a duration."""
     found = {
-        kind: [t for t in tables.columns for name in names if re.fullmatch(rf"{name}(_V\d+)?", t)]
+        kind: [t for name in names for t in tables.columns if re.fullmatch(rf"{name}(_V\d+)?", t)]
         for kind, names in TABLES.items()
     }
     if not any(found[kind] for kind in ("kernel", "call", "replay")):
@@ -168,7 +169,9 @@ def _records(tables: Tables, processes: Processes) -> tuple[_Rows, int, int]:
     for kind in sorted(found, key="call".__ne__):  # calls first: they tell whose is device work without a process
         for records in _pieces(tables, found[kind]):
             timed = _ranges(records) if kind == "range" else records
-            n_records, n_timed = n_records + records.height, n_timed + timed.height
+            # `n_events` counts what the application did, whatever the profiler tells of itself.
+            n_records += 0 if kind == "overhead" else records.height
+            n_timed += timed.height
             usable = _plausible(kind, timed)
             if usable.height:
                 moved = _on_gpus(usable, gpus) if kind in DEVICE_KINDS and gpus is not None else usable
@@ -272,8 +275,9 @@ def _timed(kind: str, records: pl.DataFrame, processes: Processes) -> pl.DataFra
         "start_ns": pl.col("start_ns"),
         "dur_ns": pl.col("end_ns") - pl.col("start_ns"),
         "process": owner % PROCESS,
-        "link": pl.when(is_id).then(number * _MAX_CORRELATION + pl.col("correlation")),
     }
+    if kind != "overhead":  # which names the call that it came up in, and starts nothing
+        columns["link"] = pl.when(is_id).then(number * _MAX_CORRELATION + pl.col("correlation"))
     if kind in DEVICE_KINDS:
         columns |= {"device": pl.col("device"), "stream": column(records, "stream")}
     else:
@@ -300,7 +304,7 @@ def _name_ids(rows: _Rows) -> pl.Series:
 def _events(rows: _Rows, strings: pl.DataFrame, processes: Processes) -> pl.DataFrame:
     """EVENTS from all pieces, which `rows` then no longer holds; what never ended lasts until the last event."""
     ends = (pl.col("start_ns") + pl.col("dur_ns").fill_null(0).clip(0)).max().alias("end_ns")
-    last_ns = pl.concat([piece.select(ends) for piece in _all(rows)])["end_ns"].max()
+    last_ns = pl.concat([piece.select(ends) for piece in _all({**rows, "overhead": []})])["end_ns"].max()
     ordered = {number: i for i, (_, number) in enumerate(sorted(processes.numbers.items()))}  # however tables lie
     is_ordered = all(number == i for number, i in ordered.items())
     number = (pl.col("link") // _MAX_CORRELATION).replace_strict(ordered, default=None, return_dtype=pl.Int64)
