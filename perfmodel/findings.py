@@ -39,6 +39,7 @@ _CLASS_ADVICE = {
     "copy": "avoid the copies: contiguous layouts and in-place updates need none",
     "other": "these names are unknown to the rules; name them in kernel_classes.toml",
 }
+_COPY_ADVICE = "copy on a stream of its own while kernels run, or copy less"
 
 
 @dataclass(frozen=True)
@@ -214,9 +215,10 @@ def _queue(scene: _Scene) -> _Fact | None:
 
 def _copies(scene: _Scene) -> _Fact | None:
     table = scene.copied.filter(pl.col("kind") == "copy")
-    if table.is_empty():
-        return None
     exposed_ns = int(scene.exposed["copy_exposed_ns"].sum())
+    if table.is_empty():
+        words = f"kernels that only copy took {text.ns(exposed_ns)} in which nothing was computed"
+        return ("exposed_copies", exposed_ns, words, _COPY_ADVICE) if exposed_ns else None
     top = table.sort("exposed_ns", "time_ns", descending=True).row(0, named=True)
     memories = f" ({top['from_memory']} -> {top['to_memory']})" if top["from_memory"] and top["to_memory"] else ""
     words = (
@@ -227,7 +229,7 @@ def _copies(scene: _Scene) -> _Fact | None:
         words += f" at {text.bytes_per_s(top['bytes_per_s'])}{_against_link(scene, top['direction'])}"
     if "Pageable" in memories:
         return "exposed_copies", exposed_ns, words, "pin the host memory: pageable copies are slow and block the host"
-    return "exposed_copies", exposed_ns, words, "copy on a stream of its own while kernels run, or copy less"
+    return "exposed_copies", exposed_ns, words, _COPY_ADVICE
 
 
 def _against_link(scene: _Scene, direction: str | None) -> str:
