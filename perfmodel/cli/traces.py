@@ -1,5 +1,6 @@
 """Commands about traces: each reads, makes one call, prints."""
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -7,12 +8,14 @@ from typing import Annotated
 import typer
 
 from perfmodel import fusion, hardware, report, text
-from perfmodel.classify import Rules, read_rules, shipped_rules
+from perfmodel.classify import rules_before_shipped
 from perfmodel.cli.shell import (
+    Cache,
     Json,
     Top,
     TracePath,
     app,
+    hint_at_cache,
     is_ranks,
     note,
     number,
@@ -43,10 +46,7 @@ def analyze(
         str | None,
         typer.Option(help="Rules for kernel names (.toml), tried before those of the package (kernel_classes.toml)."),
     ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(help="Keep what was read, `beside` the file or in this folder, and read that next time."),
-    ] = None,
+    cache: Cache = None,
     backend: Annotated[
         str, typer.Option(help="What reads a folder of ranks: a joblib backend (loky, dask ...).")
     ] = "loky",
@@ -64,11 +64,14 @@ def analyze(
     n_workers = whole(workers, "--workers") if workers else None
     if not is_ranks(trace) and (backend != "loky" or n_workers or scheduler):
         raise InputError(f"--backend, --workers and --scheduler read a folder of ranks; {trace} is none")
-    if is_ranks(trace) and not (by or hardware_name or ncu or classes):
+    rules_text = _rules_text(classes) if classes else None
+    if is_ranks(trace) and not (by or hardware_name or ncu):
         from perfmodel.ranks import summarise_ranks
 
-        summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress)
+        began_ns = time.monotonic_ns()
+        summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress, rules_text)
         progress("")
+        hint_at_cache(time.monotonic_ns() - began_ns, cache)
         if as_json:
             print_json(summary.to_json())
         else:
@@ -76,7 +79,7 @@ def analyze(
         return
     profile = hardware.hardware(hardware_name) if hardware_name else None
     counted = read_ncu(ncu) if ncu else None
-    rules = _rules(classes) if classes else None
+    rules = rules_before_shipped(rules_text) if rules_text else None
     loaded = read(trace, cache, backend, n_workers, scheduler)
     found = analyse(loaded, hardware=profile, by=by, counted=counted, rules=rules)
     if as_json:
@@ -85,10 +88,12 @@ def analyze(
         print_words(report.trace_page(found, Path(trace).name, n_top or report.N_TOP, width()))
 
 
-def _rules(path: str) -> Rules:
-    """The rules of a file, then the shipped ones."""
+def _rules_text(path: str) -> str:
+    """The text of a file of rules, which were found to be sound."""
     try:
-        return [*read_rules(Path(path).read_text(encoding="utf-8")), *shipped_rules()]
+        rules_text = Path(path).read_text(encoding="utf-8")
+        rules_before_shipped(rules_text)
+        return rules_text
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -100,12 +105,13 @@ def diff_command(
     a: TracePath,
     b: Annotated[str, typer.Argument(help="The trace to compare with it.")],
     top: Top = None,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """What differs between two traces: launch metrics, kernel classes and operators, not kernel names."""
     from perfmodel.diff import diff
 
-    found = diff(read(a), read(b))
+    found = diff(read(a, cache), read(b, cache))
     n_top = whole(top, "--top") if top else report.N_TOP
     if as_json:
         print_json(found.to_json())
@@ -118,13 +124,14 @@ def fusion_command(
     trace: TracePath,
     lengths: Annotated[str, typer.Option(help="Chain lengths, separated by commas.")] = "2,4,8,16,32,64",
     threshold: Annotated[float, typer.Option(help="Lowest proximity score to list, 0 to 1.")] = 1.0,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Which chains of kernels always follow one another, and what fusing them would save at best."""
     wanted = [whole(word, "--lengths") for word in lengths.split(",")]
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold is {threshold:g}, expected 0 to 1")
-    loaded = read(trace)
+    loaded = read(trace, cache)
     by_length = fusion.fusion_table(loaded.events, wanted)
     chains = fusion.chains(loaded.events, min(wanted), threshold)
     if as_json:
@@ -142,6 +149,7 @@ def sweep(
     factor: Annotated[
         str, typer.Option(help="Device-bound is a TKLQT above so many times that of the smallest batch.")
     ] = "3",
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """From which batch size on is the device the bound, and no longer the host: TKLQT over a sweep of batch sizes."""
@@ -154,7 +162,8 @@ def sweep(
         found = bound.sweep(batches, tklqt, rule_factor)
     else:
         given = [_batch_and_trace(word) for word in traces]
-        found = bound.sweep([b for b, _ in given], [launch_metrics(read(path)) for _, path in given], rule_factor)
+        metrics = [launch_metrics(read(path, cache)) for _, path in given]
+        found = bound.sweep([b for b, _ in given], metrics, rule_factor)
     if as_json:
         print_json({**asdict(found), "table": found.table.to_dicts()})
     else:
@@ -189,9 +198,10 @@ def _batch_and_trace(word: str) -> tuple[int, str]:
 def export(
     trace: TracePath,
     perfetto: Annotated[str, typer.Option(help="File to write for ui.perfetto.dev: .json, or .json.gz to pack it.")],
+    cache: Cache = None,
 ) -> None:
     """Write the trace for a viewer, with lines added that say what waited: launch delay, queueing, idle, classes."""
     from perfmodel.perfetto import export_perfetto
 
-    n_slices = export_perfetto(read(trace), perfetto)
+    n_slices = export_perfetto(read(trace, cache), perfetto)
     note(f"wrote {text.count(n_slices)} slices to {perfetto}; open it at https://ui.perfetto.dev")
