@@ -8,13 +8,13 @@ from typing import Any
 import streamlit as st
 
 from perfmodel import hardware, hf_config
+from perfmodel.analysis import Analysis, analyse
 from perfmodel.capture import Capture, load_capture, shipped_captures
 from perfmodel.errors import InputError
 from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.predict import Prediction, slowdown_curve
 from perfmodel.readers import read_trace
 from perfmodel.routing import routing
-from perfmodel.trace import Trace
 
 
 def literal(words: object) -> None:
@@ -33,18 +33,18 @@ def shipped() -> dict[str, tuple[Capture, LatencyModel]]:
 
 
 @st.cache_data(scope="session", max_entries=4, show_spinner="Reading the trace")
-def _read_upload(digest: str, name: str, _content: bytes) -> Trace:
+def _analysed_upload(digest: str, name: str, _content: bytes) -> Analysis:
     with tempfile.TemporaryDirectory(prefix="perfmodel-") as folder:
         path = Path(folder) / f"{digest[:12]}{Path(name).suffix}"
         path.write_bytes(_content)
         try:
-            return read_trace(path)
+            return analyse(read_trace(path))
         except InputError as error:  # says the name the user knows, not where the server keeps it
             raise InputError(str(error).replace(str(path), name)) from None
 
 
-def upload_box(key: str) -> tuple[str, Trace] | None:
-    """An upload box for one trace; returns its name and the trace, or None with the reason shown."""
+def upload_box(key: str) -> tuple[str, Analysis] | None:
+    """An upload box for one trace; returns its name and what it says, or None with the reason shown."""
     upload = st.file_uploader(
         "Upload a trace: PyTorch profiler .json or .json.gz, or Nsight Systems .sqlite",
         key=key,
@@ -54,7 +54,7 @@ def upload_box(key: str) -> tuple[str, Trace] | None:
         return None
     content = upload.getvalue()
     try:
-        return upload.name, _read_upload(hashlib.sha256(content).hexdigest(), upload.name, content)
+        return upload.name, _analysed_upload(hashlib.sha256(content).hexdigest(), upload.name, content)
     except InputError as error:
         st.error("This file cannot be read as a trace:")
         literal(error)

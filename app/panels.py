@@ -5,8 +5,7 @@ import polars as pl
 import streamlit as st
 
 from perfmodel import figures, report, text
-from perfmodel.analysis import analyse
-from perfmodel.trace import Trace
+from perfmodel.analysis import Analysis
 
 DEFAULT_TOKENS = (64, 4096, 65_536, 524_288)
 
@@ -27,11 +26,10 @@ def default_slowdown() -> None:
     )
 
 
-def trace_summary(name: str, trace: Trace) -> None:
-    """Coverage, launch metrics and the busiest kernel classes of one trace."""
-    found = analyse(trace)
+def trace_summary(name: str, found: Analysis) -> None:
+    """Coverage, launch metrics, findings and the busiest kernel classes of one trace."""
     metrics = found.metrics
-    loading.literal(f"{name}: {trace.source} trace, {text.count(metrics.n_events)} events")
+    loading.literal(f"{name}: {metrics.source} trace, {text.count(metrics.n_events)} events")
     first = st.columns(4)
     first[0].metric(
         "TKLQT", text.ns(metrics.tklqt_ns), help="Sum of kernel start minus launch-call start; not wall time."
@@ -46,7 +44,7 @@ def trace_summary(name: str, trace: Trace) -> None:
         "orphans", text.count(metrics.n_kernels_orphan), help="Launched before the window; busy time only."
     )
     second[3].metric("from graphs", text.count(metrics.n_kernels_graph))
-    for note in trace.notes:
+    for note in found.trace.notes:
         loading.literal(f"Note: {note}")
     if metrics.n_kernels == 0:
         st.info("This trace holds no kernels: nothing was recorded on a device.")

@@ -6,7 +6,7 @@ Makes a folder of copies of one trace, each with blanks of its own at the end so
 summarises it with an empty cache. Repeats go in turns over all settings; the ratio is to one worker of the same backend
 in the same run. Starting the workers is left out (a summary of tiny ranks comes first), writing the parts is not. One
 worker of loky is this very process, with all of Polars' threads; one worker of Dask is a process with one of them.
-Without --trace, the largest `*.json.gz` of `../shared/traces` beside the repository is copied.
+Without --trace, the largest `*.json*` of `../shared/traces` beside the repository is copied.
 """
 
 import argparse
@@ -20,19 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from ingest import largest_trace
+
 from perfmodel.ranks import summarise_ranks
 from perfmodel.readers import read_trace
 
-ROOT = Path(__file__).resolve().parent.parent
 ONE_EVENT = '[{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 1, "tid": 1, "ts": 1, "dur": 1}]'
-
-
-def largest_trace() -> Path:
-    """The largest packed profiler trace beside the repository."""
-    found = sorted((ROOT.parent / "shared" / "traces").glob("*.json.gz"), key=lambda path: path.stat().st_size)
-    if not found:
-        sys.exit("no traces beside the repository; name one with --trace")
-    return found[-1]
 
 
 def make_ranks(trace: Path, folder: Path, n_ranks: int) -> int:

@@ -1,6 +1,6 @@
 """Everything that the page of a trace says, computed once: coverage, findings, launch metrics and tables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,16 @@ from perfmodel.findings import Finding, findings
 from perfmodel.groups import launch_metrics_by
 from perfmodel.hardware import HardwareProfile
 from perfmodel.launch import LaunchMetrics, by_host_name, by_kernel, by_launch_call, launch_metrics
-from perfmodel.matmuls import launch_points, matmuls, points_on_roof
+from perfmodel.matmuls import alike, launch_points, matmuls, points_on_roof
 from perfmodel.overhead import profiler_overhead
 from perfmodel.overlap import device_doing, exposed_time, launch_gaps
-from perfmodel.text import NS_PER_S
 from perfmodel.trace import Trace
+
+# The tables of an analysis, in the order in which JSON has them.
+TABLES = (
+    *("groups", "exposed", "gaps", "steps", "classes", "kernels", "launch_calls", "operators"),
+    *("host_operators", "ranges", "copies", "products", "counted", "profiler_overhead"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,6 @@ class Analysis:
         }
 
 
-TABLES = (
-    *("groups", "exposed", "gaps", "steps", "classes", "kernels", "launch_calls", "operators", "ranges", "copies"),
-    *("products", "counted", "profiler_overhead"),
-)
-
-
 def analyse(
     trace: Trace,
     *,
@@ -126,7 +125,7 @@ def analyse(
         n_kernels_found_by={how: found_by.get(how, 0) for how in FOUND_BY.categories},
         copies=copied,
         exposed=exposed,
-        counted=None if counted is None else _with_roof(_alike(launch_points(counted), ("op", "dtype")), hardware),
+        counted=None if counted is None else _with_roof(alike(launch_points(counted), ("op", "dtype")), hardware),
         by=by,
         **done,
     )
@@ -135,21 +134,7 @@ def analyse(
 def _products(trace: Trace, work: pl.DataFrame) -> pl.DataFrame:
     """The matrix products of a trace, those of one operator, shape and type together."""
     timed = matmuls(trace, work).filter(pl.col("time_ns") > 0)
-    return _alike(timed, ("op", "m", "n", "k", "batch", "n_experts", "dtype"))
-
-
-def _alike(points: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
-    """Points of a roofline that are alike as one: how many, their FLOPs, bytes and time in all, and their rates."""
-    seconds = pl.col("time_ns") / NS_PER_S
-    return (
-        points.group_by(keys)
-        .agg(pl.sum("flops", "bytes", "time_ns"), n_products=pl.len().cast(pl.Int64))
-        .with_columns(
-            flops_per_s=pl.col("flops") / seconds,
-            flops_per_byte=pl.when(pl.col("bytes") > 0).then(pl.col("flops") / pl.col("bytes")),
-        )
-        .sort("time_ns", *keys, descending=[True, *(False for _ in keys)], nulls_last=True)
-    )
+    return alike(timed, ("op", "m", "n", "k", "batch", "n_experts", "dtype"))
 
 
 def _with_roof(points: pl.DataFrame, hardware: HardwareProfile | None) -> pl.DataFrame:

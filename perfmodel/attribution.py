@@ -1,9 +1,10 @@
-"""Which operator, and which named ranges, launched each kernel: by nesting in time on the launching thread."""
+"""Which operator launched each kernel: by nesting in time on the launching thread."""
 
 import polars as pl
 
-from perfmodel.intervals import THREAD, held, holders, parents
-from perfmodel.launch import joined_work
+from perfmodel.intervals import THREAD, holders, parents
+from perfmodel.launch import call_starts, joined_work
+from perfmodel.trace import COPY_KINDS
 
 FOUND_BY = pl.Enum(("nesting", "external id"))
 # The rows of `by_operator` that are no operators, so that no device work is dropped.
@@ -23,7 +24,7 @@ def attributed(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.Dat
     work = joined_work(events) if work is None else work
     ops = events.select("kind", "name", *THREAD, "start_ns", "dur_ns", "external", row=pl.int_range(pl.len()))
     ops = ops.filter(pl.col("kind") == "op")
-    launched = work.select("rank", process="launch_process", thread="launch_thread", at_ns="launch_start_ns")
+    launched = call_starts(work)
     is_launched = launched["at_ns"].is_not_null()
     around = holders(ops, launched.filter(is_launched))
     place = is_launched.cum_sum().cast(pl.Int64) - 1  # of a launched row among the launched ones
@@ -70,7 +71,7 @@ def _by_external_id(ops: pl.DataFrame, work: pl.DataFrame, is_wanted: pl.Series)
     found = wanted.join(owners, on=["rank", "external"], nulls_equal=True).filter(
         pl.col("op_start_ns") <= pl.col("start_ns")
     )
-    return pl.Series([None], dtype=pl.Int64).new_from_index(0, work.height).scatter(found["at"], found["op"])
+    return pl.repeat(None, work.height, dtype=pl.Int64, eager=True).scatter(found["at"], found["op"])
 
 
 def by_operator(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.DataFrame:
@@ -83,7 +84,7 @@ def by_operator(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.Da
     `work` may be given as `attributed` made it. Longest kernel time first, then longest self time.
     """
     work = attributed(events) if work is None else work
-    is_kernel, is_copy = pl.col("kind") == "kernel", pl.col("kind").is_in(("copy", "set"))
+    is_kernel, is_copy = pl.col("kind") == "kernel", pl.col("kind").is_in(COPY_KINDS)
     delay = pl.col("delay_ns").filter(is_kernel)
     part = (
         pl.when(pl.col("is_graph")).then(pl.lit("graph", PARTS))
@@ -117,22 +118,9 @@ def _host_time(events: pl.DataFrame) -> pl.DataFrame:
     """Calls of each operator and the host time spent in them but not in operators they called."""
     ops = events.select("kind", "name", *THREAD, "start_ns", "dur_ns").filter(pl.col("kind") == "op")
     called = ops.select(row=parents(ops), dur_ns="dur_ns").drop_nulls().group_by("row").agg(inner_ns=pl.sum("dur_ns"))
-    inner = pl.Series([0], dtype=pl.Int64).new_from_index(0, ops.height).scatter(called["row"], called["inner_ns"])
+    inner = pl.repeat(0, ops.height, dtype=pl.Int64, eager=True).scatter(called["row"], called["inner_ns"])
     return (
         ops.select("name", self_ns=(pl.col("dur_ns") - inner).clip(lower_bound=0))
         .group_by("name")
         .agg(n_calls=pl.len().cast(pl.Int64), self_ns=pl.sum("self_ns"))
     )
-
-
-def in_ranges(events: pl.DataFrame, points: pl.DataFrame) -> pl.DataFrame:
-    """Which named ranges was each host moment in: one row for each pair, columns `point` and `range_row`.
-
-    `points` has `rank`, `process`, `thread` and `at_ns`: the starts of launch calls, say, for device work belongs to
-    the ranges in which its launch call began (the rule of Nsight Systems' nvtx_kern_sum). A moment in nested ranges is
-    in all of them. `point` is a row of `points`, `range_row` one of EVENTS.
-    """
-    ranges = events.select("kind", *THREAD, "start_ns", "dur_ns", row=pl.int_range(pl.len()))
-    ranges = ranges.filter(pl.col("kind") == "range")
-    pairs = held(ranges, points)
-    return pairs.select("point", range_row=ranges["row"].gather(pairs["interval"]))

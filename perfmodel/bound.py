@@ -3,6 +3,8 @@
 The rules and their constants are argued in docs/decisions/0009-host-or-device-bound.md.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -91,16 +93,14 @@ def bound(
     `devices` are `joined_work` and `device_table` of the events, if they are known already.
     """
     work = joined_work(events) if work is None else work
-    computing = work.filter(pl.col("kind").is_in(COMPUTING))
-    kernels = computing.filter(pl.col("delay_ns").is_not_null())
+    kernels = work.filter(pl.col("kind").is_in(COMPUTING), pl.col("delay_ns").is_not_null())
     launches = kernels.group_by("launch_row").agg(pl.min("delay_ns"), pl.first("launch_dur_ns"))
     limit_ns = queue_factor * launch_floor_ns
     queue = pl.col("delay_ns") - pl.col("launch_dur_ns")
     queued, median = launches.select((queue > limit_ns).mean().alias("queued"), pl.median("delay_ns")).row(0)
     devices = device_table(work) if devices is None else devices
     busy, span = devices.select(pl.sum("gpu_busy_ns", "gpu_span_ns")).row(0)
-    compute_busy = busy_ns(computing)["busy_ns"].sum()
-    idle, copies = 1 - busy / span if span else None, 1 - compute_busy / busy if busy else None
+    idle, copies = 1 - busy / span if span else None, copies_frac(work, busy)
     label: Label | None = None
     if launches.height < min_launches:
         reason = f"{launches.height} launches of kernels are too few to tell; expected at least {min_launches}"
@@ -130,6 +130,12 @@ def bound(
     )
 
 
+def copies_frac(work: pl.DataFrame, gpu_busy_ns: int) -> float | None:
+    """Which part of the devices' busy time is copies and sets without a kernel; null where they were never busy."""
+    computing = busy_ns(work.filter(pl.col("kind").is_in(COMPUTING)))
+    return 1 - int(computing["busy_ns"].sum()) / gpu_busy_ns if gpu_busy_ns else None
+
+
 def is_device_bound(tklqt_ns: float, plateau_ns: float, rule_factor: float = RULE_FACTOR) -> bool:
     """Do kernels queue behind a busy device: is TKLQT above `rule_factor` times its host-bound plateau (with floor)."""
     return tklqt_ns > rule_factor * max(plateau_ns, PLATEAU_FLOOR_NS)
@@ -150,13 +156,18 @@ def sweep(batches: Sequence[int], metrics: Sequence[LaunchMetrics | float], rule
 
     `metrics` are those of one trace for each batch size, or their TKLQT in ns, as published. Of a trace the first
     kernel of each launch counts, for the others of a graph wait for each other, not for their launch. The smallest
-    batch is the plateau and host-bound by definition. Raises as `transition_batch`.
+    batch is the plateau and host-bound by definition. Raises as `transition_batch`, and on a batch size given twice.
     """
     if len(batches) != len(metrics) or not batches:
         raise InputError(
             f"found {len(batches)} batch sizes and {len(metrics)} values of TKLQT; expected as many, not 0"
         )
     tklqt_ns = [float(m.tklqt_first_kernel_ns if isinstance(m, LaunchMetrics) else m) for m in metrics]
+    repeated = [str(batch) for batch, n in Counter(batches).items() if n > 1]
+    if repeated:
+        raise InputError(f"found the batch size {repeated[0]} more than once; expected one value of TKLQT for each")
+    if min(batches) < 1 or not all(map(math.isfinite, tklqt_ns)):
+        raise InputError("found a batch size below 1 or a TKLQT that is no number; expected numbers in every row")
     rows = sorted(zip(batches, tklqt_ns, strict=True))
     plateau_ns = rows[0][1]
     labels = ["device-bound" if is_device_bound(t, plateau_ns, rule_factor) else "host-bound" for _, t in rows]

@@ -23,7 +23,7 @@ from perfmodel.errors import InputError
 from perfmodel.trace import EVENTS, Trace
 
 # Raise it whenever a reader makes another Trace of the same bytes: every older cache is then read anew.
-READER_VERSION = 2
+READER_VERSION = 3
 SUFFIX = ".perfmodel.parquet"
 BESIDE = "beside"
 
@@ -70,6 +70,8 @@ def read_cached(path: Path, cache: str | Path, read: Callable[[Path], Trace]) ->
     `cache` is "beside" (`NAME.perfmodel.parquet` beside the file) or a folder, made where absent, whose files bear a
     digest of the source. Raises what `read` raises; a cache that cannot be read, trusted or written is no error.
     """
+    if not path.is_file():
+        return read(path)  # a pipe can be read only once
     try:
         stamp = _stamp(path)
         place = _place(path, cache, stamp)

@@ -26,6 +26,7 @@ CLASSES = (
     "other",
 )
 KERNEL_CLASS = pl.Enum(CLASSES)
+GEMMS = ("gemm", "grouped_gemm")  # the classes whose work is to multiply matrices
 COMMUNICATION = ("moe_all_to_all", "collective")  # the classes whose work is to move data between devices
 
 Rules = Sequence[tuple[str, re.Pattern[str]]]
@@ -80,7 +81,8 @@ def classify(names: pl.Series, rules: Rules | None = None) -> pl.Series:
     distinct = coded.drop_nulls().unique()
     found = [kernel_class(name, rules) for name in distinct.cast(pl.String)]
     codes = coded.to_physical()
-    by_code = pl.Series([None], dtype=KERNEL_CLASS).new_from_index(0, 1 + max(distinct.to_physical(), default=0))
+    n_codes = 1 + max(distinct.to_physical(), default=0)
+    by_code = pl.repeat(None, n_codes, dtype=KERNEL_CLASS, eager=True)
     by_code = by_code.scatter(distinct.to_physical(), pl.Series(found, dtype=KERNEL_CLASS))
     return by_code.gather(codes).alias("class")
 

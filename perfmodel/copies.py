@@ -8,6 +8,7 @@ from perfmodel.classify import Rules
 from perfmodel.intervals import DEVICE, merged, overlap_ns
 from perfmodel.overlap import device_doing
 from perfmodel.text import NS_PER_S
+from perfmodel.trace import COPY_KINDS
 
 # Profilers name copies "Memcpy HtoD (Pinned -> Device)" and sets "Memset (Device)"; older ROCm "CopyHostToDevice".
 _LETTERS = re.compile(r"\b([HDAP])to([HDAP])\b")
@@ -49,7 +50,7 @@ def copies(events: pl.DataFrame, rules: Rules | None = None, doing: pl.DataFrame
     if it is known already.
     """
     columns = ["kind", "name", *DEVICE, "start_ns", "dur_ns", "bytes"]
-    work = with_routes(events.select(columns).filter(pl.col("kind").is_in(["copy", "set"])))
+    work = with_routes(events.select(columns).filter(pl.col("kind").is_in(COPY_KINDS)))
     routes = work.select("kind", *_ROUTE).unique().with_row_index("route")
     work = work.join(routes, on=["kind", *_ROUTE], nulls_equal=True)
     sized, is_sized = pl.col("bytes"), pl.col("bytes").is_not_null()

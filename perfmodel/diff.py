@@ -10,7 +10,7 @@ import polars as pl
 
 from perfmodel.attribution import attributed, by_operator
 from perfmodel.classify import class_shares
-from perfmodel.groups import STEP_PREFIX
+from perfmodel.groups import profiler_steps
 from perfmodel.launch import launch_metrics
 from perfmodel.trace import Trace
 
@@ -55,14 +55,15 @@ class TraceDiff:
         """Whether changes and ratios are per step."""
         return self.n_steps_a > 0 and self.n_steps_b > 0
 
-    def to_json(self) -> dict[str, Any]:
-        """The comparison as a dict that JSON can hold."""
+    def to_json(self, n_top: int | None = None) -> dict[str, Any]:
+        """The comparison as a dict that JSON can hold: all metrics, and the other tables cut after `n_top` rows."""
+        classes, operators = (t if n_top is None else t.head(n_top) for t in (self.classes, self.operators))
         return {
             "n_steps_a": self.n_steps_a,
             "n_steps_b": self.n_steps_b,
             "metrics": self.metrics.to_dicts(),
-            "classes": self.classes.to_dicts(),
-            "operators": self.operators.to_dicts(),
+            "classes": classes.to_dicts(),
+            "operators": operators.to_dicts(),
         }
 
 
@@ -71,7 +72,7 @@ def diff(a: Trace, b: Trace) -> TraceDiff:
 
     Every column of a side sums to the total of its trace: what only one side has is a row with null on the other.
     """
-    steps = n_steps(a.events), n_steps(b.events)
+    steps = len(profiler_steps(a.events)), len(profiler_steps(b.events))
     per = steps if all(steps) else (1, 1)
     classes = _side_by_side(_classes(a), _classes(b), "time_ns", per)
     time = "self_ns" if classes.is_empty() else "kernel_time_ns"
@@ -86,12 +87,6 @@ def _classes(trace: Trace) -> pl.DataFrame:
 def _operators(trace: Trace) -> pl.DataFrame:
     table = by_operator(trace.events, attributed(trace.events))
     return table.select("name", "part", "n_calls", "self_ns", "n_kernels", "kernel_time_ns", "tklqt_ns")
-
-
-def n_steps(events: pl.DataFrame) -> int:
-    """How many steps did the profiler mark (`ProfilerStep#N`); a step that several ranks recorded counts once."""
-    names = events.filter(pl.col("kind") == "range")["name"].unique().cast(pl.String)
-    return int(names.str.starts_with(STEP_PREFIX).sum())
 
 
 def _metrics(a: Trace, b: Trace, per: tuple[int, int]) -> pl.DataFrame:

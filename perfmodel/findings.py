@@ -11,23 +11,24 @@ from typing import Any
 import polars as pl
 
 from perfmodel import text
-from perfmodel.bound import COMPUTING, COPIES_FRAC
+from perfmodel.bound import COPIES_FRAC, copies_frac
 from perfmodel.classify import CLASSES, COMMUNICATION
-from perfmodel.fusion import fusion_table
-from perfmodel.groups import STEP_PREFIX
+from perfmodel.fusion import SHORT_LENGTHS, fusion_table
+from perfmodel.groups import profiler_steps
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
-from perfmodel.launch import LaunchMetrics
+from perfmodel.launch import LaunchMetrics, call_starts
 from perfmodel.overhead import idle_beside_overhead_ns, profiler_overhead
 from perfmodel.trace import DEVICE_KINDS
 
 N_FINDINGS = 3
 SIGNIFICANT_FRAC = 0.05  # of the devices' time: what explains less is not worth a sentence
 DOMINANT_FRAC = 0.3  # of the devices' time in one class of kernels
+MOST_FRAC = 0.5  # of idle time, or of kernels: what holds for fewer is not said of them
+NAMED_FRAC = 0.2  # of idle time: what the host did for a smaller part of it is not named
 SMALL_KERNEL_NS = 5_000  # about twice the launch of a null kernel (SKIP, arXiv 2504.11750, Table V)
 MANY_KERNELS = 50
 UNQUEUED_NS = 10_000  # a call and its launch take 2 to 3 us on an idle device (Table V); who waits longer queues
-FUSION_LENGTHS = (2, 4, 8, 16, 32, 64)
 NAME_WIDTH = 60
 
 _CLASS_ADVICE = {
@@ -67,18 +68,20 @@ class _Scene:
     copied: pl.DataFrame
     exposed: pl.DataFrame
     hardware: HardwareProfile | None
+    span_ns: int  # of all devices, not 0
 
     def part(self, time_ns: int) -> str:
         """A time as a part of the devices' spans, in words."""
-        return text.frac(time_ns / (self.metrics.gpu_span_ns or 1))
+        return text.frac(time_ns / self.span_ns)
+
+    def finding(self, name: str, explained_ns: int, words: str, advice: str) -> Finding:
+        """A finding that explains so much of the devices' spans."""
+        return Finding(name, explained_ns, explained_ns / self.span_ns, words, advice)
 
     @property
     def kernels(self) -> pl.DataFrame:
         """The kernels among the device work."""
         return self.work.filter(pl.col("kind") == "kernel")
-
-
-_Fact = tuple[str, int, str, str]  # name, explained_ns, words, advice
 
 
 def findings(
@@ -97,13 +100,11 @@ def findings(
     explains less than SIGNIFICANT_FRAC of it is left out, so there may be fewer, or none.
     Parts may overlap: a device that the host keeps waiting for is idle, and may have many small kernels.
     """
-    whole_ns = metrics.gpu_span_ns
-    if not whole_ns:
+    if not metrics.gpu_span_ns:
         return []
-    scene = _Scene(events, work, metrics, copied, exposed, hardware)
-    facts = [fact for find in _FINDERS if (fact := find(scene)) is not None]
-    found = [Finding(name, ns, ns / whole_ns, words, advice) for name, ns, words, advice in facts]
-    told = [finding for finding in found if finding.explained_frac >= SIGNIFICANT_FRAC]
+    scene = _Scene(events, work, metrics, copied, exposed, hardware, metrics.gpu_span_ns)
+    found = (find(scene) for find in _FINDERS)
+    told = [finding for finding in found if finding is not None and finding.explained_frac >= SIGNIFICANT_FRAC]
     return sorted(told, key=lambda finding: -finding.explained_ns)[:n_most]
 
 
@@ -129,13 +130,9 @@ def gap_causes(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
         waiting_ns=pl.when(called < start).then(dur).when(called >= start).then(0),
     )
     host = events.select("kind", "name", *THREAD, "start_ns", "dur_ns").filter(~pl.col("kind").is_in(DEVICE_KINDS))
-    ranges = host.filter(pl.col("kind") == "range")["name"].unique()
-    steps = ranges.filter(ranges.cast(pl.String).str.starts_with(STEP_PREFIX))
-    host = host.filter(~pl.col("name").is_in(steps.implode()))  # a step holds all, so it says nothing
-    points = parts.select(
-        "rank", process="launch_process", thread="launch_thread", at_ns=start + pl.col("late_ns").fill_null(0) // 2
-    )
-    inner = holders(host, points, THREAD)["innermost"]
+    host = host.filter(~pl.col("name").is_in(profiler_steps(events).implode()))  # a step holds all, so it says nothing
+    middle_of_late = call_starts(parts).with_columns(parts.select(at_ns=start + pl.col("late_ns").fill_null(0) // 2))
+    inner = holders(host, middle_of_late)["innermost"]
     return parts.select(
         *DEVICE,
         "start_ns",
@@ -148,7 +145,7 @@ def gap_causes(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _idle(scene: _Scene) -> _Fact | None:
+def _idle(scene: _Scene) -> Finding | None:
     table = gap_causes(scene.events, scene.work)
     idle_ns = int(table["dur_ns"].sum())
     if not idle_ns:
@@ -158,20 +155,21 @@ def _idle(scene: _Scene) -> _Fact | None:
         f"devices stood idle for {scene.part(idle_ns)} of their time, {text.ns(idle_ns)} in "
         f"{text.counted(table.height, 'gap')}"
     )
-    if late_ns + launching_ns >= 0.5 * idle_ns:
+    if late_ns + launching_ns >= MOST_FRAC * idle_ns:
         host, host_ns = _most(table.filter(pl.col("late_ns") > 0), "host_name", "late_ns")
         words += (
             f"; for {text.frac((late_ns + launching_ns) / idle_ns)} of that the host had not launched the next work"
         )
-        if host_ns < 0.2 * idle_ns:
-            return "host_bound", idle_ns, words, _host_advice(None)
+        if host_ns < NAMED_FRAC * idle_ns:
+            return scene.finding("host_bound", idle_ns, words, _host_advice(None))
         where = f"longest in {text.shortened(host, NAME_WIDTH)}" if host else "longest between recorded calls"
-        return "host_bound", idle_ns, f"{words}, {where} ({text.frac(host_ns / idle_ns)})", _host_advice(host)
-    if waiting_ns >= 0.5 * idle_ns:
+        words += f", {where} ({text.frac(host_ns / idle_ns)})"
+        return scene.finding("host_bound", idle_ns, words, _host_advice(host))
+    if waiting_ns >= MOST_FRAC * idle_ns:
         words += f"; for {text.frac(waiting_ns / idle_ns)} of that the next work had been launched and waited"
         advice = "it waited for another stream, a copy, an event or another rank: see `perfmodel export`"
-        return "launched_but_waiting", idle_ns, words, advice
-    return "idle", idle_ns, words, "see what ends the gaps on the idle lines of `perfmodel export`"
+        return scene.finding("launched_but_waiting", idle_ns, words, advice)
+    return scene.finding("idle", idle_ns, words, "see what ends the gaps on the idle lines of `perfmodel export`")
 
 
 def _most(table: pl.DataFrame, name: str, weight: str) -> tuple[str | None, int]:
@@ -189,7 +187,7 @@ def _host_advice(host: str | None) -> str:
     return "launch less or earlier: fuse (`perfmodel fusion`, torch.compile), replay a CUDA graph, or enlarge the batch"
 
 
-def _queue(scene: _Scene) -> _Fact | None:
+def _queue(scene: _Scene) -> Finding | None:
     since = pl.col("launch_start_ns") + pl.max_horizontal(pl.col("launch_dur_ns"), pl.lit(UNQUEUED_NS))
     queued = scene.kernels.filter((pl.col("start_ns") > since) & ~pl.col("is_graph")).select(
         *DEVICE, start_ns=since, dur_ns=pl.col("start_ns") - since
@@ -198,10 +196,9 @@ def _queue(scene: _Scene) -> _Fact | None:
         return None
     queued_ns = int(overlap_ns(merged(scene.work), queued).sum())
     mean_ns = int(queued["dur_ns"].sum()) / queued.height
-    computing = busy_ns(scene.work.filter(pl.col("kind").is_in(COMPUTING)))
-    copies_frac = 1 - int(computing["busy_ns"].sum()) / scene.metrics.gpu_busy_ns
-    is_copying = copies_frac > COPIES_FRAC
-    behind = f"copies and sets ({text.frac(copies_frac)} of busy time)" if is_copying else "a busy device"
+    copying_frac = copies_frac(scene.work, scene.metrics.gpu_busy_ns) or 0
+    is_copying = copying_frac > COPIES_FRAC
+    behind = f"copies and sets ({text.frac(copying_frac)} of busy time)" if is_copying else "a busy device"
     words = (
         f"the device is the bound for {scene.part(queued_ns)} of its time: "
         f"{text.counted(queued.height, 'launched kernel')} queued behind {behind}, {text.ns(mean_ns)} each on "
@@ -209,16 +206,18 @@ def _queue(scene: _Scene) -> _Fact | None:
     )
     words += " outside graphs" if scene.metrics.n_kernels_graph else ""
     if is_copying:
-        return "link_bound", queued_ns, words, "neither launches nor kernels are the bound: copy less, or meanwhile"
-    return "device_bound", queued_ns, words, "launch cost is hidden here; only faster or fewer kernels help"
+        advice = "neither launches nor kernels are the bound: copy less, or meanwhile"
+        return scene.finding("link_bound", queued_ns, words, advice)
+    advice = "launch cost is hidden here; only faster or fewer kernels help"
+    return scene.finding("device_bound", queued_ns, words, advice)
 
 
-def _copies(scene: _Scene) -> _Fact | None:
+def _copies(scene: _Scene) -> Finding | None:
     table = scene.copied.filter(pl.col("kind") == "copy")
     exposed_ns = int(scene.exposed["copy_exposed_ns"].sum())
     if table.is_empty():
         words = f"kernels that only copy took {text.ns(exposed_ns)} in which nothing was computed"
-        return ("exposed_copies", exposed_ns, words, _COPY_ADVICE) if exposed_ns else None
+        return scene.finding("exposed_copies", exposed_ns, words, _COPY_ADVICE) if exposed_ns else None
     top = table.sort("exposed_ns", "time_ns", descending=True).row(0, named=True)
     memories = f" ({top['from_memory']} -> {top['to_memory']})" if top["from_memory"] and top["to_memory"] else ""
     words = (
@@ -227,9 +226,10 @@ def _copies(scene: _Scene) -> _Fact | None:
     )
     if top["bytes_per_s"]:
         words += f" at {text.bytes_per_s(top['bytes_per_s'])}{_against_link(scene, top['direction'])}"
+    advice = _COPY_ADVICE
     if "Pageable" in memories:
-        return "exposed_copies", exposed_ns, words, "pin the host memory: pageable copies are slow and block the host"
-    return "exposed_copies", exposed_ns, words, _COPY_ADVICE
+        advice = "pin the host memory: pageable copies are slow and block the host"
+    return scene.finding("exposed_copies", exposed_ns, words, advice)
 
 
 def _against_link(scene: _Scene, direction: str | None) -> str:
@@ -241,7 +241,7 @@ def _against_link(scene: _Scene, direction: str | None) -> str:
     return f", where the link of {scene.hardware.name} does {text.bytes_per_s(found[1].value)}" if found else ""
 
 
-def _communication(scene: _Scene) -> _Fact | None:
+def _communication(scene: _Scene) -> Finding | None:
     sums = scene.exposed.select(pl.sum("communication_busy_ns", "communication_exposed_ns"))
     busy, exposed_ns = (int(value) for value in sums.row(0))
     if not busy:
@@ -250,16 +250,17 @@ def _communication(scene: _Scene) -> _Fact | None:
         f"communication between devices took {text.ns(busy)}, of which {text.ns(exposed_ns)} lay beside no computation "
         f"({text.frac(1 - exposed_ns / busy)} hidden)"
     )
-    return "exposed_communication", exposed_ns, words, "overlap it with computation, move fewer bytes, or balance ranks"
+    advice = "overlap it with computation, move fewer bytes, or balance ranks"
+    return scene.finding("exposed_communication", exposed_ns, words, advice)
 
 
-def _dominant_class(scene: _Scene) -> _Fact | None:
+def _dominant_class(scene: _Scene) -> Finding | None:
     by_class = busy_ns(scene.kernels.with_columns(pl.col("class").to_physical()), [*DEVICE, "class"])
     if by_class.is_empty():
         return None
     sums = by_class.group_by("class").agg(pl.sum("busy_ns")).sort("busy_ns", "class", descending=[True, False])
     name, spent_ns = CLASSES[sums["class"][0]], int(sums["busy_ns"][0])
-    if spent_ns < DOMINANT_FRAC * (scene.metrics.gpu_span_ns or 0) or name in COMMUNICATION:
+    if spent_ns < DOMINANT_FRAC * scene.span_ns or name in COMMUNICATION:
         return None
     chosen = scene.kernels.filter(pl.col("class").cast(pl.String) == name)
     top, top_ns = _most(chosen, "name", "dur_ns")
@@ -269,17 +270,17 @@ def _dominant_class(scene: _Scene) -> _Fact | None:
         f"{text.counted(chosen.height, 'kernel')}, {text.ns(spent_ns)}), "
         f"{text.frac(top_ns / int(chosen['dur_ns'].sum()))} of it in {top_name}"
     )
-    return "dominant_class", spent_ns, words, _CLASS_ADVICE[name]
+    return scene.finding("dominant_class", spent_ns, words, _CLASS_ADVICE[name])
 
 
-def _small_kernels(scene: _Scene) -> _Fact | None:
+def _small_kernels(scene: _Scene) -> Finding | None:
     n_kernels = scene.metrics.n_kernels
     is_small = (pl.col("dur_ns") < SMALL_KERNEL_NS) & ~pl.col("is_graph").fill_null(value=False)
     n_small = scene.kernels.filter(is_small).height
-    idle_ns = (scene.metrics.gpu_span_ns or 0) - scene.metrics.gpu_busy_ns
-    if n_kernels < MANY_KERNELS or n_small < 0.5 * n_kernels or not idle_ns:
+    idle_ns = scene.span_ns - scene.metrics.gpu_busy_ns
+    if n_kernels < MANY_KERNELS or n_small < MOST_FRAC * n_kernels or not idle_ns:
         return None
-    table = fusion_table(scene.events, FUSION_LENGTHS).drop_nulls("ideal_speedup").sort("ideal_speedup")
+    table = fusion_table(scene.events, SHORT_LENGTHS).drop_nulls("ideal_speedup").sort("ideal_speedup")
     if table.is_empty():
         return None
     best = table.row(-1, named=True)
@@ -289,22 +290,23 @@ def _small_kernels(scene: _Scene) -> _Fact | None:
         f"{text.count(best['n_launches'])} launches, {best['ideal_speedup']:.2f}x at best where the host is the bound"
     )
     advice = "`perfmodel fusion` lists the chains; torch.compile or a CUDA graph removes their launches"
-    return "small_kernels", round(idle_ns * (1 - 1 / best["ideal_speedup"])), words, advice
+    return scene.finding("small_kernels", round(idle_ns * (1 - 1 / best["ideal_speedup"])), words, advice)
 
 
-def _graphs(scene: _Scene) -> _Fact | None:
+def _graphs(scene: _Scene) -> Finding | None:
     replayed = scene.kernels.filter("is_graph")
-    if replayed.height < 0.5 * scene.metrics.n_kernels or replayed.is_empty():
+    if replayed.height < MOST_FRAC * scene.metrics.n_kernels or replayed.is_empty():
         return None
     words = (
         f"{text.frac(replayed.height / scene.metrics.n_kernels)} of kernels were replayed by "
         f"{text.counted(replayed['launch_row'].n_unique(), 'graph launch call')}: they share a call, so TKLQT "
         f"({text.ns(scene.metrics.tklqt_graph_ns)} of theirs) says when they ran, not what launching cost"
     )
-    return "graphs", int(busy_ns(replayed)["busy_ns"].sum()), words, "judge launches by the first kernel of each launch"
+    replayed_ns = int(busy_ns(replayed)["busy_ns"].sum())
+    return scene.finding("graphs", replayed_ns, words, "judge launches by the first kernel of each launch")
 
 
-def _replays(scene: _Scene) -> _Fact | None:
+def _replays(scene: _Scene) -> Finding | None:
     replays = scene.work.filter(pl.col("kind") == "replay")
     if replays.is_empty():
         return None
@@ -313,10 +315,10 @@ def _replays(scene: _Scene) -> _Fact | None:
         f"{text.counted(replays.height, 'CUDA graph replay')} filled {scene.part(hidden_ns)} of the devices' time and "
         f"{text.ns(hidden_ns)} with kernels that were not recorded, so classes and kernel times leave them out"
     )
-    return "hidden_graphs", hidden_ns, words, "record with `nsys profile --cuda-graph-trace=node`"
+    return scene.finding("hidden_graphs", hidden_ns, words, "record with `nsys profile --cuda-graph-trace=node`")
 
 
-def _overhead(scene: _Scene) -> _Fact | None:
+def _overhead(scene: _Scene) -> Finding | None:
     table = profiler_overhead(scene.events, scene.work)
     if table.is_empty():
         return None
@@ -327,17 +329,13 @@ def _overhead(scene: _Scene) -> _Fact | None:
         f"for {scene.part(idle_ns)} of their time devices stood idle while overhead was recorded ({text.ns(idle_ns)}), "
         f"most of it of {whose}: {text.shortened(top['name'], NAME_WIDTH)}"
     )
+    advice = "it would not be there unwatched: record few steps after warm-up, in less detail"
     if top["is_driver"]:
-        return "overhead", idle_ns, words, "run what is measured once before (CUDA_MODULE_LOADING=EAGER loads it all)"
-    return (
-        "overhead",
-        idle_ns,
-        words,
-        "it would not be there unwatched: record few steps after warm-up, in less detail",
-    )
+        advice = "run what is measured once before (CUDA_MODULE_LOADING=EAGER loads it all)"
+    return scene.finding("overhead", idle_ns, words, advice)
 
 
-_FINDERS: tuple[Callable[[_Scene], _Fact | None], ...] = (
+_FINDERS: tuple[Callable[[_Scene], Finding | None], ...] = (
     _idle,
     _queue,
     _copies,

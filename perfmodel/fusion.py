@@ -12,10 +12,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
-from perfmodel.intervals import STREAM
+from perfmodel.intervals import PROCESS, STREAM
 from perfmodel.launch import joined_kernels
 
 CHAIN_LENGTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512)  # those of the paper's Fig 7
+SHORT_LENGTHS = tuple(length for length in CHAIN_LENGTHS if length <= 64)  # what is worth looking at in any trace
 
 Ints = NDArray[np.int64]
 
@@ -37,9 +38,9 @@ def kernel_sequence(events: pl.DataFrame) -> pl.DataFrame:
     the host waited for the device between two launches: at a `sync` call of the launching process. An orphan counts as
     launched when it started, by the only process of its rank that made calls, if there is one.
     """
-    callers = events.filter(pl.col("kind").is_in(["launch", "sync"])).select("rank", "process").drop_nulls("process")
+    callers = events.filter(pl.col("kind").is_in(["launch", "sync"])).select(PROCESS).drop_nulls("process")
     only = callers.unique().filter(pl.len().over("rank") == 1).rename({"process": "only_process"})
-    calls = events.filter(pl.col("kind") == "sync").select("rank", "process", at="start_ns", is_sync=pl.lit(1))
+    calls = events.filter(pl.col("kind") == "sync").select(*PROCESS, at="start_ns", is_sync=pl.lit(1))
     kernels = (
         joined_kernels(events)
         .join(only, on="rank", how="left", nulls_equal=True, maintain_order="left")
@@ -49,7 +50,7 @@ def kernel_sequence(events: pl.DataFrame) -> pl.DataFrame:
             at=pl.coalesce("launch_start_ns", "start_ns"),
         )
     )
-    n_waits = pl.col("is_sync").fill_null(0).cum_sum().over("rank", "process")
+    n_waits = pl.col("is_sync").fill_null(0).cum_sum().over(PROCESS)
     return (
         pl.concat([calls, kernels], how="diagonal")
         .sort("at", maintain_order=True)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import polars as pl
 
 from perfmodel.errors import InputError
-from perfmodel.intervals import DEVICE, STREAM, THREAD, earliest_held, held, holders, numbered, parents
-from perfmodel.launch import figures, joined_work
+from perfmodel.intervals import DEVICE, PROCESS, STREAM, THREAD, earliest_held, held, holders, numbered, parents
+from perfmodel.launch import call_starts, figures, joined_work
+from perfmodel.trace import plain_name
 
-PROCESS = ("rank", "process")
 KEYS = {"rank": ("rank",), "device": DEVICE, "stream": STREAM, "process": PROCESS, "thread": THREAD}
 GROUPINGS = (*KEYS, "range", "step")
 
@@ -57,11 +57,16 @@ def steps(events: pl.DataFrame) -> pl.DataFrame:
     return found.select(*THREAD, "name", "start_ns", "dur_ns").sort("rank", "process", "start_ns")
 
 
+def profiler_steps(events: pl.DataFrame) -> pl.Series:
+    """Which steps did the profiler mark (`ProfilerStep#N`): their names, each once, whatever thread or rank has it."""
+    names = events.filter(pl.col("kind") == "range")["name"].unique()
+    return names.filter(names.cast(pl.String).str.starts_with(STEP_PREFIX))
+
+
 def _ranges(events: pl.DataFrame) -> pl.DataFrame:
     """The ranges of EVENTS under their plain names, outer ones before those within."""
     ranges = events.select("kind", "name", *THREAD, "start_ns", "dur_ns").filter(pl.col("kind") == "range")
-    plain = pl.col("name").cast(pl.String).str.split("|").list.first()
-    return ranges.with_columns(plain).sort("start_ns", "dur_ns", descending=[False, True])
+    return ranges.with_columns(plain_name()).sort("start_ns", "dur_ns", descending=[False, True])
 
 
 def _by_place(events: pl.DataFrame, work: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
@@ -145,7 +150,6 @@ def _placed(
 ) -> pl.DataFrame:
     """The table of groups that `place` finds (`point`, `group`, `part`) for moments: the starts of launch calls."""
     nowhere = groups.group_by("rank").agg(pl.last("group"))
-    launched = work.select("rank", process="launch_process", thread="launch_thread", at_ns="launch_start_ns")
     calls = _of_kind(events, "launch")
 
     def in_groups(table: pl.DataFrame, starts: pl.DataFrame) -> pl.DataFrame:
@@ -155,5 +159,5 @@ def _placed(
         pairs = pl.concat([inside, outside.select("point", "group", part=pl.lit(-1, pl.Int64))])
         return table[pairs["point"]].with_columns(pairs["group"], pairs["part"])
 
-    table = figures(in_groups(work, launched), in_groups(calls, calls), first_ops)
+    table = figures(in_groups(work, call_starts(work)), in_groups(calls, calls), first_ops)
     return groups.join(table, on="group", maintain_order="left").drop("group")

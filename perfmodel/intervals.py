@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 
 DEVICE = ("rank", "device")  # what tells one device of a trace from another
-STREAM = ("rank", "device", "stream")
-THREAD = ("rank", "process", "thread")
+STREAM = (*DEVICE, "stream")
+PROCESS = ("rank", "process")
+THREAD = (*PROCESS, "thread")
 
 MAX_LINE_NS = 2**62  # what a line of 64-bit times holds with room to spare: 146 years
 

@@ -4,7 +4,7 @@ Equation numbers are those of SKIP (arXiv 2504.11750, section III).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,7 @@ import polars as pl
 
 from perfmodel.errors import InputError
 from perfmodel.intervals import DEVICE, busy_ns
-from perfmodel.trace import API_KINDS, DEVICE_KINDS, Trace
-
-# The figures of a group, in the order of LaunchMetrics.
-FIGURES = (
-    *("n_launches", "n_kernels", "n_kernels_joined", "n_kernels_orphan", "n_kernels_graph"),
-    *("tklqt_ns", "tklqt_non_graph_ns", "tklqt_graph_ns", "tklqt_first_kernel_ns"),
-    *("delay_min_ns", "delay_median_ns", "delay_p99_ns", "delay_max_ns", "n_negative_delays"),
-    *("n_queued", "queue_ns", "launch_call_ns", "kernel_launch_call_ns"),
-    *("akd_ns", "kernel_time_ns", "kernel_busy_ns", "gpu_busy_ns", "gpu_span_ns", "gpu_idle_ns", "gpu_idle_frac"),
-    *("gpu_idle_eq5_ns", "inference_latency_ns"),
-)
-_MAY_BE_NULL = (
-    *("delay_min_ns", "delay_median_ns", "delay_p99_ns", "delay_max_ns", "akd_ns"),
-    *("gpu_span_ns", "gpu_idle_ns", "gpu_idle_frac", "gpu_idle_eq5_ns", "inference_latency_ns"),
-)
-_SUMS = tuple(name for name in FIGURES if name not in _MAY_BE_NULL)  # 0 where there is nothing to sum
+from perfmodel.trace import API_KINDS, COPY_KINDS, DEVICE_KINDS, Trace, plain_name
 
 
 @dataclass(frozen=True)
@@ -89,6 +74,12 @@ class LaunchMetrics:
         return {**asdict(self), "devices": [asdict(device) for device in self.devices]}
 
 
+# The figures of a group of device work: all of LaunchMetrics but what only a whole trace has.
+FIGURES = tuple(f.name for f in fields(LaunchMetrics) if f.name not in ("source", "n_events", "devices"))
+# Those that are never null: sums, which are 0 where there is nothing to sum.
+_SUMS = tuple(f.name for f in fields(LaunchMetrics) if f.name in FIGURES and f.type is int)
+
+
 def joined_work(events: pl.DataFrame, kinds: Sequence[str] = DEVICE_KINDS) -> pl.DataFrame:
     """Which call launched each piece of device work: the rows of EVENTS of these kinds in file order, with their calls.
 
@@ -115,6 +106,14 @@ def joined_work(events: pl.DataFrame, kinds: Sequence[str] = DEVICE_KINDS) -> pl
 def joined_kernels(events: pl.DataFrame) -> pl.DataFrame:
     """Which call launched each kernel: `joined_work` of the kernels alone."""
     return joined_work(events, ("kernel",))
+
+
+def call_starts(work: pl.DataFrame) -> pl.DataFrame:
+    """When and on which thread did the call for each piece of `joined_work` begin: moments as `intervals` takes them.
+
+    Columns `rank`, `process`, `thread` and `at_ns`, a row for each of `work`; null but for the rank of an orphan.
+    """
+    return work.select("rank", process="launch_process", thread="launch_thread", at_ns="launch_start_ns")
 
 
 def _call_of(work: pl.DataFrame, calls: pl.DataFrame) -> pl.Series:
@@ -293,7 +292,7 @@ def by_launch_call(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl
     trace). Longest first. `work` is `joined_work` of the events, if it is known already.
     """
     work = joined_work(events) if work is None else work
-    is_kernel, is_copy = pl.col("kind") == "kernel", pl.col("kind").is_in(("copy", "set"))
+    is_kernel, is_copy = pl.col("kind") == "kernel", pl.col("kind").is_in(COPY_KINDS)
     launched = (
         work.select("kind", row="launch_row")
         .drop_nulls()
@@ -327,12 +326,7 @@ def by_host_name(events: pl.DataFrame, kind: str) -> pl.DataFrame:
     calls = events.select("kind", "name", "dur_ns").filter(pl.col("kind") == kind)
     by_name = calls.group_by("name").agg(n_calls=pl.len().cast(pl.Int64), time_ns=pl.sum("dur_ns"))
     return (
-        by_name.group_by(pl.col("name").cast(pl.String).str.split("|").list.first().alias("name"))
+        by_name.group_by(plain_name())
         .agg(pl.sum("n_calls", "time_ns"))
         .sort("time_ns", "name", descending=[True, False])
     )
-
-
-def n_negative_delays(events: pl.DataFrame) -> int:
-    """How many kernels began before their launch call did: a sign that host and device clocks were not aligned."""
-    return joined_kernels(events).filter(pl.col("delay_ns") < 0).height

@@ -9,10 +9,11 @@ import numpy as np
 import polars as pl
 
 from perfmodel.attribution import attributed
-from perfmodel.classify import classify
+from perfmodel.classify import GEMMS, classify
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import THREAD, holders, parents
+from perfmodel.launch import call_starts
 from perfmodel.physics import COMPUTES_IN, attainable_flops_per_s, ceilings
 from perfmodel.readers.ncu import TO_COLLECT
 from perfmodel.text import NS_PER_S
@@ -35,7 +36,6 @@ PRODUCTS: dict[str, tuple[int, int, int | None]] = {
 }
 COUNTS_FROM = pl.Enum(("products inside", "capture"))
 TIMED_BY = pl.Enum(("kernels", "operator"))
-GEMM_CLASSES = ("gemm", "grouped_gemm")
 
 # Type of an operand as the profiler writes it -> name, bytes of an element, and values that it holds.
 _DTYPES = {
@@ -96,7 +96,6 @@ def matmuls(trace: Trace, work: pl.DataFrame | None = None) -> pl.DataFrame:
     products = _outermost_work(ops.join(_described(ops), on=["op", "inputs"], maintain_order="left"))
     counted = _with_active_experts(products, trace)
     n_weights = pl.coalesce("n_active", "n_experts").fill_null(0)
-    seconds = pl.col("time_ns") / NS_PER_S
     return (
         counted.with_columns(bytes=pl.col("fixed_bytes") + n_weights * pl.col("expert_bytes"))
         .with_columns(
@@ -105,16 +104,21 @@ def matmuls(trace: Trace, work: pl.DataFrame | None = None) -> pl.DataFrame:
             & pl.col("n_active").is_null()
         )
         .join(_times(trace, products, work), on="row", how="left", maintain_order="left")
-        .with_columns(
-            pl.col("op").cast(pl.String),
-            flops_per_s=pl.when(seconds > 0).then(pl.col("flops") / seconds),
-            flops_per_byte=pl.when(pl.col("bytes") > 0).then(pl.col("flops") / pl.col("bytes")),
-        )
+        .with_columns(pl.col("op").cast(pl.String), **_rates())
         .select(
             *("row", "op", "rank", "start_ns", "m", "n", "k", "batch", "n_experts", "n_active", "counts_from", "dtype"),
             *("flops", "bytes", "is_upper_bound", "n_kernels", "time_ns", "timed_by", "flops_per_s", "flops_per_byte"),
         )
     )
+
+
+def _rates() -> dict[str, pl.Expr]:
+    """How fast was what a row computed, and how much of it for each byte: null without time, without bytes."""
+    flops, n_bytes, seconds = pl.col("flops"), pl.col("bytes"), pl.col("time_ns") / NS_PER_S
+    return {
+        "flops_per_s": pl.when(seconds > 0).then(flops / seconds),
+        "flops_per_byte": pl.when(n_bytes > 0).then(flops / n_bytes),
+    }
 
 
 def _described(ops: pl.DataFrame) -> pl.DataFrame:
@@ -234,10 +238,9 @@ def _times(trace: Trace, products: pl.DataFrame, work: pl.DataFrame | None) -> p
         return products.select("row", n_kernels=pl.lit(0, pl.Int64), time_ns="dur_ns", timed_by=by_operator)
     work = attributed(trace.events) if work is None else work
     kernels = work.filter(pl.col("kind") == "kernel", ~pl.col("is_graph").fill_null(True))
-    kernels = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMM_CLASSES))
-    launched = kernels.select("rank", process="launch_process", thread="launch_thread", at_ns="launch_start_ns")
-    around = products["row"].gather(holders(products, launched)["innermost"])
-    of_kernel = pl.coalesce(pl.when(pl.col("found_by") == "nesting").then(around), "operator_row")
+    kernels = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMMS))
+    around = products["row"].gather(holders(products, call_starts(kernels))["innermost"])
+    of_kernel = pl.coalesce(around, "operator_row")  # an operator that is no product has no row among the products
     times = kernels.group_by(row=of_kernel).agg(n_kernels=pl.len().cast(pl.Int64), time_ns=pl.sum("dur_ns"))
     found = products.select("row").join(times, on="row", how="left", maintain_order="left")
     is_timed = pl.col("time_ns").is_not_null()
@@ -258,19 +261,22 @@ def launch_points(launches: pl.DataFrame) -> pl.DataFrame:
     if counted.is_empty():
         missing = [name for name in needed if launches[name].count() == 0] or needed
         raise InputError(f"no kernel of the Nsight Compute table has all of {', '.join(missing)}; {TO_COLLECT}")
-    seconds = pl.col("duration_ns") / NS_PER_S
+    points = counted.select(pl.col("name").alias("op"), "dtype", "flops", bytes="dram_bytes", time_ns="duration_ns")
+    return points.filter(pl.all_horizontal(pl.col("flops", "bytes", "time_ns") > 0)).with_columns(**_rates())
+
+
+def alike(points: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
+    """Which points of a roofline cost most, those that agree in `keys` taken together: longest time first.
+
+    Columns `keys`, `flops`, `bytes` (null where those of any are) and `time_ns` in all, `n_products`, and the rates
+    that follow, as in `matmuls`.
+    """
+    n_bytes = pl.when(pl.col("bytes").is_not_null().all()).then(pl.sum("bytes"))
     return (
-        counted.filter(pl.col("flops") > 0, pl.col("dram_bytes") > 0, seconds > 0)
-        .select(
-            "dtype",
-            "flops",
-            op="name",
-            bytes="dram_bytes",
-            time_ns="duration_ns",
-            flops_per_s=pl.col("flops") / seconds,
-            flops_per_byte=pl.col("flops") / pl.col("dram_bytes"),
-        )
-        .select("op", "dtype", "flops", "bytes", "time_ns", "flops_per_s", "flops_per_byte")
+        points.group_by(keys)
+        .agg(pl.sum("flops"), n_bytes.alias("bytes"), pl.sum("time_ns"), n_products=pl.len().cast(pl.Int64))
+        .with_columns(**_rates())
+        .sort("time_ns", *keys, descending=[True, *(False for _ in keys)], nulls_last=True)
     )
 
 

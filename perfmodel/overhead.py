@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from perfmodel.intervals import DEVICE, gaps, merged, overlap_ns
+from perfmodel.intervals import DEVICE, PROCESS, gaps, merged, overlap_ns
 from perfmodel.launch import joined_work
 
 # Affairs of the driver, which come up without a profiler too, in the words of Kineto and of Nsight Systems.
@@ -48,12 +48,12 @@ def idle_beside_overhead_ns(events: pl.DataFrame, work: pl.DataFrame) -> int:
 
 def _beside_devices(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
     """The overhead beside each device that its process drives, or beside all of its rank where no process is named."""
-    overhead = events.select("kind", "name", "rank", "process", "start_ns", "dur_ns")
+    overhead = events.select("kind", "name", *PROCESS, "start_ns", "dur_ns")
     overhead = overhead.filter(pl.col("kind") == "overhead")
     drivers = work.filter(pl.col("launch_row").is_not_null()).select(*DEVICE, process="launch_process").unique()
     named, unnamed = (overhead.filter(f) for f in (pl.col("process").is_not_null(), pl.col("process").is_null()))
     beside = (
-        named.join(drivers, on=["rank", "process"], nulls_equal=True),
+        named.join(drivers, on=PROCESS, nulls_equal=True),
         unnamed.join(work.select(DEVICE).unique(), on="rank", nulls_equal=True),
     )
     return pl.concat(part.select("name", *DEVICE, "start_ns", "dur_ns") for part in beside)

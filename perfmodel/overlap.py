@@ -3,7 +3,7 @@
 import polars as pl
 
 from perfmodel.classify import COMMUNICATION, Rules, classify
-from perfmodel.intervals import DEVICE, STREAM, busy_ns, gaps, merged, overlap_ns
+from perfmodel.intervals import DEVICE, PROCESS, STREAM, busy_ns, gaps, merged, overlap_ns
 from perfmodel.launch import joined_work
 
 DOING = pl.Enum(("compute", "communication", "copy"))
@@ -72,9 +72,9 @@ def idle_gaps(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.Data
     found = gaps(work)
     drivers = work.filter(pl.col("launch_row").is_not_null()).select(*DEVICE, process="launch_process").unique()
     calls = (
-        events.select("kind", "rank", "process", "start_ns", "dur_ns")
+        events.select("kind", *PROCESS, "start_ns", "dur_ns")
         .filter(pl.col("kind").is_in(["launch", "sync"]))
-        .join(drivers, on=["rank", "process"], nulls_equal=True)
+        .join(drivers, on=PROCESS, nulls_equal=True)
     )
     launching = overlap_ns(found, calls.filter(pl.col("kind") == "launch"))
     either = overlap_ns(found, calls)

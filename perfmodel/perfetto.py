@@ -6,6 +6,7 @@ traces takes for an event. The traps of the format are told in docs/decisions/00
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,17 +266,26 @@ def _inputs_text(inputs: str) -> str:
 
 @contextmanager
 def _written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when it was written to the end; packed where the name ends in `.gz`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """A file that appears under its name when it was written to the end; packed where the name ends in `.gz`.
+
+    A link stays one, and leads to the new file. What is there and no file, a pipe or a device, is written to as it is,
+    lest it be replaced.
+    """
     try:
-        if path.suffix == ".gz":
-            with igzip.open(beside, "wb", compresslevel=2) as packed:  # type: ignore[no-untyped-call]
-                yield packed
-        else:
-            with beside.open("wb") as plain:
-                yield plain
-        beside.replace(path)
+        target = path.resolve()
+        in_place = target.exists() and not target.is_file()
+        beside = target if in_place else target.parent / f".perfmodel-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            if path.suffix == ".gz":
+                with igzip.open(beside, "wb", compresslevel=2) as packed:  # type: ignore[no-untyped-call]
+                    yield packed
+            else:
+                with beside.open("wb") as plain:
+                    yield plain
+            if not in_place:
+                beside.replace(target)
+        finally:
+            if not in_place:
+                beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
-    finally:
-        beside.unlink(missing_ok=True)

@@ -10,12 +10,11 @@ from typing import Any
 import polars as pl
 
 from perfmodel.classify import COMMUNICATION, KERNEL_CLASS, class_shares, rules_before_shipped
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, about
 from perfmodel.launch import launch_metrics
 from perfmodel.readers.folder import (
     find_ranks,
     ignored_note,
-    lost_sentence,
     n_workers_for,
     read_or_why,
     recorded_rank,
@@ -23,8 +22,9 @@ from perfmodel.readers.folder import (
     resolve_ranks,
     time_base_ns,
     time_origin_ns,
+    why_not,
 )
-from perfmodel.workers import Lost, Progress, run_on_all
+from perfmodel.workers import PROCESSES, Progress, run_on_all
 
 RANKS = pl.Schema(
     {
@@ -63,7 +63,7 @@ CLASSES_OF_RANKS = pl.Schema(
     }
 )
 # What ranks are compared by.
-FIGURES = (
+COMPARED = (
     "compute_time_ns",
     "communication_time_ns",
     "communication_frac",
@@ -136,7 +136,7 @@ class Straggler:
 def summarise_ranks(
     folder: str | Path,
     cache: str | Path | None = None,
-    backend: str = "loky",
+    backend: str = PROCESSES,
     n_workers: int | None = None,
     scheduler: str | None = None,
     progress: Progress = lambda _: None,
@@ -150,39 +150,24 @@ def summarise_ranks(
     none can be read, and what `run_on_all` and `read_rules` raise.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: not a folder; expected one with a trace for each rank")
     if rules is not None:
         rules_before_shipped(rules)
-    try:
-        return _summarise(folder, cache, backend, n_workers, scheduler, progress, rules)
-    except InputError as error:
-        raise type(error)(f"{folder}: {error}") from None
-
-
-def _summarise(
-    folder: Path,
-    cache: str | Path | None,
-    backend: str,
-    n_workers: int | None,
-    scheduler: str | None,
-    progress: Progress,
-    rules: str | None,
-) -> RankSummary:
-    files, ignored = find_ranks(folder)
-    n_workers = n_workers_for(files, backend, n_workers)
-    more = () if rules is None else (rules,)
-    calls = [(str(file), None if cache is None else str(cache), *more) for file in files]
-    outcomes = run_on_all(_TASK, calls, backend, n_workers, scheduler, progress)
-    read, failed = {}, {}
-    for file, outcome in zip(files, outcomes, strict=True):
-        name = str(file.relative_to(folder))
-        if isinstance(outcome, dict):
-            read[name] = outcome
-        else:
-            failed[name] = lost_sentence(outcome) if isinstance(outcome, Lost) else outcome
-    refuse_if_all_failed(failed, len(files))
-    return _summary(str(folder), read, failed, ignored)
+    with about(folder):
+        if not folder.is_dir():
+            raise InputError("not a folder; expected one with a trace for each rank")
+        files, ignored = find_ranks(folder)
+        more = () if rules is None else (rules,)
+        calls = [(str(file), None if cache is None else str(cache), *more) for file in files]
+        outcomes = run_on_all(_TASK, calls, backend, n_workers_for(files, backend, n_workers), scheduler, progress)
+        read, failed = {}, {}
+        for file, outcome in zip(files, outcomes, strict=True):
+            name = str(file.relative_to(folder))
+            if isinstance(outcome, dict):
+                read[name] = outcome
+            else:
+                failed[name] = why_not(outcome)
+        refuse_if_all_failed(failed, len(files))
+        return _summary(str(folder), read, failed, ignored)
 
 
 def summary_of_file(file: str, cache: str | None, rules: str | None = None) -> dict[str, Any] | str:
@@ -207,13 +192,13 @@ def summary_of_file(file: str, cache: str | None, rules: str | None = None) -> d
 
 
 def spread(ranks: pl.DataFrame) -> pl.DataFrame:
-    """How far apart are the ranks: one row for each of FIGURES that any rank has, from the table RANKS.
+    """How far apart are the ranks: one row for each of COMPARED that any rank has, from the table RANKS.
 
     Columns `figure` (with its unit), `least`, `median`, `most`, `least_rank`, `most_rank` (the first of equals) and
     `excess_frac`, by how much the most exceeds the median; null where the median is 0.
     """
     rows = []
-    for figure in FIGURES:
+    for figure in COMPARED:
         known = ranks.select("rank", value=pl.col(figure).cast(pl.Float64)).drop_nulls().sort("value", "rank")
         if known.is_empty():
             continue

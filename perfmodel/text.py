@@ -105,10 +105,26 @@ def count(value: float | None) -> str:
     return "n/a" if value is None else f"{value:,.0f}"
 
 
-def in_unit(value: float, suffix: str) -> str:
+_WRITERS = {
+    "flops_per_s": flops_per_s,
+    "bytes_per_s": bytes_per_s,
+    "bytes": n_bytes,
+    "ns": ns,
+    "frac": frac,
+    "count": count,
+}
+
+
+def in_unit(value: float | None, suffix: str) -> str:
     """A number in base units as words, chosen by the suffix of its name (`ns`, `bytes`, `bytes_per_s` ...)."""
-    writers = {"ns": ns, "bytes": n_bytes, "bytes_per_s": bytes_per_s, "flops_per_s": flops_per_s, "count": count}
-    return writers[suffix](value)
+    return _WRITERS[suffix](value)
+
+
+def figure(name: str, value: float | None) -> str:
+    """A figure as words, by the unit at the end of its name; a count where there is none, `n/a` for null."""
+    if name == "flops_per_byte":
+        return "n/a" if value is None else f"{value:,.1f}"
+    return in_unit(value, next((suffix for suffix in _WRITERS if f"_{name}".endswith(f"_{suffix}")), "count"))
 
 
 def counted(n: int, noun: str) -> str:

@@ -17,6 +17,7 @@ from perfmodel.errors import InputError
 # of the host that the profiler spent on itself, or saw the driver spend on its own affairs.
 KINDS = ("op", "range", "launch", "sync", "call", "kernel", "copy", "set", "replay", "overhead")
 DEVICE_KINDS = ("kernel", "copy", "set", "replay")
+COPY_KINDS = ("copy", "set")  # what moves or fills memory without computing
 API_KINDS = ("launch", "sync", "call")
 
 EVENTS = pl.Schema(
@@ -40,6 +41,7 @@ EVENTS = pl.Schema(
 
 _N_NULLS = 2**17  # as many rows as a piece of a reader has at most
 
+MAX_RANK = 2**31 - 1  # the highest that the column holds
 MAX_DUR_NS = 7 * 24 * 3600 * 10**9  # a single event longer than a week is a corrupt record (HTA issue 325)
 
 
@@ -96,6 +98,14 @@ def repeated(name: str, value: int | None, n_rows: int) -> pl.Series:
 @cache
 def _nulls(name: str) -> pl.Series:
     return pl.Series(name, [None], dtype=EVENTS[name]).new_from_index(0, _N_NULLS)
+
+
+def plain_name() -> pl.Expr:
+    """What is an event called, whatever its circumstances: its name up to `|`, behind which our collectors write them.
+
+    The same for calls of one operator or range with different batches, say; as text.
+    """
+    return pl.col("name").cast(pl.String).str.split("|").list.first()
 
 
 def cut(trace: Trace, start_ns: int, end_ns: int) -> Trace:

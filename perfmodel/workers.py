@@ -14,7 +14,9 @@ from typing import Any
 
 from perfmodel.errors import InputError, MissingExtraError
 
+PROCESSES = "loky"  # joblib's name for processes of this machine
 IN_PROCESS = ("threading", "sequential")
+ON_THIS_MACHINE = (PROCESSES, *IN_PROCESS)
 WAIT_S = 60  # for the first worker of a cluster, or for one that is started again
 
 # Classes of errors that say "a worker died": those of concurrent.futures and loky, Dask, and Ray.
@@ -34,7 +36,7 @@ class Lost:
 def run_on_all(
     function: str,
     calls: Sequence[tuple[str | None, ...]],
-    backend: str = "loky",
+    backend: str = PROCESSES,
     n_workers: int | None = None,
     scheduler: str | None = None,
     progress: Progress = lambda _: None,
@@ -105,7 +107,7 @@ def _threads_per_worker(backend: str, n_jobs: int | None) -> int:
     """Polars threads such that the workers of a machine have as many as it has cores; 1 where we do not know them."""
     from joblib import cpu_count
 
-    return max(1, cpu_count() // (n_jobs or cpu_count())) if backend == "loky" else 1
+    return max(1, cpu_count() // (n_jobs or cpu_count())) if backend == PROCESSES else 1
 
 
 @contextmanager
@@ -126,7 +128,7 @@ def _configured(backend: str, n_workers: int | None, scheduler: str | None) -> I
     if backend not in known:
         raise InputError(f"{backend!r} is not a backend that joblib has here; there are {', '.join(known)}")
     with parallel_config(backend=backend):
-        yield n_workers or (cpu_count() if backend in ("loky", *IN_PROCESS) else -1)
+        yield n_workers or (cpu_count() if backend in ON_THIS_MACHINE else -1)
 
 
 @contextmanager

@@ -5,8 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
+
+settings.register_profile("perfmodel", deadline=None)  # how long a case takes is the machine's doing, not the code's
+settings.load_profile("perfmodel")
 
 
 @pytest.fixture(scope="session")

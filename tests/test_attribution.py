@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perfmodel.attribution import attributed, by_operator, in_ranges
+from perfmodel.attribution import attributed, by_operator
 from perfmodel.launch import joined_work, launch_metrics
 from perfmodel.readers import read_trace
 from perfmodel.trace import Trace
@@ -89,6 +89,18 @@ def test_an_id_tells_the_operator_where_nesting_does_not() -> None:
     assert dict(parts.select("part", "n_kernels").iter_rows()) == {"operator": 2, "orphan": 3}
 
 
+def test_operators_inside_that_overlap_leave_no_negative_time() -> None:
+    trace = events(op(0, 10, "outer"), op(1, 6, "inner"), op(3, 6, "inner"))
+    assert dict(by_operator(trace).select("name", "self_ns").iter_rows()) == {"inner": 12, "outer": 0}
+
+
+def test_a_single_id_may_lie_anywhere_but_on_its_link() -> None:
+    def owner(link: int) -> list[str | None]:
+        return attributed(events(op(0, 5, external=70), kernel(60, link=link, external=70)))["operator"].to_list()
+
+    assert (owner(71), owner(70)) == (["op"], [None])
+
+
 @pytest.mark.parametrize("offset", [0, 7 * 2**32])
 def test_an_id_that_repeats_the_link_is_no_operator(offset: int) -> None:
     """Old profilers wrote the correlation id twice; links of a later rank are moved by a constant."""
@@ -97,18 +109,6 @@ def test_an_id_that_repeats_the_link_is_no_operator(offset: int) -> None:
     assert attributed(trace)["operator"].to_list() == [None, None]
     honest = trace.with_columns(external=pl.col("external").replace({71: 75}))
     assert attributed(honest)["operator"].to_list() == ["op", "op"]
-
-
-def test_moments_in_nested_ranges_are_in_all_of_them() -> None:
-    trace = events(
-        launch(5, link=1),
-        {"kind": "range", "start_ns": 0, "dur_ns": 10},
-        {"kind": "range", "start_ns": 2, "dur_ns": 4},
-        {"kind": "range", "start_ns": 0, "dur_ns": 5},
-        {"kind": "range", "start_ns": 0, "dur_ns": 10, "thread": 2},
-    )
-    points = trace.filter(pl.col("kind") == "launch").select("rank", "process", "thread", at_ns="start_ns")
-    assert sorted(in_ranges(trace, points).iter_rows()) == [(0, 1), (0, 2)]
 
 
 CALL = st.tuples(st.integers(0, 40), st.integers(0, 3), st.booleans())

@@ -16,6 +16,7 @@ from perfmodel.bound import (
 from perfmodel.errors import InputError
 from perfmodel.launch import launch_metrics
 from perfmodel.readers import read_trace
+from perfmodel.readers.sweeps import read_sweeps
 from perfmodel.trace import Trace
 from tests.traces_made import events, kernel, launch
 
@@ -160,3 +161,49 @@ def test_a_sweep_of_traces() -> None:
     assert found.table["tklqt_ns"].to_list()[:2] == [500_000, 500_000]
     assert found.table["label"].to_list() == ["host-bound", "host-bound", "device-bound"]
     assert (found.transition_batch, found.plateau_ns) == (4, 500_000)
+
+
+@pytest.mark.parametrize(
+    ("batches", "tklqt_ns", "words"),
+    [
+        ([1, 8, 8], [1.0, 2.0, 9e9], "the batch size 8 more than once"),
+        ([1, 2], [1.0, float("nan")], "no number"),
+        ([1, 2], [1.0, float("inf")], "no number"),
+        ([0, 2], [1.0, 1.0], "below 1"),
+    ],
+)
+def test_a_sweep_that_says_nothing_is_refused(batches: list[int], tklqt_ns: list[float], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        sweep(batches, tklqt_ns)
+
+
+def test_batches_may_come_in_any_order() -> None:
+    assert transition_batch([32, 1, 8], [9e9, 1.0, 2.0]) == 32
+
+
+def test_tables_of_sweeps(tmp_path: Path) -> None:
+    table = tmp_path / "sweep.csv"
+    table.write_text("batch,tklqt_ms\n8,2.5\n1,1\n")
+    assert read_sweeps(table) == {"": ([8, 1], [2.5e6, 1e6])}
+    table.write_text("model,gpu,batch,tklqt_us,note_us\na,X,1,3,9\na,Y,1,4,9\na,X,2,5,9\nb,X,1,,9\n")
+    assert read_sweeps(table) == {"a, X": ([1, 2], [3000, 5000]), "a, Y": ([1], [4000])}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("batch,time\n1,2\n", "the columns batch, time; expected the columns batch and tklqt_ns"),
+        ("batch,tklqt_parsecs\n1,2\n", "the columns batch, tklqt_parsecs"),
+        ("tklqt_ns\n1\n", "the columns tklqt_ns"),
+        ("batch,tklqt_ns\n1,\n", "no batch size with a TKLQT"),
+        ("batch,tklqt_ns\n1,\n2,3\n", "empty cells"),
+        ("batch,tklqt_ns\na,2\n", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_tables_that_hold_no_sweep_are_refused(content: str, said: str, tmp_path: Path) -> None:
+    table = tmp_path / "sweep.csv"
+    table.write_text(content)
+    with pytest.raises(InputError, match=said) as refused:
+        read_sweeps(table)
+    assert str(refused.value).startswith(f"{table}: ")

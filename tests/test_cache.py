@@ -176,7 +176,7 @@ def _flip(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(at=st.floats(0, 1, exclude_max=True), cut=st.booleans())
 def test_a_damaged_cache_is_never_used_and_is_written_again(
     at: float, cut: bool, tmp_path_factory: pytest.TempPathFactory
@@ -282,7 +282,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(meta=st.dictionaries(st.text(max_size=4), json_values, max_size=3), notes=st.lists(st.text(), max_size=2))
 def test_the_record_survives_exactly(
     meta: dict[str, Any], notes: list[str], tmp_path_factory: pytest.TempPathFactory
@@ -349,3 +349,14 @@ def test_a_source_that_changes_while_it_is_read_is_not_cached(source: Path) -> N
 
     read_cached(source, "beside", read)
     assert not list(source.parent.glob(f"*{SUFFIX}"))
+
+
+def test_a_pipe_is_read_and_not_kept(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    document = json.dumps({"traceEvents": [complete("cpu_op", "a", 1, 1)]})
+    writer = threading.Thread(target=lambda: pipe.write_text(document))
+    writer.start()
+    trace = read_trace(pipe, cache="beside")
+    writer.join()
+    assert trace.events.height == 1 and list(tmp_path.iterdir()) == [pipe]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -75,8 +76,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PAGE_KEYS = {
     *("n_repaired", "n_dropped", "notes", "n_kernels_found_by", "bound", "findings", "by", "groups", "classes"),
-    *("kernels", "launch_calls", "operators", "ranges", "copies", "exposed", "gaps", "steps", "products", "counted"),
-    *("profiler_overhead", "profiler_overhead_ns"),
+    *("kernels", "launch_calls", "operators", "host_operators", "ranges", "copies", "exposed", "gaps", "steps"),
+    *("products", "counted", "profiler_overhead", "profiler_overhead_ns"),
 }
 
 
@@ -139,6 +140,7 @@ def test_analyze_json_holds_everything_of_the_page(trace: Path) -> None:
         ("aten::mm", 4000),
         ("(orphans)", 1000),
     ]
+    assert found["host_operators"] == [{"name": "aten::mm", "n_calls": 1, "time_ns": 9000}]
     assert len(json.loads(run("analyze", str(trace), "--json", "--top", "1").stdout)["kernels"]) == 1
 
 
@@ -158,16 +160,17 @@ def test_sweep_finds_the_transition_from_traces_and_from_a_table(trace: Path, tm
     table.write_text("batch,tklqt_ns\n1,1000000\n2,1100000\n8,9000000\n")
     assert "device-bound from batch 8 on" in run("sweep", str(table)).stdout
     assert "no batch size is device-bound" in run("sweep", str(table), "--factor", "10").stdout
+    table.write_text("model,gpu,batch,tklqt_us\na,X,1,1000\na,X,2,9000\na,Y,1,1000\na,Y,2,1000\n")
+    both = json.loads(run("sweep", str(table), "--json").stdout)["sweeps"]
+    assert [(one["name"], one["transition_batch"]) for one in both] == [("a, X", 2), ("a, Y", None)]
+    assert run("sweep", str(table)).stdout.startswith("a, X\n\nbatch")
     for words, said in (
         (("x",), "expected BATCH=TRACE"),
         ((f"a={trace}",), "whole number"),
         ((str(table), "--factor", "none"), "--factor is 'none'"),
-        ((str(tmp_path / "none.csv"),), "no such file"),
+        ((str(tmp_path / "none.csv"),), "none.csv: cannot be read: No such file"),
     ):
         assert said in refused("sweep", *words)
-    for text in ("batch,time\n1,2\n", "batch,tklqt_ns\n1,\n", "batch,tklqt_ns\na,2\n", ""):
-        table.write_text(text)
-        assert str(table) in refused("sweep", str(table))
 
 
 def test_analyze_groups_its_metrics_and_refuses_other_groups(trace: Path) -> None:
@@ -435,3 +438,56 @@ def test_version_and_help() -> None:
 
 def test_shipped_captures_are_found() -> None:
     assert shipped_captures()
+
+
+# --- terminals, pipes and places of every kind ------------------------------------------------------------------------
+
+
+def test_a_terminal_that_knows_few_characters_gets_others(trace: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "perfmodel", "analyze"]
+    done = subprocess.run([*command, str(trace)], cwd=ROOT, capture_output=True, env=env, check=True)
+    page = run("analyze", str(trace)).stdout
+    assert "µs" in page and done.stdout.decode("ascii") == page.replace("µ", "u").replace("…", "~")
+    done = subprocess.run([*command, str(tmp_path / "né")], cwd=ROOT, capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stderr.decode("ascii").count("\n")) == (2, 1) and b"n?: cannot" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["0<&-", ">&-", "2>&-", "0<&- >&- 2>&-"])
+def test_closed_streams_are_no_defect(closed: str, trace: Path) -> None:
+    command = f'"{sys.executable}" -m perfmodel analyze "$1" {closed}'
+    done = subprocess.run(["sh", "-c", command, "sh", str(trace)], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("words", [("--help",), ("analyze", "TRACE", "--json"), ("list",)])
+def test_whoever_reads_may_leave(words: tuple[str, ...], trace: Path) -> None:
+    words = tuple(word.replace("TRACE", str(trace)) for word in words)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "perfmodel", *words], cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_name_of_several_lines_is_refused_in_one() -> None:
+    assert refused("analyze", "no\nsuch").count("\n") == 1
+
+
+def test_export_never_replaces_what_it_reads(trace: Path, tmp_path: Path) -> None:
+    source, link = tmp_path / "trace.json", tmp_path / "link.json"
+    source.write_bytes(trace.read_bytes())
+    link.symlink_to(source)
+    for target in (source, link):
+        assert "is the trace itself" in refused("export", str(source), "--perfetto", str(target))
+    assert "lies in the folder" in refused("export", str(tmp_path), "--perfetto", str(tmp_path / "view.json"))
+    assert "expected the name" in refused("export", str(source), "--perfetto", "")
+    assert source.read_bytes() == trace.read_bytes() and set(tmp_path.iterdir()) == {source, link}
+
+
+def test_a_table_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "sweep.csv"
+    table.write_text("batch,tklqt_ns\n1,10\n2,NaN\n")
+    assert "no number" in refused("sweep", str(table), "--json")

@@ -3,7 +3,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from perfmodel.diff import diff, n_steps
+from perfmodel.diff import diff
 from perfmodel.launch import launch_metrics
 from perfmodel.readers import read_trace
 from perfmodel.trace import Trace
@@ -66,8 +66,8 @@ def test_steps_make_traces_of_different_length_comparable() -> None:
     assert (metrics["n_kernels"], metrics["akd_ns"]) == ((0, 1), (0, 1))
     raw = diff(with_steps(2), trace(kernel(0, 10, name="gemm")))
     assert not raw.per_step and raw.classes["change_ns"].to_list() == [-10]
-    two_ranks = events(*({"kind": "range", "name": "ProfilerStep#1", "start_ns": 0, "rank": r} for r in (0, 1)))
-    assert n_steps(two_ranks) == 1
+    two_ranks = trace(*({"kind": "range", "name": "ProfilerStep#1", "start_ns": 0, "rank": r} for r in (0, 1)))
+    assert diff(two_ranks, two_ranks).n_steps_a == 1  # that several ranks recorded
 
 
 PAIRS = [
@@ -95,3 +95,12 @@ def test_sides_sum_to_their_traces(names: tuple[str, str], shared: Path) -> None
     assert set(same.metrics["ratio"].drop_nulls()) == {1.0}
     assert same.operators["change_ns"].abs().sum() == 0
     assert same.classes.filter(pl.col("ratio") != 1).is_empty()
+
+
+def test_json_holds_as_many_rows_as_are_asked_for() -> None:
+    ops = [{"kind": "op", "name": name, "start_ns": 0, "dur_ns": 1} for name in "abc"]
+    trace = Trace(events(*ops, kernel(10, 5, name="gemm"), kernel(20, 5, name="flash")), "kineto", 5)
+    found = diff(trace, trace)
+    whole, first = found.to_json(), found.to_json(1)
+    assert first == {**whole, "classes": whole["classes"][:1], "operators": whole["operators"][:1]}
+    assert (len(whole["classes"]), len(whole["operators"])) == (2, 4)

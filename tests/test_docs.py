@@ -5,13 +5,23 @@ import runpy
 import subprocess
 import sys
 
+import polars as pl
 import pytest
 
-from perfmodel.hardware import EVIDENCE
+from perfmodel.analysis import TABLES, analyse
+from perfmodel.bound import sweep
+from perfmodel.diff import diff
+from perfmodel.fusion import chains, fusion_table
+from perfmodel.groups import GROUPINGS
+from perfmodel.hardware import EVIDENCE, hardware
 from perfmodel.offload import ACCESS_MODES
 from perfmodel.physics import constant_names
+from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary, Straggler, spread
+from perfmodel.readers.ncu import LAUNCHES
 from perfmodel.routing import PATTERNS
+from perfmodel.trace import Trace
 from tests.conftest import ROOT
+from tests.traces_made import events, kernel, launch
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -68,6 +78,49 @@ def test_the_nomenclature_knows_every_pattern_access_mode_and_kind_of_evidence()
     page = (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")
     for word in (*PATTERNS, *ACCESS_MODES, *EVIDENCE):
         assert word in page
+
+
+def keys_of(value: object) -> set[str]:
+    """Every key and column name in a value that JSON or a table holds, at whatever depth."""
+    if isinstance(value, pl.DataFrame):
+        return {*value.columns}
+    if isinstance(value, dict):
+        return {*value}.union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list | tuple) else set()
+
+
+def test_the_nomenclature_knows_every_column_and_every_key_of_json() -> None:
+    trace = Trace(
+        events(
+            {"kind": "op", "name": "aten::mm", "start_ns": 0, "dur_ns": 9, "inputs": '[[[4, 8], [8, 2]], ["float"]]'},
+            launch(1, link=1),
+            kernel(5, 100, link=1, name="gemm"),
+            kernel(300, 5, link=2),
+        ),
+        "kineto",
+        4,
+    )
+    counted = pl.DataFrame({"flops": [1.0], "dram_bytes": [1.0], "duration_ns": [1.0]}).match_to_schema(
+        LAUNCHES, missing_columns="insert"
+    )
+    found = [analyse(trace, hardware=hardware("gh200"), by=by, counted=counted) for by in GROUPINGS]
+    ranks = RankSummary("", pl.DataFrame(schema=RANKS), pl.DataFrame(schema=CLASSES_OF_RANKS), (), {}, (), (), None)
+    records = [
+        *(one.to_json() for one in found),
+        *(getattr(one, table) for one in found for table in TABLES),
+        diff(trace, trace).to_json(),
+        ranks.to_json() | vars(ranks),
+        spread(ranks.ranks),
+        Straggler.__annotations__,
+        vars(sweep([1], [1.0])),
+        fusion_table(trace.events, (2,)),
+        chains(trace.events, 2),
+        pl.DataFrame(schema=LAUNCHES),
+        trace.events,
+    ]
+    named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")))
+    assert keys_of(records) - named == set()
+    assert {"explained_ns", "tklqt_ns_a", "roof_frac", "least_rank", "external id"} <= keys_of(records)
 
 
 def test_every_shipped_data_file_has_its_origin_written_down() -> None:

@@ -78,6 +78,25 @@ def test_a_host_that_synchronises_is_told_to_stop_waiting() -> None:
     assert "cudaStreamSynchronize" in idle.words and "synchronisations out of the loop" in idle.advice
 
 
+def test_a_host_that_is_late_in_many_places_is_not_blamed_for_one() -> None:
+    """Nine gaps, each in an operator of its own; a step that holds them all says nothing."""
+    rows = [{"kind": "range", "name": "ProfilerStep#3", "start_ns": 0, "dur_ns": 10 * MS}]
+    for i in range(10):
+        rows.append({"kind": "op", "name": f"aten::op{i}", "start_ns": i * MS + 1000, "dur_ns": MS - 2000})
+        rows += [launch(i * MS, link=i), kernel(i * MS + 5000, 100_000, link=i, name="gemm")]
+    words = found(events(*rows))["host_bound"].words
+    assert words.endswith("of that the host had not launched the next work")
+    only_steps = events(*(row for row in rows if row["kind"] != "op"))
+    assert ", longest between recorded calls (" in found(only_steps)["host_bound"].words
+
+
+def test_work_that_was_launched_and_waited_is_not_the_hosts_fault() -> None:
+    rows = [row for i in range(10) for row in (launch(i, link=i), kernel(i * MS, MS // 2, link=i, name="gemm"))]
+    told = found(events(*rows))
+    assert "host_bound" not in told and told["launched_but_waiting"].explained_ns == 9 * MS // 2
+    assert "for 100.0 % of that the next work had been launched and waited" in told["launched_but_waiting"].words
+
+
 def test_a_queue_makes_the_device_the_bound_and_graph_kernels_do_not_count() -> None:
     rows = [row for i in range(10) for row in (launch(i * 1000, link=i), kernel(i * MS, MS, link=i, name="gemm"))]
     told = found(events(*rows))
@@ -140,6 +159,16 @@ def test_many_small_kernels_are_worth_what_fusing_them_saves_of_idle_time() -> N
     told = found(events(*rows))["small_kernels"]
     assert "fusing chains of 2 that always repeat would leave 25 launches, 2.00x" in told.words
     assert told.explained_ns == 49 * 9000 // 2  # half of the idle time, as half of the launches
+
+
+def test_a_few_small_kernels_or_a_few_of_graphs_are_not_worth_a_sentence() -> None:
+    rows = []
+    for i in range(MANY_KERNELS):
+        name = "cudaGraphLaunch" if i % 5 == 0 else "cudaLaunchKernel"
+        dur_ns, start = 1000 if i % 5 == 1 else 10_000, i * 20_000
+        rows += [launch(start, link=i, name=name), kernel(start + 1000, dur_ns, link=i, name="ab"[i % 2])]
+    told = found(events(*rows))
+    assert "host_bound" in told and not {"small_kernels", "graphs"} & set(told)
 
 
 def test_there_are_as_many_findings_as_are_true() -> None:

@@ -53,6 +53,12 @@ def test_proximity_scores_by_hand() -> None:
     }  # fmt: skip
 
 
+def test_an_orphan_follows_the_only_process_that_made_calls() -> None:
+    launched, orphan = [launch(0, link=0), kernel(5, name="a", link=0)], kernel(15, name="b", link=99)
+    assert chains(events(*launched, orphan), 2)["names"].to_list() == [["a", "b"]]
+    assert chains(events(*launched, orphan, sync(1, process=2)), 2).is_empty()  # whose it is cannot be told
+
+
 def test_a_wait_of_the_host_cuts_chains() -> None:
     assert chains(events(*run("ab|ab")), 2)["names"].to_list() == [["a", "b"]]
     assert chains(events(*run("a|b")), 2).is_empty()

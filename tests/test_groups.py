@@ -73,6 +73,20 @@ def test_nested_ranges_all_count_and_a_name_counts_once() -> None:
     ]
 
 
+def test_work_in_nested_ranges_of_one_name_counts_with_the_outermost() -> None:
+    trace = events(
+        *(range_(0, 60, "layer"), range_(10, 20, "layer"), launch(5, link=1), launch(15, link=2)),
+        *(kernel(10, 10, link=1), kernel(30, 10, link=2)),
+    )
+    found = launch_metrics_by(trace, "range").select("name", "n_kernels", "gpu_busy_ns", "gpu_span_ns")
+    assert found.rows() == [("layer", 2, 20, 30)]
+
+
+def test_an_orphan_belongs_to_the_process_that_its_record_names() -> None:
+    found = launch_metrics_by(events(kernel(0, 10, link=9, process=5), kernel(20, 10, link=8)), "process")
+    assert found.select("process", "n_kernels").rows() == [(None, 1), (5, 1)]
+
+
 def test_places_of_launch_and_work() -> None:
     assert rows("thread", "process", "thread", "n_launches", "n_kernels", "inference_latency_ns") == [
         (None, None, 0, 1, None),
@@ -157,7 +171,7 @@ def made(ranges: list, calls: list, work: list) -> pl.DataFrame:
     return events(*rows)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(RANGES, CALLS, WORK)
 def test_groups_add_up_to_the_trace(ranges: list, calls: list, work: list) -> None:
     trace = made(ranges, calls, work)
@@ -171,7 +185,7 @@ def test_groups_add_up_to_the_trace(ranges: list, calls: list, work: list) -> No
         assert table.columns[-len(FIGURES) :] == list(FIGURES)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(RANGES, CALLS, WORK)
 def test_ranges_hold_the_launches_a_look_at_every_pair_finds(ranges: list, calls: list, work: list) -> None:
     """Kernels by (rank, name) of all ranges around their call, and by the step that began last around it."""

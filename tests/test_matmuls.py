@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel.classify import classify
+from perfmodel.classify import GEMMS, classify
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile, Quantity
-from perfmodel.matmuls import GEMM_CLASSES, launch_points, matmuls, points_on_roof, product_of
+from perfmodel.matmuls import alike, launch_points, matmuls, points_on_roof, product_of
 from perfmodel.readers import read_trace
 from perfmodel.readers.ncu import LAUNCHES
 from perfmodel.trace import Trace
@@ -220,7 +220,13 @@ def test_products_inside_a_grouped_one_tell_its_active_experts() -> None:
     assert (found["bytes"], found["flops"], found["time_ns"]) == (2 * (48 + 12) + 32, 192, 100)
 
 
-@settings(max_examples=150, deadline=None)
+def test_more_products_inside_than_experts_tell_nothing() -> None:
+    inner = [op("aten::mm", 10 * i, 5, inputs([2, 8], [8, 2])) for i in range(1, 5)]
+    found = only(matmuls(trace(GROUPED_OP, *inner)))
+    assert (found["n_active"], found["counts_from"], found["is_upper_bound"]) == (None, None, True)
+
+
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12), st.booleans()), max_size=9))
 def test_the_innermost_product_counts_as_a_slow_search_finds(rows: list[tuple[int, int, bool]]) -> None:
     """Intervals that cross are cut to nest, as calls of one thread do."""
@@ -287,6 +293,21 @@ def test_kernels_that_nsight_compute_counted_are_points_too() -> None:
         launch_points(pl.DataFrame([blank | {"duration_ns": 1.0}], LAUNCHES))
 
 
+def test_alike_points_are_summed_and_their_rates_are_those_of_the_sums() -> None:
+    points = pl.DataFrame(
+        {
+            "op": ["mm", "mm", "bmm"],
+            "flops": [100, 300, 50],
+            "bytes": [10, 30, None],
+            "time_ns": [1, 3, 9],
+        }
+    )
+    assert alike(points, ["op"]).rows() == [
+        ("bmm", 50, None, 9, 1, pytest.approx(50 / 9e-9), None),
+        ("mm", 400, 40, 4, 2, pytest.approx(400 / 4e-9), 10),
+    ]
+
+
 # --- real traces -----------------------------------------------------------------------------------------------------
 
 SHARED = ROOT.parent / "shared" / "traces"
@@ -303,7 +324,7 @@ def test_no_product_of_a_real_trace_beats_its_card(path: Path, peak: float) -> N
     assert np.all(rates < peak)
     assert rates.max() > 0.1 * peak
     kernels = recorded.of_kind("kernel")
-    gemms = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMM_CLASSES))
+    gemms = kernels.filter(classify(kernels["name"]).cast(pl.String).is_in(GEMMS))
     assert found["n_kernels"].sum() <= gemms.height
     assert found["time_ns"].sum() <= gemms["dur_ns"].sum()
 

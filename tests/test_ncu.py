@@ -220,6 +220,14 @@ def test_whether_the_tensor_pipe_was_idle(tmp_path: Path, name: str, value: str,
     assert launch["flops"] == (None if flops is None else 16)
 
 
+def test_where_fp32_was_not_collected_other_pipes_are_not_the_whole(tmp_path: Path) -> None:
+    def flops(n_tensor: str) -> float | None:
+        double = {f"sm__{SASS}_d{op}_pred_on.sum": ("inst", "4") for op in ("add", "mul", "fma")}
+        return only(read(tmp_path, raw_page({"sm__ops_path_tensor_src_bf16.sum": ("", n_tensor), **double})))["flops"]
+
+    assert (flops("0"), flops("9")) == (None, 9 + 16)
+
+
 BAD = {
     "report.ncu-rep": ("NVR", "ncu --import report.ncu-rep --csv --page raw > report.csv"),
     "empty.csv": ("", "found no line with the title Kernel Name"),
@@ -254,5 +262,5 @@ def test_files_that_are_not_there_and_counters_in_place_of_a_trace(tmp_path: Pat
     for lines in ([*PRINTED[:1], *raw_page(FULL)], raw_page(FULL)):
         path = tmp_path / "synthetic.csv"
         path.write_text("\n".join(lines))
-        with pytest.raises(InputError, match=r"counters of Nsight Compute.*read_ncu"):
+        with pytest.raises(InputError, match=r"counters of Nsight Compute.*--ncu FILE"):
             read_trace(path)

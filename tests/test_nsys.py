@@ -245,6 +245,7 @@ def test_ranges_of_all_domains_by_text_or_registered_string(tmp_path: Path) -> N
         nvtx(1, 9, 59, textId=5, domainId=3),
         nvtx(2, 8, 60, text="across", endGlobalTid=pid(1, 12)),
         nvtx(2, 8, 60, text="within", endGlobalTid=pid(1, 11)),
+        nvtx(2, 7, 60, text="end unknown", endGlobalTid=0),
         nvtx(3, None, 59, text="open"),
         nvtx(90, None, 60, text="open after all else"),
         nvtx(4, None, 34, text="mark"),
@@ -258,15 +259,28 @@ def test_ranges_of_all_domains_by_text_or_registered_string(tmp_path: Path) -> N
         ("layer 1", 1, 8, 1, 11),
         ("across", 2, 6, 1, None),
         ("within", 2, 6, 1, 11),
+        ("end unknown", 2, 5, 1, 11),
         ("open", 3, 87, 1, 11),
         ("open after all else", 90, 0, 1, 11),
         ("imported", 5, 1, 1, 11),
     ]
-    assert (trace.n_events, trace.n_dropped, trace.n_repaired) == (10, 0, 2)
+    assert (trace.n_events, trace.n_dropped, trace.n_repaired) == (11, 0, 2)
     assert trace.notes == ("2 NVTX ranges never ended; they are taken to last until the last event",)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_that_a_table_forbids_is_no_damage(tmp_path: Path) -> None:
+    path = export(tmp_path / "a.sqlite", {K: [kernel(1, 3, graphId=1), kernel(4, 9, graphId=None)]})
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA writable_schema = ON")
+        forbid = "UPDATE sqlite_master SET sql = replace(sql, 'graphId', 'graphId INTEGER NOT NULL')"
+        assert database.execute(f"{forbid} WHERE name = '{K}' AND sql LIKE '%graphId%'").rowcount == 1
+        database.commit()
+    with closing(sqlite3.connect(path)) as database:
+        assert "NULL value in" in database.execute("PRAGMA quick_check").fetchone()[0]
+    assert read_trace(path).events["dur_ns"].to_list() == [2, 5]
 
 
 def test_text_and_fractions_in_the_place_of_numbers(tmp_path: Path) -> None:

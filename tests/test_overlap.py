@@ -2,7 +2,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perfmodel.analysis import analyse
@@ -92,7 +92,6 @@ CALLS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(WORK)
 def test_exposed_time_is_counted_moment_by_moment(work: list[tuple[str, int, int, int]]) -> None:
     rows = [
@@ -144,7 +143,6 @@ def test_a_device_whose_launches_are_unknown_says_nothing_of_its_host() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(WORK, CALLS)
 def test_gaps_are_counted_moment_by_moment(work: list, calls: list) -> None:
     rows = [{"kind": "kernel", "device": v, "start_ns": s, "dur_ns": d, "link": v} for _, v, s, d in work]

@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+import threading
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,28 @@ def test_arrows_lead_from_each_call_to_its_kernels_and_not_back_in_time(tmp_path
     ends = {key: [e["bind_id"] for e in document["traceEvents"] if e.get(key)] for key in ("flow_out", "flow_in")}
     assert len(ends["flow_out"]) == 1 and ends["flow_in"] == ends["flow_out"] * 2
     assert sum(line.startswith("launch delay") for line, *_ in drawn(document)) == 2
+
+
+def test_kernels_of_a_class_that_touch_are_one_bar(tmp_path: Path) -> None:
+    touching = events(*(kernel(start, 1000, name="gemm") for start in (1000, 2000, 5000)))
+    bars = drawn(exported(Trace(touching, "kineto", 3), tmp_path / "out.json"))
+    assert [bar for bar in bars if bar[0] == "class gemm"] == [
+        ("class gemm", "gemm", 1, 2),
+        ("class gemm", "gemm", 5, 1),
+    ]
+
+
+def test_no_line_has_the_number_0_which_a_viewer_takes_for_none(tmp_path: Path) -> None:
+    rows = [{"kind": "op", "start_ns": start, "process": start, "thread": start} for start in (0, 1)]
+    document = exported(Trace(events(*rows, kernel(5)), "kineto", 3), tmp_path / "out.json")
+    places = [(e["pid"], e["tid"]) for e in document["traceEvents"] if e["ph"] == "X"]
+    assert len(set(places)) == 4  # two threads, a stream, and the line of its class
+    assert min(number for place in places for number in place) == 1
+
+
+def test_a_moment_at_which_a_counter_stays_the_same_is_no_row() -> None:
+    waiting = events(launch(1, link=1), launch(9, link=2), kernel(10, link=1), kernel(15, link=2))
+    assert counters(waiting).select("at_ns", "value").rows() == [(2, 1), (15, 0)]
 
 
 def test_counters_hold_until_the_next_row() -> None:
@@ -213,3 +237,34 @@ def test_added_lines_add_up_to_the_metrics(row: dict[str, str], shared: Path) ->
     )
     assert by_class == dict(class_shares(trace.events).select(pl.col("class").cast(pl.String), "n_kernels").iter_rows())
     assert table.filter(pl.col("kind").is_not_null()).height == trace.events.height
+
+
+# --- what lies under the name already --------------------------------------------------------------------------------
+
+
+def test_a_pipe_is_written_to_and_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe, read = tmp_path / "pipe.json", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    export_perfetto(Trace(events(kernel(10, 5)), "kineto", 1), pipe)
+    reader.join()
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    assert json.loads(read[0])["traceEvents"]
+
+
+def test_a_link_stays_and_leads_to_the_new_file(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    exported(Trace(events(kernel(10, 5)), "kineto", 1), link)
+    assert link.is_symlink() and json.loads(target.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "x" * 256, "no/such/folder.json"])
+def test_a_name_that_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    before = set(tmp_path.parent.iterdir())
+    with pytest.raises(InputError, match="cannot write"):
+        export_perfetto(Trace(events(kernel(10, 5)), "kineto", 1), tmp_path / name)
+    assert not list(tmp_path.iterdir()) and set(tmp_path.parent.iterdir()) == before
+    exported(Trace(events(kernel(10, 5)), "kineto", 1), tmp_path / ("x" * 255))

@@ -20,7 +20,7 @@ from perfmodel.readers.api import api_kind
 from perfmodel.readers.document import read_array
 from perfmodel.readers.kineto import read_kineto, to_ns
 from perfmodel.readers.unpack import zstd
-from perfmodel.trace import Trace
+from perfmodel.trace import MAX_DUR_NS, Trace
 from tests.traces_made import LAYOUTS, complete, pid, write_json, write_nsys
 
 SMALL = [
@@ -134,9 +134,22 @@ def test_other_vendors_by_category() -> None:
             complete("xpu_runtime", "urEnqueueKernelLaunch", 3, 1, correlation=2),
             complete("privateuse1_driver", "whatever", 4, 1),
             complete("cuda_sync", "Stream Sync", 5, 1),
+            complete("hpu_op", "whatever", 6, 1),
         ]
     )
-    assert trace.events["kind"].to_list() == ["launch", "launch", "call", "kernel"]
+    assert trace.events["kind"].to_list() == ["launch", "launch", "call", "call", "kernel"]
+
+
+def test_a_call_of_unknown_name_is_a_launch_where_device_work_bears_its_link() -> None:
+    trace = read(
+        [
+            complete("privateuse1_runtime", "aclnnMatmul", 1, 1, correlation=1),
+            complete("privateuse1_runtime", "aclrtQuery", 2, 1, correlation=2),
+            complete("privateuse1_runtime", "aclrtSynchronize", 3, 1, correlation=1),
+            complete("kernel", "k", 4, 1, 0, 1, correlation=1),
+        ]
+    )
+    assert trace.events["kind"].to_list() == ["launch", "call", "sync", "kernel"]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +205,26 @@ def test_a_kernel_at_time_zero_is_dropped_only_where_the_clock_is_elsewhere() ->
     assert read([complete("kernel", "only", 0, 1, 0, 7)]).n_dropped == 0
 
 
+def test_a_start_more_than_a_week_from_the_others_is_damaged() -> None:
+    now = 1712195495502094
+    starts = [now, now + 7 * 24 * 3600 * 10**6, now + 7 * 24 * 3600 * 10**6 + 1, 5, 0, -3, 9 * 10**15]
+    trace = read([complete("kernel", "k", ts, 1, 0, 7) for ts in (now - 1, now - 1, now, now, *starts)])
+    assert trace.events["start_ns"].to_list() == [ts * 1000 for ts in (now - 1, now - 1, now, now, *starts[:2])]
+    assert (trace.n_events, trace.n_dropped) == (11, 5)
+    of_two_years = [complete("kernel", "k", ts, 1, device, 7) for ts, device in ((0, 0), (9, 0), (now, 1), (now, 1))]
+    assert read(of_two_years).n_dropped == 0
+
+
+@pytest.mark.parametrize("block_bytes", [64, 2**18])
+def test_what_is_no_object_among_the_events_costs_no_event(block_bytes: int) -> None:
+    events = [complete("cpu_op", str(i), i, 1) for i in range(9)]
+    mixed = [None, *events[:4], 3.5, "a, {}", *events[4:], [], True]
+    trace = read_kineto(io.BytesIO(json.dumps({"traceEvents": mixed, "x": 1}).encode()), block_bytes)
+    assert trace.events["name"].to_list() == list("012345678")
+    assert (trace.n_dropped, trace.meta) == (5, {"x": 1})
+    assert trace.notes == ("5 damaged places among the events (20 bytes) cannot be read and were left out",)
+
+
 # --- Kineto: exact times ---------------------------------------------------------------------------------------------
 
 
@@ -203,8 +236,9 @@ def test_relative_microseconds_are_exact(ns: int) -> None:
     assert to_ns([text, b"%d" % (ns // 1000), b"", b'"%s"' % text]).to_list() == [ns, ns // 1000 * 1000, None, ns]
 
 
-@given(st.lists(st.integers(min_value=1, max_value=2**61), min_size=1, max_size=5))
-def test_microseconds_of_any_size_are_exact_from_the_text(times: list[int]) -> None:
+@given(st.integers(min_value=1, max_value=2**61), st.lists(st.integers(min_value=0, max_value=MAX_DUR_NS), max_size=4))
+def test_microseconds_of_any_size_are_exact_from_the_text(first: int, later: list[int]) -> None:
+    times = [first, *(first + t for t in later)]
     body = ",".join(
         f'{{"ph":"X","cat":"cpu_op","name":"a","pid":1,"tid":1,"ts":{t // 1000}.{t % 1000:03d},"dur":1.001}}'
         for t in times
@@ -237,7 +271,7 @@ EVENT = st.fixed_dictionaries(
 META = st.dictionaries(st.one_of(WORD, st.sampled_from(["deviceProperties", "INFO"])), VALUE, max_size=3)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(EVENT, max_size=12), st.tuples(META, META), st.sampled_from(["bare", *LAYOUTS]), st.integers(64, 700))
 def test_blocks_give_what_reading_the_whole_document_gives(
     elements: list[dict], around: tuple[dict, dict], layout: str, block_bytes: int
@@ -253,6 +287,17 @@ def test_blocks_give_what_reading_the_whole_document_gives(
     assert rest.meta == ({} if bare else {k: v for k, v in whole.items() if k != "traceEvents"})
     assert rest.notes == ()
     assert (rest.n_mended, rest.n_damaged) == (0, 0)
+
+
+def test_what_stands_behind_the_events_is_read_however_long_it_is() -> None:
+    tail = {"names": ["x" * 100] * 100, "last": 1}
+    assert read({"traceEvents": [complete("cpu_op", "a", 0, 1)], **tail}).meta == tail
+
+
+def test_mended_keys_beside_the_events_count_as_one_repair() -> None:
+    trace = read('{"traceEvents": [' + json.dumps(complete("cpu_op", "a", 0, 1)) + '], "a": "tab\there", "b": "C:\\q"}')
+    assert trace.meta == {"a": "tab\there", "b": "C:\\q"}
+    assert (trace.n_repaired, trace.notes) == (1, ())
 
 
 def test_an_event_larger_than_a_block_is_read_whole() -> None:
@@ -341,7 +386,10 @@ BAD = {
     "empty events.json": (b'{"traceEvents": []}', "found 0 Chrome trace events"),
     "empty array.json": (b"[]", "found 0 Chrome trace events"),
     "chrome.json": (b'{"traceEvents": [{"ph": "X", "cat": "v8", "name": "a", "ts": 1, "dur": 1}]}', "torch.profiler"),
-    "memory.json": (b'[[1, 2], [3]]', "expected events"),
+    "memory.json": (b'[[1, 2], [3]]', "as memory timelines are"),
+    "memory.html": (b"<html></html>", "a page of HTML"),
+    "snapshot.pickle": (b"\x80\x05\x95", "a Python pickle"),
+    "counters.csv": (b'"ID","Process ID","Process Name"', "--ncu FILE"),
     "numbers.json": (b'{"traceEvents": [1, 2]}', "expected events"),
     "other.json": (b'{"scores": [1], "model": "x"}', "found JSON with scores, model"),
     "nested.json": (b'{"run": {"traceEvents": []}}', "found JSON with run"),
@@ -387,7 +435,7 @@ def is_prefix_by_kind(part: Trace, whole: Trace) -> bool:
     return True
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, len(GOOD) - 1), st.integers(64, 3000))
 def test_a_document_cut_anywhere_is_read_to_the_cut(length: int, block_bytes: int) -> None:
     n_complete = GOOD[:length].count('"ph"') - 1  # the event that the cut goes through may be complete but for a brace

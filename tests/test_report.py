@@ -8,8 +8,6 @@ from perfmodel.analysis import analyse
 from perfmodel.diff import diff
 from perfmodel.hardware import hardware
 from perfmodel.readers import read_trace
-from perfmodel.report.words import in_words
-from perfmodel.text import shortened
 from perfmodel.trace import Trace
 from tests.traces_made import events, golden_rows, kernel, launch
 
@@ -21,29 +19,6 @@ def test_names_lose_their_middle_and_numbers_stay_whole() -> None:
     assert [len(line) for line in shown] == [60, 60]
     assert shown[1].startswith("void at::native") and shown[1].endswith("Functor<float>>  1,000") and "…" in shown[1]
     assert report.table([["a", "b"]], ["c", "d"]) == "c  d\na  b"
-
-
-def test_short_names_are_left_alone_and_control_characters_are_not_printed() -> None:
-    assert shortened("gemm", 4) == "gemm"
-    assert shortened("abcdefghij", 7) == "abcd…ij"
-    assert shortened("a\x1b[31mb\n", 20) == "a?[31mb?"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("tklqt_ns", 1500, "1.50 µs"),
-        ("bytes", 2000, "2.00 kB"),
-        ("bytes_per_s", 3e9, "3.00 GB/s"),
-        ("flops_per_s", 4e12, "4.00 TFLOP/s"),
-        ("time_frac", 0.5, "50.0 %"),
-        ("n_kernels", 1234, "1,234"),
-        ("flops_per_byte", 1.25, "1.2"),
-        ("tklqt_ns", None, "n/a"),
-    ],
-)
-def test_figures_are_written_by_the_unit_in_their_name(name: str, value: float | None, words: str) -> None:
-    assert in_words(name, value) == words
 
 
 def test_what_belongs_to_no_group_is_a_row_that_says_so() -> None:

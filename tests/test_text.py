@@ -91,3 +91,26 @@ def test_every_unit_belongs_to_a_writer() -> None:
 def test_unknown_unit_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match="unknown unit 'Gb'; known units: ns, us"):
         text.to_base(1, "Gb")
+
+
+def test_short_names_are_left_alone_and_control_characters_are_not_printed() -> None:
+    assert text.shortened("gemm", 4) == "gemm"
+    assert text.shortened("abcdefghij", 7) == "abcd…ij"
+    assert text.shortened("a\x1b[31mb\n", 20) == "a?[31mb?"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("tklqt_ns", 1500, "1.50 µs"),
+        ("bytes", 2000, "2.00 kB"),
+        ("bytes_per_s", 3e9, "3.00 GB/s"),
+        ("flops_per_s", 4e12, "4.00 TFLOP/s"),
+        ("time_frac", 0.5, "50.0 %"),
+        ("n_kernels", 1234, "1,234"),
+        ("flops_per_byte", 1.25, "1.2"),
+        ("tklqt_ns", None, "n/a"),
+    ],
+)
+def test_figures_are_written_by_the_unit_in_their_name(name: str, value: float | None, words: str) -> None:
+    assert text.figure(name, value) == words

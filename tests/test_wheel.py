@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.traces_made import pid, write_nsys
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name.split("/")[0]} == {"perfmodel"}
-    for wanted in ("data/hardware/gh200.toml", "collectors/__main__.py", "app/main.py", "app/.streamlit/config.toml"):
+    own = [path.relative_to(ROOT) for path in (ROOT / "perfmodel").rglob("*") if path.is_file()]
+    assert {path.as_posix() for path in own if "__pycache__" not in path.parts} <= set(names)
+    for wanted in ("collectors/__main__.py", "app/main.py", "app/.streamlit/config.toml"):
         assert f"perfmodel/{wanted}" in names
     assert any(name.startswith("perfmodel/traces/") and name.endswith("capture.json") for name in names)
     assert not any("__pycache__" in name for name in names)
@@ -47,6 +50,12 @@ def test_a_fresh_installation_works_without_torch_streamlit_or_plotly(wheel: Pat
     predicted = run("predict", "--hardware", "gh200", "--shape", "poster", "--tokens", "65536", "--offload", "0.5")
     assert predicted.returncode == 0, predicted.stderr
     assert "slowdown" in predicted.stdout
+    (shipped,) = environment.glob("**/perfmodel/traces/*/profiles/moe_layer-olmoe-4-4-power-law-1.2.trace.json.gz")
+    export = write_nsys(foreign / "export.sqlite", {"KERNEL": [(20, 30, 0, 7, 1, pid(5), None, None)]})
+    for trace, said in ((shipped, "aten::_grouped_mm"), (export, "1 kernels, 0 joined")):
+        analysed = run("analyze", str(trace))
+        assert analysed.returncode == 0, analysed.stderr
+        assert said in analysed.stdout
     for command, extra in (("collect", "perfmodel[collect]"), ("app", "perfmodel[app]")):
         refused = run(command)
         assert (refused.returncode, refused.stdout) == (3, "")

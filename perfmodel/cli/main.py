@@ -1,8 +1,11 @@
 """Running the command line: what a person sees when something goes wrong, and the exit codes."""
 
+import codecs
+import io
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -14,22 +17,25 @@ from perfmodel.cli import models  # noqa: F401
 from perfmodel.cli.shell import app, note
 from perfmodel.errors import InputError
 
+_IN_ASCII = {"µ": "u", "…": "~"}
 EXIT_BUG = 70  # none of the documented codes: a defect of ours must not read as "slower"
 
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake becomes one sentence on stderr and an exit code, never a traceback."""
+    _make_printable()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except InputError as error:
-        note(f"perfmodel: {error}")
+        note(f"perfmodel: {' '.join(str(error).splitlines())}")
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
-        sys.exit(0)
+    except SystemExit as end:
+        # Typer ends with 1, which reads as "slower", where whoever read its help has left.
+        sys.exit(0 if isinstance(end.__context__, BrokenPipeError) else end.code)
     except OSError as error:
-        note(f"perfmodel: {error.strerror or error}")
+        where = f"{error.filename}: " if error.filename else ""
+        note(f"perfmodel: {where}{error.strerror or error}")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         note("perfmodel: interrupted")
@@ -37,6 +43,26 @@ def main() -> NoReturn:
     except Exception as error:
         sys.exit(_usage_error(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _make_printable() -> None:
+    """Let every character be written: where a terminal knows few, one stands for another, so that columns stay columns.
+
+    A stream that was closed before we began swallows what is written to it.
+    """
+    codecs.register_error("perfmodel", _substitute)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  used until the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="perfmodel")
+
+
+def _substitute(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_IN_ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
 
 
 def _usage_error(error: Exception) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -12,8 +13,10 @@ import typer
 
 from perfmodel import __version__, report, text
 from perfmodel.errors import InputError
-from perfmodel.readers import is_nsys_folder, read_trace
+from perfmodel.readers import is_folder_of_ranks, read_trace
+from perfmodel.readers.folder import read_ranks
 from perfmodel.trace import Trace
+from perfmodel.workers import PROCESSES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,7 +32,9 @@ LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
 LONG_READ_NS = 3 * text.NS_PER_S  # who waited longer may want a cache
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Top = Annotated[str | None, typer.Option(help="Rows of each table; 10 in text and all in JSON unless given.")]
+Top = Annotated[
+    str | None, typer.Option(help=f"Rows of each table; {report.N_TOP} in text and all in JSON unless given.")
+]
 Cache = Annotated[
     str | None,
     typer.Option("--cache", help="Keep what was read, `beside` the file or in this folder, and read that next time."),
@@ -53,8 +58,12 @@ def _root(
 
 
 def print_words(words: str) -> None:
-    """Print what a command found, on stdout."""
-    sys.stdout.write(words + "\n")
+    """Print what a command found, on stdout; whoever reads it may leave, which changes no exit code."""
+    try:
+        sys.stdout.write(words + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:
@@ -70,7 +79,7 @@ def note(words: str) -> None:
 def read(
     path: str,
     cache: str | None = None,
-    backend: str = "loky",
+    backend: str = PROCESSES,
     n_workers: int | None = None,
     scheduler: str | None = None,
 ) -> Trace:
@@ -89,26 +98,14 @@ def hint_at_cache(waited_ns: int, cache: str | None) -> None:
 
 
 def _read(path: str, cache: str | None, backend: str, n_workers: int | None, scheduler: str | None) -> Trace:
-    if is_ranks(path):
-        from perfmodel.readers.folder import read_ranks
-
-        try:
-            return read_ranks(path, cache, backend, n_workers, scheduler, progress)
-        except InputError as error:
-            raise type(error)(f"{path}: {error}") from None
-        finally:
-            progress("")
-    if Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES:
-        progress(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
     try:
+        if is_folder_of_ranks(Path(path)):
+            return read_ranks(path, cache, backend, n_workers, scheduler, progress)
+        if Path(path).is_file() and Path(path).stat().st_size > LONG_READ_BYTES:
+            progress(f"reading {Path(path).name} ({text.n_bytes(Path(path).stat().st_size)}) ...")
         return read_trace(path, cache)
     finally:
         progress("")
-
-
-def is_ranks(path: str) -> bool:
-    """Is this a folder with a trace for each rank, and no export of a single one."""
-    return Path(path).is_dir() and not is_nsys_folder(Path(path))
 
 
 def progress(words: str) -> None:

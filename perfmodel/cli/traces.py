@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from perfmodel import fusion, hardware, report, text
+from perfmodel import bound, fusion, hardware, report, text
+from perfmodel.analysis import analyse
 from perfmodel.classify import rules_before_shipped
 from perfmodel.cli.shell import (
     Cache,
@@ -16,7 +17,6 @@ from perfmodel.cli.shell import (
     TracePath,
     app,
     hint_at_cache,
-    is_ranks,
     note,
     number,
     print_json,
@@ -26,8 +26,16 @@ from perfmodel.cli.shell import (
     whole,
     width,
 )
-from perfmodel.errors import InputError
+from perfmodel.diff import diff
+from perfmodel.errors import InputError, about
 from perfmodel.groups import GROUPINGS
+from perfmodel.launch import launch_metrics
+from perfmodel.perfetto import export_perfetto
+from perfmodel.ranks import summarise_ranks
+from perfmodel.readers import is_folder_of_ranks
+from perfmodel.readers.ncu import read_ncu
+from perfmodel.readers.sweeps import read_sweeps
+from perfmodel.workers import PROCESSES
 
 
 @app.command()
@@ -49,25 +57,21 @@ def analyze(
     cache: Cache = None,
     backend: Annotated[
         str, typer.Option(help="What reads a folder of ranks: a joblib backend (loky, dask ...).")
-    ] = "loky",
+    ] = PROCESSES,
     workers: Annotated[str | None, typer.Option(help="Workers that read a folder of ranks.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of the Dask scheduler, with --backend dask.")] = None,
     as_json: Json = False,
 ) -> None:
     """Where does the time of a trace go: coverage, findings in words, launch metrics, classes, kernels, operators."""
-    from perfmodel.analysis import analyse
-    from perfmodel.readers.ncu import read_ncu
-
     n_top = whole(top, "--top") if top else None
     if by is not None and by not in GROUPINGS:
         raise InputError(f"--by is {by!r}, expected one of {', '.join(GROUPINGS)}")
     n_workers = whole(workers, "--workers") if workers else None
-    if not is_ranks(trace) and (backend != "loky" or n_workers or scheduler):
+    is_ranks = is_folder_of_ranks(Path(trace))
+    if not is_ranks and (backend != PROCESSES or n_workers or scheduler):
         raise InputError(f"--backend, --workers and --scheduler read a folder of ranks; {trace} is none")
     rules_text = _rules_text(classes) if classes else None
-    if is_ranks(trace) and not (by or hardware_name or ncu):
-        from perfmodel.ranks import summarise_ranks
-
+    if is_ranks and not (by or hardware_name or ncu):
         began_ns = time.monotonic_ns()
         summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress, rules_text)
         progress("")
@@ -90,14 +94,13 @@ def analyze(
 
 def _rules_text(path: str) -> str:
     """The text of a file of rules, which were found to be sound."""
-    try:
-        rules_text = Path(path).read_text(encoding="utf-8")
+    with about(path):
+        try:
+            rules_text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"cannot be read: {error}") from None
         rules_before_shipped(rules_text)
         return rules_text
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 @app.command(name="diff")
@@ -109,20 +112,20 @@ def diff_command(
     as_json: Json = False,
 ) -> None:
     """What differs between two traces: launch metrics, kernel classes and operators, not kernel names."""
-    from perfmodel.diff import diff
-
+    n_top = whole(top, "--top") if top else None
     found = diff(read(a, cache), read(b, cache))
-    n_top = whole(top, "--top") if top else report.N_TOP
     if as_json:
-        print_json(found.to_json())
+        print_json(found.to_json(n_top))
     else:
-        print_words(report.diff_page(found, (Path(a).name, Path(b).name), n_top, width()))
+        print_words(report.diff_page(found, (Path(a).name, Path(b).name), n_top or report.N_TOP, width()))
 
 
 @app.command(name="fusion")
 def fusion_command(
     trace: TracePath,
-    lengths: Annotated[str, typer.Option(help="Chain lengths, separated by commas.")] = "2,4,8,16,32,64",
+    lengths: Annotated[str, typer.Option(help="Chain lengths, separated by commas.")] = ",".join(
+        map(str, fusion.SHORT_LENGTHS)
+    ),
     threshold: Annotated[float, typer.Option(help="Lowest proximity score to list, 0 to 1.")] = 1.0,
     cache: Cache = None,
     as_json: Json = False,
@@ -144,46 +147,29 @@ def fusion_command(
 def sweep(
     traces: Annotated[
         list[str],
-        typer.Argument(help="BATCH=TRACE for each batch size, or one .csv with the columns batch and tklqt_ns."),
+        typer.Argument(help="BATCH=TRACE for each batch size, or one .csv with columns batch and tklqt_ns (or _us)."),
     ],
     factor: Annotated[
         str, typer.Option(help="Device-bound is a TKLQT above so many times that of the smallest batch.")
-    ] = "3",
+    ] = f"{bound.RULE_FACTOR:g}",
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """From which batch size on is the device the bound, and no longer the host: TKLQT over a sweep of batch sizes."""
-    from perfmodel import bound
-    from perfmodel.launch import launch_metrics
-
     rule_factor = number(factor, "--factor")
     if len(traces) == 1 and traces[0].endswith(".csv"):
-        batches, tklqt = _read_sweep(traces[0])
-        found = bound.sweep(batches, tklqt, rule_factor)
+        given = read_sweeps(traces[0])
+        found = {name: bound.sweep(*batches_and_tklqt, rule_factor) for name, batches_and_tklqt in given.items()}
     else:
-        given = [_batch_and_trace(word) for word in traces]
-        metrics = [launch_metrics(read(path, cache)) for _, path in given]
-        found = bound.sweep([b for b, _ in given], metrics, rule_factor)
+        pairs = [_batch_and_trace(word) for word in traces]
+        metrics = [launch_metrics(read(path, cache)) for _, path in pairs]
+        found = {"": bound.sweep([batch for batch, _ in pairs], metrics, rule_factor)}
     if as_json:
-        print_json({**asdict(found), "table": found.table.to_dicts()})
+        rows = [{"name": name, **asdict(one), "table": one.table.to_dicts()} for name, one in found.items()]
+        print_json(rows[0] if len(rows) == 1 else {"sweeps": rows})
     else:
-        print_words(report.sweep_page(found))
-
-
-def _read_sweep(path: str) -> tuple[list[int], list[float]]:
-    """Batch sizes and their TKLQT from a .csv file."""
-    import polars as pl
-
-    try:
-        table = pl.read_csv(path, columns=["batch", "tklqt_ns"]).cast({"batch": pl.Int64, "tklqt_ns": pl.Float64})
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read ({reason}); expected columns batch and tklqt_ns, numbers") from None
-    if table.null_count().sum_horizontal().item():
-        raise InputError(f"{path} has empty cells; expected a batch size and a TKLQT in every row")
-    return table["batch"].to_list(), table["tklqt_ns"].to_list()
+        pages = [(f"{name}\n\n" if name else "") + report.sweep_page(one) for name, one in found.items()]
+        print_words("\n\n".join(pages))
 
 
 def _batch_and_trace(word: str) -> tuple[int, str]:
@@ -201,7 +187,19 @@ def export(
     cache: Cache = None,
 ) -> None:
     """Write the trace for a viewer, with lines added that say what waited: launch delay, queueing, idle, classes."""
-    from perfmodel.perfetto import export_perfetto
-
+    _refuse_source(trace, perfetto)
     n_slices = export_perfetto(read(trace, cache), perfetto)
     note(f"wrote {text.count(n_slices)} slices to {perfetto}; open it at https://ui.perfetto.dev")
+
+
+def _refuse_source(trace: str, target: str) -> None:
+    """Raise InputError where writing would replace what is read, or add a file to a folder of ranks."""
+    if not target:
+        raise InputError("--perfetto is '', expected the name of a file")
+    source, written = Path(trace).resolve(), Path(target).resolve()
+    if source.is_file() and written.exists() and source.samefile(written):
+        raise InputError(f"{target} is the trace itself, which would be lost; give another name")
+    if source.is_dir() and written.is_relative_to(source) and not written.is_dir():
+        raise InputError(
+            f"{target} lies in the folder of the trace, where it would count as a rank; give another place"
+        )

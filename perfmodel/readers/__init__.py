@@ -2,12 +2,14 @@
 
 import shutil
 import tempfile
+from codecs import BOM_UTF8
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 
 from perfmodel.cache import read_cached
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, about
+from perfmodel.readers.folder import read_ranks
 from perfmodel.readers.kineto import read_kineto
 from perfmodel.readers.unpack import is_cut_off, is_packed, unpacked
 from perfmodel.trace import Trace
@@ -17,18 +19,23 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 NSYS_REPORTS = (".nsys-rep", ".qdrep")
 
 _EXPECTED = "expected a PyTorch profiler trace (.json, .json.gz) or an Nsight Systems export (.sqlite)"
-_COUNTERS = "counters of Nsight Compute, which hold no trace; `perfmodel.readers.ncu.read_ncu` reads them"
+_BESIDE_TRACE = "give them beside one, `perfmodel analyze TRACE --ncu FILE`"
+_COUNTERS = f"counters of Nsight Compute, which hold no trace; {_BESIDE_TRACE}"
+_PICKLE = f"a Python pickle, such as a memory snapshot of torch.cuda; {_EXPECTED}"
 # First bytes of files that people hand over instead of a trace -> what they are and what to do.
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the trace itself; fetch the file with `git lfs pull`",
     b"==PROF==": _COUNTERS,
     b'"ID","Process ID"': _COUNTERS,
+    b"\x80\x04": _PICKLE,
+    b"\x80\x05": _PICKLE,
+    b"<": f"a page of HTML or XML, as failed downloads and memory timelines are; {_EXPECTED}",
     b"PAR1": f"a Parquet file; {_EXPECTED}",
 }
 # Suffix -> what to do; these formats have no open reader.
 _OTHER_SUFFIXES = {
     ".ncu-rep": "an Nsight Compute report, which times single kernels and holds no trace; record one with nsys "
-    "or torch, or export the counters with `ncu --import {name} --csv --page raw` for `perfmodel.readers.ncu.read_ncu`",
+    "or torch, or export the counters with `ncu --import {name} --csv --page raw` and " + _BESIDE_TRACE,
 }
 
 
@@ -41,20 +48,19 @@ def read_trace(path: str | Path, cache: str | Path | None = None) -> Trace:
     Raises InputError, one sentence that says what was found and what was expected, for anything else.
     """
     path = Path(path)
-    try:
-        if path.is_dir() and not is_nsys_folder(path):
-            from perfmodel.readers.folder import read_ranks  # which reads its files with this module
+    with about(path):
+        if not is_folder_of_ranks(path):
+            return _read(path) if cache is None else read_cached(path, cache, _read)
+    return read_ranks(path, cache)
 
-            return read_ranks(path, cache)
-        return _read(path) if cache is None else read_cached(path, cache, _read)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+def is_folder_of_ranks(path: Path) -> bool:
+    """Is this a folder with a trace for each rank, and no export of a single one."""
+    return path.is_dir() and not _is_nsys_folder(path)
 
 
 def _read(path: Path) -> Trace:
-    if is_nsys_folder(path):
+    if _is_nsys_folder(path):
         from perfmodel.readers.nsys import read_nsys_parquet
 
         return read_nsys_parquet(path)
@@ -75,7 +81,7 @@ def _read(path: Path) -> Trace:
         return read_nsys(path)
 
 
-def is_nsys_folder(path: Path) -> bool:
+def _is_nsys_folder(path: Path) -> bool:
     """Is this a folder that `nsys export --type parquetdir` wrote: one Parquet file for each table of a report."""
     return (path / "StringIds.parquet").is_file() or any(path.glob("CUPTI_ACTIVITY_KIND_*.parquet"))
 
@@ -93,7 +99,7 @@ def _refuse_other_files(path: Path, magic: bytes) -> None:
     for start, found in _OTHER_FILES.items():
         if magic.startswith(start):
             raise InputError(found)
-    is_json = magic.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[", b"")
+    is_json = magic.removeprefix(BOM_UTF8).lstrip()[:1] in (b"{", b"[", b"")
     if not is_json and not magic.startswith(SQLITE_MAGIC):
         raise InputError(f"a file that begins with {magic[:16]!r}; {_EXPECTED}")
 

@@ -3,14 +3,11 @@
 import re
 from functools import lru_cache
 
-import polars as pl
-
 # Calls that start device work: kernels, graphs, copies and sets, under the names of CUDA, HIP, MTIA, SYCL (ur, pi) and
 # Level Zero (ze). Building or editing a graph and launching a host function start nothing on a device.
 _LAUNCH = re.compile(
     r"launch(?!hostfunc)|mem(?:cpy|set)(?!node|.*node)|memoryco?py|memory(?:copy|fill)|memprefetch|runfunction", re.I
 )
-_NOT_LAUNCH = re.compile(r"graph(?:add|exec(?!ute)|instantiate|kernelnode|mem)|hostfunc|occupancy|getattr", re.I)
 # Calls in which the host waits until the device has done something; cudaStreamWaitEvent makes only a stream wait.
 _SYNC = re.compile(r"synchronize|^(?:ur|pi)events?wait|queuefinish", re.I)
 
@@ -20,16 +17,4 @@ def api_kind(name: str) -> str:
     """Which kind of EVENTS is a call of this name: `sync`, `launch`, or `call` for any other."""
     if _SYNC.search(name):
         return "sync"
-    return "launch" if _LAUNCH.search(name) and not _NOT_LAUNCH.search(name) else "call"
-
-
-def with_api_kinds(events: pl.DataFrame) -> pl.DataFrame:
-    """EVENTS in which every row of kind `call` got the kind its name tells; each distinct name is looked at once."""
-    kind = pl.col("kind")
-    names = events.filter(kind == "call")["name"].unique().cast(pl.String).to_list()
-    named = {want: [n for n in names if api_kind(n) == want] for want in ("launch", "sync")}
-    name = pl.col("name").cast(pl.String)
-    for want, members in named.items():
-        renamed = pl.when((kind == "call") & name.is_in(members)).then(pl.lit(want, events.schema["kind"]))
-        events = events.with_columns(renamed.otherwise(kind).alias("kind"))
-    return events
+    return "launch" if _LAUNCH.search(name) else "call"

@@ -31,6 +31,7 @@ _ANY_BOUNDARY = re.compile(rb'}\s*(,)\s*{\s*"')  # for writers that sort keys; m
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)  # a string may reach beyond what is in memory
 _OUTSIDE = re.compile(rb"[\s,:+\-.0-9eEtruefalsnNIity]*")  # true, false, null, NaN, Infinity, 1e9
 _BETWEEN = re.compile(rb"[\s,]*")
+_NO_ELEMENT = re.compile(rb'(?:null|true|false|-?[0-9][-+.0-9eE]*|"(?:[^"\\]|\\.)*"|\[\s*\])(?=\s*[,\]])', re.DOTALL)
 _LAST = re.compile(rb"}[\s,]*]")
 _BEHIND = {  # what may follow the array: other keys or the end of a document, nothing behind a bare array
     False: re.compile(rb'\s*(?:,\s*"|})'),
@@ -186,6 +187,11 @@ def _one_by_one(window: Window, decode: Decode[T], mend: Mend[T], until: int) ->
             ended = _ended(window)
             if ended is not None:
                 return elements, ended
+            continue
+        if no_element := _NO_ELEMENT.match(buffer, at, used):
+            window.n_damaged += 1
+            window.damaged_bytes += no_element.end() - at
+            window.start, window.behind_element = no_element.end(), True
             continue
         for end in _possible_ends(buffer, at, used):
             found = _decode_alone(bytes(buffer[at:end]), decode, mend)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from perfmodel.readers.blocks import (
 )
 
 _ARRAY_KEY = re.compile(rb'"traceEvents"\s*:\s*\[')
-_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*([{\[])")
+_START = re.compile(rb"(?:%b)?\s*([{\[])" % BOM_UTF8)
 _EXPECTED = "expected a PyTorch profiler trace, a JSON document with `traceEvents`"
 
 
@@ -129,6 +130,8 @@ def _refuse_broken(first: bytes, is_cut_off: bool) -> None:
             f"the file is cut off: it ends before any event is complete ({begins}). Was the process killed while it "
             "wrote? Record or copy the file again"
         )
+    if first[:1] == b"[":
+        raise InputError("found an array of arrays, as memory timelines are; expected events, {...}")
     raise InputError(f"not valid JSON: {begins} and none can be read; expected events, {{...}}")
 
 

@@ -1,6 +1,7 @@
 """Which files of a folder are the ranks of one run, which rank is each, and how do they become one Trace."""
 
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,21 +12,21 @@ from typing import Any
 import polars as pl
 
 from perfmodel.cache import SUFFIX
-from perfmodel.errors import InputError
-from perfmodel.trace import EVENTS, Trace
-from perfmodel.workers import IN_PROCESS, Lost, Progress, run_on_all
+from perfmodel.errors import InputError, about
+from perfmodel.trace import EVENTS, MAX_RANK, Trace
+from perfmodel.workers import ON_THIS_MACHINE, PROCESSES, Lost, Progress, run_on_all
 
 _PACKINGS = (".gz", ".zip", ".zst")
 _FORMATS = (".json", ".sqlite", ".nsys-rep")  # of one trace kept twice, the first in this order is read
 _DOCUMENT_BYTES = 2**20  # a shorter JSON document without events is a manifest or settings, not a broken trace
 _RANK_WORD = re.compile(r"(?<![a-z])(?<!local)(?<!local[-_. ])rank[-_. ]?(\d+)", re.IGNORECASE)
 _NUMBER = re.compile(r"(\d+)")
-_MAX_RANK = 2**31 - 1
 _MAX_ID = 2**40  # ids of one rank beyond this are numbered anew, lest thousands of ranks overflow
 # Times since 1970 lie between the years 2000 and 2116; smaller ones count from somewhere else.
 _EPOCH_NS = range(946_684_800 * 10**9, 2**62)
 _BYTES_PER_WORKER = 4 * 2**20  # a process takes about as long to start as to read this much
 _N_NAMED = 5
+_TASK = "perfmodel.readers.folder:write_part"
 
 
 def find_ranks(folder: Path) -> tuple[list[Path], list[str]]:
@@ -41,7 +42,10 @@ def find_ranks(folder: Path) -> tuple[list[Path], list[str]]:
             others += subfolders
         else:
             for subfolder in subfolders:
-                more, rest = _split(subfolder)
+                try:
+                    more, rest = _split(subfolder)
+                except OSError:
+                    more, rest = [], [subfolder]
                 files, others = files + more, others + rest
     except OSError as error:
         raise InputError(f"a folder that cannot be read: {error.strerror or error}") from None
@@ -124,8 +128,10 @@ def n_workers_for(files: Sequence[Path], backend: str, n_workers: int | None) ->
     """How many workers reading some files is worth: what is asked for, else no more processes than pay."""
     if backend == "sequential":
         return 1
-    if n_workers is not None or backend != "loky":
+    if backend != PROCESSES:
         return n_workers
+    if n_workers is not None:
+        return min(n_workers, len(files))
     from joblib import cpu_count
 
     n_bytes = sum(file.stat().st_size for file in files)
@@ -135,7 +141,7 @@ def n_workers_for(files: Sequence[Path], backend: str, n_workers: int | None) ->
 def read_ranks(
     folder: str | Path,
     cache: str | Path | None = None,
-    backend: str = "loky",
+    backend: str = PROCESSES,
     n_workers: int | None = None,
     scheduler: str | None = None,
     progress: Progress = lambda _: None,
@@ -149,35 +155,32 @@ def read_ranks(
     ranks agree on. Raises InputError where no file can be read, and on a cluster without `cache`.
     """
     folder = Path(folder)
-    if cache is None and backend not in (*IN_PROCESS, "loky"):
-        raise InputError(
-            f"reading on {backend} needs a cache folder that all its workers see, to pass on what they read"
-        )
-    files, ignored = find_ranks(folder)
-    n_workers = n_workers_for(files, backend, n_workers)
-    with _parts(cache, n_workers) as parts:
-        if n_workers == 1:
+    with about(folder):
+        if cache is None and backend not in ON_THIS_MACHINE:
+            raise InputError(
+                f"reading on {backend} needs a cache folder that all its workers see, to pass on what they read"
+            )
+        files, ignored = find_ranks(folder)
+        n_workers = n_workers_for(files, backend, n_workers)
+        with _parts(cache, n_workers) as parts:
             outcomes: list[Any] = [None] * len(files)
-        else:
-            calls = [(str(file), str(parts)) for file in files]
-            outcomes = run_on_all("perfmodel.readers.folder:write_part", calls, backend, n_workers, scheduler, progress)
-        traces = {}
-        failures = {}
-        for file, outcome in zip(files, outcomes, strict=True):
-            name = str(file.relative_to(folder))
-            if isinstance(outcome, str | Lost):
-                failures[name] = outcome if isinstance(outcome, str) else lost_sentence(outcome)
-                continue
-            trace = read_or_why(file, parts)
-            if isinstance(trace, str):
-                failures[name] = trace
-            else:
-                traces[name] = trace
-            if n_workers == 1:
-                progress(f"{len(traces) + len(failures)} of {len(files)}: {file}")
-    refuse_if_all_failed(failures, len(files))
-    left_out = [f"{name} is left out: {why}" for name, why in failures.items()]
-    return _together(str(folder), traces, ignored_note(ignored) + left_out)
+            if n_workers != 1:
+                calls = [(str(file), str(parts)) for file in files]
+                outcomes = run_on_all(_TASK, calls, backend, n_workers, scheduler, progress)
+            traces = {}
+            failures = {}
+            for file, outcome in zip(files, outcomes, strict=True):
+                name = str(file.relative_to(folder))
+                trace = read_or_why(file, parts) if outcome is None else outcome
+                if isinstance(trace, Trace):
+                    traces[name] = trace
+                else:
+                    failures[name] = why_not(trace)
+                if n_workers == 1:
+                    progress(f"{len(traces) + len(failures)} of {len(files)}: {file}")
+        refuse_if_all_failed(failures, len(files))
+        left_out = [f"{name} is left out: {why}" for name, why in failures.items()]
+        return _together(str(folder), traces, ignored_note(ignored) + left_out)
 
 
 def write_part(file: str, parts: str) -> str | None:
@@ -198,9 +201,11 @@ def read_or_why(file: Path, cache: str | Path | None) -> Trace | str:
         return f"the reader failed ({type(error).__name__}: {error}), which is a defect"
 
 
-def lost_sentence(lost: Lost) -> str:
-    """Why a file has no result whose workers died."""
-    return f"every worker that read it died, for want of memory perhaps ({lost.reason})"
+def why_not(outcome: str | Lost) -> str:
+    """Why a file has no result: what its worker said, or that every worker which had it died."""
+    if isinstance(outcome, str):
+        return outcome
+    return f"every worker that read it died, for want of memory perhaps ({outcome.reason})"
 
 
 def refuse_if_all_failed(failures: Mapping[str, str], n_files: int) -> None:
@@ -225,11 +230,11 @@ def _split(folder: Path) -> tuple[list[Path], list[Path]]:
     """The traces that lie in one folder, each once, and its other files."""
     by_stem: dict[str, list[Path]] = {}
     others = []
-    for entry in sorted((entry for entry in folder.iterdir() if entry.is_file()), key=_natural):
+    for entry in sorted((entry for entry in folder.iterdir() if not entry.is_dir()), key=_natural):
         if entry.name.startswith(".") or entry.name.endswith(SUFFIX):
             continue
         stem, kind = _stem(entry.name)
-        if kind in _FORMATS and not _is_other_document(entry):
+        if entry.is_file() and kind in _FORMATS and not _is_other_document(entry):  # no pipe, no link to nothing
             by_stem.setdefault(stem, []).append(entry)
         else:
             others.append(entry)
@@ -251,7 +256,7 @@ def _is_other_document(path: Path) -> bool:
     """Whether a file is a short JSON object that holds no events: a manifest, settings."""
     if path.suffix.lower() != ".json" or path.stat().st_size > _DOCUMENT_BYTES:
         return False
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = path.read_bytes().removeprefix(BOM_UTF8).lstrip()
     return text.startswith(b"{") and b'"traceEvents"' not in text
 
 
@@ -263,7 +268,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _ranks_in_names(names: Sequence[str]) -> list[int | None]:
     words = [_RANK_WORD.search(Path(name).name) for name in names]
     if any(words):
-        return [int(word[1]) if word and int(word[1]) <= _MAX_RANK else None for word in words]
+        return [int(word[1]) if word and int(word[1]) <= MAX_RANK else None for word in words]
     parts = [_NUMBER.split(Path(name).name) for name in names]
     if len({len(part) for part in parts}) == 1 and len(names) > 1:
         differing = [i for i in range(len(parts[0])) if len({part[i] for part in parts}) > 1]
@@ -299,24 +304,18 @@ def _together(folder: str, traces: dict[str, Trace], notes: list[str]) -> Trace:
         rank_notes.append(
             f"rank {listed(unknown)}: the file does not say when its times begin, so the times of ranks are not aligned"
         )
-    metas = [dict(trace.meta) for trace in traces.values()]
-    common = {k: v for k, v in metas[0].items() if all(k in meta and meta[k] == v for meta in metas)}
+    in_order = sorted(zip(ranks, names, bases, strict=True))
     sources = sorted({trace.source for trace in traces.values()})
     n_events, n_dropped, n_repaired = (
         sum(getattr(trace, count) for trace in traces.values()) for count in ("n_events", "n_dropped", "n_repaired")
     )
-    by_note: dict[str, list[int]] = {}
+    own_notes = _notes_of_ranks([(rank, traces[name].notes) for rank, name, _ in in_order])
+    meta = _meta_of_ranks([(rank, name, base, traces[name].meta) for rank, name, base in in_order])
     frames = []
     next_free: dict[str, int] = {}
-    for i in sorted(range(len(names)), key=lambda i: ranks[i]):
-        trace = traces.pop(names[i])
-        for note in trace.notes:
-            by_note.setdefault(note, []).append(ranks[i])
-        base = bases[i]
+    for rank, name, base in in_order:
         shift_ns = 0 if origin is None or base is None else base - origin
-        frames.append(_as_rank(trace.events, ranks[i], shift_ns, next_free))
-        del trace
-    own_notes = [f"rank {listed([str(rank) for rank in who])}: {note}" for note, who in by_note.items()]
+        frames.append(_as_rank(traces.pop(name).events, rank, shift_ns, next_free))
     return Trace(
         pl.concat(frames),
         "+".join(sources),
@@ -324,21 +323,33 @@ def _together(folder: str, traces: dict[str, Trace], notes: list[str]) -> Trace:
         n_dropped,
         n_repaired,
         notes=(*notes, *rank_notes, *own_notes),
-        meta={
-            **common,
-            "folder": folder,
-            "time_origin_ns": origin,
-            "ranks": [
-                {
-                    "rank": ranks[i],
-                    "file": names[i],
-                    "time_base_ns": bases[i],
-                    "meta": {k: v for k, v in metas[i].items() if k not in common},
-                }
-                for i in sorted(range(len(names)), key=lambda i: ranks[i])
-            ],
-        },
+        meta={**meta, "folder": folder, "time_origin_ns": origin},
     )
+
+
+def _notes_of_ranks(notes: Sequence[tuple[int, Sequence[str]]]) -> list[str]:
+    """What the files say, each sentence once with the ranks that say it."""
+    by_note: dict[str, list[str]] = {}
+    for rank, sentences in notes:
+        for note in sentences:
+            by_note.setdefault(note, []).append(str(rank))
+    return [f"rank {listed(ranks)}: {note}" for note, ranks in by_note.items()]
+
+
+def _meta_of_ranks(ranks: Sequence[tuple[int, str, int | None, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What the files record, once where all ranks agree, else in `ranks` beside rank, file and time base of each."""
+    _, _, _, first = ranks[0]
+    common = {k: v for k, v in first.items() if all(k in meta and meta[k] == v for *_, meta in ranks)}
+    own = [
+        {
+            "rank": rank,
+            "file": name,
+            "time_base_ns": base,
+            "meta": {k: v for k, v in meta.items() if k not in common},
+        }
+        for rank, name, base, meta in ranks
+    ]
+    return {**common, "ranks": own}
 
 
 def _as_rank(events: pl.DataFrame, rank: int, shift_ns: int, next_free: dict[str, int]) -> pl.DataFrame:

@@ -14,7 +14,7 @@ from perfmodel.errors import InputError
 from perfmodel.readers.api import api_kind
 from perfmodel.readers.blocks import BLOCK_BYTES, Stream, lenient
 from perfmodel.readers.document import read_array
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace, repeated
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
 HOST_KIND_OF_CATEGORY = {
@@ -23,6 +23,7 @@ HOST_KIND_OF_CATEGORY = {
     "user_annotation": "range",
     "Runtime": "call",
     "overhead": "overhead",
+    "hpu_op": "call",
 }
 DEVICE_KIND_OF_CATEGORY = {
     "kernel": "kernel",
@@ -131,7 +132,7 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
     rank = rank_of(rest.meta)
     ranked = [frame.with_columns(repeated("rank", rank, frame.height)) for frame in frames]
     # Not rechunked: the pieces stay where they are, and the table never stands in memory twice.
-    events = _without_zero_starts(pl.concat(ranked, rechunk=False))
+    events = _with_launches(_at_true_times(pl.concat(ranked, rechunk=False)))
     return Trace(
         events,
         "kineto",
@@ -147,7 +148,7 @@ def rank_of(meta: Mapping[str, Any]) -> int | None:
     """Which rank of its process group recorded a trace; null where its document does not say."""
     group = meta.get("distributedInfo")
     rank = group.get("rank") if isinstance(group, Mapping) else None
-    return rank if type(rank) is int and 0 <= rank < 2**31 else None
+    return rank if type(rank) is int and 0 <= rank <= MAX_RANK else None
 
 
 @dataclass
@@ -334,14 +335,33 @@ def _usable(events: pl.DataFrame) -> pl.DataFrame:
     return events if usable.all() else events.filter(usable)  # a filter that keeps all rows would copy them
 
 
-def _without_zero_starts(events: pl.DataFrame) -> pl.DataFrame:
-    """The events without those at time 0 in a trace whose clock stands far from 0: their start was never recorded."""
-    is_zero = pl.col("start_ns") == 0
-    if not events.select(is_zero.any()).item():
+def _at_true_times(events: pl.DataFrame) -> pl.DataFrame:
+    """The events without those more than a week from the others: their start was never recorded (0) or is damaged.
+
+    One of them would make every idle time years long. The others are those of the same process or device, around the
+    median of their starts other than 0: ranks that were recorded in different years may stand in one file.
+    """
+    first, last = events.select(first=pl.min("start_ns"), last=pl.max("start_ns")).row(0)
+    if first is None or last - first <= MAX_DUR_NS:
         return events  # a filter that keeps all rows would copy them
-    others = events.filter(~is_zero)
-    is_far = not others.is_empty() and not (others["start_ns"] <= MAX_DUR_NS).any()
-    return others if is_far else events
+    start = pl.col("start_ns")
+    middle = pl.when(start != 0).then(start).quantile(0.5, "lower")
+    far_ns = (start.cast(pl.Float64) - pl.coalesce(middle.over("process", "device"), middle)).abs()
+    return events.filter(far_ns <= MAX_DUR_NS)
+
+
+def _with_launches(events: pl.DataFrame) -> pl.DataFrame:
+    """EVENTS in which a call of a name we do not know is a launch if device work bears its link."""
+    linked = events.select("kind", "link", row=pl.int_range(pl.len())).drop_nulls("link")
+    calls = linked.filter(pl.col("kind") == "call")
+    if calls.is_empty():
+        return events
+    launches = calls.join(linked.filter(pl.col("kind").is_in(DEVICE_KINDS)), on="link", how="semi")["row"]
+    if launches.is_empty():
+        return events
+    is_launch = pl.int_range(pl.len()).is_in(launches.implode())
+    kind = pl.when(is_launch).then(pl.lit("launch", EVENTS["kind"])).otherwise("kind")
+    return events.with_columns(kind.alias("kind"))
 
 
 def _mended(text: str) -> Event | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, about
 from perfmodel.text import NS_PER_S
 
 LAUNCHES = pl.Schema(
@@ -92,12 +92,8 @@ def read_ncu(path: str | Path) -> pl.DataFrame:
     Raises InputError where the file is no such table, is cut off, or holds nothing that a roofline needs.
     """
     path = Path(path)
-    try:
+    with about(path):
         return _launches(path)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _launches(path: Path) -> pl.DataFrame:

@@ -172,7 +172,7 @@ def _number(column: pl.Series) -> pl.Series:
     if column.dtype == pl.UInt64:
         return column.reinterpret(signed=True)
     if not column.dtype.is_numeric():
-        return pl.Series(column.name, [None], dtype=pl.Int64).new_from_index(0, len(column))
+        return pl.repeat(None, len(column), dtype=pl.Int64, eager=True).alias(column.name)
     return column.cast(pl.Int64, strict=False)
 
 

@@ -5,22 +5,19 @@ import polars as pl
 from perfmodel import text
 from perfmodel.bound import PLATEAU_FLOOR_NS, Sweep
 from perfmodel.diff import TraceDiff
-from perfmodel.report.words import N_TOP, WIDTH, ratio, table, wrapped
+from perfmodel.report.words import HEADERS, N_TOP, WIDTH, ratio, table, wrapped
 
-_METRICS = {
-    "n_kernels": "kernels",
+# Words for `diff.SUMS` and `diff.MEANS`, which stand in rows.
+_METRICS = HEADERS | {
     "n_kernels_joined": "joined to their launch",
     "n_kernels_orphan": "orphans",
     "n_kernels_graph": "from graphs",
-    "tklqt_ns": "TKLQT",
     "tklqt_graph_ns": "TKLQT of graph kernels",
     "tklqt_first_kernel_ns": "TKLQT, first kernel of each launch",
-    "kernel_time_ns": "kernel time",
     "kernel_busy_ns": "kernels busy",
     "gpu_busy_ns": "devices busy",
     "gpu_span_ns": "devices from first to last work",
     "inference_latency_ns": "inference latency",
-    "akd_ns": "average kernel duration",
     "gpu_idle_frac": "devices idle",
 }
 
@@ -82,7 +79,7 @@ def diff_page(found: TraceDiff, names: tuple[str, str], n_top: int = N_TOP, widt
         steps += "; without steps in both, traces of different length differ in every sum"
     sections = [f"{title}\n{steps}"]
     rows = [
-        [_METRICS[r["metric"]], _figure(r["metric"], r["a"]), _figure(r["metric"], r["b"]), ratio(r["ratio"])]
+        [_METRICS[r["metric"]], *(text.figure(r["metric"], r[side]) for side in "ab"), ratio(r["ratio"])]
         for r in found.metrics.iter_rows(named=True)
     ]
     if found.classes.is_empty():
@@ -94,12 +91,6 @@ def diff_page(found: TraceDiff, names: tuple[str, str], n_top: int = N_TOP, widt
     title = "operators, by kernel time"
     sections.append(_changes(found.operators, "name", "kernels", "kernel_time_ns", title, n_top, width))
     return "\n\n".join(sections)
-
-
-def _figure(metric: str, value: float | None) -> str:
-    if metric.endswith("_ns"):
-        return text.ns(value)
-    return text.frac(value) if metric.endswith("_frac") else text.count(value)
 
 
 def _changes(changes: pl.DataFrame, key: str, counted: str, time: str, title: str, n_top: int, width: int) -> str:

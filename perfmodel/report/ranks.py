@@ -4,31 +4,18 @@ import polars as pl
 
 from perfmodel import text
 from perfmodel.ranks import RankSummary, spread, straggler
-from perfmodel.report.words import N_TOP, WIDTH, in_words, table, wrapped
+from perfmodel.report.words import HEADERS, N_TOP, WIDTH, table, wrapped
 
 NOTEWORTHY_FRAC = 0.05  # so much above the median a rank's compute time is worth a sentence
-_COLUMNS = {
-    "n_kernels": "kernels",
-    "compute_time_ns": "compute",
-    "communication_time_ns": "communication",
-    "gpu_busy_ns": "busy",
-    "gpu_span_ns": "span",
-    "gpu_idle_frac": "idle",
-    "tklqt_ns": "TKLQT",
-    "inference_latency_ns": "latency",
-}
-# Words for `ranks.FIGURES`.
-_FIGURES = {
+_COLUMNS = (
+    *("n_kernels", "compute_time_ns", "communication_time_ns", "gpu_busy_ns", "gpu_span_ns", "gpu_idle_frac"),
+    *("tklqt_ns", "inference_latency_ns"),
+)
+# Words for `ranks.COMPARED`, which stand in rows.
+_FIGURES = HEADERS | {
     "compute_time_ns": "kernel time of computation",
     "communication_time_ns": "kernel time of communication",
     "communication_frac": "share of communication",
-    "kernel_time_ns": "kernel time",
-    "gpu_busy_ns": "busy",
-    "gpu_span_ns": "span",
-    "gpu_idle_frac": "idle",
-    "tklqt_ns": "TKLQT",
-    "akd_ns": "average kernel duration",
-    "n_kernels": "kernels",
 }
 
 
@@ -37,11 +24,11 @@ def ranks_page(found: RankSummary, n_top: int = N_TOP, width: int = WIDTH) -> st
     sections = [_coverage(found, width), wrapped(_finding(found.ranks), width)]
     slowest = found.ranks.sort("compute_time_ns", "rank", descending=[True, False]).head(n_top)
     body = [
-        [f"rank {row['rank']}", *(in_words(name, row[name]) for name in _COLUMNS)]
+        [f"rank {row['rank']}", *(text.figure(name, row[name]) for name in _COLUMNS)]
         for row in slowest.iter_rows(named=True)
     ]
     title = "ranks" if found.ranks.height <= n_top else f"slowest {n_top} of {text.count(found.ranks.height)} ranks"
-    sections.append(table(body, [title, *_COLUMNS.values()], width))
+    sections.append(table(body, [title, *(HEADERS[name] for name in _COLUMNS)], width))
     sections.append(_spread(found.ranks, width))
     if not found.classes.is_empty():
         sections.append(_classes(found.classes, width))
@@ -83,7 +70,7 @@ def _spread(ranks: pl.DataFrame, width: int) -> str:
     body = [
         [
             _FIGURES[row["figure"]],
-            *(in_words(row["figure"], row[name]) for name in ("least", "median", "most")),
+            *(text.figure(row["figure"], row[name]) for name in ("least", "median", "most")),
             *(f"rank {row[name]}" for name in ("least_rank", "most_rank")),
             text.frac(row["excess_frac"]),
         ]

@@ -1,45 +1,24 @@
 """The text page about one trace: coverage, findings in words, then tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import polars as pl
 
 from perfmodel import text
 from perfmodel.analysis import Analysis
 from perfmodel.findings import Finding
-from perfmodel.report.words import N_TOP, WIDTH, in_words, table, wrapped
+from perfmodel.intervals import DEVICE
+from perfmodel.report.words import HEADERS, N_TOP, WIDTH, table, wrapped
 
-_HEADERS = {
-    "n_kernels": "kernels",
-    "n_calls": "calls",
-    "n_launches": "launches",
-    "n_products": "products",
-    "n_copies": "number",
-    "bytes": "size",
-    "bytes_per_s": "speed",
-    "exposed_ns": "exposed",
-    "idle_ns": "devices idle then",
-    "time_ns": "time",
-    "time_frac": "share",
-    "tklqt_ns": "TKLQT",
-    "tklqt_frac": "share",
-    "mean_delay_ns": "mean delay",
-    "delay_median_ns": "median delay",
-    "mean_ns": "mean",
-    "self_ns": "host time",
-    "kernel_time_ns": "kernel time",
-    "gpu_busy_ns": "busy",
-    "gpu_idle_frac": "idle",
-    "inference_latency_ns": "latency",
-    "launch_call_ns": "launch calls",
-    "queue_ns": "queueing",
-    "flops_per_s": "achieved",
-    "flops_per_byte": "FLOP/B",
-    "roof_frac": "of roof",
-}
 _GROUP_NUMBERS = (
     *("n_launches", "n_kernels", "tklqt_ns", "delay_median_ns", "queue_ns", "kernel_time_ns", "gpu_busy_ns"),
     *("gpu_idle_frac", "inference_latency_ns"),
+)
+_NO_KEYS = ("n_calls", "start_ns", "dur_ns")  # columns that say more of a group, not which one it is
+_BESIDE_COMPUTING = (
+    *("copy_busy_ns", "copy_exposed_ns", "communication_busy_ns", "communication_exposed_ns"),
+    *("gap_ns", "launch_ns", "sync_ns", "neither_ns"),
 )
 
 
@@ -111,53 +90,34 @@ def _launch_metrics(found: Analysis, width: int) -> str:
 
 
 def _devices(found: Analysis, width: int) -> str:
-    rows = [
-        [f"device {d.device}" if d.rank is None else f"rank {d.rank}, device {d.device}", text.count(d.n_kernels)]
-        + [text.ns(x) for x in (d.kernel_time_ns, d.kernel_busy_ns, d.gpu_busy_ns, d.gpu_span_ns)]
-        + [text.frac(d.gpu_idle_frac)]
-        for d in found.metrics.devices
-    ]
-    return table(rows, ["devices", "kernels", "kernel time", "kernel busy", "busy", "span", "idle"], width)
+    each = [asdict(device) for device in found.metrics.devices]
+    numbers = [name for name in each[0] if name not in DEVICE]
+    rows = [[_place(DEVICE, device), *(text.figure(name, device[name]) for name in numbers)] for device in each]
+    return table(rows, ["devices", *(HEADERS[name] for name in numbers)], width)
 
 
 def _overlap(found: Analysis, width: int) -> str:
     """What each device did beside computing, how much of it showed, and what the host did in its gaps."""
-    gaps = found.exposed.join(found.gaps, on=["rank", "device"], how="full", nulls_equal=True, coalesce=True)
-    times = ("copy_busy_ns", "copy_exposed_ns", "communication_busy_ns", "communication_exposed_ns")
-    host = ("gap_ns", "launch_ns", "sync_ns", "neither_ns")
+    both = found.exposed.join(found.gaps, on=DEVICE, how="full", nulls_equal=True, coalesce=True)
     rows = [
-        [_place(["rank", "device"], row), *(in_words(n, row[n]) for n in (*times, *host))]
-        for row in gaps.sort("rank", "device").iter_rows(named=True)
+        [_place(DEVICE, row), *(text.figure(name, row[name]) for name in _BESIDE_COMPUTING)]
+        for row in both.sort(DEVICE).iter_rows(named=True)
     ]
-    header = [
-        "beside computing",
-        "copies",
-        "exposed",
-        "communication",
-        "exposed",
-        "gaps",
-        "launching",
-        "syncing",
-        "neither",
-    ]
-    return table(rows, header, width)
+    return table(rows, ["beside computing", *(HEADERS[name] for name in _BESIDE_COMPUTING)], width)
 
 
 def _groups(groups: pl.DataFrame, title: str, n_top: int, width: int) -> str:
     """Launch metrics of groups, in their own order; what belongs to none of them is a row that says so."""
-    keys = [key for key in groups.columns[: groups.columns.index("n_launches")] if key not in _NOT_SHOWN]
+    keys = [key for key in groups.columns[: groups.columns.index("n_launches")] if key not in _NO_KEYS]
     rows = [
-        [_place(keys, row), *(in_words(n, row[n]) for n in _GROUP_NUMBERS)]
+        [_place(keys, row), *(text.figure(n, row[n]) for n in _GROUP_NUMBERS)]
         for row in groups.head(n_top).iter_rows(named=True)
     ]
     more = f"\n... and {text.count(groups.height - n_top)} more" if groups.height > n_top else ""
-    return table(rows, [title, *(_HEADERS[n] for n in _GROUP_NUMBERS)], width) + more
+    return table(rows, [title, *(HEADERS[n] for n in _GROUP_NUMBERS)], width) + more
 
 
-_NOT_SHOWN = ("n_calls", "start_ns", "dur_ns")
-
-
-def _place(keys: Sequence[str], row: dict[str, object]) -> str:
+def _place(keys: Sequence[str], row: Mapping[str, object]) -> str:
     """The keys of a group in words: the name of a range or step alone, else every number with its kind."""
     if "name" in keys:
         rank = "" if row["rank"] is None else f"rank {row['rank']} "
@@ -208,8 +168,8 @@ def _points(points: pl.DataFrame, title: str, n_top: int, width: int) -> str | N
     body = []
     for row in points.head(n_top).iter_rows(named=True):
         roof = [row["bound"] or "n/a"] if "bound" in row else []
-        body.append([_product(row), *(in_words(n, row[n]) for n in numbers), *roof])
-    header = [title, *(_HEADERS[n] for n in numbers), *(["bound by"] if "bound" in points.columns else [])]
+        body.append([_product(row), *(text.figure(n, row[n]) for n in numbers), *roof])
+    header = [title, *(HEADERS[n] for n in numbers), *(["bound by"] if "bound" in points.columns else [])]
     return table(body, header, width) if body else None
 
 
@@ -228,5 +188,5 @@ def _table(
 ) -> str | None:
     """The first rows of a table with numbers in words by the unit in their name; None where there are none."""
     shown = rows.head(n_top).with_columns(pl.col(key).cast(pl.String).str.strip_prefix("void "))
-    body = [[str(r[key]), *(in_words(n, r[n]) for n in numbers)] for r in shown.iter_rows(named=True)]
-    return table(body, [title, *(_HEADERS[n] for n in numbers)], width) if body else None
+    body = [[str(r[key]), *(text.figure(n, r[n]) for n in numbers)] for r in shown.iter_rows(named=True)]
+    return table(body, [title, *(HEADERS[n] for n in numbers)], width) if body else None

@@ -8,6 +8,48 @@ from perfmodel import text
 N_TOP = 10  # rows of a table
 WIDTH = 120  # columns of a page where no terminal says how wide it is
 MIN_NAME_WIDTH = 24
+# Figures as the titles of columns.
+HEADERS = {
+    "n_calls": "calls",
+    "n_copies": "number",
+    "n_kernels": "kernels",
+    "n_launches": "launches",
+    "n_products": "products",
+    "time_ns": "time",
+    "time_frac": "share",
+    "mean_ns": "mean",
+    "exposed_ns": "exposed",
+    "idle_ns": "devices idle then",
+    "self_ns": "host time",
+    "kernel_time_ns": "kernel time",
+    "compute_time_ns": "compute",
+    "communication_time_ns": "communication",
+    "akd_ns": "average kernel duration",
+    "kernel_busy_ns": "kernel busy",
+    "gpu_busy_ns": "busy",
+    "gpu_span_ns": "span",
+    "gpu_idle_frac": "idle",
+    "tklqt_ns": "TKLQT",
+    "tklqt_frac": "share",
+    "mean_delay_ns": "mean delay",
+    "delay_median_ns": "median delay",
+    "queue_ns": "queueing",
+    "launch_call_ns": "launch calls",
+    "inference_latency_ns": "latency",
+    "copy_busy_ns": "copies",
+    "copy_exposed_ns": "exposed",
+    "communication_busy_ns": "communication",
+    "communication_exposed_ns": "exposed",
+    "gap_ns": "gaps",
+    "launch_ns": "launching",
+    "sync_ns": "syncing",
+    "neither_ns": "neither",
+    "bytes": "size",
+    "bytes_per_s": "speed",
+    "flops_per_s": "achieved",
+    "flops_per_byte": "FLOP/B",
+    "roof_frac": "of roof",
+}
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], width: int | None = None) -> str:
@@ -38,19 +80,3 @@ def wrapped(words: str, width: int, first: str = "", others: str = "") -> str:
 def ratio(value: float | None) -> str:
     """A ratio of two figures in words, `n/a` for null."""
     return "n/a" if value is None else f"{value:,.2f}x"
-
-
-def in_words(name: str, value: float | None) -> str:
-    """A figure in words, by the unit at the end of its name; a count where there is none, `n/a` for null."""
-    if value is None:
-        return "n/a"
-    if name == "flops_per_byte":
-        return f"{value:,.1f}"
-    writers = {
-        "_flops_per_s": text.flops_per_s,
-        "_bytes_per_s": text.bytes_per_s,
-        "_bytes": text.n_bytes,
-        "_ns": text.ns,
-        "_frac": text.frac,
-    }
-    return next((write(value) for suffix, write in writers.items() if f"_{name}".endswith(suffix)), text.count(value))
