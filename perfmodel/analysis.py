@@ -16,13 +16,14 @@ from perfmodel.groups import launch_metrics_by
 from perfmodel.hardware import HardwareProfile
 from perfmodel.launch import LaunchMetrics, by_host_name, by_kernel, by_launch_call, launch_metrics
 from perfmodel.matmuls import alike, launch_points, matmuls, points_on_roof
+from perfmodel.overhead import profiler_overhead
 from perfmodel.overlap import device_doing, exposed_time, launch_gaps
 from perfmodel.trace import Trace
 
 # The tables of an analysis, in the order in which JSON has them.
 TABLES = (
     *("groups", "exposed", "gaps", "steps", "classes", "kernels", "launch_calls", "operators"),
-    *("host_operators", "ranges", "copies", "products", "counted"),
+    *("host_operators", "ranges", "copies", "products", "counted", "profiler_overhead"),
 )
 
 
@@ -35,6 +36,7 @@ class Analysis:
     (`classify.class_shares`), `kernels` (`launch.by_kernel`), `launch_calls` (`launch.by_launch_call`), `operators`
     (`attribution.by_operator`), `host_operators` and `ranges` (`launch.by_host_name`), `copies` (`copies.copies`),
     `exposed` (`overlap.exposed_time`), `gaps` (`overlap.launch_gaps`), `steps` (`groups.launch_metrics_by`),
+    `profiler_overhead` (`overhead.profiler_overhead`),
     `products` (alike `matmuls` taken together, with the roof of the machine where it is known) and `counted` (kernels
     that Nsight Compute counted, likewise). Null: what was not asked for.
     """
@@ -55,6 +57,7 @@ class Analysis:
     gaps: pl.DataFrame
     steps: pl.DataFrame
     products: pl.DataFrame
+    profiler_overhead: pl.DataFrame
     counted: pl.DataFrame | None = None
     by: str | None = None
     groups: pl.DataFrame | None = None
@@ -71,6 +74,7 @@ class Analysis:
             "bound": self.bound.to_json(),
             "findings": [finding.to_json() for finding in self.findings],
             "by": self.by,
+            "profiler_overhead_ns": int(self.profiler_overhead["time_ns"].sum()),
             **{name: None if table is None else _rows(table, n_top) for name, table in tables.items()},
         }
 
@@ -110,6 +114,7 @@ def analyse(
         "classes": lambda: class_shares(events, rules),
         "host_operators": lambda: by_host_name(events, "op"),
         "ranges": lambda: by_host_name(events, "range"),
+        "profiler_overhead": lambda: profiler_overhead(events, work),
         "groups": lambda: None if by is None else launch_metrics_by(events, by, work),
     }
     with ThreadPoolExecutor(2) as pool:  # more would hold more tables at once

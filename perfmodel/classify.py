@@ -56,6 +56,11 @@ def shipped_rules() -> Rules:
     return read_rules(files("perfmodel").joinpath("data", "kernel_classes.toml").read_text(encoding="utf-8"))
 
 
+def rules_before_shipped(text: str) -> Rules:
+    """The rules of a TOML text, then those that come with the package; raises what `read_rules` raises."""
+    return [*read_rules(text), *shipped_rules()]
+
+
 def kernel_class(name: str, rules: Rules | None = None) -> str:
     """Which class has a kernel of this name: that of the first rule whose pattern is found in it, else `other`."""
     return _shipped_class(name) if rules is None else _first_match(name, rules)

@@ -18,6 +18,7 @@ from perfmodel.groups import profiler_steps
 from perfmodel.hardware import HardwareProfile
 from perfmodel.intervals import DEVICE, THREAD, busy_ns, gaps, holders, merged, overlap_ns
 from perfmodel.launch import LaunchMetrics, call_starts
+from perfmodel.overhead import idle_beside_overhead_ns, profiler_overhead
 from perfmodel.trace import DEVICE_KINDS
 
 N_FINDINGS = 3
@@ -39,6 +40,7 @@ _CLASS_ADVICE = {
     "copy": "avoid the copies: contiguous layouts and in-place updates need none",
     "other": "these names are unknown to the rules; name them in kernel_classes.toml",
 }
+_COPY_ADVICE = "copy on a stream of its own while kernels run, or copy less"
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,10 @@ def _queue(scene: _Scene) -> Finding | None:
 
 def _copies(scene: _Scene) -> Finding | None:
     table = scene.copied.filter(pl.col("kind") == "copy")
-    if table.is_empty():
-        return None
     exposed_ns = int(scene.exposed["copy_exposed_ns"].sum())
+    if table.is_empty():
+        words = f"kernels that only copy took {text.ns(exposed_ns)} in which nothing was computed"
+        return scene.finding("exposed_copies", exposed_ns, words, _COPY_ADVICE) if exposed_ns else None
     top = table.sort("exposed_ns", "time_ns", descending=True).row(0, named=True)
     memories = f" ({top['from_memory']} -> {top['to_memory']})" if top["from_memory"] and top["to_memory"] else ""
     words = (
@@ -223,7 +226,7 @@ def _copies(scene: _Scene) -> Finding | None:
     )
     if top["bytes_per_s"]:
         words += f" at {text.bytes_per_s(top['bytes_per_s'])}{_against_link(scene, top['direction'])}"
-    advice = "copy on a stream of its own while kernels run, or copy less"
+    advice = _COPY_ADVICE
     if "Pageable" in memories:
         advice = "pin the host memory: pageable copies are slow and block the host"
     return scene.finding("exposed_copies", exposed_ns, words, advice)
@@ -315,6 +318,23 @@ def _replays(scene: _Scene) -> Finding | None:
     return scene.finding("hidden_graphs", hidden_ns, words, "record with `nsys profile --cuda-graph-trace=node`")
 
 
+def _overhead(scene: _Scene) -> Finding | None:
+    table = profiler_overhead(scene.events, scene.work)
+    if table.is_empty():
+        return None
+    idle_ns = idle_beside_overhead_ns(scene.events, scene.work)
+    top = table.sort("idle_ns", "name", descending=[True, False]).row(0, named=True)
+    whose = "the driver" if top["is_driver"] else "the profiler"
+    words = (
+        f"for {scene.part(idle_ns)} of their time devices stood idle while overhead was recorded ({text.ns(idle_ns)}), "
+        f"most of it of {whose}: {text.shortened(top['name'], NAME_WIDTH)}"
+    )
+    advice = "it would not be there unwatched: record few steps after warm-up, in less detail"
+    if top["is_driver"]:
+        advice = "run what is measured once before (CUDA_MODULE_LOADING=EAGER loads it all)"
+    return scene.finding("overhead", idle_ns, words, advice)
+
+
 _FINDERS: tuple[Callable[[_Scene], Finding | None], ...] = (
     _idle,
     _queue,
@@ -324,4 +344,5 @@ _FINDERS: tuple[Callable[[_Scene], Finding | None], ...] = (
     _small_kernels,
     _graphs,
     _replays,
+    _overhead,
 )

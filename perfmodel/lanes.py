@@ -5,6 +5,7 @@ drawn there, and they drop it without a word.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from heapq import heappop, heappush
 
 import numpy as np
@@ -12,65 +13,70 @@ import polars as pl
 from numpy.typing import NDArray
 
 MAX_DEPTH = 500  # Perfetto drops what nests deeper than 512
+PIECE_ROWS = 2**16
 
 Ints = NDArray[np.int64]
 
 
-def lanes(intervals: pl.DataFrame) -> pl.Series:
+def lanes(intervals: pl.DataFrame) -> pl.DataFrame:
     """On which lane of its track lies each interval: 0 where it nests with all others, further lanes as needed.
 
-    `intervals` holds `track`, `start_ns` and `dur_ns`, in any order; the lanes come in that order. On one lane of a
-    track, two intervals lie apart, touch, or one holds the other; no more than MAX_DEPTH lie in each other. An interval
-    goes where the smallest open one that can hold it lies, else to the first lane on which nothing is open.
+    `intervals` holds `track`, `start_ns` and `dur_ns`, in any order. The result has `row`, the place of the interval
+    there, and `lane`, in the order of tracks, lanes and starts, the longer of two that begin together first. On
+    one lane of a track, two intervals lie apart, touch, or one holds the other; no more than MAX_DEPTH lie in each
+    other. An interval goes where the smallest open one that can hold it lies, else to the first lane on which nothing
+    is open.
     """
-    rows = intervals.select("track", "start_ns", "dur_ns").with_row_index("row")
-    ordered = rows.sort("track", "start_ns", pl.col("dur_ns").neg(), "row")
-    track, start = ordered["track"].rle_id().to_numpy().astype(np.int64), ordered["start_ns"].to_numpy()
-    end = start + ordered["dur_ns"].to_numpy()
-    cluster = _clusters(track, start, end)
-    crossed = _has_crossing(cluster, start, end)
-    found = np.zeros(len(start), np.int64)
-    for begin, stop in _runs(cluster):
-        if crossed[begin]:
-            found[begin:stop] = _coloured(start[begin:stop].tolist(), end[begin:stop].tolist())
-    in_order = np.empty_like(found)
-    in_order[ordered["row"].to_numpy()] = found
-    return pl.Series("lane", in_order)
+    track, start, dur = (intervals[name].to_numpy() for name in ("track", "start_ns", "dur_ns"))
+    order = np.lexsort((-dur, start, track))
+    track, start = track[order], start[order]
+    end = start + dur[order]
+    lane = np.zeros(len(order), np.uint32)
+    for begin, stop in _runs(np.flatnonzero(np.diff(track)) + 1, len(order)):
+        for first, last in _crossing(start[begin:stop], end[begin:stop]):
+            here = slice(begin + first, begin + last)
+            lane[here] = _coloured(start[here].tolist(), end[here].tolist())
+    if lane.any():
+        by_lane = np.lexsort((lane, track))
+        order, lane = order[by_lane], lane[by_lane]
+    return pl.DataFrame({"row": order.astype(np.uint32), "lane": lane})
 
 
-def _clusters(track: Ints, start: Ints, end: Ints) -> Ints:
-    """A number for each run of intervals of one track that overlap each other directly or through others."""
-    table = pl.DataFrame({"track": track, "start": start, "end": end})
-    covered_until = pl.col("end").cum_max().shift(1).over("track")
-    begins = (pl.col("start") >= covered_until).fill_null(True)
-    return table.select(begins.cum_sum().cast(pl.Int64)).to_series().to_numpy()
+def _crossing(start: Ints, end: Ints) -> Iterator[tuple[int, int]]:
+    """Begin and end of each cluster of one track, in which intervals overlap directly or through others, that needs
+    several lanes; clusters are looked at PIECE_ROWS at a time, which bounds the memory this takes."""
+    cuts = np.flatnonzero(start[1:] >= np.maximum.accumulate(end)[:-1]) + 1
+    begins = np.concatenate([[0], cuts])
+    pieces = begins[1:][np.diff(begins // PIECE_ROWS) > 0]
+    for first, last in _runs(pieces, len(start)):
+        bad = first + np.flatnonzero(_is_bad(start[first:last], end[first:last]))
+        for cluster in np.unique(np.searchsorted(begins, bad, side="right") - 1).tolist():
+            yield int(begins[cluster]), int(begins[cluster + 1]) if cluster + 1 < len(begins) else len(start)
 
 
-def _has_crossing(cluster: Ints, start: Ints, end: Ints) -> NDArray[np.bool_]:
-    """For each interval, whether any two of its cluster cross, or more than MAX_DEPTH lie in each other.
+def _is_bad(start: Ints, end: Ints) -> NDArray[np.bool_]:
+    """Which intervals lie deeper than MAX_DEPTH, or are closed at another depth than they were opened at.
 
     Starts and ends are opening and closing brackets. None cross exactly where each is closed at the depth at which it
     was opened: the first that is not is closed while another, opened later, is still open. At one moment what ends is
-    closed first, the innermost before the others, and what has no duration is opened and closed last.
+    closed first, the innermost before the others; what has no duration crosses nothing.
     """
-    n = len(start)
-    position = np.arange(n)
-    phase = np.concatenate([np.ones(n, np.int8), np.where(end > start, 0, 2).astype(np.int8)])
-    moment = np.concatenate([start, end])
-    order = np.lexsort((np.concatenate([position, -position]), phase, moment, np.tile(cluster, 2)))
-    is_open = order < n
-    depth = np.cumsum(np.where(is_open, 1, -1))
-    depth_of = np.empty(2 * n, np.int64)
-    depth_of[order] = np.where(is_open, depth, depth + 1)
-    is_bad = (depth_of[:n] != depth_of[n:]) | (depth_of[:n] > MAX_DEPTH)
-    bad_clusters = np.unique(cluster[is_bad])
-    return np.isin(cluster, bad_clusters)
+    lasts = end > start
+    opening, closing = start[lasts], end[lasts]
+    n = len(closing)
+    order = n - 1 - np.argsort(closing[::-1], kind="stable")
+    closing = closing[order]
+    depth = np.cumsum(lasts) + ~lasts - np.searchsorted(closing, start, side="right")
+    is_bad = depth > MAX_DEPTH
+    depth_closed = np.empty(n, np.int64)
+    depth_closed[order] = np.searchsorted(opening, closing, side="left") - np.arange(n)
+    is_bad[lasts] |= depth[lasts] != depth_closed
+    return is_bad
 
 
-def _runs(cluster: Ints) -> list[tuple[int, int]]:
-    """Begin and end of each run of equal numbers."""
-    cuts = np.flatnonzero(np.diff(cluster)) + 1
-    return list(zip([0, *cuts.tolist()], [*cuts.tolist(), len(cluster)], strict=True)) if len(cluster) else []
+def _runs(cuts: Ints, n: int) -> list[tuple[int, int]]:
+    """Begin and end of each part of `n` that is cut so."""
+    return list(zip([0, *cuts.tolist()], [*cuts.tolist(), n], strict=True)) if n else []
 
 
 def _coloured(starts: list[int], ends: list[int]) -> list[int]:

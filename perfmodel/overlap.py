@@ -7,25 +7,33 @@ from perfmodel.intervals import DEVICE, PROCESS, STREAM, busy_ns, gaps, merged, 
 from perfmodel.launch import joined_work
 
 DOING = pl.Enum(("compute", "communication", "copy"))
+# Kernels with which ROCm copies and fills memory, recorded as kernels by its older profilers.
+_COPIES, _FILLS = r"^_*amd_rocclr_copy", r"^_*amd_rocclr_fill"
 HOST = pl.Enum(("launch", "sync", "neither"))
 
 
 def device_doing(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFrame:
     """What was each device doing: the kernels and copies of EVENTS with `doing`, one of compute, communication, copy.
 
-    Communication is kernels of the classes `classify.COMMUNICATION` (collectives, MoE all-to-all over links), compute
-    all other kernels, copy what the profiler recorded as copies between memories; sets are none of them. Columns
-    `name`, `rank`, `device`, `stream`, `start_ns`, `dur_ns`, `doing`.
+    Communication is kernels of the classes `classify.COMMUNICATION` (collectives, MoE all-to-all over links), copy what
+    the profiler recorded as copies between memories and the kernels with which ROCm's runtime makes them
+    (`__amd_rocclr_copyBuffer` ...), compute all other kernels; sets, and kernels with which the runtime fills
+    memory, are none of them. Columns `name`, `rank`, `device`, `stream`, `start_ns`, `dur_ns`, `doing`.
     """
     work = events.select("kind", "name", *STREAM, "start_ns", "dur_ns")
     work = work.filter(pl.col("kind").is_in(["kernel", "copy"]))
     communicates = classify(work["name"], rules).is_in(list(COMMUNICATION))
+    names = work["name"].unique()
+    copying, filling = (names.filter(names.cast(pl.String).str.contains(p)).implode() for p in (_COPIES, _FILLS))
     doing = (
         pl.when(pl.col("kind") == "copy").then(pl.lit("copy", DOING))
+        .when(pl.col("name").is_in(copying)).then(pl.lit("copy", DOING))
+        .when(pl.col("name").is_in(filling)).then(pl.lit(None, DOING))
         .when(communicates).then(pl.lit("communication", DOING))
         .otherwise(pl.lit("compute", DOING))
     )  # fmt: skip
-    return work.with_columns(doing=doing).drop("kind")
+    done = work.with_columns(doing=doing).drop("kind")
+    return done.drop_nulls("doing") if done["doing"].null_count() else done
 
 
 def exposed_time(events: pl.DataFrame, rules: Rules | None = None, doing: pl.DataFrame | None = None) -> pl.DataFrame:

@@ -7,7 +7,7 @@ traces takes for an event. The traps of the format are told in docs/decisions/00
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,10 +20,10 @@ from perfmodel.classify import CLASSES
 from perfmodel.errors import InputError
 from perfmodel.text import NS_PER_US
 from perfmodel.trace import Trace
-from perfmodel.tracks import TRACK, counters, slices
+from perfmodel.tracks import counters, drawing
 
 ADDED = "perfmodel"
-BLOCK_ROWS = 50_000
+BLOCK_ROWS = 2**13  # what one block becomes is twenty times as large as its rows
 MAX_VIEWED_NS = 2**42 * NS_PER_US  # up to here a float64 of microseconds times 1000 rounds to the right nanosecond
 MAX_ID = 2**31 - 1
 
@@ -37,6 +37,7 @@ _CATEGORIES = {
     "copy": "gpu_memcpy",
     "set": "gpu_memset",
     "replay": "graph_replay",
+    "overhead": "overhead",
 }
 _KEPT_META = ("deviceProperties", "distributedInfo")
 # A viewer shows lines by process: those of a host process, of a device, and those on which kernels wait for a device.
@@ -53,20 +54,43 @@ def export_perfetto(trace: Trace, path: str | Path) -> int:
     `baseTimeNanoseconds` takes up the difference. The file appears when it is complete. Raises InputError when it
     cannot be written.
     """
-    drawn = slices(trace.events)
-    tracks = _tracks(drawn)
-    zero_ns = _zero_ns(trace.events)
-    device_pids = tracks.filter(family="stream").unique(["rank", "owner"]).select("rank", "pid", "tid", device="owner")
-    counted = counters(trace.events).join(device_pids, on=["rank", "device"], nulls_equal=True, maintain_order="left")
-    drawn = drawn.join(tracks, on=TRACK, nulls_equal=True, maintain_order="left")
+    drawn, zero_ns = drawing(trace.events), _zero_ns(trace.events)
+    tracks = _tracks(drawn.tracks)
+    numbers = tracks.sort("track").select("pid", "tid", "device_number", stream="line")
+    devices = tracks.filter(family="stream").unique(["rank", "owner"]).select("rank", "pid", "tid", device="owner")
+    texts = {"name": _by_code(_names(trace.events), _quoted), "inputs": _by_code(trace.events["inputs"], _inputs_text)}
+    texts["ended_by"] = texts["name"]
     with _written(Path(path)) as file:
         file.write(_head(trace, zero_ns))
         file.write(",\n".join(_metadata(tracks)).encode())
-        for rows, text in ((drawn, _slice_text(drawn, zero_ns)), (counted, _counter_text(counted, zero_ns))):
-            for block in rows.iter_slices(BLOCK_ROWS):
-                file.write(b",\n" + block.select(text).to_series().str.join(",\n").item().encode())
+        for sheet in drawn.slices():
+            for block in sheet.iter_slices(BLOCK_ROWS):
+                said = {name: text.gather(block[name].to_physical()) for name, text in texts.items() if name in block}
+                placed = pl.concat([block.with_columns(**said), numbers[block["track"]]], how="horizontal")
+                _write_rows(file, placed.select(_slice_text(placed.columns, zero_ns)))
+        counted = counters(trace.events).join(devices, on=["rank", "device"], nulls_equal=True, maintain_order="left")
+        for block in counted.iter_slices(BLOCK_ROWS):
+            _write_rows(file, block.select(_counter_text(zero_ns)))
         file.write(b"\n]}\n")
-    return drawn.height
+    return sum(bars.height for bars in drawn.bars.values())
+
+
+def _write_rows(file: IO[bytes], text: pl.DataFrame) -> None:
+    file.write(b",\n" + text.to_series().str.join(",\n").item().encode())
+
+
+def _names(events: pl.DataFrame) -> pl.Series:
+    """All names that a bar can have."""
+    added = pl.Series(["idle", *CLASSES], dtype=events.schema["name"])
+    return pl.concat([events["name"].unique(), added])
+
+
+def _by_code(column: pl.Series, write: Callable[[str], str]) -> pl.Series:
+    """What `write` makes of each distinct text of a column, at the place that is the code of the text."""
+    distinct = column.drop_nulls().unique()
+    codes = distinct.to_physical()
+    written = pl.Series([write(text) for text in distinct.cast(pl.String)], dtype=pl.String)
+    return pl.Series([None], dtype=pl.String).new_from_index(0, 1 + max(codes, default=0)).scatter(codes, written)
 
 
 def _zero_ns(events: pl.DataFrame) -> int:
@@ -78,14 +102,13 @@ def _zero_ns(events: pl.DataFrame) -> int:
 
 
 def _tracks(drawn: pl.DataFrame) -> pl.DataFrame:
-    """Which process and thread number of the viewer, and which names, has each line.
+    """Which process and thread number of the viewer, and which names, has each line; `track` is its row in `drawn`.
 
     Host processes and threads keep their numbers where no other line has them, so that they read back as they were.
     """
     n_ranks = drawn["rank"].n_unique()
     tracks = (
-        drawn.select(TRACK)
-        .unique()
+        drawn.with_row_index("track")
         .with_columns(shown_with=pl.col("family").replace_strict(_SHOWN_WITH, return_dtype=pl.Int64))
         .sort("rank", "shown_with", "owner", "family", "line", "lane")
     )
@@ -168,45 +191,48 @@ def _metadata(tracks: pl.DataFrame) -> list[str]:
     return lines
 
 
-def _slice_text(drawn: pl.DataFrame, zero_ns: int) -> pl.Expr:
+def _slice_text(columns: Sequence[str], zero_ns: int) -> pl.Expr:
     """One slice as the JSON of a complete event, with what a reader needs to find its event again."""
-    arrow = pl.coalesce(
-        _filled(',"bind_id":%s,"flow_out":true', pl.col("arrow_from")),
-        _filled(',"bind_id":%s,"flow_in":true', pl.col("arrow_to")),
-        pl.lit(""),
-    )
-    on_device = pl.col("family") == "stream"
-    args = [
-        _argument("correlation", pl.col("link")),
-        _argument("device", pl.when(on_device).then("device_number")),
-        _argument("stream", pl.when(on_device).then("line")),
-        _argument("External id", pl.col("external")),
-        _argument("bytes", pl.col("bytes")),
-        _argument("graph id", pl.col("graph")),
-        _argument("class", _each(drawn, "class", _quoted)),
-        _argument("kernels", pl.col("n_kernels")),
-        _argument("ended by", _each(drawn, "ended_by", _quoted)),
-        _each(drawn, "inputs", _inputs_text).fill_null(""),
-    ]
+    arrows = {"arrow_from": ',"bind_id":%s,"flow_out":true', "arrow_to": ',"bind_id":%s,"flow_in":true'}
+    is_recorded, on_device = "kind" in columns, "arrow_to" in columns
+    category = pl.col("kind").cast(pl.String).replace_strict(_CATEGORIES) if is_recorded else pl.lit(ADDED)
+    arguments = {
+        "correlation": "link",
+        **({"device": "device_number", "stream": "stream"} if on_device else {}),
+        "External id": "external",
+        "bytes": "bytes",
+        "graph id": "graph",
+        "class": "class",
+        "kernels": "n_kernels",
+        "ended by": "ended_by",
+    }
+    said = [_said(f',"{key}":%s', column) for key, column in arguments.items() if column in columns]
+    said += [pl.col("inputs").fill_null("")] if "inputs" in columns else []
     return _filled(
         '{"ph":"X","cat":"%s","name":%s,"pid":%s,"tid":%s,"ts":%s,"dur":%s%s,"args":{%s}}',
-        pl.col("kind").cast(pl.String).replace_strict(_CATEGORIES, default=ADDED),
-        _each(drawn, "name", _quoted),
+        category,
+        pl.col("name"),
         pl.col("pid"),
         pl.col("tid"),
         _us(pl.col("start_ns") - zero_ns),
         _us(pl.col("dur_ns")),
-        arrow,
-        pl.concat_str(args).str.strip_prefix(","),
+        pl.concat_str([pl.lit(""), *(_said(text, column) for column, text in arrows.items() if column in columns)]),
+        pl.concat_str([pl.lit(""), *said]).str.strip_prefix(","),
     )
 
 
-def _counter_text(counted: pl.DataFrame, zero_ns: int) -> pl.Expr:
+def _said(template: str, column: str) -> pl.Expr:
+    """A text with the value of a column in it, or nothing where that is null."""
+    value = pl.format('"{}"', pl.col(column)) if column == "class" else pl.col(column)
+    return _filled(template, value).fill_null("")
+
+
+def _counter_text(zero_ns: int) -> pl.Expr:
     """One row of a counter as JSON."""
     return _filled(
         '{"ph":"C","cat":"%s","name":%s,"pid":%s,"tid":%s,"ts":%s,"args":{"value":%s}}',
         pl.lit(ADDED),
-        _each(counted, "name", _quoted),
+        pl.format('"{}"', "name"),
         pl.col("pid"),
         pl.col("tid"),
         _us(pl.col("at_ns") - zero_ns),
@@ -220,23 +246,11 @@ def _filled(template: str, *values: pl.Expr) -> pl.Expr:
     return pl.concat_str(before, *(part for pair in zip(values, others, strict=True) for part in pair))
 
 
-def _argument(key: str, value: pl.Expr) -> pl.Expr:
-    """`,"key":value`, or nothing where the value is null."""
-    return _filled(f',"{key}":%s', value).fill_null("")
-
-
 def _us(time_ns: pl.Expr) -> pl.Expr:
     """A time that is not negative as microseconds: whole ones without decimals, others with three, from integers."""
     fraction = (time_ns % NS_PER_US).cast(pl.String).str.zfill(3)
     whole = (time_ns // NS_PER_US).cast(pl.String)
     return pl.when(time_ns % NS_PER_US == 0).then(whole).otherwise(pl.format("{}.{}", whole, fraction))
-
-
-def _each(table: pl.DataFrame, column: str, write: Callable[[str], str]) -> pl.Expr:
-    """A column of text as `write` writes it; each distinct text is written once."""
-    distinct = table[column].drop_nulls().unique().cast(pl.String)
-    written = pl.Series([write(text) for text in distinct], dtype=pl.String)
-    return pl.col(column).cast(pl.String).replace_strict(distinct, written, default=None, return_dtype=pl.String)
 
 
 def _quoted(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from perfmodel.classify import COMMUNICATION, KERNEL_CLASS, class_shares
+from perfmodel.classify import COMMUNICATION, KERNEL_CLASS, class_shares, rules_before_shipped
 from perfmodel.errors import InputError, about
 from perfmodel.launch import launch_metrics
 from perfmodel.readers.folder import (
@@ -140,19 +140,24 @@ def summarise_ranks(
     n_workers: int | None = None,
     scheduler: str | None = None,
     progress: Progress = lambda _: None,
+    rules: str | None = None,
 ) -> RankSummary:
     """How do the ranks in a folder compare: launch metrics, kernel classes and coverage of each, read by workers.
 
     Workers (see `workers.run_on_all`) keep what they read in `cache`, "beside" or a folder that they all see, so a run
-    that was stopped goes on where it was. A file that cannot be read is reported in `failed`. Raises InputError where
-    none can be read, and what `run_on_all` raises.
+    that was stopped goes on where it was. `rules` is the text of rules for kernel classes, which workers try before the
+    shipped ones (`classify.read_rules`). A file that cannot be read is reported in `failed`. Raises InputError where
+    none can be read, and what `run_on_all` and `read_rules` raise.
     """
     folder = Path(folder)
+    if rules is not None:
+        rules_before_shipped(rules)
     with about(folder):
         if not folder.is_dir():
             raise InputError("not a folder; expected one with a trace for each rank")
         files, ignored = find_ranks(folder)
-        calls = [(str(file), None if cache is None else str(cache)) for file in files]
+        more = () if rules is None else (rules,)
+        calls = [(str(file), None if cache is None else str(cache), *more) for file in files]
         outcomes = run_on_all(_TASK, calls, backend, n_workers_for(files, backend, n_workers), scheduler, progress)
         read, failed = {}, {}
         for file, outcome in zip(files, outcomes, strict=True):
@@ -165,7 +170,7 @@ def summarise_ranks(
         return _summary(str(folder), read, failed, ignored)
 
 
-def summary_of_file(file: str, cache: str | None) -> dict[str, Any] | str:
+def summary_of_file(file: str, cache: str | None, rules: str | None = None) -> dict[str, Any] | str:
     """The figures of one rank, for a worker; the sentence that says why there are none, where it cannot be read."""
     trace = read_or_why(Path(file), cache)
     if isinstance(trace, str):
@@ -179,7 +184,7 @@ def summary_of_file(file: str, cache: str | None) -> dict[str, Any] | str:
         "n_repaired": trace.n_repaired,
         "notes": list(trace.notes),
         "launch": launch_metrics(trace).to_json(),
-        "classes": class_shares(trace.events).to_dicts(),
+        "classes": class_shares(trace.events, None if rules is None else rules_before_shipped(rules)).to_dicts(),
         "time_base_ns": time_base_ns(trace),
         "first_ns": first,
         "last_ns": last,

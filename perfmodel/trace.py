@@ -3,6 +3,7 @@ of its capture."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import polars as pl
@@ -12,8 +13,9 @@ from perfmodel.errors import InputError
 # What an event is. `launch`: an API call that starts device work (kernel, graph, copy, set); `sync`: an API call that
 # waits for the device; `call`: any other runtime or driver API call; `op`: a framework operator on the host;
 # `range`: a named annotation (record_function, NVTX); `kernel`, `copy`, `set`: work on a device; `replay`: one run
-# of a CUDA graph recorded as a whole, which keeps its device busy with kernels that cannot be seen.
-KINDS = ("op", "range", "launch", "sync", "call", "kernel", "copy", "set", "replay")
+# of a CUDA graph recorded as a whole, which keeps its device busy with kernels that cannot be seen; `overhead`: time
+# of the host that the profiler spent on itself, or saw the driver spend on its own affairs.
+KINDS = ("op", "range", "launch", "sync", "call", "kernel", "copy", "set", "replay", "overhead")
 DEVICE_KINDS = ("kernel", "copy", "set", "replay")
 COPY_KINDS = ("copy", "set")  # what moves or fills memory without computing
 API_KINDS = ("launch", "sync", "call")
@@ -36,6 +38,8 @@ EVENTS = pl.Schema(
         "inputs": pl.Categorical(),  # operand dims and dtypes of a matrix product as JSON: [dims, dtypes]
     }
 )
+
+_N_NULLS = 2**17  # as many rows as a piece of a reader has at most
 
 MAX_RANK = 2**31 - 1  # the highest that the column holds
 MAX_DUR_NS = 7 * 24 * 3600 * 10**9  # a single event longer than a week is a corrupt record (HTA issue 325)
@@ -79,6 +83,21 @@ def check_events(events: pl.DataFrame) -> None:
     ).item()
     if n_bad:
         raise InputError(f"{n_bad} events have no time, a negative duration, or device work without a device")
+
+
+def repeated(name: str, value: int | None, n_rows: int) -> pl.Series:
+    """A column of EVENTS with one value, written out: tables whose columns differ in their pieces are copied whole.
+
+    Short columns of nulls are parts of one, so the many that a reader makes take no room.
+    """
+    if value is None and n_rows <= _N_NULLS:
+        return _nulls(name).head(n_rows)
+    return pl.repeat(value, n_rows, dtype=EVENTS[name], eager=True).alias(name)
+
+
+@cache
+def _nulls(name: str) -> pl.Series:
+    return pl.Series(name, [None], dtype=EVENTS[name]).new_from_index(0, _N_NULLS)
 
 
 def plain_name() -> pl.Expr:

@@ -1,9 +1,11 @@
 """What is drawn of a trace: its events on the lines of threads and streams, and lines that say what waited for what.
 
-SLICES is the table of everything drawn as a bar: `family` (what kind of line), `rank`, `owner` (the process, or the
-device), `line` (the thread, the stream, or the class of kernels), `lane` (0, and further ones for what overlaps
-without nesting), `name`, `start_ns`, `dur_ns`; what was recorded also has the other columns of EVENTS.
+A line (a track) has `rank`, `family` (what kind of line), `owner` (the process, or the device), `line` (the thread, the
+stream, or the class of kernels) and `lane` (0, and further ones for what overlaps without nesting).
 """
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import polars as pl
 
@@ -12,61 +14,118 @@ from perfmodel.intervals import DEVICE
 from perfmodel.lanes import lanes
 from perfmodel.launch import joined_kernels, joined_work
 from perfmodel.text import NS_PER_S
-from perfmodel.trace import DEVICE_KINDS
+from perfmodel.trace import DEVICE_KINDS, EVENTS
 
 # Families of lines in their order on the page. `host` and `stream` hold what was recorded, the others what follows.
 FAMILIES = pl.Enum(["host", "stream", "class", "idle", "launch delay", "queueing"])
 TRACK = ("rank", "family", "owner", "line", "lane")  # what identifies a line
+SHEET_ROWS = 2**17  # bars that are filled in at once: a table in many pieces is put together anew for each
+
+_LINE = ("rank", "owner", "line")  # identifies a line of a family, all lanes together
+_FILLED = ("kind", "name", "start_ns", "dur_ns", "link", "external", "bytes", "graph", "inputs")
 
 
-def slices(events: pl.DataFrame) -> pl.DataFrame:
-    """Which bars are drawn of EVENTS, line by line in the order of their starts, those that hold others first.
+@dataclass(frozen=True)
+class Drawing:
+    """The lines and bars drawn of `events`, as narrow as can be, for there are more bars than events.
 
-    Columns: those of SLICES, `class` of kernels, `n_kernels` in a bar of a class, the work an idle gap was `ended_by`,
-    `arrow_from` and `arrow_to` (the number of an arrow from a call to the device work it started, null for none). Lines
-    that follow from the events: `class` (when any kernel of a class ran), `idle` (gaps between the work of a device),
-    `launch delay` (each kernel's wait from the start of its call, none where clocks disagree) and `queueing` (the part
-    of it behind the end of the call).
+    `tracks` has a row for each line, with the columns TRACK. `bars` is a table for each of FAMILIES, line by line in
+    the order of starts, those that hold others first: `track` is the row of its line, `row` that of its event.
+    """
+
+    events: pl.DataFrame
+    tracks: pl.DataFrame
+    bars: Mapping[str, pl.DataFrame]
+
+    def slices(self, n_rows: int = SHEET_ROWS) -> Iterator[pl.DataFrame]:
+        """The bars, at most `n_rows` of one family at a time: `track`, `name`, `start_ns`, `dur_ns` and what else is
+        known of them: `kind` and other columns of EVENTS of what was recorded, `class` of kernels, `n_kernels` in a
+        bar of a class, the work an idle gap was `ended_by`, `arrow_from` and `arrow_to` (the number of an arrow from a
+        call to the device work it started, null for none)."""
+        for bars in self.bars.values():
+            for sheet in bars.iter_slices(n_rows):
+                if "row" in sheet.columns:
+                    columns = [self.events[name].gather(sheet["row"]) for name in _FILLED]
+                    yield sheet.drop("row").with_columns(columns)
+                else:
+                    yield sheet
+
+
+def drawing(events: pl.DataFrame) -> Drawing:
+    """Which bars are drawn of EVENTS, on which lines.
+
+    Lines that follow from the events: `class` (when any kernel of a class ran), `idle` (gaps between the work of a
+    device), `launch delay` (each kernel's wait from the start of its call, none where clocks disagree) and `queueing`
+    (the part of it behind the end of the call).
     """
     work = joined_work(events)
-    kernels = work.filter(pl.col("kind") == "kernel")
-    kernels = kernels.with_columns(classify(kernels["name"]))
-    recorded = [_calls(events, work), _work(work, kernels)]
-    drawn = pl.concat([*recorded, _classes(kernels), _idle(work), *_waits(kernels)], how="diagonal")
-    line = drawn.select("start_ns", "dur_ns", track=pl.struct("family", "rank", "owner", "line").rank("dense"))
-    return drawn.with_columns(lanes(line)).sort(*TRACK, "start_ns", pl.col("dur_ns").neg(), maintain_order=True)
+    work = work.select("kind", "name", "rank", "device", "stream", "start_ns", "dur_ns", *_CALL, _class_of(work))
+    tracks: list[pl.DataFrame] = []
+    bars = {}
+    for family, draw in _DRAWN.items():
+        found, lines = _placed(draw(events, work))
+        bars[family] = found.with_columns(pl.col("track") + sum(table.height for table in tracks))
+        tracks.append(lines.with_columns(family=pl.lit(family, FAMILIES)).select(TRACK))
+    return Drawing(events, pl.concat(tracks), bars)
+
+
+_CALL = ("launch_row", "launch_start_ns", "launch_dur_ns", "delay_ns")
+
+
+def _class_of(work: pl.DataFrame) -> pl.Expr:
+    return pl.when(pl.col("kind") == "kernel").then(classify(work["name"])).alias("class")
+
+
+def _placed(bars: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The bars of one family in their order with their `track`, without what follows from it and from their `row`; and
+    the lines, a row for each track."""
+    lines = bars.select(_LINE).unique().sort(_LINE).with_row_index("track")
+    named = bars.lazy().join(lines.lazy(), on=_LINE, how="left", nulls_equal=True, maintain_order="left")
+    line = named.select("track").collect()["track"]  # lazily, so that the columns of the keys are not copied
+    order = lanes(bars.select("start_ns", "dur_ns", line.alias("track")))
+    line = line.gather(order["row"])
+    begins = (line != line.shift()) | (order["lane"] != order["lane"].shift())
+    begins = begins.fill_null(value=True)
+    tracks = lines.drop("track")[line.filter(begins)].with_columns(order["lane"].filter(begins))
+    known = ("start_ns", "dur_ns") if "row" in bars.columns else ()
+    bars = bars.drop(*_LINE, *known)[order["row"]]
+    return bars.with_columns(track=begins.cum_sum().cast(pl.UInt32) - 1), tracks
 
 
 def _calls(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
     """What the host did; an arrow begins at every call whose work began no earlier."""
     reached = work.filter(pl.col("delay_ns") >= 0)["launch_row"].unique()
-    row = pl.int_range(pl.len())
-    return (
-        events.with_columns(
-            family=pl.lit("host", FAMILIES),
-            owner="process",
-            line="thread",
-            arrow_from=pl.when(row.is_in(reached.implode())).then(row + 1),
-        )
-        .filter(~pl.col("kind").is_in(DEVICE_KINDS))
-        .drop("process", "thread", "device", "stream")
-    )
+    rows = _rows_of(events, on_device=False)
+    number = pl.col("row") + 1
+    return pl.DataFrame(
+        {name: events[column].gather(rows) for name, column in _HOST.items()} | {"row": rows}
+    ).with_columns(arrow_from=pl.when(pl.col("row").is_in(reached.cast(pl.UInt32).implode())).then(number))
 
 
-def _work(work: pl.DataFrame, kernels: pl.DataFrame) -> pl.DataFrame:
+_HOST = {"rank": "rank", "owner": "process", "line": "thread", "start_ns": "start_ns", "dur_ns": "dur_ns"}
+
+
+def _work(events: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
     """What the devices did, with the class of kernels; an arrow ends at what did not begin before its call."""
-    class_of = kernels.select("name", "class", "kind").unique()
-    return work.join(class_of, on=["name", "kind"], how="left", maintain_order="left").select(
-        *("kind", "name", "start_ns", "dur_ns", "rank", "link", "external", "bytes", "graph", "inputs", "class"),
-        family=pl.lit("stream", FAMILIES),
+    number = pl.col("launch_row").cast(pl.UInt32) + 1
+    return work.select(
+        *("rank", "start_ns", "dur_ns", "class"),
+        _rows_of(events, on_device=True),
         owner="device",
         line="stream",
-        arrow_to=pl.when(pl.col("delay_ns") >= 0).then(pl.col("launch_row") + 1),
+        arrow_to=pl.when(pl.col("delay_ns") >= 0).then(number),
     )
 
 
-def _classes(kernels: pl.DataFrame) -> pl.DataFrame:
+def _rows_of(events: pl.DataFrame, on_device: bool) -> pl.Series:
+    """The rows of EVENTS of device work, or of all others."""
+    is_work = events["kind"].is_in(pl.Series(DEVICE_KINDS, dtype=EVENTS["kind"]).implode())
+    return (is_work if on_device else ~is_work).arg_true().alias("row")
+
+
+def _classes(_: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
     """When any kernel of a class ran on a device: touching and overlapping ones as one bar, with their number."""
+    kernels = work.filter(pl.col("kind") == "kernel")
     begins = pl.col("start_ns") > _covered_until(*DEVICE, "class")
     return (
         kernels.sort(*DEVICE, "class", "start_ns")
@@ -79,7 +138,6 @@ def _classes(kernels: pl.DataFrame) -> pl.DataFrame:
             "start_ns",
             "n_kernels",
             "class",
-            family=pl.lit("class", FAMILIES),
             owner="device",
             line=pl.col("class").to_physical().cast(pl.Int64),
             name=pl.col("class").cast(pl.Categorical),
@@ -88,7 +146,7 @@ def _classes(kernels: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _idle(work: pl.DataFrame) -> pl.DataFrame:
+def _idle(_: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
     """The gaps of each device between its first and its last work, with the name of what ended them."""
     return (
         work.sort(*DEVICE, "start_ns")
@@ -97,8 +155,8 @@ def _idle(work: pl.DataFrame) -> pl.DataFrame:
         .filter(pl.col("start_ns") > pl.col("idle_from"))
         .select(
             "rank",
-            family=pl.lit("idle", FAMILIES),
             owner="device",
+            line=pl.lit(None, pl.Int64),
             name=pl.lit("idle", pl.Categorical),
             start_ns="idle_from",
             dur_ns=pl.col("start_ns") - pl.col("idle_from"),
@@ -112,24 +170,37 @@ def _covered_until(*keys: str) -> pl.Expr:
     return pl.col("end_ns").cum_max().shift(1).over(*keys)
 
 
-def _waits(kernels: pl.DataFrame) -> list[pl.DataFrame]:
-    """From the start of its call to each kernel, and from the end of its call where that came first."""
-    called, returned = pl.col("launch_start_ns"), pl.col("launch_start_ns") + pl.col("launch_dur_ns")
-    waits = {
-        "launch delay": (called, pl.col("start_ns") >= called),
-        "queueing": (returned, pl.col("start_ns") > returned),
-    }
-    return [
-        kernels.filter(is_drawn).select(
-            "rank",
-            "name",
-            family=pl.lit(family, FAMILIES),
-            owner="device",
-            start_ns=since,
-            dur_ns=pl.col("start_ns") - since,
-        )
-        for family, (since, is_drawn) in waits.items()
-    ]
+def _delays(_: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
+    """From the start of its call to each kernel."""
+    called = pl.col("launch_start_ns")
+    return _waits(work, called, pl.col("start_ns") >= called)
+
+
+def _queueing(_: pl.DataFrame, work: pl.DataFrame) -> pl.DataFrame:
+    """From the end of its call to each kernel that began later."""
+    returned = pl.col("launch_start_ns") + pl.col("launch_dur_ns")
+    return _waits(work, returned, pl.col("start_ns") > returned)
+
+
+def _waits(work: pl.DataFrame, since: pl.Expr, is_drawn: pl.Expr) -> pl.DataFrame:
+    return work.filter((pl.col("kind") == "kernel") & is_drawn).select(
+        "rank",
+        "name",
+        owner="device",
+        line=pl.lit(None, pl.Int64),
+        start_ns=since,
+        dur_ns=pl.col("start_ns") - since,
+    )
+
+
+_DRAWN = {
+    "host": _calls,
+    "stream": _work,
+    "class": _classes,
+    "idle": _idle,
+    "launch delay": _delays,
+    "queueing": _queueing,
+}
 
 
 def counters(events: pl.DataFrame) -> pl.DataFrame:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from perfmodel.capture import shipped_captures
+from perfmodel.cli import shell
 from tests.captures_made import SHAPES, write_synthetic_capture
 from tests.conftest import ROOT
 
@@ -76,7 +77,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PAGE_KEYS = {
     *("n_repaired", "n_dropped", "notes", "n_kernels_found_by", "bound", "findings", "by", "groups", "classes"),
     *("kernels", "launch_calls", "operators", "host_operators", "ranges", "copies", "exposed", "gaps", "steps"),
-    *("products", "counted"),
+    *("products", "counted", "profiler_overhead", "profiler_overhead_ns"),
 }
 
 
@@ -212,6 +213,41 @@ def test_a_folder_of_ranks_is_one_trace_where_groups_are_asked_for(ranks: Path, 
     assert [(row["rank"], row["n_kernels"]) for row in found["groups"]] == [(0, 2), (1, 2)]
     assert found["n_kernels"] == 4 and "rank-2.json" in found["notes"][0]
     assert run("export", str(ranks), "--perfetto", str(tmp_path / "view.json")).returncode == 0
+
+
+def test_ranks_are_compared_under_rules_of_ones_own(ranks: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "mine.toml"
+    rules.write_text('[[rule]]\nclass = "collective"\npattern = "gemm"\n')
+    found = json.loads(run("analyze", str(ranks), "--classes", str(rules), "--json").stdout)
+    assert [row["communication_time_ns"] for row in found["ranks"]] == [4000, 8000]
+    rules.write_text("[[rule]]")
+    assert str(rules) in refused("analyze", str(ranks), "--classes", str(rules))
+
+
+@pytest.mark.parametrize("command", ["diff", "fusion", "sweep", "export"])
+def test_every_command_that_reads_traces_keeps_what_it_read(command: str, trace: Path, tmp_path: Path) -> None:
+    words = {
+        "diff": [str(trace), str(trace)],
+        "fusion": [str(trace)],
+        "sweep": [f"1={trace}"],
+        "export": [str(trace), "--perfetto", str(tmp_path / "view.json")],
+    }[command]
+    assert run(command, *words, "--cache", str(tmp_path / "kept")).returncode == 0
+    assert len(list((tmp_path / "kept").glob("*.perfmodel.parquet"))) == 1
+    assert not list(trace.parent.glob("*.perfmodel.parquet"))
+
+
+def test_a_person_who_waited_long_without_a_cache_is_told_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell.hint_at_cache(4 * 10**9, None)
+    assert not capsys.readouterr().err  # nobody watches
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    shell.hint_at_cache(2 * 10**9, None)
+    shell.hint_at_cache(4 * 10**9, "beside")
+    assert not capsys.readouterr().err
+    shell.hint_at_cache(4 * 10**9, None)
+    assert capsys.readouterr().err == "reading took 4.00 s; with `--cache beside` the next time takes a moment\n"
 
 
 def test_options_for_ranks_are_refused_where_there_are_none(trace: Path, ranks: Path, tmp_path: Path) -> None:
@@ -455,3 +491,5 @@ def test_a_table_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
     table = tmp_path / "sweep.csv"
     table.write_text("batch,tklqt_ns\n1,10\n2,NaN\n")
     assert "no number" in refused("sweep", str(table), "--json")
+    table.write_text("batch,tklqt_ns\n1.5,10\n")
+    assert "no whole number" in refused("sweep", str(table))

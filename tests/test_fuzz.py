@@ -47,7 +47,7 @@ FILES = (
 )
 MANY = settings(max_examples=N_CASES, suppress_health_check=list(HealthCheck), derandomize=N_CASES < 1000)
 
-HOST = {"cpu_op": "op", "Operator": "op", "user_annotation": "range"}
+HOST = {"cpu_op": "op", "Operator": "op", "user_annotation": "range", "overhead": "overhead"}
 DEVICE = {"kernel": "kernel", "Kernel": "kernel", "gpu_memcpy": "copy", "Memcpy": "copy", "gpu_memset": "set",
           "Memset": "set", "mtia_ccp_events": "kernel"}  # fmt: skip
 API = re.compile(r"Runtime|.*_(?:runtime|driver)")

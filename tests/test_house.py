@@ -19,7 +19,7 @@ LEVELS = (
     {"cache"},
     {"readers", "classify", "placement", "physics", "capture", "offload", "intervals", "lanes"},
     {"launch"},
-    {"attribution", "groups", "bound", "overlap", "fusion", "tracks"},
+    {"attribution", "groups", "bound", "overlap", "overhead", "fusion", "tracks"},
     {"copies", "matmuls", "findings", "diff"},
     {"analysis", "ranks", "perfetto"},
     {"latency"},

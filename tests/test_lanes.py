@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
 import polars as pl
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,10 @@ Interval = tuple[int, int, int]  # track, start, duration
 
 def found(rows: Sequence[Interval]) -> list[int]:
     table = pl.DataFrame(rows, schema={c: pl.Int64 for c in ("track", "start_ns", "dur_ns")}, orient="row")
-    return lanes(table).to_list()
+    placed = lanes(table)
+    keys = [(rows[row][0], lane, rows[row][1], -rows[row][2], row) for row, lane in placed.rows()]
+    assert keys == sorted(keys)
+    return placed.sort("row")["lane"].to_list()
 
 
 def crosses(a: Interval, b: Interval) -> bool:
@@ -45,9 +49,11 @@ def test_intervals_that_nest_stay_together_and_those_that_cross_do_not() -> None
 INTERVALS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 14), st.integers(0, 8)), max_size=14)
 
 
-@given(INTERVALS)
-def test_lanes_are_those_of_the_slow_rule(rows: list[Interval]) -> None:
-    assert found(rows) == by_brute_force(rows)
+@given(INTERVALS, st.integers(1, 20))
+def test_lanes_are_those_of_the_slow_rule(rows: list[Interval], piece_rows: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes_module, "PIECE_ROWS", piece_rows)
+        assert found(rows) == by_brute_force(rows)
 
 
 @given(INTERVALS)

@@ -370,6 +370,46 @@ def test_an_overwritten_page_is_refused_or_does_not_matter(
     assert outcomes["refused"] > 5
 
 
+# --- piece by piece ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", REAL, ids=lambda path: path.stem)
+def test_tables_are_read_in_pieces_as_they_are_in_one(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = read_trace(source)
+    monkeypatch.setattr(nsys_tables, "PIECE_ROWS", 97)
+    found = read_trace(source)
+    assert same(found, truth)
+    assert len({column.n_chunks() for column in found.events}) == 1  # else Polars copies it whole to filter it
+
+
+def test_rows_with_missing_numbers_tables_without_any_and_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nsys_tables, "PIECE_ROWS", 4)
+    path = export(tmp_path / "a.sqlite", {K: [kernel(at, at + 1) for at in range(40)]})
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(f"DELETE FROM {K} WHERE start BETWEEN 5 AND 25 OR start % 3 = 0")
+        database.execute(f"UPDATE {K} SET rowid = -9 WHERE start = 1")
+        database.execute(f"UPDATE {K} SET rowid = 9223372036854775807 WHERE start = 2")
+        database.execute(f"CREATE VIEW CUPTI_ACTIVITY_KIND_MEMCPY AS SELECT * FROM {K}")
+        database.execute(f"CREATE TABLE {NVTX} (start PRIMARY KEY, end, eventType, rowid) WITHOUT ROWID")
+        database.execute(f"INSERT INTO {NVTX} SELECT start, end, 59, 1 FROM {K}")
+        database.commit()
+    starts = {at for at in range(40) if not 5 <= at <= 25 and at % 3}
+    events = read_trace(path).events
+    for kind in ("kernel", "copy", "range"):
+        found = events.filter(pl.col("kind") == kind)["start_ns"].to_list()
+        assert len(found) == len(starts) and set(found) == starts
+
+
+def test_links_do_not_depend_on_the_order_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nsys_tables, "PIECE_ROWS", 2)
+    calls = [call(1, 2, correlationId=5, globalTid=pid(process, 1)) for process in (3, 1, 2)]
+    work = [kernel(5, 6, correlationId=5, globalPid=pid(process)) for process in (2, 1, 3)]
+    events = read_trace(export(tmp_path / "a.sqlite", {K: work, R: calls})).events
+    assert events["link"].to_list() == [2**32 + 5, 5, 2**33 + 5, 2**33 + 5, 5, 2**32 + 5]
+
+
 # --- Parquet and reports ---------------------------------------------------------------------------------------------
 
 

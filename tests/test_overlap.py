@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perfmodel.analysis import analyse
 from perfmodel.classify import read_rules
 from perfmodel.launch import joined_work, launch_metrics
 from perfmodel.overlap import device_doing, exposed_time, idle_gaps, launch_gaps
@@ -37,6 +38,22 @@ def test_hidden_and_exposed_by_hand() -> None:
         "copy_busy_ns": 50, "copy_exposed_ns": 30, "copy_hidden_ns": 20,
         "communication_busy_ns": 30, "communication_exposed_ns": 20, "communication_hidden_ns": 10,
     }  # fmt: skip
+
+
+def test_kernels_with_which_a_runtime_copies_and_fills_compute_nothing() -> None:
+    """Compute 0-100; the runtime copies 90-130 and 140-150 and fills 150-190; a framework's copy 200-210 computes."""
+    made = events(
+        kernel(0, 100, name="Cijk_gemm"),
+        kernel(90, 40, name="__amd_rocclr_copyBuffer.kd", stream=8),
+        kernel(140, 10, name="__amd_rocclr_copyBufferRectAligned", stream=8),
+        kernel(150, 40, name="__amd_rocclr_fillBufferAligned", stream=8),
+        kernel(200, 10, name="direct_copy_kernel_cuda"),
+    )
+    found = exposed_time(made).row(0, named=True)
+    assert (found["compute_busy_ns"], found["copy_busy_ns"], found["copy_exposed_ns"]) == (110, 50, 40)
+    table = analyse(Trace(made, "kineto", 5))
+    assert table.metrics.n_kernels == 5 and table.copies.is_empty()
+    assert [f.explained_ns for f in table.findings if f.name == "exposed_copies"] == [40]
 
 
 def test_all_to_all_kernels_communicate() -> None:

@@ -15,7 +15,7 @@ from perfmodel.launch import launch_metrics
 from perfmodel.perfetto import ADDED, export_perfetto
 from perfmodel.readers import read_trace
 from perfmodel.trace import Trace
-from perfmodel.tracks import counters, slices
+from perfmodel.tracks import counters, drawing
 from tests.traces_made import events, golden_rows, kernel, launch
 
 Json = dict[str, Any]
@@ -226,7 +226,9 @@ def test_a_real_trace_comes_back_exactly_and_nothing_is_dropped(
 @pytest.mark.parametrize("row", golden_rows("kineto_golden.csv")[::4], ids=lambda row: row["file"])
 def test_added_lines_add_up_to_the_metrics(row: dict[str, str], shared: Path) -> None:
     trace = read_trace(shared / "traces" / row["file"])
-    metrics, table = launch_metrics(trace), slices(trace.events)
+    metrics, bars = launch_metrics(trace), drawing(trace.events)
+    table = pl.concat(bars.slices(1000), how="diagonal")
+    table = table.with_columns(family=bars.tracks["family"].gather(table["track"]))
     length = Counter(dict(table.group_by("family").agg(pl.sum("dur_ns")).iter_rows()))
     assert length["launch delay"] == metrics.tklqt_ns
     assert length["idle"] == (metrics.gpu_span_ns or 0) - metrics.gpu_busy_ns

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,10 +29,15 @@ app = typer.Typer(
 
 MAX_WHOLE = 10**12
 LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
+LONG_READ_NS = 3 * text.NS_PER_S  # who waited longer may want a cache
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Top = Annotated[
     str | None, typer.Option(help=f"Rows of each table; {report.N_TOP} in text and all in JSON unless given.")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option("--cache", help="Keep what was read, `beside` the file or in this folder, and read that next time."),
 ]
 TracePath = Annotated[str, typer.Argument(help="PyTorch-profiler .json(.gz) or Nsight Systems .sqlite")]
 
@@ -77,7 +83,21 @@ def read(
     n_workers: int | None = None,
     scheduler: str | None = None,
 ) -> Trace:
-    """The trace in a file or a folder of ranks; a person who watches is told that a large one is being read."""
+    """The trace in a file or a folder of ranks; a person who watches is told that a large one is being read, and of the
+    cache after a long time without one."""
+    began_ns = time.monotonic_ns()
+    trace = _read(path, cache, backend, n_workers, scheduler)
+    hint_at_cache(time.monotonic_ns() - began_ns, cache)
+    return trace
+
+
+def hint_at_cache(waited_ns: int, cache: str | None) -> None:
+    """Tell a person who watched a long reading without a cache that the next one need not take so long."""
+    if cache is None and waited_ns > LONG_READ_NS and sys.stderr.isatty():
+        note(f"reading took {text.ns(waited_ns)}; with `--cache beside` the next time takes a moment")
+
+
+def _read(path: str, cache: str | None, backend: str, n_workers: int | None, scheduler: str | None) -> Trace:
     try:
         if is_folder_of_ranks(Path(path)):
             return read_ranks(path, cache, backend, n_workers, scheduler, progress)

@@ -1,5 +1,6 @@
 """Commands about traces: each reads, makes one call, prints."""
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,12 +9,14 @@ import typer
 
 from perfmodel import bound, fusion, hardware, report, text
 from perfmodel.analysis import analyse
-from perfmodel.classify import Rules, read_rules, shipped_rules
+from perfmodel.classify import rules_before_shipped
 from perfmodel.cli.shell import (
+    Cache,
     Json,
     Top,
     TracePath,
     app,
+    hint_at_cache,
     note,
     number,
     print_json,
@@ -51,10 +54,7 @@ def analyze(
         str | None,
         typer.Option(help="Rules for kernel names (.toml), tried before those of the package (kernel_classes.toml)."),
     ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(help="Keep what was read, `beside` the file or in this folder, and read that next time."),
-    ] = None,
+    cache: Cache = None,
     backend: Annotated[
         str, typer.Option(help="What reads a folder of ranks: a joblib backend (loky, dask ...).")
     ] = PROCESSES,
@@ -70,9 +70,12 @@ def analyze(
     is_ranks = is_folder_of_ranks(Path(trace))
     if not is_ranks and (backend != PROCESSES or n_workers or scheduler):
         raise InputError(f"--backend, --workers and --scheduler read a folder of ranks; {trace} is none")
-    if is_ranks and not (by or hardware_name or ncu or classes):
-        summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress)
+    rules_text = _rules_text(classes) if classes else None
+    if is_ranks and not (by or hardware_name or ncu):
+        began_ns = time.monotonic_ns()
+        summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress, rules_text)
         progress("")
+        hint_at_cache(time.monotonic_ns() - began_ns, cache)
         if as_json:
             print_json(summary.to_json())
         else:
@@ -80,7 +83,7 @@ def analyze(
         return
     profile = hardware.hardware(hardware_name) if hardware_name else None
     counted = read_ncu(ncu) if ncu else None
-    rules = _rules(classes) if classes else None
+    rules = rules_before_shipped(rules_text) if rules_text else None
     loaded = read(trace, cache, backend, n_workers, scheduler)
     found = analyse(loaded, hardware=profile, by=by, counted=counted, rules=rules)
     if as_json:
@@ -89,13 +92,15 @@ def analyze(
         print_words(report.trace_page(found, Path(trace).name, n_top or report.N_TOP, width()))
 
 
-def _rules(path: str) -> Rules:
-    """The rules of a file, then the shipped ones."""
+def _rules_text(path: str) -> str:
+    """The text of a file of rules, which were found to be sound."""
     with about(path):
         try:
-            return [*read_rules(Path(path).read_text(encoding="utf-8")), *shipped_rules()]
+            rules_text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"cannot be read: {error}") from None
+        rules_before_shipped(rules_text)
+        return rules_text
 
 
 @app.command(name="diff")
@@ -103,11 +108,12 @@ def diff_command(
     a: TracePath,
     b: Annotated[str, typer.Argument(help="The trace to compare with it.")],
     top: Top = None,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """What differs between two traces: launch metrics, kernel classes and operators, not kernel names."""
     n_top = whole(top, "--top") if top else None
-    found = diff(read(a), read(b))
+    found = diff(read(a, cache), read(b, cache))
     if as_json:
         print_json(found.to_json(n_top))
     else:
@@ -121,13 +127,14 @@ def fusion_command(
         map(str, fusion.SHORT_LENGTHS)
     ),
     threshold: Annotated[float, typer.Option(help="Lowest proximity score to list, 0 to 1.")] = 1.0,
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """Which chains of kernels always follow one another, and what fusing them would save at best."""
     wanted = [whole(word, "--lengths") for word in lengths.split(",")]
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold is {threshold:g}, expected 0 to 1")
-    loaded = read(trace)
+    loaded = read(trace, cache)
     by_length = fusion.fusion_table(loaded.events, wanted)
     chains = fusion.chains(loaded.events, min(wanted), threshold)
     if as_json:
@@ -145,6 +152,7 @@ def sweep(
     factor: Annotated[
         str, typer.Option(help="Device-bound is a TKLQT above so many times that of the smallest batch.")
     ] = f"{bound.RULE_FACTOR:g}",
+    cache: Cache = None,
     as_json: Json = False,
 ) -> None:
     """From which batch size on is the device the bound, and no longer the host: TKLQT over a sweep of batch sizes."""
@@ -154,7 +162,7 @@ def sweep(
         found = {name: bound.sweep(*batches_and_tklqt, rule_factor) for name, batches_and_tklqt in given.items()}
     else:
         pairs = [_batch_and_trace(word) for word in traces]
-        metrics = [launch_metrics(read(path)) for _, path in pairs]
+        metrics = [launch_metrics(read(path, cache)) for _, path in pairs]
         found = {"": bound.sweep([batch for batch, _ in pairs], metrics, rule_factor)}
     if as_json:
         rows = [{"name": name, **asdict(one), "table": one.table.to_dicts()} for name, one in found.items()]
@@ -176,10 +184,11 @@ def _batch_and_trace(word: str) -> tuple[int, str]:
 def export(
     trace: TracePath,
     perfetto: Annotated[str, typer.Option(help="File to write for ui.perfetto.dev: .json, or .json.gz to pack it.")],
+    cache: Cache = None,
 ) -> None:
     """Write the trace for a viewer, with lines added that say what waited: launch delay, queueing, idle, classes."""
     _refuse_source(trace, perfetto)
-    n_slices = export_perfetto(read(trace), perfetto)
+    n_slices = export_perfetto(read(trace, cache), perfetto)
     note(f"wrote {text.count(n_slices)} slices to {perfetto}; open it at https://ui.perfetto.dev")
 
 

@@ -14,7 +14,7 @@ from perfmodel.errors import InputError
 from perfmodel.readers.api import api_kind
 from perfmodel.readers.blocks import BLOCK_BYTES, Stream, lenient
 from perfmodel.readers.document import read_array
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
 HOST_KIND_OF_CATEGORY = {
@@ -22,6 +22,7 @@ HOST_KIND_OF_CATEGORY = {
     "Operator": "op",
     "user_annotation": "range",
     "Runtime": "call",
+    "overhead": "overhead",
     "hpu_op": "call",
 }
 DEVICE_KIND_OF_CATEGORY = {
@@ -39,6 +40,7 @@ _API_CATEGORY = re.compile(r".*_(?:runtime|driver)")
 
 BATCH_ROWS = 2**13  # fewer, larger frames cost less, but keep what they are made of in memory for longer
 _MAX_INT64 = 2**63 - 1
+_NO_PROCESS = -1
 _QUOTED_NAME = re.compile(
     r'("name"\s*:\s*")(.*?)("\s*(?:,\s*"(?:ph|cat|pid|tid|ts|dur|args|id|s|bp)"\s*:|}\s*$))', re.DOTALL
 )
@@ -128,7 +130,7 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
             + "".join(f"; {note}" for note in rest.notes)
         )
     rank = rank_of(rest.meta)
-    ranked = [frame.with_columns(_repeated("rank", rank, frame.height)) for frame in frames]
+    ranked = [frame.with_columns(repeated("rank", rank, frame.height)) for frame in frames]
     # Not rechunked: the pieces stay where they are, and the table never stands in memory twice.
     events = _with_launches(_at_true_times(pl.concat(ranked, rechunk=False)))
     return Trace(
@@ -211,10 +213,14 @@ def _keep_device(kept: _Kept, events: list[Event], kind_of: "_Looked") -> None:
 
 
 def _host_rows(kept: _Kept) -> pl.DataFrame:
+    process, thread = _whole_numbers(kept.wheres), _whole_numbers(kept.lanes)
+    if (process == _NO_PROCESS).any():  # of overhead, whose thread is then 0
+        is_known = process != _NO_PROCESS
+        process, thread = (pl.select(pl.when(is_known).then(column)).to_series() for column in (process, thread))
     return _rows(
         kept,
-        process=_whole_numbers(kept.wheres),
-        thread=_whole_numbers(kept.lanes),
+        process=process,
+        thread=thread,
         inputs=pl.Series(kept.inputs, dtype=pl.String),
     )
 
@@ -242,15 +248,10 @@ def _rows(kept: _Kept, **columns: pl.Series) -> pl.DataFrame:
     n_rows = len(kept.kinds)
     return pl.DataFrame(
         [
-            columns[name].cast(dtype).alias(name) if name in columns else _repeated(name, None, n_rows)
+            columns[name].cast(dtype).alias(name) if name in columns else repeated(name, None, n_rows)
             for name, dtype in EVENTS.items()
         ]
     )
-
-
-def _repeated(name: str, value: int | None, n_rows: int) -> pl.Series:
-    """A column of EVENTS with one value, written out: tables whose columns differ in their pieces are copied whole."""
-    return pl.repeat(value, n_rows, dtype=EVENTS[name], eager=True).alias(name)
 
 
 def _lines(texts: Sequence[bytes | msgspec.Raw]) -> bytes:

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import polars as pl
 
 from perfmodel.errors import InputError
+from perfmodel.readers.nsys_processes import PROCESS, Processes
 from perfmodel.readers.nsys_tables import Tables, parquet_tables, sqlite_tables
 from perfmodel.readers.nsys_words import column, named, strings_of
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace, repeated
 
 # Tables are written only when they have rows or might have had; newer ones may carry a suffix such as _V2.
 TABLES = {
@@ -25,6 +26,7 @@ TABLES = {
     "set": ("CUPTI_ACTIVITY_KIND_MEMSET",),
     "replay": ("CUPTI_ACTIVITY_KIND_GRAPH_TRACE",),
     "range": ("NVTX_EVENTS",),
+    "overhead": ("PROFILER_OVERHEAD", "CUPTI_ACTIVITY_KIND_OVERHEAD"),  # of the profiler itself, and of the driver
 }
 NVTX_RANGES = (
     59,
@@ -51,13 +53,16 @@ _COLUMNS = {
     "to_memory": ("dstKind",),
     "event_type": ("eventType",),
 }
-_PROCESS = 2**24  # a process begins at this bit of a globalTid
 _MAX_CORRELATION = 2**32
 _FARTHEST_NS = 2**61  # beyond it a difference of two times may overflow
 
-# The records by kind of event, with those columns of _COLUMNS that their tables have and always these.
-_Rows = dict[str, pl.DataFrame]
 _NEEDED = ("start_ns", "end_ns", "tid", "device", "correlation", "name_id")
+_NAMED_BY = ("name_id", "copy_kind", "from_memory", "to_memory", "text")
+
+# By kind the columns of EVENTS but `kind` and `name`, in pieces, and what tells these. `dur_ns` is null for what never
+# ended and negative where the end lies before the start. Every column of a piece is one array, so that a table of all
+# pieces need not be put together anew, and the pieces are all that is held of the records.
+_Rows = dict[str, list[pl.DataFrame]]
 
 
 def read_nsys(path: Path) -> Trace:
@@ -113,19 +118,19 @@ def read_nsys_report(path: Path) -> Trace:
 
 
 def _trace(tables: Tables) -> Trace:
-    found = _rows(tables)
-    n_records = sum(frame.height for frame in found.values())
-    timed = {**found, "range": _ranges(found["range"])}
-    usable = _plausible(timed)
-    n_dropped = sum(timed[kind].height - usable[kind].height for kind in usable)
-    if all(frame.is_empty() for frame in usable.values()):
+    processes = Processes()
+    found, n_records, n_timed = _records(tables, processes)
+    rows = _near(found)
+    del found
+    n_dropped = n_timed - sum(piece.height for piece in _all(rows))
+    if not any(piece.height for piece in _all({**rows, "overhead": []})):
         raise InputError(f"an Nsight Systems export whose {n_records} records hold no complete CUDA call or kernel")
-    rows, n_unended = _ended(_on_gpus(tables, usable))
-    n_backwards = sum(frame.filter(pl.col("end_ns") < pl.col("start_ns")).height for frame in rows.values())
-    links, n_unknown = _links(rows)
-    strings = strings_of(tables, pl.concat([frame["name_id"].unique() for frame in rows.values()]).unique())
-    events = pl.concat([_events(kind, rows[kind], links[kind], strings) for kind in rows])
-    n_replays = rows["replay"].height
+    n_unended = sum(piece["dur_ns"].null_count() for piece in rows["range"])
+    n_backwards = sum(int((piece["dur_ns"] < 0).sum()) for piece in _all(rows))
+    is_one = len(processes.callers) < 2
+    n_unknown = 0 if is_one else sum(p["process"].null_count() for kind in DEVICE_KINDS for p in rows[kind])
+    n_replays = sum(piece.height for piece in rows["replay"])
+    events = _events(rows, strings_of(tables, _name_ids(rows)), processes)
     notes = {
         f"{n_dropped} records were left out: without start or end, with times that cannot be true, or of device work "
         "without a device": n_dropped,
@@ -146,10 +151,10 @@ def _trace(tables: Tables) -> Trace:
     )
 
 
-def _rows(tables: Tables) -> _Rows:
-    """The records of each kind, the columns of _COLUMNS that their tables have, and the text of ranges."""
+def _records(tables: Tables, processes: Processes) -> tuple[_Rows, int, int]:
+    """The plausible records of each kind, how many records there are, and how many of them have a duration."""
     found = {
-        kind: [t for t in tables.columns for name in names if re.fullmatch(rf"{name}(_V\d+)?", t)]
+        kind: [t for name in names for t in tables.columns if re.fullmatch(rf"{name}(_V\d+)?", t)]
         for kind, names in TABLES.items()
     }
     if not any(found[kind] for kind in ("kernel", "call", "replay")):
@@ -158,25 +163,51 @@ def _rows(tables: Tables) -> _Rows:
             f"an export without CUDA activity (found {what}); expected an Nsight Systems export with "
             f"{TABLES['kernel'][0]}: record with `nsys profile --trace=cuda,nvtx`"
         )
-    return {kind: _together([_table(tables, name) for name in names]) for kind, names in found.items()}
+    rows: _Rows = {kind: [] for kind in found}
+    n_records = n_timed = 0
+    gpus = _renumbered_gpus(tables)
+    for kind in sorted(found, key="call".__ne__):  # calls first: they tell whose is device work without a process
+        for records in _pieces(tables, found[kind]):
+            timed = _ranges(records) if kind == "range" else records
+            # `n_events` counts what the application did, whatever the profiler tells of itself.
+            n_records += 0 if kind == "overhead" else records.height
+            n_timed += timed.height
+            usable = _plausible(kind, timed)
+            if usable.height:
+                moved = _on_gpus(usable, gpus) if kind in DEVICE_KINDS and gpus is not None else usable
+                rows[kind].append(_timed(kind, moved, processes))
+    return rows, n_records, n_timed
 
 
-def _table(tables: Tables, table: str) -> pl.DataFrame:
+def _pieces(tables: Tables, names: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """The records of the tables of one kind; records that two versions of a table share count once."""
+    if len(names) == 1:
+        yield from _table(tables, names[0])
+    elif names:
+        yield _together([pl.concat(_table(tables, name)) for name in names])
+
+
+def _all(rows: _Rows) -> Iterator[pl.DataFrame]:
+    return (piece for pieces in rows.values() for piece in pieces)
+
+
+def _table(tables: Tables, table: str) -> Iterator[pl.DataFrame]:
     if "start" not in tables.columns[table]:
         has = ", ".join(sorted(tables.columns[table])[:6])
         raise InputError(f"an Nsight Systems export whose table {table} has no column start (it has {has})")
     there = {alias: [c for c in names if c in tables.columns[table]] for alias, names in _COLUMNS.items()}
-    rows = tables.rows(table, [c for names in there.values() for c in names], ["text"])
+    given = [pl.coalesce(names).alias(alias) for alias, names in there.items() if names]
     needed = [pl.lit(None, pl.Int64).alias(alias) for alias in _NEEDED if not there[alias]]
-    text = ["text"] if "text" in rows.columns else []
-    return rows.select(*(pl.coalesce(names).alias(alias) for alias, names in there.items() if names), *needed, *text)
+    for piece in tables.pieces(table, [c for names in there.values() for c in names], ["text"]):
+        text = ["text"] if "text" in piece.columns else []
+        yield piece.select(*given, *needed, *text)
 
 
 def _together(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """One frame of several; records that two versions of a table share count once."""
+    """One frame of several, without the records that they share."""
     filled = [frame for frame in frames if not frame.is_empty()]
     if len(filled) < 2:
-        return filled[0] if filled else pl.DataFrame(schema=dict.fromkeys(_NEEDED, pl.Int64))
+        return filled[0] if filled else frames[0]
     shared = [c for c in filled[0].columns if all(c in frame.columns for frame in filled)]
     return pl.concat(filled, how="diagonal").unique(shared, keep="first", maintain_order=True)
 
@@ -187,23 +218,27 @@ def _ranges(records: pl.DataFrame) -> pl.DataFrame:
     return records.filter(kind.is_in(NVTX_RANGES) | kind.is_null())
 
 
-def _plausible(rows: _Rows) -> _Rows:
-    """The records with a start, an end (which a range may lack), times that can be true, and a device for its work.
-
-    No event lasts a week, and no session: what begins a week from the middle of all records has a damaged time. Times
-    before 0 can be true, since exports may be shifted.
-    """
+def _plausible(kind: str, records: pl.DataFrame) -> pl.DataFrame:
+    """The records with a start, an end (which a range may lack), times that can be true, and a device for its work."""
     start, end = (pl.col(name).is_between(-_FARTHEST_NS, _FARTHEST_NS) for name in ("start_ns", "end_ns"))
     duration = pl.col("end_ns") - pl.col("start_ns")
     is_whole = start & end & duration.is_between(-MAX_DUR_NS, MAX_DUR_NS)
-    kept = {}
-    for kind, frame in rows.items():
-        is_unended = pl.col("end_ns").is_null() & start if kind == "range" else pl.lit(False)
-        has_device = pl.col("device").is_not_null() if kind in DEVICE_KINDS else pl.lit(True)
-        kept[kind] = _filtered(frame, (is_whole.fill_null(False) | is_unended) & has_device)
-    middle = pl.concat([frame["start_ns"] for frame in kept.values()]).median()
-    is_near = (pl.col("start_ns") - middle).is_between(-MAX_DUR_NS, MAX_DUR_NS)
-    return {kind: _filtered(frame, is_near) for kind, frame in kept.items()}
+    is_unended = pl.col("end_ns").is_null() & start if kind == "range" else pl.lit(False)
+    has_device = pl.col("device").is_not_null() if kind in DEVICE_KINDS else pl.lit(True)
+    return _filtered(records, (is_whole.fill_null(False) | is_unended) & has_device)
+
+
+def _near(rows: _Rows) -> _Rows:
+    """The records without those that begin a week from the middle of all: no session lasts so long, so their time is
+    damaged. Times before 0 can be true, since exports may be shifted."""
+    if not any(piece.height for piece in _all(rows)):
+        return rows
+    starts = pl.concat([piece["start_ns"] for piece in _all(rows)], rechunk=False)
+    first, last = starts.to_frame().select(first=pl.min("start_ns"), last=pl.max("start_ns")).row(0)
+    if last - first <= MAX_DUR_NS:
+        return rows
+    is_near = (pl.col("start_ns") - starts.median()).is_between(-MAX_DUR_NS, MAX_DUR_NS)
+    return {kind: [_filtered(piece, is_near) for piece in pieces] for kind, pieces in rows.items()}
 
 
 def _filtered(frame: pl.DataFrame, keep: pl.Expr) -> pl.DataFrame:
@@ -212,77 +247,79 @@ def _filtered(frame: pl.DataFrame, keep: pl.Expr) -> pl.DataFrame:
     return frame if kept.all() else frame.filter(kept)
 
 
-def _on_gpus(tables: Tables, rows: _Rows) -> _Rows:
-    """The records with the devices that processes number for themselves (CUDA_VISIBLE_DEVICES) as the GPUs they are."""
+def _renumbered_gpus(tables: Tables) -> pl.DataFrame | None:
+    """The GPUs (`gpuId`) that processes know under another number (CUDA_VISIBLE_DEVICES); null where there is none."""
     key = ["gpuId", "cudaId", "pid"]
     if not set(key) <= tables.columns.get("TARGET_INFO_CUDA_DEVICE", set()):
-        return rows
+        return None
     gpus = tables.rows("TARGET_INFO_CUDA_DEVICE", key).drop_nulls().unique(["cudaId", "pid"], keep="first")
-    if gpus.filter(pl.col("gpuId") != pl.col("cudaId")).is_empty():
-        return rows
-    process = (pl.col("tid") // _PROCESS % _PROCESS).alias("pid")
-    found = {
-        kind: rows[kind].select("device", process).join(
-            gpus, left_on=["device", "pid"], right_on=["cudaId", "pid"], how="left", maintain_order="left"
-        )
-        for kind in DEVICE_KINDS
-    }  # fmt: skip
-    moved = {
-        kind: rows[kind].with_columns(device=frame.select(pl.coalesce("gpuId", "device")).to_series())
-        for kind, frame in found.items()
-    }
-    return {**rows, **moved}
+    return gpus if (gpus["gpuId"] != gpus["cudaId"]).any() else None
 
 
-def _ended(rows: _Rows) -> tuple[_Rows, int]:
-    """The records with every range ended, at the last event of all where it never was, and how many those are."""
-    n_unended = rows["range"]["end_ns"].null_count()
-    last = pl.concat([frame.select(pl.max("start_ns", "end_ns")) for frame in rows.values()])
-    end = pl.col("end_ns").fill_null(last.max().select(pl.max_horizontal(pl.all())).item())
-    return {**rows, "range": rows["range"].with_columns(end)}, n_unended
+def _on_gpus(records: pl.DataFrame, gpus: pl.DataFrame) -> pl.DataFrame:
+    """The records with the devices that processes number for themselves as the GPUs they are."""
+    process = (pl.col("tid") // PROCESS % PROCESS).alias("pid")
+    found = records.select("device", process).join(
+        gpus, left_on=["device", "pid"], right_on=["cudaId", "pid"], how="left", maintain_order="left"
+    )  # fmt: skip
+    return records.with_columns(device=found.select(pl.coalesce("gpuId", "device")).to_series())
 
 
-def _links(rows: _Rows) -> tuple[dict[str, pl.Series], int]:
-    """A number for each (process, correlation id) of each record, since processes use the same ids: rank of the
-    process * 2**32 + id; and of how many records of device work the process is unknown.
-
-    Exports that leave out the process of device work belong to the one process that made calls; with several such
-    processes the link is null.
-    """
-    process = pl.col("tid") // _PROCESS
-    owners = {kind: frame.select(owner=process)["owner"] for kind, frame in rows.items()}
-    callers = owners["call"].drop_nulls().unique()
-    if len(callers) == 1:
-        owners = {kind: owner.fill_null(callers[0]) for kind, owner in owners.items()}
-    ranks = pl.concat([owner.unique() for owner in owners.values()]).drop_nulls().unique().sort()
-    rank = pl.col("owner").replace_strict(ranks, pl.int_range(len(ranks), eager=True), default=None)
+def _timed(kind: str, records: pl.DataFrame, processes: Processes) -> pl.DataFrame:
+    """A piece of _Rows from records of one kind; links are unique, since processes use the same correlation ids: the
+    number of the process * 2**32 + id, null where the process is unknown or the id cannot be true."""
+    tid, end_tid, there = pl.col("tid"), column(records, "end_tid"), set(records.columns)
+    owner, number = processes.owners(records["tid"], kind == "call")
     is_id = pl.col("correlation").is_between(0, _MAX_CORRELATION - 1)
-    link = pl.when(is_id).then(rank * _MAX_CORRELATION + pl.col("correlation"))
-    links = {kind: frame.with_columns(owners[kind]).select(link=link)["link"] for kind, frame in rows.items()}
-    n_unknown = sum(owners[kind].null_count() for kind in DEVICE_KINDS) if len(callers) > 1 else 0
-    return links, n_unknown
-
-
-def _events(kind: str, rows: pl.DataFrame, links: pl.Series, strings: pl.DataFrame) -> pl.DataFrame:
-    """EVENTS from the records of one kind."""
-    words = named(kind, rows, strings)
-    end_tid, moved = column(rows, "end_tid"), column(rows, "bytes")
-    one_thread = end_tid.is_null() | (end_tid == 0) | (end_tid == pl.col("tid"))
-    is_host = kind not in DEVICE_KINDS
     columns = {
-        "kind": pl.lit(words["kind"]),
-        "name": pl.lit(words["name"]),
         "start_ns": pl.col("start_ns"),
-        "dur_ns": (pl.col("end_ns") - pl.col("start_ns")).clip(0),
-        "process": pl.col("tid") // _PROCESS % _PROCESS,
-        "thread": pl.when(one_thread).then(pl.col("tid") % _PROCESS) if is_host else pl.lit(None),
-        "device": pl.lit(None) if is_host else pl.col("device"),
-        "stream": pl.lit(None) if is_host else column(rows, "stream"),
-        "link": pl.lit(links),
-        "bytes": pl.when(moved >= 0).then(moved),
-        "graph": pl.coalesce(column(rows, "graph"), column(rows, "graph_node") // 2**32),
+        "dur_ns": pl.col("end_ns") - pl.col("start_ns"),
+        "process": owner % PROCESS,
     }
-    return rows.select(columns.get(name, pl.lit(None)).cast(dtype).alias(name) for name, dtype in EVENTS.items())
+    if kind != "overhead":  # which names the call that it came up in, and starts nothing
+        columns["link"] = pl.when(is_id).then(number * _MAX_CORRELATION + pl.col("correlation"))
+    if kind in DEVICE_KINDS:
+        columns |= {"device": pl.col("device"), "stream": column(records, "stream")}
+    else:
+        one_thread = end_tid.is_null() | (end_tid == 0) | (end_tid == tid)
+        thread = tid - owner * PROCESS
+        columns["thread"] = pl.when(one_thread).then(thread) if "end_tid" in there else thread
+    if "bytes" in there:
+        columns["bytes"] = pl.when(pl.col("bytes") >= 0).then("bytes")
+    if not there.isdisjoint(("graph", "graph_node")):
+        columns["graph"] = pl.coalesce(column(records, "graph"), column(records, "graph_node") // 2**32)
+    named_by = [c for c in _NAMED_BY if c in there]
+    made = records.select(*(value.alias(name) for name, value in columns.items()), *named_by)
+    known = {c.name: c.rechunk() for c in made if c.null_count() < len(c)}
+    nulls = {name: repeated(name, None, made.height) for name in EVENTS if name not in ("kind", "name", *known)}
+    words = {name: made[name] for name in named_by}
+    return pl.DataFrame({**nulls, **words, **known})
+
+
+def _name_ids(rows: _Rows) -> pl.Series:
+    ids = [piece["name_id"].unique() for piece in _all(rows)]
+    return pl.concat(ids).unique()
+
+
+def _events(rows: _Rows, strings: pl.DataFrame, processes: Processes) -> pl.DataFrame:
+    """EVENTS from all pieces, which `rows` then no longer holds; what never ended lasts until the last event."""
+    ends = (pl.col("start_ns") + pl.col("dur_ns").fill_null(0).clip(0)).max().alias("end_ns")
+    last_ns = pl.concat([piece.select(ends) for piece in _all({**rows, "overhead": []})])["end_ns"].max()
+    ordered = {number: i for i, (_, number) in enumerate(sorted(processes.numbers.items()))}  # however tables lie
+    is_ordered = all(number == i for number, i in ordered.items())
+    number = (pl.col("link") // _MAX_CORRELATION).replace_strict(ordered, default=None, return_dtype=pl.Int64)
+    made = []
+    for kind, pieces in rows.items():
+        pieces.reverse()
+        while pieces:
+            piece = pieces.pop()
+            if piece["dur_ns"].null_count() or (piece["dur_ns"] < 0).any():
+                piece = piece.with_columns(pl.col("dur_ns").fill_null(last_ns - pl.col("start_ns")).clip(0))
+            if not is_ordered:
+                piece = piece.with_columns(link=number * _MAX_CORRELATION + pl.col("link") % _MAX_CORRELATION)
+            words = named(kind, piece, strings).rechunk()
+            made.append(pl.DataFrame([words[name] if name in words else piece[name] for name in EVENTS]))
+    return pl.concat([piece for piece in made if piece.height], rechunk=False)
 
 
 def _meta(tables: Tables) -> dict[str, Any]:

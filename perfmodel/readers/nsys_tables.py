@@ -15,14 +15,15 @@ from perfmodel.errors import InputError
 
 # Up to this size a file is checked as a whole; of a larger one, which may hold much else, the tables that are read.
 CHECK_WHOLE_BYTES = 2**29
-BATCH_ROWS = 65536  # rows the driver hands over at once; with its own 1024 a table of millions is thousands of pieces
+PIECE_ROWS = 2**17  # rows of a table that are in memory as the database gives them
 
 # Text in a number's place is no number: SQLite's own cast would make it 0.
 _INTEGER = """CASE WHEN typeof("{0}") IN ('integer', 'real') THEN CAST("{0}" AS INTEGER) END AS "{0}" """
+_ROW = "rowid"  # SQLite's own number of a row
 _BYTES = """CAST(COALESCE("{0}", '') AS BLOB) AS "{0}" """
 
-# Columns of whole numbers, then columns of text -> the rows of a table.
-Read = Callable[[str, Sequence[str], Sequence[str]], pl.DataFrame]
+# Columns of whole numbers, then columns of text -> the rows of a table, piece by piece, one at least.
+Read = Callable[[str, Sequence[str], Sequence[str]], Iterator[pl.DataFrame]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Tables:
     def rows(self, table: str, numbers: Sequence[str] = (), texts: Sequence[str] = ()) -> pl.DataFrame:
         """The columns of a table that it has among those named: numbers as Int64, null where none stands; texts as
         String, empty where none stands and with a mark in the place of bytes that are no text."""
+        return pl.concat(self.pieces(table, numbers, texts))
+
+    def pieces(self, table: str, numbers: Sequence[str] = (), texts: Sequence[str] = ()) -> Iterator[pl.DataFrame]:
+        """What `rows` gives, at most PIECE_ROWS rows at a time, in order; one piece without rows of an empty table."""
         there = self.columns[table]
         return self.read(table, [c for c in numbers if c in there], [c for c in texts if c in there])
 
@@ -58,10 +63,19 @@ def sqlite_tables(path: Path) -> Iterator[Tables]:
         for table, column in zip(*map(_text, names.iter_columns()), strict=True):
             columns.setdefault(table, set()).add(column)
 
-        def read(table: str, numbers: Sequence[str], texts: Sequence[str]) -> pl.DataFrame:
+        def read(table: str, numbers: Sequence[str], texts: Sequence[str]) -> Iterator[pl.DataFrame]:
             if not is_small:
                 _refuse_damage(connection, table)
-            return _sqlite_rows(connection, table, numbers, texts)
+            at = None if _ROW in {column.lower() for column in columns[table]} else _first_row(connection, table)
+            if at is None:
+                yield _sqlite_rows(connection, table, numbers, texts)
+            n_numbers = PIECE_ROWS
+            while at is not None:
+                end = at + n_numbers
+                piece = _sqlite_rows(connection, table, numbers, texts, f"WHERE {_ROW} >= {at} AND {_ROW} < {end}")
+                n_numbers *= 1 if piece.height > PIECE_ROWS // 2 else 2  # some numbers may be missing, or most
+                at = _first_row(connection, table, f"WHERE {_ROW} >= {end}")
+                yield piece
 
         yield Tables(columns, read)
 
@@ -82,22 +96,35 @@ def _query(connection: Any, sql: str) -> pl.DataFrame:
     """The rows of a query; the driver takes a column's type from its first rows and fails where another follows, and
     hands over text unchecked, so that text must be asked for as BLOB."""
     with _refusing(adbc.Error, pl.exceptions.PolarsError), closing(adbc.AdbcStatement(connection)) as statement:
-        statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
+        statement.set_options(**{"adbc.sqlite.query.batch_rows": str(PIECE_ROWS // 2)})
         statement.set_sql_query(sql)
         stream, _ = statement.execute_query()
-        return pl.DataFrame(stream)
+        # Joined, and so copied: one column of the driver's batches would keep all others of its batch in memory.
+        return pl.DataFrame(stream).rechunk()
 
 
-def _sqlite_rows(connection: Any, table: str, numbers: Sequence[str], texts: Sequence[str]) -> pl.DataFrame:
+def _first_row(connection: Any, table: str, which: str = "") -> int | None:
+    """The least number of some rows of a table; null where there are none, and of a view, whose rows have none."""
+    try:
+        first = _query(connection, f'SELECT min({_ROW}) FROM "{table}" {which}').item()
+    except InputError:
+        return None
+    return first if type(first) is int else None
+
+
+def _sqlite_rows(
+    connection: Any, table: str, numbers: Sequence[str], texts: Sequence[str], which: str = ""
+) -> pl.DataFrame:
     text = [_BYTES.format(column) for column in texts]
     try:
-        frame = _query(connection, f"""SELECT {", ".join([*(f'"{c}"' for c in numbers), *text])} FROM "{table}" """)
+        plainly = ", ".join([*(f'"{c}"' for c in numbers), *text])
+        frame = _query(connection, f'SELECT {plainly} FROM "{table}" {which}')
         plain = set(frame.select(numbers).dtypes) <= {pl.Int64()}
     except InputError:
         plain = False  # types differ within a column, or the table is damaged: then the next query fails too
     if not plain:
         number = [_INTEGER.format(column) for column in numbers]
-        frame = _query(connection, f'SELECT {", ".join([*number, *text])} FROM "{table}"')
+        frame = _query(connection, f'SELECT {", ".join([*number, *text])} FROM "{table}" {which}')
     return frame.select(*(pl.col(c).cast(pl.Int64) for c in numbers), *(_text(frame[c]) for c in texts))
 
 
@@ -117,10 +144,12 @@ def parquet_tables(folder: Path) -> Tables:
     """The tables of a folder that `nsys export --type parquetdir` wrote; raises InputError for a damaged file."""
     files = {file.stem: file for file in sorted(folder.glob("*.parquet"))}
 
-    def read(table: str, numbers: Sequence[str], texts: Sequence[str]) -> pl.DataFrame:
+    def read(table: str, numbers: Sequence[str], texts: Sequence[str]) -> Iterator[pl.DataFrame]:
         with _refusing_file(files[table]):
             frame = pl.read_parquet(files[table], columns=[*numbers, *texts])
-        return frame.select(*(_number(frame[c]) for c in numbers), *(_text(frame[c]) for c in texts))
+        for at in range(0, max(frame.height, 1), PIECE_ROWS):
+            piece = frame.slice(at, PIECE_ROWS)
+            yield piece.select(*(_number(piece[c]) for c in numbers), *(_text(piece[c]) for c in texts))
 
     columns = {}
     for table, file in files.items():

@@ -143,6 +143,10 @@ def _tables(found: Analysis, n_top: int, width: int) -> list[str | None]:
     counted = found.counted
     routes = found.copies.with_columns(name=_route())
     wanted.append(("copies and sets", routes, ("n_copies", "bytes", "bytes_per_s", "time_ns", "exposed_ns")))
+    overhead = found.profiler_overhead
+    title = f"overhead that the profiler recorded ({text.ns(int(overhead['time_ns'].sum()))})"
+    of_driver = pl.when("is_driver").then(pl.lit(" (driver)")).otherwise(pl.lit(""))
+    wanted.append((title, overhead.with_columns(pl.col("name") + of_driver), ("n_calls", "time_ns", "idle_ns")))
     return [
         _table(found.classes, found.classes.height, "class", "kernel classes", ("n_kernels", "time_ns", "time_frac")),
         *(_table(rows, n_top, "name", title, numbers, width) for title, rows, numbers in wanted),

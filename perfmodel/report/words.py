@@ -19,6 +19,7 @@ HEADERS = {
     "time_frac": "share",
     "mean_ns": "mean",
     "exposed_ns": "exposed",
+    "idle_ns": "devices idle then",
     "self_ns": "host time",
     "kernel_time_ns": "kernel time",
     "compute_time_ns": "compute",
