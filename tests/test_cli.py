@@ -491,3 +491,5 @@ def test_a_table_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
     table = tmp_path / "sweep.csv"
     table.write_text("batch,tklqt_ns\n1,10\n2,NaN\n")
     assert "no number" in refused("sweep", str(table), "--json")
+    table.write_text("batch,tklqt_ns\n1.5,10\n")
+    assert "no whole number" in refused("sweep", str(table))

@@ -37,6 +37,8 @@ def _named(table: pl.DataFrame) -> pl.DataFrame:
     units = [unit for unit in units if text.UNITS.get(unit, ("",))[0] == "ns"]
     if "batch" not in table.columns or not units:
         raise InputError(f"a table with the columns {', '.join(table.columns)}; {_EXPECTED}")
+    if table["batch"].dtype.is_float() and (table["batch"] % 1 != 0).any():
+        raise InputError("a batch size that is no whole number; expected a batch size and a TKLQT in every row")
     tklqt = _TKLQT + units[0]
     factor, _ = text.to_base(1.0, units[0])
     names = [name for name, dtype in table.schema.items() if dtype == pl.String and name not in ("batch", tklqt)]
