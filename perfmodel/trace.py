@@ -3,7 +3,6 @@ of its capture."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import polars as pl
@@ -38,8 +37,6 @@ EVENTS = pl.Schema(
         "inputs": pl.Categorical(),  # operand dims and dtypes of a matrix product as JSON: [dims, dtypes]
     }
 )
-
-_N_NULLS = 2**17  # as many rows as a piece of a reader has at most
 
 MAX_RANK = 2**31 - 1  # the highest that the column holds
 MAX_DUR_NS = 7 * 24 * 3600 * 10**9  # a single event longer than a week is a corrupt record (HTA issue 325)
@@ -86,18 +83,8 @@ def check_events(events: pl.DataFrame) -> None:
 
 
 def repeated(name: str, value: int | None, n_rows: int) -> pl.Series:
-    """A column of EVENTS with one value, written out: tables whose columns differ in their pieces are copied whole.
-
-    Short columns of nulls are parts of one, so the many that a reader makes take no room.
-    """
-    if value is None and n_rows <= _N_NULLS:
-        return _nulls(name).head(n_rows)
+    """A column of EVENTS with one value, written out: tables whose columns differ in their pieces are copied whole."""
     return pl.repeat(value, n_rows, dtype=EVENTS[name], eager=True).alias(name)
-
-
-@cache
-def _nulls(name: str) -> pl.Series:
-    return pl.Series(name, [None], dtype=EVENTS[name]).new_from_index(0, _N_NULLS)
 
 
 def plain_name() -> pl.Expr:
