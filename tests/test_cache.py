@@ -5,8 +5,8 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,18 +305,26 @@ def test_every_shared_trace_can_be_cached_and_is_the_same(shared: Path, tmp_path
             assert again.events.equals(first.events) and repr(again.meta) == repr(first.meta)
 
 
+@contextmanager
+def files_of_at_most(n_bytes: int) -> Iterator[None]:
+    """A longer write fails after as many bytes, those of pytest itself too: only for the time of the block."""
+    limits = pytest.importorskip("resource")
+    soft, hard = limits.getrlimit(limits.RLIMIT_FSIZE)
+    limits.setrlimit(limits.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        limits.setrlimit(limits.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("trouble", ["a file in the way", "full disk", "name too long", "no rename"])
-def test_where_no_cache_can_be_written_there_is_none_and_no_error(
-    source: Path, tmp_path: Path, request: pytest.FixtureRequest, trouble: str
-) -> None:
+def test_where_no_cache_can_be_written_there_is_none_and_no_error(source: Path, tmp_path: Path, trouble: str) -> None:
     folder: str | Path = tmp_path / "parts"
+    limit: AbstractContextManager[None] = nullcontext()
     if trouble == "a file in the way":
         Path(folder).write_text("")
     elif trouble == "full disk":
-        limits = pytest.importorskip("resource")
-        soft, hard = limits.getrlimit(limits.RLIMIT_FSIZE)
-        request.addfinalizer(lambda: limits.setrlimit(limits.RLIMIT_FSIZE, (soft, hard)))
-        limits.setrlimit(limits.RLIMIT_FSIZE, (1000, hard))  # a longer write fails after as many bytes
+        limit = files_of_at_most(1000)
     elif trouble == "name too long":
         source, folder = source.rename(tmp_path / ("x" * 240 + ".json")), "beside"
     else:
@@ -324,8 +332,9 @@ def test_where_no_cache_can_be_written_there_is_none_and_no_error(
         aim = Path(folder) / f"{cache._stamp(source).sample[:32]}{SUFFIX}"
         (aim / "in the way").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    for _ in range(2):
-        assert read_trace(source, folder).n_events == 3
+    with limit:
+        found = [read_trace(source, folder).n_events for _ in range(2)]
+    assert found == [3, 3]
     assert [p for p in sorted(tmp_path.rglob("*")) if p not in (*before, tmp_path / "parts")] == []
 
 

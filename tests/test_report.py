@@ -49,7 +49,7 @@ def test_steps_stand_on_the_page_where_there_are_several() -> None:
 
 def test_clocks_that_disagree_are_said() -> None:
     page = report.trace_page(analyse(made(launch(10, link=1), kernel(5, link=1))), "made")
-    assert "note: 1 kernel started before their launch call: host and device clocks disagree" in page
+    assert "note: 1 kernel started before the launch call: host and device clocks disagree" in page
 
 
 def test_products_that_took_no_known_time_are_not_listed() -> None:

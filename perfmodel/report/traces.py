@@ -68,7 +68,7 @@ def _coverage(found: Analysis, name: str, width: int) -> str:
     notes = [*trace.notes]
     if m.n_negative_delays:
         started = text.counted(m.n_negative_delays, "kernel")
-        notes.append(f"{started} started before their launch call: host and device clocks disagree")
+        notes.append(f"{started} started before the launch call: host and device clocks disagree")
     return "\n".join([*lines, *(wrapped(f"note: {note}", width, "", "      ") for note in notes)])
 
 
