@@ -46,7 +46,7 @@ def _analysed_upload(digest: str, name: str, _content: bytes) -> Analysis:
 def upload_box(key: str) -> tuple[str, Analysis] | None:
     """An upload box for one trace; returns its name and what it says, or None with the reason shown."""
     upload = st.file_uploader(
-        "Upload a trace: PyTorch profiler .json or .json.gz, or Nsight Systems .sqlite",
+        "Upload a trace: PyTorch profiler .json or Nsight Systems .sqlite, plain or packed (gzip, zip, Zstandard)",
         key=key,
         help="Up to 500 MB. For larger files use the command line: perfmodel analyze TRACE",
     )
