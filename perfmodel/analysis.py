@@ -36,9 +36,9 @@ class Analysis:
     (`classify.class_shares`), `kernels` (`launch.by_kernel`), `launch_calls` (`launch.by_launch_call`), `operators`
     (`attribution.by_operator`), `host_operators` and `ranges` (`launch.by_host_name`), `copies` (`copies.copies`),
     `exposed` (`overlap.exposed_time`), `gaps` (`overlap.launch_gaps`), `steps` (`groups.launch_metrics_by`),
-    `profiler_overhead` (`overhead.profiler_overhead`),
-    `products` (alike `matmuls` taken together, with the roof of the machine where it is known) and `counted` (kernels
-    that Nsight Compute counted, likewise). Null: what was not asked for.
+    `profiler_overhead` (`overhead.profiler_overhead`), `products` (alike `matmuls` taken together, with the roof of the
+    machine where it is known) and `counted` (kernels that Nsight Compute counted, likewise). Null: what was not asked
+    for.
     """
 
     trace: Trace

@@ -82,6 +82,12 @@ def check_events(events: pl.DataFrame) -> None:
         raise InputError(f"{n_bad} events have no time, a negative duration, or device work without a device")
 
 
+def filtered(events: pl.DataFrame, keep: pl.Expr) -> pl.DataFrame:
+    """The rows for which `keep` is true, not null; a filter that keeps all rows would copy them, this does not."""
+    kept = events.select(keep.fill_null(value=False)).to_series()
+    return events if kept.all() else events.filter(kept)
+
+
 def repeated(name: str, value: int | None, n_rows: int) -> pl.Series:
     """A column of EVENTS with one value, written out: tables whose columns differ in their pieces are copied whole."""
     return pl.repeat(value, n_rows, dtype=EVENTS[name], eager=True).alias(name)

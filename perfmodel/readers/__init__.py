@@ -95,7 +95,7 @@ def _refuse_other_files(path: Path, magic: bytes) -> None:
     if not magic:
         raise InputError(f"an empty file; {_EXPECTED}")
     if path.suffix in _OTHER_SUFFIXES and not magic.startswith(SQLITE_MAGIC):
-        raise InputError(_OTHER_SUFFIXES[path.suffix].format(stem=path.stem, name=path.name))
+        raise InputError(_OTHER_SUFFIXES[path.suffix].format(name=path.name))
     for start, found in _OTHER_FILES.items():
         if magic.startswith(start):
             raise InputError(found)

@@ -14,7 +14,7 @@ from perfmodel.errors import InputError
 from perfmodel.readers.api import api_kind
 from perfmodel.readers.blocks import BLOCK_BYTES, Stream, lenient
 from perfmodel.readers.document import read_array
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace, repeated
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace, filtered, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
 HOST_KIND_OF_CATEGORY = {
@@ -45,9 +45,8 @@ _QUOTED_NAME = re.compile(
     r'("name"\s*:\s*")(.*?)("\s*(?:,\s*"(?:ph|cat|pid|tid|ts|dur|args|id|s|bp)"\s*:|}\s*$))', re.DOTALL
 )
 _BARE_QUOTE = re.compile(r'(?<!\\)"')
-_MATRIX_PRODUCT = re.compile(
-    r"mm\b|mm_|gemm|matmul|linear|einsum|moe|expert", re.I
-)  # operators whose operands are kept
+# Operators whose operands are kept.
+_MATRIX_PRODUCT = re.compile(r"mm\b|mm_|gemm|matmul|linear|einsum|moe|expert", re.I)
 _US = pl.Decimal(38, 3)  # microseconds with three decimals: whole nanoseconds underneath
 _LAST_NUMBER = re.compile(r"(-?\d+)\s*$")
 
@@ -104,9 +103,9 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
         frame = rows(kept)
         n_timed += frame.height
         usable = _usable(frame)
-        n_of_these = int((usable["dur_ns"] < 0).sum())
-        n_negative += n_of_these
-        frames.append(usable.with_columns(pl.col("dur_ns").clip(lower_bound=0)) if n_of_these else usable)
+        n_here = int((usable["dur_ns"] < 0).sum())
+        n_negative += n_here
+        frames.append(usable.with_columns(pl.col("dur_ns").clip(lower_bound=0)) if n_here else usable)
         kept.clear()
 
     def take(events: list[Event]) -> None:
@@ -151,6 +150,18 @@ def rank_of(meta: Mapping[str, Any]) -> int | None:
     return rank if type(rank) is int and 0 <= rank <= MAX_RANK else None
 
 
+class _Looked(dict[str | None, Any]):
+    """What is known of each category or name, found when it is met first."""
+
+    def __init__(self, find: Callable[[str | None], Any]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, key: str | None) -> Any:
+        self[key] = found = self._find(key)
+        return found
+
+
 @dataclass
 class _Kept:
     """The events of several blocks that become one frame: fewer, larger columns cost less.
@@ -186,7 +197,7 @@ class _Kept:
         self.externals += [a.external if a.external is not None else a.external_old for a in args]
 
 
-def _keep_host(kept: _Kept, events: list[Event], kind_of: "_Looked", is_product: "_Looked") -> None:
+def _keep_host(kept: _Kept, events: list[Event], kind_of: _Looked, is_product: _Looked) -> None:
     """Keep what ran on the host."""
     if not events:
         return
@@ -200,7 +211,7 @@ def _keep_host(kept: _Kept, events: list[Event], kind_of: "_Looked", is_product:
     kept.inputs += [_inputs(a) if is_product[e.name] else None for e, a in zip(events, args, strict=True)]
 
 
-def _keep_device(kept: _Kept, events: list[Event], kind_of: "_Looked") -> None:
+def _keep_device(kept: _Kept, events: list[Event], kind_of: _Looked) -> None:
     """Keep what ran on a device; its number is null where the file names none."""
     if not events:
         return
@@ -217,12 +228,7 @@ def _host_rows(kept: _Kept) -> pl.DataFrame:
     if (process == _NO_PROCESS).any():  # of overhead, whose thread is then 0
         is_known = process != _NO_PROCESS
         process, thread = (pl.select(pl.when(is_known).then(column)).to_series() for column in (process, thread))
-    return _rows(
-        kept,
-        process=process,
-        thread=thread,
-        inputs=pl.Series(kept.inputs, dtype=pl.String),
-    )
+    return _rows(kept, process=process, thread=thread, inputs=pl.Series(kept.inputs, dtype=pl.String))
 
 
 def _device_rows(kept: _Kept) -> pl.DataFrame:
@@ -284,18 +290,6 @@ def _whole_numbers(values: list[Whole], in_text: bool = True) -> pl.Series:
         return pl.Series([_whole(value, in_text) for value in values], dtype=pl.Int64)
 
 
-class _Looked(dict[str | None, Any]):
-    """What is known of each category or name, found when it is met first."""
-
-    def __init__(self, find: Callable[[str | None], Any]) -> None:
-        super().__init__()
-        self._find = find
-
-    def __missing__(self, key: str | None) -> Any:
-        self[key] = found = self._find(key)
-        return found
-
-
 def _kind(category: str | None) -> str | None:
     """The kind of the events of a category, `call` for every API call; null for those that are not kept."""
     if category is None:
@@ -331,8 +325,7 @@ def _usable(events: pl.DataFrame) -> pl.DataFrame:
     """The events with a start, a duration that can be true, and a device where they ran on one."""
     has_device = pl.col("device").is_not_null() | ~pl.col("kind").is_in(DEVICE_KINDS)
     is_usable = pl.col("start_ns").is_not_null() & pl.col("dur_ns").is_between(-MAX_DUR_NS, MAX_DUR_NS) & has_device
-    usable = events.select(is_usable.fill_null(value=False)).to_series()
-    return events if usable.all() else events.filter(usable)  # a filter that keeps all rows would copy them
+    return filtered(events, is_usable)
 
 
 def _at_true_times(events: pl.DataFrame) -> pl.DataFrame:

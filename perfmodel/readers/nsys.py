@@ -16,7 +16,7 @@ from perfmodel.errors import InputError
 from perfmodel.readers.nsys_processes import PROCESS, Processes
 from perfmodel.readers.nsys_tables import Tables, parquet_tables, sqlite_tables
 from perfmodel.readers.nsys_words import column, named, strings_of
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace, repeated
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, Trace, filtered, repeated
 
 # Tables are written only when they have rows or might have had; newer ones may carry a suffix such as _V2.
 TABLES = {
@@ -28,12 +28,8 @@ TABLES = {
     "range": ("NVTX_EVENTS",),
     "overhead": ("PROFILER_OVERHEAD", "CUPTI_ACTIVITY_KIND_OVERHEAD"),  # of the profiler itself, and of the driver
 }
-NVTX_RANGES = (
-    59,
-    60,
-    70,
-    71,
-)  # push/pop and start/end, and both from text files; others mark an instant or name things
+# Push/pop and start/end, and both from text files; other types mark an instant or name things.
+NVTX_RANGES = (59, 60, 70, 71)
 
 # Columns of any table, where present: the first that is there and not null counts.
 _COLUMNS = {
@@ -225,7 +221,7 @@ def _plausible(kind: str, records: pl.DataFrame) -> pl.DataFrame:
     is_whole = start & end & duration.is_between(-MAX_DUR_NS, MAX_DUR_NS)
     is_unended = pl.col("end_ns").is_null() & start if kind == "range" else pl.lit(False)
     has_device = pl.col("device").is_not_null() if kind in DEVICE_KINDS else pl.lit(True)
-    return _filtered(records, (is_whole.fill_null(False) | is_unended) & has_device)
+    return filtered(records, (is_whole.fill_null(False) | is_unended) & has_device)
 
 
 def _near(rows: _Rows) -> _Rows:
@@ -238,13 +234,7 @@ def _near(rows: _Rows) -> _Rows:
     if last - first <= MAX_DUR_NS:
         return rows
     is_near = (pl.col("start_ns") - starts.median()).is_between(-MAX_DUR_NS, MAX_DUR_NS)
-    return {kind: [_filtered(piece, is_near) for piece in pieces] for kind, pieces in rows.items()}
-
-
-def _filtered(frame: pl.DataFrame, keep: pl.Expr) -> pl.DataFrame:
-    """The rows to keep, without a copy where that is all of them."""
-    kept = frame.select(keep=keep & pl.col("start_ns").is_not_null())["keep"]
-    return frame if kept.all() else frame.filter(kept)
+    return {kind: [filtered(piece, is_near) for piece in pieces] for kind, pieces in rows.items()}
 
 
 def _renumbered_gpus(tables: Tables) -> pl.DataFrame | None:
