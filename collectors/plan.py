@@ -17,9 +17,15 @@ from perfmodel.errors import InputError
 from perfmodel.moe import WEIGHT_BYTES, MoEShape
 from perfmodel.routing import PATTERNS, Shares, pattern_shares, read_shares, sample_choices
 
-DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # torch name -> name in captures
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float8_e4m3fn": "fp8"}  # torch name -> name in captures
 DEVICES = ("cpu", "cuda")
 OPS = ("grouped_gemm", "moe_layer")
+# Where the weights of offloaded experts are and who reads them (docs/captures.md); `resident`: nothing is offloaded.
+ACCESS_MODES = ("resident", "zero-copy", "copy", "copy-overlap", "cpu")
+# How zero-copy sees one layer in two memories: one tensor whose pages lie in both, one launch for each memory, or
+# plain system memory on a coherent machine.
+RESIDENCIES = ("mapped", "split", "system")
+ORDERS = ("ascending", "descending", "random")  # routing probability of the experts that are offloaded first
 ROUTINGS = ("uniform", "power-law:1.2", "mmlu-like")
 WIDTH_STEP = 16  # grouped GEMM wants rows of a multiple of 16 bytes; 16 elements serve every dtype
 
@@ -44,7 +50,12 @@ QUICK_CUDA_SHAPES = ("olmoe", "qwen3-30b-a3b", "deepseek-v2-lite", "mixtral-8x7b
 
 @dataclass(frozen=True)
 class Workload:
-    """One planned point; `tokens_per_expert` sums to n_tokens x top_k, `gemm_k` and `gemm_n` are null for a layer."""
+    """One planned point; `tokens_per_expert` sums to n_tokens x top_k, `gemm_k` and `gemm_n` are null for a layer.
+
+    `offloaded` are the ids of the experts in host memory, null when all are resident, then in ascending or another
+    `order` of routing probability; `residency` says how zero-copy was realised; `launch` is `graph` when calls are
+    replayed from a CUDA graph, null when each is launched by the host.
+    """
 
     op: str
     shape: str
@@ -63,11 +74,22 @@ class Workload:
     tokens_per_expert: tuple[int, ...]
     access: str = "resident"
     offload_frac: float = 0.0
+    # Null for what does not apply, and then no part of the id: ids of older captures stay what they were.
+    offloaded: tuple[int, ...] | None = None
+    order: str | None = None
+    residency: str | None = None
+    launch: str | None = None
+
+    @property
+    def content(self) -> dict[str, object]:
+        """The fields that make the workload what it is: all but the null ones that came after the first captures."""
+        later = ("offloaded", "order", "residency", "launch")
+        return {key: value for key, value in asdict(self).items() if key not in later or value is not None}
 
     @property
     def id(self) -> str:
         """12 hexadecimal digits of the content: equal workloads have equal ids, on any machine."""
-        content = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        content = json.dumps(self.content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     @property
@@ -91,7 +113,7 @@ class Workload:
 
     def to_line(self) -> dict[str, object]:
         """The line of workloads.jsonl."""
-        return {"workload": self.id, **asdict(self)}
+        return {"workload": self.id, **self.content}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from perfmodel.errors import InputError
 
 CAPTURE, WORKLOADS, OBSERVATIONS, PROFILES = "capture.json", "workloads.jsonl", "observations.jsonl", "profiles"
+CALIBRATION, LEFT_OUT = "calibration.jsonl", "left_out.jsonl"
 SCHEMA = 1
 LOCK_WAIT_S = 60.0
 
