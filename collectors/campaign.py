@@ -1,8 +1,8 @@
 """A capture from the outside: begin or continue its folder, and run the measuring processes one after another.
 
-Needs no torch. A campaign plans to a time budget from what it finds of the machine; a sweep measures a grid to its end.
-Each run is a process of its own, because the process (its memory layout, its luck) is what repeats when a measurement is
-repeated; repeats inside it are not independent.
+Needs no torch. A campaign plans to a time budget from what it finds of the machine; a sweep measures a grid to its
+end. Each run is a process of its own, because the process (its memory layout, its luck) is what repeats when a
+measurement is repeated; repeats inside it are not independent.
 """
 
 import datetime

@@ -110,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
     _shared_options(one, "auto")
     one.add_argument("--minutes", type=_minutes, default=8.0, help="time budget; more minutes later go on")
     one.add_argument("--preset", choices=PRESETS, default="standard", help="how much there is to measure at most")
-    one.add_argument("--dtype", type=_dtypes, help="comma list, the main one first; default: what the device is good at")
+    one.add_argument(
+        "--dtype", type=_dtypes, help="comma list, the main one first; default: all that are fast"
+    )
     one.add_argument("--runs", type=_count("--runs"), help="processes that repeat the points; default: 1, 3 or 5")
     one = commands.add_parser("sweep", help="measure a grid of your own, to its end")
     _shared_options(one, "cpu")

@@ -22,7 +22,7 @@ SETUP_S = {"cpu": 0.05, "cuda": 0.06}  # making inputs, capturing a graph; what 
 LONGEST_CALL_S = {"quick": 0.05, "standard": 0.5, "full": 2.0}
 GUESS_OF_REPEATS = 6
 HOST_GUESS_FLOPS_PER_S = 1e12  # of a server CPU, for guessing durations only
-SHARE_OF_LENGTH = 0.5  # turns of a study grow with the root of its points: small studies are complete early
+SHARE_OF_LENGTH = 0.5  # a study's part of any beginning grows with the root of its points: small ones end early
 # A launch per expert, and host work per call of an eager layer: only for guessing how long a point takes.
 EXPERT_NS, LAYER_NS = {"cpu": 3_000.0, "cuda": 100.0}, {"cpu": 150_000.0, "cuda": 200_000.0}
 
@@ -63,8 +63,6 @@ def point_s(w: Workload, facts: Facts, limits: Limits) -> float:
 def spread_order(features: NDArray[np.float64]) -> list[int]:
     """An order of points `[point, feature]` of which every beginning is spread out: the middle one first, then always
     the one farthest from all before it."""
-    if not len(features):
-        return []
     scale = np.maximum(features.max(axis=0) - features.min(axis=0), 1e-9)
     x = (features - features.min(axis=0)) / scale
     order = [int(np.argmin(((x - np.median(x, axis=0)) ** 2).sum(axis=1)))]
@@ -78,7 +76,7 @@ def spread_order(features: NDArray[np.float64]) -> list[int]:
 
 def _features(points: Sequence[Workload]) -> NDArray[np.float64]:
     """Where a point lies in what decides its time: work, rows per awake expert, awake share, widths, placement."""
-    names = {key: sorted({str(getattr(w, key)) for w in points}) for key in ("access", "residency", "routing", "order")}
+    names = {key: sorted({str(getattr(w, key)) for w in points}) for key in ("routing", "order")}
     rows = []
     for w in points:
         active = sum(count > 0 for count in w.tokens_per_expert)
@@ -91,7 +89,7 @@ def _features(points: Sequence[Workload]) -> NDArray[np.float64]:
                 float(w.op == "moe_layer"), *(float(label) for label in labels),
             ]
         )  # fmt: skip
-    return np.array(rows, dtype=np.float64).reshape(len(rows), -1)
+    return np.array(rows, dtype=np.float64)
 
 
 def resident_twin(w: Workload, launch: str | None) -> Workload:
@@ -102,12 +100,12 @@ def resident_twin(w: Workload, launch: str | None) -> Workload:
     )  # fmt: skip
 
 
-def _fits(w: Workload, facts: Facts, preset: str, weights_bytes: float) -> str | None:
+def _unfit(w: Workload, facts: Facts, preset: str) -> str | None:
     """Why a point is not planned, or None."""
     layer_bytes = w.moe_shape.layer_bytes
     if layer_bytes > facts.pool_limit_bytes:
         return "the weights do not fit in memory"
-    if weights_bytes + 1.5 * w.activation_bytes > facts.memory_limit_bytes:
+    if layer_bytes + 1.5 * w.activation_bytes > facts.memory_limit_bytes:
         return "weights and activations do not fit in memory"
     if w.offloaded and layer_bytes * len(w.offloaded) / w.n_experts > facts.host_limit_bytes:
         return "the offloaded weights exceed what may be pinned in host memory"
@@ -116,15 +114,25 @@ def _fits(w: Workload, facts: Facts, preset: str, weights_bytes: float) -> str |
     return None
 
 
+def _units(points: Sequence[Workload], launch: str | None) -> list[list[Workload]]:
+    """Points that only make sense together: a placement under every access mode, behind its resident twin."""
+    units: dict[tuple[object, ...], list[Workload]] = {}
+    for w in points:
+        twin = resident_twin(w, launch)
+        unit = units.setdefault((twin.id, w.offload_frac, w.order), [twin] if w.offloaded else [])
+        unit.append(w)
+    return list(units.values())
+
+
 def design(facts: Facts, preset: str, seed: int, files: Mapping[str, Shares]) -> tuple[list[Point], list[str]]:
     """The points of a campaign, the most telling first, and a sentence for each group that is left out.
 
-    Deterministic: equal facts give equal plans. Offloaded points follow their resident twins.
+    Deterministic: equal facts give equal plans. A placement is measured under all its access modes in one go.
     """
     scales = CUDA_SCALES if facts.device == "cuda" else CPU_SCALES
     maker = Maker(facts, scales[preset], seed, files)
     reasons: Counter[tuple[str, str]] = Counter()
-    queues: list[tuple[str, list[Workload]]] = []
+    queues: list[tuple[str, list[list[Workload]]]] = []
     seen: set[str] = set()
     for study, make in STUDIES.items():
         fresh = []
@@ -132,28 +140,30 @@ def design(facts: Facts, preset: str, seed: int, files: Mapping[str, Shares]) ->
             if w.id in seen:
                 continue
             seen.add(w.id)
-            reason = _fits(w, facts, preset, w.moe_shape.layer_bytes)
+            reason = _unfit(w, facts, preset)
             if reason is None:
                 fresh.append(w)
             else:
                 reasons[study, reason] += 1
-        queues.append((study, [fresh[i] for i in spread_order(_features(fresh))]))
+        if fresh:
+            units = _units(fresh, maker.launch)
+            order = spread_order(_features([unit[-1] for unit in units]))
+            queues.append((study, [units[i] for i in order]))
     skipped = [f"{n} points of the study {study}: {reason}" for (study, reason), n in reasons.items()]
-    return _take_turns(queues, maker.launch), skipped
+    return _take_turns(queues), skipped
 
 
-def _take_turns(queues: Sequence[tuple[str, list[Workload]]], launch: str | None) -> list[Point]:
-    """One point of each study in turn; long studies get more turns, so that all end together."""
-    turns = sorted(
-        ((position + 0.5) / len(points) ** SHARE_OF_LENGTH, rank, position)
-        for rank, (_, points) in enumerate(queues)
-        for position in range(len(points))
-    )
+def _take_turns(queues: Sequence[tuple[str, list[list[Workload]]]]) -> list[Point]:
+    """One unit of each study in turn; turns grow with the root of a study's length, so that small ones end early."""
+    turns = []
+    for rank, (_, units) in enumerate(queues):
+        n_points, so_far = sum(map(len, units)), 0.0
+        for position, unit in enumerate(units):
+            turns.append(((so_far + len(unit) / 2) / n_points**SHARE_OF_LENGTH, rank, position))
+            so_far += len(unit)
     planned: dict[str, Point] = {}
-    for _, rank, position in turns:
-        study, points = queues[rank]
-        for w in (resident_twin(points[position], launch), points[position]) if points[position].offloaded else (
-            points[position],
-        ):
+    for _, rank, position in sorted(turns):
+        study, units = queues[rank]
+        for w in units[position]:
             planned.setdefault(w.id, Point(w, study))
     return list(planned.values())

@@ -1,4 +1,4 @@
-"""What a plan must know of a machine, from its capture's first pages, or assumed for a plan of a machine not at hand."""
+"""What a plan must know of a machine: from its capture so far, or assumed for a plan that is only printed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,8 +1,7 @@
-"""The measuring processes: one describes and calibrates, one per run times every point, one profiles. They import torch.
+"""The measuring processes: they describe, calibrate, time every point of a run, or profile. They import torch.
 
 Each works on an existing capture folder, appends what it measures to a journal, and says on stdout what it begins and
-what it has done; when nobody reads that any more, the collection was killed and the process ends after the point it is
-at.
+what it has done; when nobody reads that any more, the collection was killed and the process ends after its point.
 """
 
 import json
@@ -61,7 +60,7 @@ class Stage:
         return float("inf") if self.seconds is None else self.started + self.seconds - time.monotonic()
 
     def leave_out(self, entry: store.Json, error: BaseException) -> None:
-        """Write down that something could not be measured, and why; a device that no longer answers ends the process."""
+        """Write down what could not be measured, and why; a device that no longer answers ends the process."""
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         store.append(self.folder, store.LEFT_OUT, {**entry, "reason": reason, "started": int(time.time())})
         print(f"left out: {' '.join(f'{k} {v}' for k, v in entry.items() if k != 'params')}: {reason}", file=sys.stderr)

@@ -65,6 +65,7 @@ CUDA_SHAPES = (
     "olmoe", "qwen3-30b-a3b", "deepseek-v2-lite", "mixtral-8x7b", "gpt-oss-20b", "deepseek-v3",
     "qwen3-235b-a22b", "glm-4.5-air", "gpt-oss-120b", "llama-4-scout", "deepseek-v2", "mixtral-8x22b",
 )  # fmt: skip
+MANY_COUNTS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 FRACS = (1 / 16, 1 / 8, 5 / 16, 1 / 2, 3 / 4, 1.0)
 
 CUDA_SCALES = {
@@ -77,7 +78,7 @@ CUDA_SCALES = {
         CUDA_SHAPES[:3], (1, 16, 256, 4096, 65536, 524288), FRACS, CUDA_SHAPES[:2], _powers(1, 4096, 4),
     ),
     "full": Scale(
-        CUDA_SHAPES, _powers(1, 524288, 2), SKEWS, (*_powers(1, 16384, 2), *EDGES), (8, 16, 32, 48, 64, 96, 128, 192, 256),
+        CUDA_SHAPES, _powers(1, 524288, 2), SKEWS, (*_powers(1, 16384, 2), *EDGES), MANY_COUNTS,
         CUDA_SHAPES[:5], (*_powers(1, 262144, 4), 524288), (1 / 32, *FRACS, 1 / 4, 5 / 8, 7 / 8), CUDA_SHAPES[:5],
         _powers(1, 16384, 2),
     ),
@@ -91,7 +92,7 @@ CPU_SCALES = {
     ),
     "full": Scale(
         (*CPU_SHAPES, *CUDA_SHAPES), _powers(1, 16384, 2), SKEWS, (*_powers(1, 4096, 2), *EDGES),
-        (8, 16, 32, 48, 64, 96, 128, 192, 256), (), (), (), (*CPU_SHAPES, *REAL_ON_CPU), _powers(1, 4096, 2),
+        MANY_COUNTS, (), (), (), (*CPU_SHAPES, *REAL_ON_CPU), _powers(1, 4096, 2),
     ),
 }  # fmt: skip
 

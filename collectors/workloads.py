@@ -206,9 +206,7 @@ def workload(
     """A resident workload with its counts drawn; `gemm` is (K, N) of a single grouped GEMM, null for a whole layer."""
     draw_seed = workload_seed(shape, n_tokens, routing, seed)
     # Operations, dtypes and widths of one batch share their draw.
-    draw = Workload(
-        "", "", shape.n_experts, shape.top_k, 0, 0, 3, None, None, "", "", n_tokens, routing, draw_seed, ()
-    )
+    draw = Workload("", "", shape.n_experts, shape.top_k, 0, 0, 3, None, None, "", "", n_tokens, routing, draw_seed, ())
     shares = files.get(routing)
     return Workload(
         op, shape.name, shape.n_experts, shape.top_k, shape.hidden, shape.inter, shape.n_gemms,
