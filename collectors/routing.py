@@ -229,12 +229,15 @@ def _model(transformers: Any, folder: Path, device: str, dtype: str, trusted: bo
     model = _loaded(
         "weights", transformers.AutoModelForCausalLM, folder, trust_remote_code=trusted, **{name: wanted}
     ).eval()
-    if device == "cuda":
+    if device == "cuda":  # through host memory: loading straight to the GPU would need one more package
         needed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         free = torch.cuda.mem_get_info()[0]
         if needed > (1 - SPARE_FRAC) * free:
             raise InputError(
                 f"the model takes {needed} bytes, and {free} bytes of GPU memory are free; use --device cpu"
             )
-        model.to(device)
+        try:
+            model.to(device)
+        except RuntimeError as error:
+            raise InputError(f"the model cannot be moved to the GPU: {_first_line(error)}") from None
     return model
