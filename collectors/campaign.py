@@ -81,6 +81,7 @@ def begin(folder: Path, settings: store.Json) -> None:
             "machine": machine.machine(settings["threads"]),
             "software": machine.software(),
             "capabilities": None,
+            "stated": {},
             "calibration": {},
             "kernel": None,
             "n_workloads": None,
@@ -228,7 +229,8 @@ class Collection:
         for found in self.stage("looking at the machine", "describe"):
             capture = store.read_capture(self.folder)
             parts = {part: {**capture[part], **found[part]} for part in ("machine", "software")}
-            store.update_capture(self.folder, **parts, kernel=found["kernel"], capabilities=found["capabilities"])
+            more = {name: found[name] for name in ("kernel", "capabilities", "stated")}
+            store.update_capture(self.folder, **parts, **more)
 
     def calibrate(self) -> None:
         """The machine's numbers, once before the first run."""
@@ -242,8 +244,9 @@ class Collection:
 
     def pool(self, **more: object) -> None:
         """One calibration of all processes so far into capture.json."""
-        lines = calibration.read(self.folder)
-        store.update_capture(self.folder, calibration=calibration.summary(lines), **more)
+        stated = store.read_capture(self.folder)["stated"]
+        measured = calibration.summary(store.calibrations(self.folder))
+        store.update_capture(self.folder, calibration={**measured, **stated}, **more)
 
     def plan(self) -> list[Workload]:
         """The planned workloads, the most telling first; written once, so that a continued capture has the same."""
@@ -315,5 +318,5 @@ def spent_s(folder: Path) -> float:
     """Seconds that the measurements of a capture have taken: of finished stages, and of a killed one's journal."""
     capture = store.read_capture(folder)
     since = capture["spent_until"]
-    lines = [*calibration.read(folder), *store.points(folder)]
+    lines = [*store.calibrations(folder), *store.points(folder)]
     return float(capture["spent_s"] + sum(line.get("took_s", 0.0) for line in lines if line.get("started", 0) >= since))

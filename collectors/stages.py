@@ -92,6 +92,7 @@ def describe(stage: Stage) -> None:
             "software": machine.torch_build(),
             "kernel": grouped_mm_name(),
             "capabilities": capabilities(device),
+            "stated": probes.stated_numbers(device),
         }
     )
 
@@ -99,7 +100,7 @@ def describe(stage: Stage) -> None:
 def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
     """Every probe that is not on disk yet for this run, the important ones first, as long as time lasts."""
     settings = stage.settings
-    done = {calibration.key(line) for line in calibration.read(stage.folder) if line["run"] == run}
+    done = {calibration.key(line) for line in store.calibrations(stage.folder) if line["run"] == run}
     done |= {calibration.key(entry) for entry in store.left_out(stage.folder) if "probe" in entry}
     todo = probes.probes(settings["device"], stage.facts.dtypes, settings["threads"], settings["preset"])
     seen: store.Json = {}
@@ -110,12 +111,13 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
             break
         entry = {"probe": probe.name, "params": dict(probe.params), "run": run}
         say(begin=entry, seconds=10)
+        began = int(time.time())
         try:
             line = probes.run_probe(probe, stage.limits, run)
         except (InputError, RuntimeError, OSError, MemoryError) as error:
             stage.leave_out(entry, error)
             continue
-        store.append(stage.folder, store.CALIBRATION, line)
+        store.append(stage.folder, store.CALIBRATION, {**line, "started": began})
         say(probe=probe.name)
     if not core_only:
         say(end=seen)

@@ -114,6 +114,11 @@ def points(folder: Path) -> list[Json]:
     return mend(folder, OBSERVATIONS, ("workload", "run", "times_ns"))
 
 
+def calibrations(folder: Path) -> list[Json]:
+    """The calibration measurements so far (see `mend`)."""
+    return mend(folder, CALIBRATION, ("probe", "params", "run", "value"))
+
+
 def left_out(folder: Path) -> list[Json]:
     """What could not be measured, and why (see `mend`)."""
     return mend(folder, LEFT_OUT, ("reason",))

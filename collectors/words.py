@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import calibration, store
+from . import store
 from .design import Point
 from .progress import clock_words
 from .timing import median_error_frac
@@ -65,7 +65,7 @@ def summary_words(folder: Path, spent_s: float) -> list[str]:
     errors = [median_error_frac(point["times_ns"]) for point in points]
     n_workloads, n_runs = (len({point[key] for point in points}) for key in ("workload", "run"))
     lines = [
-        f"{len(points)} points of {n_workloads} workloads in {n_runs} runs, {len(calibration.read(folder))} "
+        f"{len(points)} points of {n_workloads} workloads in {n_runs} runs, {len(store.calibrations(folder))} "
         f"calibration measurements, {clock_words(spent_s)} spent"
     ]
     if errors:
