@@ -10,7 +10,7 @@ import json
 import re
 import socket
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -30,8 +30,9 @@ WORDS = {
     "TARGET_INFO_GPU": ("name", "chipName"),
     "TARGET_INFO_CUDA_GPU": ("name",),
 }
-LEFT_COLUMNS = ("uuid", "luid", "busLocation", "pwGpuId", "callchainId", "virtualAddress")
-STRING_COLUMNS = ("demangledName", "shortName", "mangledName", "nameId", "textId")  # ids of StringIds
+# Serial numbers and addresses; stacks, whose tables are not copied; and the longest names, which say nothing new.
+LEFT_COLUMNS = ("uuid", "luid", "busLocation", "pwGpuId", "virtualAddress", "callchainId", "mangledName")
+STRING_COLUMNS = ("demangledName", "shortName", "nameId", "textId")  # ids of StringIds
 # Of what the export says of itself, these names: versions and how graphs were recorded.
 KEPT_META = re.compile(
     r"EXPORT_(PRODUCT_(NAME|VERSION)|SCHEMA_VERSION\w*)|CAPTURE_EVENT_TYPE|CUDA_GRAPH_TRACE\w*(:\w+)?"
@@ -39,7 +40,9 @@ KEPT_META = re.compile(
 PATH = re.compile(r"(?<![\w.>)\]}&*/])~?/[\w.@+-]+(/[\w.@+-]*)*|\b[A-Za-z]:\\\S+")
 POINTS = "PERFMODEL_POINTS"  # our own table: the range of each point and its line of workloads.jsonl
 PAGE_BYTES = 1024  # most tables are small, and each takes a page at least
+MOST_BYTES = 800_000  # of the copy; beyond, the calls of the operating system are left out
 RANGES = (59, 60, 70, 71)  # NVTX ranges, pushed and started
+OWN = "perfmodel::"  # how the names of our ranges begin
 
 
 def _base(table: str) -> str:
@@ -119,6 +122,12 @@ def scrub(export: Path, clean: Path, lines: Mapping[str, Mapping[str, object]]) 
 
     Raises InputError when the export is no database that SQLite can read.
     """
+    _copy(export, clean, lines, MEASURED)
+    if clean.stat().st_size > MOST_BYTES:
+        _copy(export, clean, lines, [table for table in MEASURED if table != "OSRT_API"])
+
+
+def _copy(export: Path, clean: Path, lines: Mapping[str, Mapping[str, object]], kept: Sequence[str]) -> None:
     identities = _identities()
     clean.unlink(missing_ok=True)
     try:
@@ -129,7 +138,7 @@ def scrub(export: Path, clean: Path, lines: Mapping[str, Mapping[str, object]]) 
             old.text_factory = lambda raw: raw.decode("utf-8", "replace")  # names may be cut inside a character
             new.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             for table in _tables(old):
-                if _base(table) in MEASURED:
+                if _base(table) in kept:
                     _copy_table(old, new, table, identities)
             _copy_strings(old, new, identities)
             _copy_meta(old, new)
@@ -143,14 +152,14 @@ def scrub(export: Path, clean: Path, lines: Mapping[str, Mapping[str, object]]) 
 
 
 def kernels_in_ranges(export: Path) -> dict[str, tuple[int, int]]:
-    """For each name of an NVTX range how often it is there and how many kernels were launched within all of them."""
+    """For each name of our NVTX ranges how often it is there and how many kernels were launched within all of them."""
     with closing(sqlite3.connect(f"{export.absolute().as_uri()}?mode=ro", uri=True)) as database:
         tables = _tables(database)
         if "NVTX_EVENTS" not in tables:
             return {}
         columns = _columns(database, "NVTX_EVENTS")
         text = "n.text" if "text" in columns else "NULL"
-        by_id = "SELECT value FROM StringIds s WHERE s.id = n.textId" if {"textId"} <= set(columns) else "SELECT NULL"
+        by_id = "SELECT value FROM StringIds s WHERE s.id = n.textId" if "textId" in columns else "SELECT NULL"
         kind = f"n.eventType IN {RANGES}" if "eventType" in columns else "1"
         ranges = database.execute(
             f"SELECT COALESCE({text}, ({by_id})), n.start, n.end, n.globalTid FROM NVTX_EVENTS n "
@@ -166,7 +175,7 @@ def kernels_in_ranges(export: Path) -> dict[str, tuple[int, int]]:
         ]
     found: dict[str, tuple[int, int]] = {}
     for name, start, end, tid in ranges:
-        if name is not None:
+        if name is not None and name.startswith(OWN):
             n_ranges, n_kernels = found.get(name, (0, 0))
             inside = sum(n for at, thread, n in launched if thread == tid and start <= at <= end)
             found[name] = n_ranges + 1, n_kernels + inside

@@ -96,31 +96,31 @@ def chosen_points(workloads: Sequence[Workload], preset: str = "quick") -> list[
     return sorted(kept, key=lambda w: w.launch is not None)
 
 
-def _kind(workload: Workload) -> tuple[str, str, str]:
-    return workload.shape, workload.dtype, workload.routing
-
-
 def _curves(
     plain: Sequence[Workload], replayed: Sequence[Workload], first: Sequence[Workload]
 ) -> tuple[list[Workload], list[Workload]]:
     """The batch sizes of one layer: of the kind with most of them, then with graphs, then that of the first choice."""
-    kinds = list(dict.fromkeys(map(_kind, [*first, *plain, *replayed])))
+    kinds = list(dict.fromkeys((w.shape, w.dtype) for w in [*first, *plain, *replayed]))
     if not kinds:
         return [], []
 
-    def worth(kind: tuple[str, str, str]) -> tuple[int, bool]:
-        n_sizes = len({w.n_tokens for w in plain if _kind(w) == kind})
-        return min(n_sizes, N_EAGER), any(_kind(w) == kind for w in replayed)
+    def of(kind: tuple[str, str], workloads: Sequence[Workload]) -> list[Workload]:
+        return [w for w in workloads if (w.shape, w.dtype) == kind]
+
+    def worth(kind: tuple[str, str]) -> tuple[int, bool]:
+        return min(len({w.n_tokens for w in of(kind, plain)}), N_EAGER), bool(of(kind, replayed))
 
     best = max(kinds, key=worth)
-    return _spread([w for w in plain if _kind(w) == best], N_EAGER), _spread(
-        [w for w in replayed if _kind(w) == best], N_GRAPH
-    )
+    routing = first[0].routing if first else None
+    return _spread(of(best, plain), N_EAGER, routing), _spread(of(best, replayed), N_GRAPH, routing)
 
 
-def _spread(workloads: Sequence[Workload], n_most: int) -> list[Workload]:
-    """Some batch sizes, the smallest and the largest among them and the rest evenly between, one workload of each."""
-    sizes = {w.n_tokens: w for w in reversed(workloads)}
+def _spread(workloads: Sequence[Workload], n_most: int, routing: str | None) -> list[Workload]:
+    """Some batch sizes, the smallest and the largest among them and the rest evenly between, one workload of each.
+
+    Of the given routing where there is one: a single token has the same counts in all, and is planned for one.
+    """
+    sizes = {w.n_tokens: w for w in sorted(workloads, key=lambda w: w.routing == routing)}
     ordered = [sizes[n] for n in sorted(sizes)]
     if len(ordered) <= n_most:
         return ordered
@@ -131,7 +131,7 @@ def _one_of_each_mode(workloads: Sequence[Workload], like: Workload | None) -> l
     """For each planned access mode the workload that is most like a layer, half of it offloaded, in decoding."""
 
     def strangeness(w: Workload) -> tuple[object, ...]:
-        is_other = like is not None and _kind(w) != _kind(like)
+        is_other = like is not None and (w.shape, w.dtype) != (like.shape, like.dtype)
         residency = RESIDENCIES.index(w.residency) if w.residency in RESIDENCIES else len(RESIDENCIES)
         is_small = w.n_tokens < DECODE_TOKENS
         far = abs(w.n_tokens - DECODE_TOKENS)

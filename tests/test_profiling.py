@@ -1,0 +1,664 @@
+"""Profiled points: which are chosen, what their traces must hold, recording under nsys (played by a script), scrubbing.
+
+Traces of CUDA and exports of nsys are made up here unless they come from the reference material beside the project.
+"""
+
+import dataclasses
+import gzip
+import json
+import sqlite3
+import stat
+import sys
+from collections import Counter
+from contextlib import closing, contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collectors import nsys, nsys_export, plan, profile_points
+from collectors.profile_checks import refuse_gaps, scrubbed, work_of
+from collectors.profile_points import N_STEPS, chosen_points, file_name, profile_bytes, range_name
+from perfmodel.errors import InputError
+from perfmodel.launch import launch_metrics
+from perfmodel.readers import read_trace
+from tests.conftest import ROOT
+from tests.traces_made import complete, write_json
+
+CPU_PLAN = plan.plan(plan.Request("cpu", "float32", plan.CPU_SHAPES, plan.CPU_TOKENS), None).workloads
+CUDA_PLAN = plan.plan(
+    plan.Request("cuda", "bfloat16", plan.default_shapes("cuda", False), plan.CUDA_TOKENS), None
+).workloads
+TINY = plan.plan(plan.Request("cpu", "float32", ("olmoe/32", "mixtral-8x7b/64"), (1, 8)), None).workloads
+SHARED = sorted((ROOT.parent / "shared" / "traces").glob("nsysai__*.sqlite"))
+
+
+def offloaded(workload, access, frac=0.5, **more):
+    n = round(workload.n_experts * frac)
+    some = {
+        "access": access,
+        "offload_frac": n / workload.n_experts,
+        "offloaded": tuple(range(n)),
+        "order": "ascending",
+    }
+    return dataclasses.replace(workload, **{**some, **more})
+
+
+def campaign():
+    """A plan with everything in it: CUDA layers, eager and replayed, and each access mode of some of them."""
+    layers = [w for w in CUDA_PLAN if w.op == "moe_layer" and w.shape in ("olmoe", "qwen3-30b-a3b")]
+    gemms = [w for w in CUDA_PLAN if w.op == "grouped_gemm" and w.shape == "olmoe"]
+    graphs = [dataclasses.replace(w, launch="graph") for w in layers if w.n_tokens <= 4096]
+    copied = [offloaded(w, a, f) for w in layers for a in ("copy", "copy-overlap", "cpu") for f in (0.25, 0.5)]
+    mapped = [offloaded(w, "zero-copy", residency=r) for w in gemms for r in ("split", "mapped")]
+    return [*gemms, *layers, *graphs, *copied, *mapped]
+
+
+# --- which points ---
+
+
+def test_the_first_two_points_of_older_captures_keep_their_names():
+    names = [file_name(w) for w in chosen_points(CPU_PLAN)]
+    assert names == [
+        "moe_layer-olmoe-4-4-power-law-1.2.trace.json.gz",
+        "moe_layer-mixtral-8x7b-8-256-power-law-1.2.trace.json.gz",
+    ]
+    shipped = ROOT / "traces" / "epyc-zen4-2c-fp32" / "profiles"
+    assert {p.name for p in shipped.iterdir()} == set(names)
+    assert [file_name(w) for w in chosen_points(CPU_PLAN, "standard")[:2]] == names
+    assert range_name(chosen_points(CPU_PLAN)[0]) == (
+        "perfmodel::moe_layer|shape=olmoe/4|tokens=4|routing=power-law:1.2"
+    )
+
+
+def test_standard_covers_the_batch_range_graphs_and_each_access_mode():
+    points = chosen_points(campaign(), "standard")
+    eager = [w for w in points if w.access == "resident" and w.launch is None and w.shape == points[0].shape]
+    assert {1, 65536} <= {w.n_tokens for w in eager} and len({w.n_tokens for w in eager}) >= 5
+    graphs = [w for w in points if w.launch == "graph"]
+    assert graphs and points[-len(graphs) :] == graphs, "graphs come last: the profiler must be awake before a capture"
+    assert {w.access for w in points} == set(plan.ACCESS_MODES)
+    modes = {w.access: w for w in points if w.access != "resident"}
+    assert modes["zero-copy"].residency == "mapped" and modes["copy"].offload_frac == 0.5
+    assert modes["copy"].op == "moe_layer" and modes["zero-copy"].op == "grouped_gemm"  # no such layer is planned
+    assert len(points) <= profile_points.MOST["standard"]
+
+
+@pytest.mark.parametrize("preset", profile_points.MOST)
+@pytest.mark.parametrize("workloads", [CPU_PLAN, CUDA_PLAN, campaign()], ids=["cpu", "cuda", "campaign"])
+def test_points_are_planned_few_small_and_have_names_of_their_own(workloads, preset):
+    points = chosen_points(workloads, preset)
+    assert set(points) <= set(workloads) and 2 <= len(points) <= profile_points.MOST[preset]
+    assert len({file_name(w) for w in points}) == len({range_name(w) for w in points}) == len(points)
+    assert sum(map(profile_bytes, points)) <= profile_points.PROFILES_BYTES
+    assert all("/" not in file_name(w) and ":" not in file_name(w) for w in points)
+
+
+@given(st.lists(st.sampled_from(campaign()), max_size=12), st.sampled_from(list(profile_points.MOST)))
+def test_any_part_of_a_plan_can_be_chosen_from(workloads, preset):
+    points = chosen_points(workloads, preset)
+    assert set(points) <= set(workloads) and len(set(points)) == len(points)
+    if any(w.op == "moe_layer" and w.access == "resident" and w.launch is None for w in workloads):
+        assert points
+
+
+def test_many_experts_on_the_cpu_do_not_fill_the_folder():
+    wide = [dataclasses.replace(w, n_experts=1024, tokens_per_expert=(1,) * 1024) for w in CPU_PLAN]
+    assert len(chosen_points(wide, "full")) == 2  # 0.85 MB each: the two that are always there
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(InputError, match="the preset is 'fast', expected one of quick, standard, full"):
+        chosen_points(CPU_PLAN, "fast")
+
+
+def test_injected_profilers_are_named_and_can_be_left_out():
+    environ = {"PATH": "x", "NVTX_INJECTION64_PATH": "libcupti.so", "CUDA_INJECTION64_PATH": ""}
+    assert profile_points.in_the_way({"PATH": "x"}) is None
+    assert profile_points.in_the_way(environ).startswith("NVTX_INJECTION64_PATH is set: another profiler")
+    assert profile_points.without_injection(environ) == {"PATH": "x"}
+
+
+# --- traces of torch's profiler ---
+
+
+def cuda_trace(batch, kernels_ns, *, launch="cudaLaunchKernel", call_us=5.0, n_steps=N_STEPS):
+    """A made-up Kineto trace of CUDA: steps of named ranges whose kernels run one after another as they are launched.
+
+    Every kernel takes `kernels_ns`; with `launch="cudaGraphLaunch"` one call launches all of a step.
+    """
+    events, link, now_us = [], 0, 1000.0
+    n_kernels = 20
+    for _ in range(n_steps):
+        begin, free = now_us, 0.0
+        for i in range(n_kernels):
+            if "Graph" not in launch or i == 0:
+                link += 1
+                launched = now_us
+                events.append(complete("cuda_runtime", launch, now_us, call_us, 1, 1, correlation=link))
+                now_us += call_us
+            start = max(launched + 3.0, free)
+            free = start + kernels_ns / 1000
+            events.append(
+                complete("kernel", "gemm", start, kernels_ns / 1000, 0, 7, device=0, stream=7, correlation=link)
+            )
+        events.append(complete("user_annotation", f"perfmodel::step|tokens={batch}", begin, now_us - begin))
+        now_us = max(now_us, free) + 50.0
+    return {"schemaVersion": 1, "host_name": "box", "traceName": "/home/me/t.json", "traceEvents": events}
+
+
+def test_a_whole_cuda_trace_passes_and_is_counted():
+    trace = cuda_trace(8, 1000)
+    refuse_gaps(trace, {"perfmodel::step|tokens=8": 2}, on_cuda=True, from_graph=False, hint=None)
+    assert work_of(trace) == {"n_kernels": 40, "n_copies": 0, "n_kernels_joined": 40, "n_kernels_graph": 0}
+    replayed = cuda_trace(8, 1000, launch="cudaGraphLaunch")
+    refuse_gaps(replayed, {"perfmodel::step|tokens=8": 2}, on_cuda=True, from_graph=True, hint=None)
+    assert work_of(replayed)["n_kernels_graph"] == 40
+
+
+def without(trace, **which):
+    key, value = next(iter(which.items()))
+    return {**trace, "traceEvents": [e for e in trace["traceEvents"] if e[key] != value]}
+
+
+@pytest.mark.parametrize(
+    ("trace", "from_graph", "hint", "words"),
+    [
+        (without(cuda_trace(8, 1), cat="kernel"), False, None, "saw no CUDA kernel; another profiler"),
+        (without(cuda_trace(8, 1), cat="kernel"), False, "X is set: taken", "saw no CUDA kernel; X is set: taken"),
+        (without(cuda_trace(8, 1), cat="cuda_runtime"), False, None, "none of 40 kernels .* is joined to the call"),
+        (cuda_trace(8, 1), True, None, "none of 40 kernels .* belongs to the replay"),
+        (cuda_trace(8, 1, n_steps=1), False, None, "tokens=8 is in the profile 1 times, expected 2"),
+        (without(cuda_trace(8, 1), cat="user_annotation"), False, None, "in the profile 0 times, expected 2"),
+    ],
+)
+def test_a_cuda_trace_with_a_gap_is_refused_saying_which(trace, from_graph, hint, words):
+    with pytest.raises(InputError, match=words):
+        refuse_gaps(trace, {"perfmodel::step|tokens=8": 2}, on_cuda=True, from_graph=from_graph, hint=hint)
+
+
+def test_scrubbing_keeps_what_is_known_and_nothing_else():
+    trace = {
+        **cuda_trace(8, 1000),
+        "trace_id": "ABCD",
+        "PT_PROFILER_JOB_NAME": "secret",
+        "deviceProperties": [{"id": 0, "name": "NVIDIA H100", "uuid": "GPU-1"}],
+        "perfmodel": {"where": "/scratch/place/file"},
+    }
+    found = scrubbed(trace, "/scratch/place")
+    assert set(found) == {"schemaVersion", "deviceProperties", "perfmodel", "traceEvents"}
+    assert found["deviceProperties"] == [{"id": 0, "name": "NVIDIA H100"}]
+    assert found["perfmodel"] == {"where": "/file"}
+    assert found["traceEvents"] == trace["traceEvents"]
+
+
+def test_made_up_cuda_profiles_draw_the_curve_of_launch_delays(tmp_path):
+    """20 kernels, one launch each 5 us. Of 1 us each, every kernel begins 3 us after its call, whatever the batch.
+
+    Of 105 us each, kernel i begins 3 + 105 i us after the first call, which is 3 + 100 i us after its own: TKLQT of a
+    step is 20 x 3 + 100 x 190 us.
+    """
+    from perfmodel.bound import sweep
+
+    metrics = []
+    for batch, kernels_ns in ((1, 1000), (16, 1000), (4096, 105_000)):
+        trace = scrubbed(cuda_trace(batch, kernels_ns), "/nowhere")
+        metrics.append(launch_metrics(read_trace(write_json(tmp_path / f"{batch}.json.gz", trace, packed=True))))
+    assert [m.tklqt_ns for m in metrics] == [2 * 60_000, 2 * 60_000, 2 * (60_000 + 19_000_000)]
+    assert [m.n_kernels_joined for m in metrics] == [40, 40, 40]
+    found = sweep([1, 16, 4096], metrics)
+    assert found.transition_batch == 4096
+    assert found.table["label"].to_list() == ["host-bound", "host-bound", "device-bound"]
+
+
+@pytest.fixture(scope="module")
+def tiny_pool():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from collectors.points import make_pool
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield make_pool(plan.pool_bytes(TINY, 1 << 20, 1 << 28), 1 << 20, "fp32", "cpu", 0)
+
+
+def test_profiles_on_this_machine_are_read_back_whole(tiny_pool, tmp_path):
+    from collectors.profiling import marked, write_traces
+
+    points, said = chosen_points(TINY, "standard"), []
+    assert {w.n_tokens for w in points} == {1, 8}
+    assert write_traces(tmp_path, points, lambda w: marked(tiny_pool, w, None), said.append) == []
+    assert {p.name for p in tmp_path.iterdir()} == {file_name(w) for w in points} and len(said) == len(points)
+    for w in points:
+        path = tmp_path / file_name(w)
+        events = read_trace(path).events
+        ranges = Counter(events.filter(events["kind"] == "range")["name"].cast(str))
+        parts = {f"perfmodel::{p}": 2 for p in ("router", "dispatch", "gate_up", "activation", "down", "combine")}
+        assert ranges == {range_name(w): 2, **parts}
+        ops = events.filter(events["kind"] == "op")
+        outer = events.filter(events["name"].cast(str) == range_name(w))
+        inside = [
+            any(a <= s and s + d <= a + n for a, n in outer.select("start_ns", "dur_ns").iter_rows())
+            for s, d in ops.select("start_ns", "dur_ns").iter_rows()
+        ]
+        assert len(inside) > 20 and np.mean(inside) == 1.0
+        table = json.loads(gzip.decompress(path.read_bytes()))["perfmodel"]
+        assert table["workload"] == w.id and table["n_steps"] == 2 and table["n_inner"] == 1
+        assert table["ranges"] == {range_name(w): dict.fromkeys(sorted(parts), 1)}
+        assert path.stat().st_size < 1.5 * profile_bytes(w)
+        assert launch_metrics(read_trace(path)).n_kernels == 0
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    write_traces(tmp_path, points, lambda w: pytest.fail("profiled twice"), said.append)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
+class Made:
+    """A prepared workload that does next to nothing and remembers what was asked of it."""
+
+    n_inner = 3
+
+    def __init__(self, log=None, fails_at=None, mark=None):
+        self.facts = {"counts_read_back": True}
+        self.log, self.fails_at, self.mark = [] if log is None else log, fails_at, mark
+
+    def call(self, n):
+        import torch
+
+        self.log.append(n)
+        if self.fails_at is not None and len(self.log) > self.fails_at:
+            raise RuntimeError("out of luck\nand more lines")
+        torch.ones(4).mul_(2)
+        if self.mark is not None:
+            with self.mark("part"), self.mark("part"):
+                pass
+
+    def close(self):
+        self.log.append("closed")
+
+
+def test_facts_and_inner_calls_go_into_the_side_table_and_a_failed_point_stops_no_other(tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    from collectors.profiling import write_trace, write_traces
+
+    made = []
+
+    def prepare(mark):
+        made.append(Made(mark=mark))
+        return made[-1]
+
+    path = write_trace(tmp_path, TINY[0], prepare)
+    table = json.loads(gzip.decompress(path.read_bytes()))["perfmodel"]
+    assert table["facts"] == {"counts_read_back": True} and table["n_inner"] == 3
+    assert table["ranges"] == {range_name(TINY[0]): {"perfmodel::part": 2}}
+    assert made[0].log == [0, 1, 2, "closed"]
+
+    bad = Made(fails_at=0)
+    points = [TINY[1], TINY[2]]
+    failed = write_traces(tmp_path, points, lambda w: lambda _m: bad if w == TINY[1] else Made(), lambda _: None)
+    assert failed == [(TINY[1], "RuntimeError: out of luck")] and bad.log[-1] == "closed"
+    assert {p.name for p in tmp_path.iterdir()} == {file_name(TINY[0]), file_name(TINY[2])}
+
+
+def test_a_cuda_profile_without_kernels_is_refused_before_it_is_written(tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("plays a machine whose device tracing is taken")
+    from collectors import profiling
+
+    monkeypatch.setattr(profiling, "_wait", lambda _workload: None)
+    monkeypatch.setenv("CUDA_INJECTION64_PATH", "libother.so")
+    workload = dataclasses.replace(TINY[0], device="cuda")
+    with (
+        pytest.warns(UserWarning, match="CUDA is not available"),
+        pytest.raises(InputError, match="saw no CUDA kernel; CUDA_INJECTION64_PATH is set"),
+    ):
+        profiling.write_trace(tmp_path, workload, lambda _mark: Made())
+    assert not list(tmp_path.iterdir())
+    assert "note: CUDA_INJECTION64_PATH is set" in capsys.readouterr().err
+
+
+def test_ranges_reach_nvtx_by_whatever_there_is(monkeypatch):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from collectors import profiling
+
+    pushed = []
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", pushed.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: pushed.append("pop"))
+    for is_cuda, expected in ((True, ["a{b}", "pop"]), (False, [])):
+        profiling._nvtx_range.cache_clear()
+        pushed.clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda is_cuda=is_cuda: is_cuda)
+        with profiling.named_range("a{b}"):
+            pass
+        assert pushed == expected
+    profiling._nvtx_range.cache_clear()
+
+
+# --- under nsys ---
+
+
+@pytest.fixture
+def played_cuda(monkeypatch):
+    """The CUDA calls of the stage played by a log."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from collectors import profiling
+
+    log = []
+
+    @contextmanager
+    def named(name):
+        log.append(name)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: log.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: log.append("stop"))
+    monkeypatch.setattr(profiling, "_wait", lambda _workload: None)
+    monkeypatch.setattr(profiling, "named_range", named)
+    return log
+
+
+def test_the_stage_warms_up_before_it_records_and_closes_all(played_cuda):
+    from collectors.profiling import nsys_stage
+
+    log = played_cuda
+    good, late, never = TINY[0], TINY[1], TINY[2]
+    fails = {good: None, late: 2, never: 0}
+    made = {w: Made(fails_at=n) for w, n in fails.items()}
+    cuda = {w: dataclasses.replace(w, device="cuda") for w in fails}
+    back = {v: k for k, v in cuda.items()}
+    failed = nsys_stage(list(cuda.values()), lambda w: lambda _mark: made[back[w]], log.append)
+    assert log == [
+        "start", range_name(good), range_name(good), "profiled", range_name(late), "profiled", "stop",
+    ]  # fmt: skip
+    assert made[good].log == [0, 1, 1, 2, "closed"] and made[late].log == [0, 1, 1, "closed"]
+    assert made[never].log[-1] == "closed"
+    assert failed == [(cuda[never], "RuntimeError: out of luck"), (cuda[late], "RuntimeError: out of luck")]
+    with pytest.raises(InputError, match="no point could be prepared; RuntimeError: out of luck"):
+        nsys_stage([cuda[never]], lambda _w: lambda _mark: Made(fails_at=0), log.append)
+
+
+def test_the_stage_refuses_torchs_profiler_and_a_machine_without_cuda(played_cuda, monkeypatch):
+    import torch
+
+    from collectors.profiling import nsys_stage
+
+    with torch.autograd.profiler.profile(), pytest.raises(InputError, match="torch's profiler is on"):
+        nsys_stage([], lambda _w: lambda _mark: Made(), played_cuda.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="finds no CUDA device here, so there is nothing to record"):
+        nsys_stage([], lambda _w: lambda _mark: Made(), played_cuda.append)
+
+
+POINTS = [
+    dataclasses.replace(w, device="cuda", launch=launch) for w, launch in zip(TINY[:2], (None, "graph"), strict=True)
+]
+PRIVATE = ("alice-secret", "10.1.2.3", "hunter2", "/home/alice", "GPU-5f0c", "bash_history", "f00d-uuid")
+TID = 1 << 56 | 77 << 24 | 5
+
+
+def made_export(path, *, points=POINTS, kernels=True, ranges=True, n_steps=N_STEPS):
+    """An export as nsys 2025 writes it, made up: two steps of each point, ten kernels each, and whose machine it was."""
+    strings = {
+        1: "cudaLaunchKernel_v7000", 2: "cudaGraphLaunch_v10000", 3: "void cutlass::gemm<(int)4, float>(T1) operator/(a)",
+        4: "gemm", 5: "/home/alice/app.py", 6: "PASSWORD=hunter2 HOME=/home/alice", 7: "alice-secret", 8: "poll",
+    }  # fmt: skip
+    kernel, call, nvtx, osrt, now, link = [], [], [], [], 1000, 0
+    for number, point in enumerate(points, start=20):
+        strings[number] = range_name(point)
+        for _ in range(n_steps):
+            begin = now
+            for i in range(10):
+                if point.launch is None or i == 0:
+                    link += 1
+                    call.append((now + 10, now + 20, 1, TID, link, 2 if point.launch else 1, 0, 99))
+                kernel.append((now + 100, now + 150, 0, 1, 7, link, TID - 5, 3, 4, 3, 8, 1, "GPU-5f0c"))
+                now += 200
+            nvtx.append((begin, now, 59, None, TID, 1, number, None, '{"user": "alice-secret"}'))
+            osrt.append((begin, begin + 5, TID, 8))
+            now += 1000
+    tables = {
+        "StringIds (id INTEGER NOT NULL PRIMARY KEY, value TEXT NOT NULL)": list(strings.items()),
+        "CUPTI_ACTIVITY_KIND_RUNTIME (start INT, end INT, eventClass INT, globalTid INT, correlationId INT, nameId INT, "
+        "returnValue INT, callchainId INT)": call,
+        "NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT, domainId INT, textId INT, "
+        "jsonTextId INT, jsonText TEXT)": nvtx if ranges else [(0, 9, 59, "other", TID, 1, None, None, None)],
+        "OSRT_API (start INT, end INT, globalTid INT, nameId INT)": osrt,
+        "TARGET_INFO_GPU (id INT, name TEXT, busLocation TEXT, uuid TEXT, smCount INT)": [
+            (0, "NVIDIA H100 80GB HBM3", "0000:01:00.0", "f00d-uuid", 132)
+        ],
+        "TARGET_INFO_SYSTEM_ENV (globalVid INT, devStateName TEXT, name TEXT, nameEnum INT, value TEXT)": [
+            (1, "Local", "Hostname", 619, "alice-secret"), (1, "Local", "DeviceEnvironment", 610, "SSH=10.1.2.3"),
+        ],
+        "PROCESSES (globalPid INT, pid INT, name TEXT)": [(TID, 77, "bash_history")],
+        "ThreadNames (nameId INT, priority INT, globalTid INT)": [(7, 1, TID)],
+        "META_DATA_CAPTURE (name TEXT, value TEXT)": [
+            ("PROCESS_0:ENVIRONMENT_VARIABLE", "PASSWORD=hunter2"), ("PROCESS_0:WORKING_DIR", "/home/alice"),
+            ("CUDA_GRAPH_TRACE_OPTIONS:MODE", "Node"), ("DEVICE_DISPLAY_NAME", "alice-secret"),
+        ],
+        "META_DATA_EXPORT (name TEXT, value TEXT)": [
+            ("EXPORT_USER", "alice-secret"), ("EXPORT_PRODUCT_VERSION", "2025.3.1.90"),
+        ],
+        "DIAGNOSTIC_EVENT (timestamp INT, text TEXT, globalPid INT)": [(1, "see /home/alice/x.log: 3 events lost", TID)],
+    }  # fmt: skip
+    if kernels:
+        tables[
+            "CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, deviceId INT, contextId INT, streamId INT, correlationId INT, "
+            "globalPid INT, demangledName INT, shortName INT, mangledName INT, gridX INT, graphNodeId INT, blockX INT)"
+        ] = kernel
+    with closing(sqlite3.connect(path)) as database:
+        for table, rows in tables.items():
+            database.execute(f"CREATE TABLE {table}")
+            if rows:
+                marks = ", ".join("?" * len(rows[0]))
+                database.executemany(f"INSERT INTO {table.partition(' ')[0]} VALUES ({marks})", rows)
+        database.commit()
+    return path
+
+
+PLAYED = """#!{python}
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+how = {how!r}
+if sys.argv[1] == "--version":
+    print("NVIDIA Nsight Systems version {version}-123456v0")
+    sys.exit(how == "does not run")
+if sys.argv[1] == "profile":
+    options = [word for word in sys.argv[2:] if word.startswith("--")]
+    inner = sys.argv[2 + len(options):]
+    Path({log!r}).write_text(json.dumps([options, inner, dict(os.environ)]))
+    if how == "fails":
+        print("The target application cannot be launched: unsupported driver")
+        sys.exit(1)
+    code = subprocess.run(inner).returncode
+    if how != "no report":
+        out = next(o for o in options if o.startswith("--output=")).partition("=")[2]
+        Path(out + ".nsys-rep").write_text("report")
+    print("Generated: nothing of note")
+    sys.exit(code)
+if sys.argv[1] == "export":
+    if how == "old":
+        print("Error: the report was made by a newer version")
+        sys.exit(1)
+    shutil.copy({export!r}, sys.argv[sys.argv.index("--output") + 1])
+"""
+
+
+@pytest.fixture
+def played_nsys(tmp_path, monkeypatch):
+    """Puts a script called nsys on PATH that behaves as said; returns how to make it, with its log beside."""
+
+    def play(how="works", version="2025.3.1.90", **export):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        made_export(tmp_path / "made.sqlite", **export)
+        words = {"export": str(tmp_path / "made.sqlite"), "log": str(tmp_path / "log.json"), "python": sys.executable}
+        script = folder / "nsys"
+        script.write_text(PLAYED.format(how=how, version=version, **words))
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", str(folder))
+        return script
+
+    return play
+
+
+INNER = [sys.executable, "-c", "print('collectors: said by the stage')"]
+
+
+def record(folder, points=POINTS):
+    folder.mkdir(exist_ok=True)
+    return nsys.record(folder, INNER, points, environ={"CUDA_INJECTION64_PATH": "x", "MARK": "1"}, timeout_s=30)
+
+
+def test_a_recording_is_exported_scrubbed_checked_and_read_back(played_nsys, tmp_path, capsys):
+    played_nsys()
+    path, left_out = record(tmp_path / "profiles")
+    assert path.name == "nsys.sqlite" and left_out == []
+    assert [p.name for p in path.parent.iterdir()] == ["nsys.sqlite"]
+    assert "nsys: collectors: said by the stage" in capsys.readouterr().err
+    options, inner, environ = json.loads((tmp_path / "log.json").read_text())
+    assert inner == INNER
+    assert {"--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--cuda-graph-trace=node"} <= set(options)
+    assert environ["NSYS_NVTX_PROFILER_REGISTER_ONLY"] == "0" and environ["MARK"] == "1"
+    assert "CUDA_INJECTION64_PATH" not in environ
+    raw = path.read_bytes()
+    for word in PRIVATE:
+        assert word.encode() not in raw, word
+    trace = read_trace(path)
+    assert trace.meta["gpus"] == ["NVIDIA H100 80GB HBM3"]
+    assert trace.meta["capture"] == {"CUDA_GRAPH_TRACE_OPTIONS:MODE": "Node"}
+    metrics = launch_metrics(trace)
+    assert (metrics.n_kernels, metrics.n_kernels_joined, metrics.n_launches) == (40, 40, 22)
+    ranges = trace.events.filter(trace.events["kind"] == "range")["name"].cast(str)
+    assert Counter(ranges) == {range_name(w): 2 for w in POINTS}
+    with closing(sqlite3.connect(path)) as database:
+        lines = dict(database.execute(f"SELECT range, line FROM {nsys_export.POINTS}"))
+        said = database.execute("SELECT text FROM DIAGNOSTIC_EVENT").fetchall()
+    assert json.loads(lines[range_name(POINTS[1])])["workload"] == POINTS[1].id
+    assert said == [("see (path): 3 events lost",)]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"how": "fails"}, "nsys ended with 1 and wrote no report: The target application cannot be launched"),
+        ({"how": "no report"}, "ended well and wrote no report: cudaProfilerStart never reached it"),
+        (
+            {"how": "old"},
+            r"nsys 2025.3.1.90 could not export its report \(exit code 1\): Error: the report was made by",
+        ),
+        ({"how": "does not run"}, "found nsys that does not run, expected Nsight Systems 2022.4 or newer"),
+        ({"version": "2021.3.2.4"}, "found nsys 2021.3.2.4, expected Nsight Systems 2022.4 or newer"),
+        ({"kernels": False}, "nsys recorded no CUDA kernel: another profiler"),
+        ({"ranges": False}, "recorded kernels and none of the named ranges"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_a_recording_that_fails_says_why_in_a_sentence_and_leaves_nothing(
+    played_nsys, tmp_path, monkeypatch, how, words
+):
+    played_nsys(**how)
+    monkeypatch.setattr(nsys, "_candidates", lambda _folders: [tmp_path / "bin" / "nsys"])
+    with pytest.raises(InputError, match=words) as caught:
+        record(tmp_path / "profiles")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "profiles").iterdir())
+
+
+def test_a_point_that_is_not_whole_is_named_and_the_rest_is_kept(played_nsys, tmp_path):
+    played_nsys(points=POINTS[:1], n_steps=1)
+    path, left_out = record(tmp_path / "profiles")
+    assert path.exists()
+    assert left_out == [
+        (POINTS[0], "nsys recorded the range 1 times, expected 2"),
+        (POINTS[1], "nsys recorded the range 0 times, expected 2"),
+    ]
+
+
+def test_without_nsys_one_sentence_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="no nsys on PATH or in the usual folders, so no Nsight Systems profile"):
+        nsys.find(folders=())
+
+
+def test_the_newest_in_the_usual_folders_is_found_when_path_has_none(played_nsys, monkeypatch, tmp_path):
+    for version in ("2023.1.1.1", "2025.3.1.90", "2024.9.9.9"):
+        script = played_nsys(version=version)
+        folder = tmp_path / version / "bin"
+        folder.mkdir(parents=True)
+        script.rename(folder / "nsys")
+        (tmp_path / "made.sqlite").unlink()
+    assert nsys.find(folders=(f"{tmp_path}/*/bin",)) == tmp_path / "2025.3.1.90" / "bin" / "nsys"
+    assert nsys.version(tmp_path / "2023.1.1.1" / "bin" / "nsys") == (2023, 1, 1, 1)
+
+
+def test_a_recording_that_hangs_is_stopped(played_nsys, tmp_path):
+    played_nsys()
+    endless = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+    with pytest.raises(InputError, match=r"the recording by nsys did not end within 0\.5 s and was stopped"):
+        nsys.record(tmp_path, endless, POINTS, environ={}, timeout_s=0.5)
+
+
+@pytest.mark.skipif(not SHARED, reason="the reference material beside the project is absent")
+@pytest.mark.parametrize("export", SHARED, ids=lambda p: p.stem)
+def test_real_exports_read_the_same_after_scrubbing(export, tmp_path):
+    clean = tmp_path / "clean.sqlite"
+    nsys_export.scrub(export, clean, {})
+    before, after = read_trace(export), read_trace(clean)
+    assert after.events.equals(before.events)
+    assert after.meta.get("gpus") == before.meta.get("gpus")
+    with closing(sqlite3.connect(clean)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+        strings = [value for (value,) in database.execute("SELECT value FROM StringIds")]
+        paths = [value for value in strings if nsys_export.PATH.search(value)]
+    assert not tables & {"PROCESSES", "ThreadNames", "TARGET_INFO_SYSTEM_ENV", "ProcessStreams", "ANALYSIS_FILE"}
+    assert not paths
+    raw = clean.read_bytes()
+    for word in (b"/home/", b"/root", b"HOME=", b"PATH=", b"Hostname", b"EXPORT_USER"):
+        assert word not in raw, word
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("see /tmp/nvidia/log.txt now", "see (path) now"),
+        ("PATH=/usr/bin:/bin", "PATH=(path):(path)"),
+        (r"in C:\Users\me\x", "in (path)"),
+        ("~/data/x", "(path)"),
+        ("host alice-box and alice-boxes", "host (name) and alice-boxes"),
+        ("perfmodel::moe_layer|shape=olmoe/4|tokens=4", "perfmodel::moe_layer|shape=olmoe/4|tokens=4"),
+        (
+            "void at::native::operator/(float, int) [with T = a/b]",
+            "void at::native::operator/(float, int) [with T = a/b]",
+        ),
+        ("{lambda(at x)#1}::operator()/2", "{lambda(at x)#1}::operator()/2"),
+    ],
+)
+def test_paths_and_names_leave_and_kernels_stay(words, expected):
+    assert nsys_export.anonymous(words, ["alice-box"]) == expected
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+def test_points_profiled_on_cuda_hold_joined_kernels(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    from collectors.points import make_pool
+    from collectors.profiling import marked, write_traces
+
+    request = plan.Request("cuda", "bfloat16", ("olmoe/4",), (1, 64))
+    layers = [w for w in plan.plan(request, None).workloads if w.op == "moe_layer"]
+    points = chosen_points([*layers, *(dataclasses.replace(w, launch="graph") for w in layers)], "standard")
+    with torch.inference_mode():
+        pool = make_pool(plan.pool_bytes(layers, 1 << 26, 1 << 30), 1 << 26, "bf16", "cuda", 0)
+        assert write_traces(tmp_path, points, lambda w: marked(pool, w, None), lambda _: None) == []
+    for w in points:
+        metrics = launch_metrics(read_trace(tmp_path / file_name(w)))
+        assert metrics.n_kernels_joined == metrics.n_kernels > 0
+        assert (metrics.n_kernels_graph > 0) == (w.launch == "graph")
