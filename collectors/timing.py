@@ -36,6 +36,8 @@ class Limits:
 
 FULL = Limits(min_repeat_ns=20_000_000, point_ns=400_000_000, n_tries=6, patience_s=900.0)
 QUICK = Limits(min_repeat_ns=2_000_000, point_ns=100_000_000)
+STANDARD = Limits(min_repeat_ns=20_000_000, point_ns=400_000_000, n_tries=3, patience_s=60.0)
+CUDA = Limits(min_repeat_ns=5_000_000, point_ns=200_000_000, max_repeats=15)  # events are exact, the host is not shared
 
 
 def host_clock(work: Callable[[], object]) -> float:
