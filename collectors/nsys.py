@@ -7,19 +7,18 @@ device; since that has one user, no process is profiled by both.
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from perfmodel.errors import InputError
 
+from . import store
 from .nsys_export import gaps, scrub
-from .plan import Workload
-from .profile_points import N_STEPS, range_name, without_injection
+from .profile_points import INJECTORS, N_STEPS, chosen_points, range_name
+from .workloads import Workload
 
 FILE = "nsys.sqlite"
 # Where the packages of Nsight Systems and of the CUDA toolkit put it.
@@ -34,8 +33,7 @@ FOLDERS = (
 )
 # That of CUDA 11.8, the first toolkit for Hopper, whose guide has all the options below; older ones were not tried.
 MIN_VERSION = (2022, 4)
-VERSION_S, EXPORT_S, RECORD_S = 60.0, 180.0, 300.0
-STOP_S = 20.0
+VERSION_S, EXPORT_S = 60.0, 180.0
 WHERE_FROM = "it comes with the CUDA toolkit or as the package nsight-systems-cli; it is not on PyPI"
 
 
@@ -85,61 +83,30 @@ def _dotted(numbers: tuple[int, ...] | None) -> str:
     return ".".join(map(str, numbers)) if numbers else "that does not run"
 
 
+def uninjected(command: Sequence[str]) -> list[str]:
+    """A command that runs without the variables that load another profiler into it; itself where none is set."""
+    unset = [word for name in INJECTORS if os.environ.get(name) for word in ("-u", name)]
+    return ["env", *unset, *command] if unset else list(command)
+
+
 def command(nsys: Path, out: Path, inner: Sequence[str]) -> list[str]:
     """The command that records what `inner` does between cudaProfilerStart and Stop, graphs kernel by kernel."""
-    return [
-        str(nsys),
-        "profile",
-        "--trace=cuda,nvtx,osrt",
-        "--sample=none",
-        "--cpuctxsw=none",
-        "--capture-range=cudaProfilerApi",
-        "--capture-range-end=stop",
-        "--cuda-graph-trace=node",
-        "--force-overwrite=true",
-        f"--output={out}",
-        *inner,
-    ]
-
-
-def environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a recording: unregistered NVTX names are recorded, no other profiler is loaded."""
-    return {**without_injection(environ), "NSYS_NVTX_PROFILER_REGISTER_ONLY": "0"}
-
-
-def _run(command: Sequence[str], environ: Mapping[str, str], timeout_s: float, what: str) -> tuple[int, str]:
-    """Run to the end; returns the exit code and what was said. Raises InputError when it does not start or end."""
-    # A file and no pipe: what nsys leaves running in the background would hold a pipe open.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                env=dict(environ),
-                start_new_session=True,  # so that it can be ended with all it started
-            )
-        except OSError as error:
-            raise InputError(f"nsys cannot be started: {error.strerror}") from None
-        try:
-            code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise InputError(f"{what} did not end within {timeout_s:g} s and was stopped") from None
-        finally:
-            _end(process)
-        said.seek(0)
-        return code, said.read()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs, and its group: asked first (nsys then ends what it started), then killed."""
-    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, sign)
-            process.wait(STOP_S)
+    return uninjected(
+        [
+            str(nsys),
+            "profile",
+            "--trace=cuda,nvtx,osrt",
+            "--sample=none",
+            "--cpuctxsw=none",
+            "--capture-range=cudaProfilerApi",
+            "--capture-range-end=stop",
+            "--cuda-graph-trace=node",
+            "--env-var=NSYS_NVTX_PROFILER_REGISTER_ONLY=0",  # names of ranges count unregistered, as torch gives them
+            "--force-overwrite=true",
+            f"--output={out}",
+            *inner,
+        ]
+    )
 
 
 def _last_words(said: str) -> str:
@@ -149,59 +116,80 @@ def _last_words(said: str) -> str:
     return (errors or lines or ["it said nothing"])[-1][:300]
 
 
-def _report(folder: Path, code: int, said: str) -> Path:
+def _report(folder: Path) -> Path:
+    """The report in a folder; raises InputError when there is none."""
     reports = sorted([*folder.glob("*.nsys-rep"), *folder.glob("*.qdrep")])
     if reports:
         return reports[0]
-    if code:
-        raise InputError(f"nsys ended with {code} and wrote no report: {_last_words(said)}")
     raise InputError(
-        "nsys ended well and wrote no report: cudaProfilerStart never reached it, because the recorded process stopped "
-        f"before or another profiler was loaded in it; it said: {_last_words(said)}"
+        "nsys ended and wrote no report: cudaProfilerStart never reached it, because the recorded process stopped "
+        "before or another profiler was loaded in it"
     )
 
 
-def _export(nsys: Path, report: Path, environ: Mapping[str, str]) -> Path:
+def _export(nsys: Path, report: Path) -> Path:
+    """The report as an SQLite file beside it; raises InputError with what nsys said when it fails."""
     exported = report.with_suffix(".sqlite")
     options = ["--type", "sqlite", "--force-overwrite", "true", "--output", str(exported), str(report)]
-    code, said = _run([str(nsys), "export", *options], environ, EXPORT_S, "the export of the report")
-    if code or not exported.is_file():
+    # A file and no pipe: what nsys leaves running in the background would hold a pipe open.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        try:
+            done = subprocess.run(
+                [str(nsys), "export", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                timeout=EXPORT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise InputError(f"the export of nsys's report did not end within {EXPORT_S:g} s and was stopped") from None
+        except OSError as error:
+            raise InputError(f"nsys cannot be started: {error.strerror}") from None
+        said.seek(0)
+        words = _last_words(said.read())
+    if done.returncode or not exported.is_file():
         raise InputError(
-            f"nsys {_dotted(version(nsys))} could not export its report (exit code {code}): {_last_words(said)}; an "
-            "nsys that is older than the recording one cannot"
+            f"nsys {_dotted(version(nsys))} could not export its report (exit code {done.returncode}): {words}; an "
+            "nsys that is older than the one that recorded cannot"
         )
     return exported
 
 
-def record(
-    folder: Path,
-    inner: Sequence[str],
-    points: Sequence[Workload],
-    *,
-    nsys: Path | None = None,
-    environ: Mapping[str, str] | None = None,
-    timeout_s: float = RECORD_S,
-) -> tuple[Path, list[tuple[Workload, str]]]:
-    """Record `inner`, a command that runs `nsys_stage` on the points; its scrubbed export goes to `folder`/nsys.sqlite.
+def chosen(folder: Path) -> list[Workload]:
+    """The points of a capture to record: those that are profiled, but for those that failed under nsys before."""
+    planned = [Workload.from_line(line) for line in store.read_workloads(folder)]
+    failed = {entry.get("nsys") for entry in store.left_out(folder)}
+    preset = store.read_capture(folder)["settings"]["preset"]
+    return [point for point in chosen_points(planned, preset) if range_name(point) not in failed]
 
-    Returns the file and the points that are not whole in it, each with its reason; what `inner` says is passed on to
-    stderr. Raises InputError with one sentence when there is no file in the end: no nsys, no report, no export, no
-    kernels or none of our ranges. The report itself, which holds the environment and all processes, is not kept.
+
+def collect(folder: Path, stage: Callable[..., object]) -> Path:
+    """Record the chosen points of a capture; the scrubbed export goes to profiles/nsys.sqlite.
+
+    `stage(label, "nsys", wrap=...)` runs the measuring process that calls `nsys_stage`, its command put into another
+    by `wrap`. Points that are not whole in the file are written to left_out.jsonl. Raises InputError with one sentence
+    when there is no file in the end: no nsys, no CUDA, no report, no export, no kernels or none of our ranges; what
+    `stage` raises goes on. The report itself, which holds the environment and all processes, is not kept.
     """
-    nsys = find() if nsys is None else nsys
-    environ = environment(os.environ if environ is None else environ)
-    expected = {range_name(point): N_STEPS for point in points}
-    lines = {range_name(point): {**point.to_line(), "n_steps": N_STEPS} for point in points}
-    beside = folder / f"{FILE}.part"
+    device = store.read_capture(folder)["settings"]["device"]
+    if device != "cuda":
+        raise InputError(f"nsys records what a GPU does, and the device of this capture is {device!r}")
+    nsys = find()
+    beside = folder / store.PROFILES / f"{FILE}.part"
+    beside.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        code, said = _run(command(nsys, Path(scratch) / "report", inner), environ, timeout_s, "the recording by nsys")
-        sys.stderr.write("".join(f"nsys: {line}\n" for line in said.splitlines() if line.startswith("collectors:")))
-        exported = _export(nsys, _report(Path(scratch), code, said), environ)
+        out = Path(scratch) / "report"
+        stage("recording with nsys", "nsys", wrap=lambda inner: command(nsys, out, inner))
+        points = chosen(folder)
+        lines = {range_name(point): {**point.to_line(), "n_steps": N_STEPS} for point in points}
+        exported = _export(nsys, _report(Path(scratch)))
         try:
             scrub(exported, beside, lines)
-            missing = gaps(beside, expected)
-            beside.replace(folder / FILE)
+            missing = gaps(beside, dict.fromkeys(lines, N_STEPS))
+            beside.replace(beside.with_name(FILE))
         finally:
             beside.unlink(missing_ok=True)
-    left_out = [(point, missing[range_name(point)]) for point in points if range_name(point) in missing]
-    return folder / FILE, left_out
+    for name, reason in missing.items():
+        store.append(folder, store.LEFT_OUT, {"nsys": name, "reason": reason, "started": int(time.time())})
+    return beside.with_name(FILE)

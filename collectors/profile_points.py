@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from perfmodel.errors import InputError
 
-from .plan import ACCESS_MODES, RESIDENCIES, Workload
+from .workloads import ACCESS_MODES, RESIDENCIES, Workload
 
 N_STEPS = 2
 DECODE_TOKENS, PREFILL_TOKENS = 4, 256
@@ -153,8 +153,3 @@ def in_the_way(environ: Mapping[str, str]) -> str | None:
         f"{' and '.join(found)} {'is' if len(found) == 1 else 'are'} set: another profiler is loaded into this process "
         "and may hold the device's tracing, of which there is one"
     )
-
-
-def without_injection(environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment for a process that profiles itself: nothing is loaded into it by these variables."""
-    return {name: value for name, value in environ.items() if name not in INJECTORS}

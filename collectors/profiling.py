@@ -20,13 +20,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from perfmodel.errors import InputError
-from perfmodel.routing import Shares
 
 from .layer import Mark, no_mark
-from .plan import Workload
-from .points import Pool, prepare
 from .profile_checks import refuse_gaps, scrubbed, work_of
 from .profile_points import N_STEPS, file_name, in_the_way, range_name
+from .workloads import Workload
 
 N_WARM_UP = 2  # the first call loads kernels and grows the allocator's memory
 
@@ -66,14 +64,8 @@ class _PlainCall:
         """Nothing is held."""
 
 
-def marked(pool: Pool, workload: Workload, shares: Shares | None) -> PrepareMarked:
-    """How a workload of a pool is prepared with ranges around its parts."""
-
-    def prepare_marked(mark: Mark) -> Prepared:
-        made: Any = prepare(pool, workload, shares, 0, mark=mark)
-        return made if hasattr(made, "call") else _PlainCall(made)
-
-    return prepare_marked
+def _as_prepared(made: Any) -> Prepared:
+    return made if hasattr(made, "call") else _PlainCall(made)
 
 
 @cache  # a failing import searches every folder of the path, which would stand in the profile
@@ -182,10 +174,11 @@ def _recorded(prepared: Prepared, workload: Workload, parts: Counter[str]) -> di
         return scrubbed({**trace, "perfmodel": json.loads(json.dumps(table, default=str))}, scratch)
 
 
-def write_trace(folder: Path, workload: Workload, prepare_marked: PrepareMarked) -> Path:
+def write_profile(folder: Path, prepare_marked: PrepareMarked, workload: Workload) -> Path:
     """Profile a few steps of a workload into a folder; returns the file, which is there only when it is whole.
 
-    Raises InputError when the trace lacks ranges, kernels or launches, saying what may be the cause.
+    `prepare_marked` makes the workload ready, with the ranges it is given around its parts. Raises InputError when the
+    trace lacks ranges, kernels or launches, saying what may be the cause.
     """
     is_cuda, is_graph = workload.device == "cuda", workload.launch == "graph"
     hint = in_the_way(os.environ) if is_cuda else None
@@ -194,7 +187,7 @@ def write_trace(folder: Path, workload: Workload, prepare_marked: PrepareMarked)
     if is_graph:
         _wake_profiler()
     parts: Counter[str] = Counter()
-    prepared = prepare_marked(no_mark if is_graph else _counting(parts))
+    prepared = _as_prepared(prepare_marked(no_mark if is_graph else _counting(parts)))
     try:
         trace = _recorded(prepared, workload, parts)
     finally:
@@ -210,52 +203,17 @@ def write_trace(folder: Path, workload: Workload, prepare_marked: PrepareMarked)
     return path
 
 
-def write_profile(folder: Path, pool: Pool, workload: Workload, shares: Shares | None) -> Path:
-    """Profile a few steps of a workload of a pool into a folder: `write_trace` with the pool's own way to prepare."""
-    return write_trace(folder, workload, marked(pool, workload, shares))
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
-
-
-def _left_out(workload: Workload, error: Exception) -> tuple[Workload, str]:
-    """The workload with the reason; raises where the device is lost, so that every further point would fail too."""
-    _wait(workload)
-    if workload.device == "cuda":
-        torch.cuda.empty_cache()
-    return workload, str(error) if isinstance(error, InputError) else _reason(error)
-
-
-def write_traces(
-    folder: Path,
+def nsys_stage(
     points: Sequence[Workload],
     prepare_of: Callable[[Workload], PrepareMarked],
-    say: Callable[[str], None],
-) -> list[tuple[Workload, str]]:
-    """Profile points into a folder, those already there not again, and `say("profiled")` after each.
-
-    Returns what failed, each with its reason; a point that fails does not stop the others. Raises what a lost device
-    raises.
-    """
-    failed = []
-    for workload in points:
-        if not (folder / file_name(workload)).exists():
-            try:
-                write_trace(folder, workload, prepare_of(workload))
-            except Exception as error:
-                failed.append(_left_out(workload, error))
-        say("profiled")
-    return failed
-
-
-def nsys_stage(
-    points: Sequence[Workload], prepare_of: Callable[[Workload], PrepareMarked], say: Callable[[str], None]
-) -> list[tuple[Workload, str]]:
+    begin: Callable[[Workload], None],
+    leave_out: Callable[[Workload, Exception], None],
+) -> int:
     """What runs under nsys: prepare and warm up all points, then record their steps between cudaProfilerStart and Stop.
 
-    Returns what failed, each with its reason, as `write_traces` does. Raises InputError without CUDA, when torch's
-    profiler is on (it would take the device's tracing from nsys), and when no point can be prepared.
+    `begin` is told of each point before it is prepared and before it is recorded, `leave_out` of each that fails, which
+    stops no other unless `leave_out` raises. Returns how many points were recorded. Raises InputError without CUDA,
+    when torch's profiler is on (it would take the device's tracing from nsys), and when no point can be prepared.
     """
     if not torch.cuda.is_available():
         raise InputError(f"nsys: torch {torch.__version__} finds no CUDA device here, so there is nothing to record")
@@ -263,31 +221,33 @@ def nsys_stage(
         raise InputError("nsys: torch's profiler is on in this process; the device's tracing has one user")
     held: list[Prepared] = []
     ready: list[tuple[Workload, Prepared]] = []
-    failed: list[tuple[Workload, str]] = []
+    n_recorded = 0
     try:
         for workload in points:
-            mark = no_mark if workload.launch == "graph" else _counting(Counter())
+            begin(workload)
             try:
-                prepared = prepare_of(workload)(mark)
+                mark = no_mark if workload.launch == "graph" else _counting(Counter())
+                prepared = _as_prepared(prepare_of(workload)(mark))
                 held.append(prepared)
                 _warm_up(prepared, workload)
                 ready.append((workload, prepared))
             except Exception as error:
-                failed.append(_left_out(workload, error))
+                leave_out(workload, error)
         if not ready:
-            raise InputError("nsys: no point could be prepared" + "".join(f"; {reason}" for _, reason in failed[:1]))
+            raise InputError("nsys: no point could be prepared, so there is nothing to record")
         torch.cuda.profiler.start()
         try:
             for workload, prepared in ready:
+                begin(workload)
                 try:
                     _steps(prepared, workload)
+                    n_recorded += 1
                 except Exception as error:
-                    failed.append(_left_out(workload, error))
-                say("profiled")
+                    leave_out(workload, error)
         finally:
             torch.cuda.profiler.stop()
     finally:
         for prepared in held:
             with suppress(Exception):
                 prepared.close()
-    return failed
+    return n_recorded

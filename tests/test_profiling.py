@@ -8,16 +8,18 @@ import gzip
 import json
 import sqlite3
 import stat
+import subprocess
 import sys
 from collections import Counter
 from contextlib import closing, contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collectors import nsys, nsys_export, plan, profile_points
+from collectors import nsys, nsys_export, plan, profile_points, store, workloads
 from collectors.profile_checks import refuse_gaps, scrubbed, work_of
 from collectors.profile_points import N_STEPS, chosen_points, file_name, profile_bytes, range_name
 from perfmodel.errors import InputError
@@ -31,6 +33,7 @@ CUDA_PLAN = plan.plan(
     plan.Request("cuda", "bfloat16", plan.default_shapes("cuda", False), plan.CUDA_TOKENS), None
 ).workloads
 TINY = plan.plan(plan.Request("cpu", "float32", ("olmoe/32", "mixtral-8x7b/64"), (1, 8)), None).workloads
+LAYERS = [w for w in TINY if w.op == "moe_layer"]
 SHARED = sorted((ROOT.parent / "shared" / "traces").glob("nsysai__*.sqlite"))
 
 
@@ -78,7 +81,7 @@ def test_standard_covers_the_batch_range_graphs_and_each_access_mode():
     assert {1, 65536} <= {w.n_tokens for w in eager} and len({w.n_tokens for w in eager}) >= 5
     graphs = [w for w in points if w.launch == "graph"]
     assert graphs and points[-len(graphs) :] == graphs, "graphs come last: the profiler must be awake before a capture"
-    assert {w.access for w in points} == set(plan.ACCESS_MODES)
+    assert {w.access for w in points} == set(workloads.ACCESS_MODES)
     modes = {w.access: w for w in points if w.access != "resident"}
     assert modes["zero-copy"].residency == "mapped" and modes["copy"].offload_frac == 0.5
     assert modes["copy"].op == "moe_layer" and modes["zero-copy"].op == "grouped_gemm"  # no such layer is planned
@@ -86,20 +89,20 @@ def test_standard_covers_the_batch_range_graphs_and_each_access_mode():
 
 
 @pytest.mark.parametrize("preset", profile_points.MOST)
-@pytest.mark.parametrize("workloads", [CPU_PLAN, CUDA_PLAN, campaign()], ids=["cpu", "cuda", "campaign"])
-def test_points_are_planned_few_small_and_have_names_of_their_own(workloads, preset):
-    points = chosen_points(workloads, preset)
-    assert set(points) <= set(workloads) and 2 <= len(points) <= profile_points.MOST[preset]
+@pytest.mark.parametrize("planned", [CPU_PLAN, CUDA_PLAN, campaign()], ids=["cpu", "cuda", "campaign"])
+def test_points_are_planned_few_small_and_have_names_of_their_own(planned, preset):
+    points = chosen_points(planned, preset)
+    assert set(points) <= set(planned) and 2 <= len(points) <= profile_points.MOST[preset]
     assert len({file_name(w) for w in points}) == len({range_name(w) for w in points}) == len(points)
     assert sum(map(profile_bytes, points)) <= profile_points.PROFILES_BYTES
     assert all("/" not in file_name(w) and ":" not in file_name(w) for w in points)
 
 
 @given(st.lists(st.sampled_from(campaign()), max_size=12), st.sampled_from(list(profile_points.MOST)))
-def test_any_part_of_a_plan_can_be_chosen_from(workloads, preset):
-    points = chosen_points(workloads, preset)
-    assert set(points) <= set(workloads) and len(set(points)) == len(points)
-    if any(w.op == "moe_layer" and w.access == "resident" and w.launch is None for w in workloads):
+def test_any_part_of_a_plan_can_be_chosen_from(planned, preset):
+    points = chosen_points(planned, preset)
+    assert set(points) <= set(planned) and len(set(points)) == len(points)
+    if any(w.op == "moe_layer" and w.access == "resident" and w.launch is None for w in planned):
         assert points
 
 
@@ -113,11 +116,18 @@ def test_an_unknown_preset_is_refused():
         chosen_points(CPU_PLAN, "fast")
 
 
-def test_injected_profilers_are_named_and_can_be_left_out():
+def test_injected_profilers_are_named_and_can_be_left_out(monkeypatch):
     environ = {"PATH": "x", "NVTX_INJECTION64_PATH": "libcupti.so", "CUDA_INJECTION64_PATH": ""}
     assert profile_points.in_the_way({"PATH": "x"}) is None
     assert profile_points.in_the_way(environ).startswith("NVTX_INJECTION64_PATH is set: another profiler")
-    assert profile_points.without_injection(environ) == {"PATH": "x"}
+    for name in profile_points.INJECTORS:
+        monkeypatch.delenv(name, raising=False)
+    assert nsys.uninjected(["a", "b"]) == ["a", "b"]
+    monkeypatch.setenv("NVTX_INJECTION64_PATH", "libcupti.so")
+    assert nsys.uninjected(["a", "b"]) == ["env", "-u", "NVTX_INJECTION64_PATH", "a", "b"]
+    monkeypatch.setenv("CUDA_INJECTION64_PATH", "")
+    shown = subprocess.run(nsys.uninjected(["env"]), capture_output=True, text=True, check=True).stdout
+    assert "NVTX_INJECTION64_PATH" not in shown
 
 
 # --- traces of torch's profiler ---
@@ -178,6 +188,28 @@ def test_a_cuda_trace_with_a_gap_is_refused_saying_which(trace, from_graph, hint
         refuse_gaps(trace, {"perfmodel::step|tokens=8": 2}, on_cuda=True, from_graph=from_graph, hint=hint)
 
 
+@pytest.mark.parametrize("name", ["h100__Falconsai", "vllm_decode_full", "b200__eager"])
+def test_device_work_is_counted_as_the_library_counts_it(name):
+    found = sorted((ROOT.parent / "shared" / "traces").glob(f"tracelens__{name}*.json.gz"))
+    if not found:
+        pytest.skip("the reference material beside the project is absent")
+    work = work_of(json.loads(gzip.decompress(found[0].read_bytes())))
+    metrics = launch_metrics(read_trace(found[0]))
+    assert work["n_kernels"] == metrics.n_kernels > 0
+    assert work["n_kernels_joined"] == metrics.n_kernels_joined
+    assert work["n_kernels_graph"] == metrics.n_kernels_graph
+
+
+def test_profiles_without_kernels_draw_no_curve(tmp_path):
+    from perfmodel.bound import sweep
+
+    trace = without(without(cuda_trace(8, 1), cat="kernel"), cat="cuda_runtime")
+    trace["traceEvents"].append(complete("cpu_op", "aten::mm", 1001.0, 5.0))
+    metrics = launch_metrics(read_trace(write_json(tmp_path / "cpu.json", trace)))
+    with pytest.raises(InputError, match="the trace of batch size 4 holds no kernel whose launch is known"):
+        sweep([8, 4], [1000.0, metrics])
+
+
 def test_scrubbing_keeps_what_is_known_and_nothing_else():
     trace = {
         **cuda_trace(8, 1000),
@@ -219,18 +251,18 @@ def tiny_pool():
 
     torch.set_num_threads(1)
     with torch.inference_mode():
-        yield make_pool(plan.pool_bytes(TINY, 1 << 20, 1 << 28), 1 << 20, "fp32", "cpu", 0)
+        yield make_pool(workloads.pool_bytes(TINY, 1 << 20, 1 << 28), 1 << 20, "fp32", "cpu", 0)
 
 
 def test_profiles_on_this_machine_are_read_back_whole(tiny_pool, tmp_path):
-    from collectors.profiling import marked, write_traces
+    from collectors.points import prepare
+    from collectors.profiling import write_profile
 
-    points, said = chosen_points(TINY, "standard"), []
+    points = chosen_points(TINY, "standard")
     assert {w.n_tokens for w in points} == {1, 8}
-    assert write_traces(tmp_path, points, lambda w: marked(tiny_pool, w, None), said.append) == []
-    assert {p.name for p in tmp_path.iterdir()} == {file_name(w) for w in points} and len(said) == len(points)
     for w in points:
-        path = tmp_path / file_name(w)
+        path = write_profile(tmp_path, partial(prepare, tiny_pool, w, None, 0), w)
+        assert path == tmp_path / file_name(w)
         events = read_trace(path).events
         ranges = Counter(events.filter(events["kind"] == "range")["name"].cast(str))
         parts = {f"perfmodel::{p}": 2 for p in ("router", "dispatch", "gate_up", "activation", "down", "combine")}
@@ -244,12 +276,11 @@ def test_profiles_on_this_machine_are_read_back_whole(tiny_pool, tmp_path):
         assert len(inside) > 20 and np.mean(inside) == 1.0
         table = json.loads(gzip.decompress(path.read_bytes()))["perfmodel"]
         assert table["workload"] == w.id and table["n_steps"] == 2 and table["n_inner"] == 1
+        assert table["tokens_per_expert"] == list(w.tokens_per_expert)
         assert table["ranges"] == {range_name(w): dict.fromkeys(sorted(parts), 1)}
         assert path.stat().st_size < 1.5 * profile_bytes(w)
         assert launch_metrics(read_trace(path)).n_kernels == 0
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    write_traces(tmp_path, points, lambda w: pytest.fail("profiled twice"), said.append)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+    assert {p.name for p in tmp_path.iterdir()} == {file_name(w) for w in points}
 
 
 class Made:
@@ -276,9 +307,9 @@ class Made:
         self.log.append("closed")
 
 
-def test_facts_and_inner_calls_go_into_the_side_table_and_a_failed_point_stops_no_other(tmp_path):
+def test_facts_and_inner_calls_go_into_the_side_table_and_a_failed_point_is_closed(tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
-    from collectors.profiling import write_trace, write_traces
+    from collectors.profiling import write_profile
 
     made = []
 
@@ -286,17 +317,16 @@ def test_facts_and_inner_calls_go_into_the_side_table_and_a_failed_point_stops_n
         made.append(Made(mark=mark))
         return made[-1]
 
-    path = write_trace(tmp_path, TINY[0], prepare)
+    path = write_profile(tmp_path, prepare, LAYERS[0])
     table = json.loads(gzip.decompress(path.read_bytes()))["perfmodel"]
     assert table["facts"] == {"counts_read_back": True} and table["n_inner"] == 3
-    assert table["ranges"] == {range_name(TINY[0]): {"perfmodel::part": 2}}
+    assert table["ranges"] == {range_name(LAYERS[0]): {"perfmodel::part": 2}}
     assert made[0].log == [0, 1, 2, "closed"]
-
-    bad = Made(fails_at=0)
-    points = [TINY[1], TINY[2]]
-    failed = write_traces(tmp_path, points, lambda w: lambda _m: bad if w == TINY[1] else Made(), lambda _: None)
-    assert failed == [(TINY[1], "RuntimeError: out of luck")] and bad.log[-1] == "closed"
-    assert {p.name for p in tmp_path.iterdir()} == {file_name(TINY[0]), file_name(TINY[2])}
+    bad = Made(fails_at=1)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        write_profile(tmp_path, lambda _mark: bad, LAYERS[1])
+    assert bad.log == [0, 1, "closed"]
+    assert [p.name for p in tmp_path.iterdir()] == [file_name(LAYERS[0])]
 
 
 def test_a_cuda_profile_without_kernels_is_refused_before_it_is_written(tmp_path, monkeypatch, capsys):
@@ -307,12 +337,12 @@ def test_a_cuda_profile_without_kernels_is_refused_before_it_is_written(tmp_path
 
     monkeypatch.setattr(profiling, "_wait", lambda _workload: None)
     monkeypatch.setenv("CUDA_INJECTION64_PATH", "libother.so")
-    workload = dataclasses.replace(TINY[0], device="cuda")
+    workload = dataclasses.replace(LAYERS[0], device="cuda")
     with (
         pytest.warns(UserWarning, match="CUDA is not available"),
         pytest.raises(InputError, match="saw no CUDA kernel; CUDA_INJECTION64_PATH is set"),
     ):
-        profiling.write_trace(tmp_path, workload, lambda _mark: Made())
+        profiling.write_profile(tmp_path, lambda _mark: Made(), workload)
     assert not list(tmp_path.iterdir())
     assert "note: CUDA_INJECTION64_PATH is set" in capsys.readouterr().err
 
@@ -353,7 +383,6 @@ def played_cuda(monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: log.append("start"))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: log.append("stop"))
     monkeypatch.setattr(profiling, "_wait", lambda _workload: None)
@@ -364,21 +393,36 @@ def played_cuda(monkeypatch):
 def test_the_stage_warms_up_before_it_records_and_closes_all(played_cuda):
     from collectors.profiling import nsys_stage
 
-    log = played_cuda
-    good, late, never = TINY[0], TINY[1], TINY[2]
-    fails = {good: None, late: 2, never: 0}
-    made = {w: Made(fails_at=n) for w, n in fails.items()}
-    cuda = {w: dataclasses.replace(w, device="cuda") for w in fails}
-    back = {v: k for k, v in cuda.items()}
-    failed = nsys_stage(list(cuda.values()), lambda w: lambda _mark: made[back[w]], log.append)
+    log, failed = played_cuda, []
+    good, late, never = (dataclasses.replace(w, device="cuda") for w in LAYERS[:3])
+    made = {good: Made(), late: Made(fails_at=2), never: Made(fails_at=0)}
+
+    def leave_out(workload, error):
+        failed.append((workload, str(error).splitlines()[0]))
+
+    n = nsys_stage([good, late, never], lambda w: lambda _mark: made[w], lambda w: log.append(w.id), leave_out)
+    step = range_name(good)
     assert log == [
-        "start", range_name(good), range_name(good), "profiled", range_name(late), "profiled", "stop",
+        good.id, late.id, never.id, "start", good.id, step, step, late.id, range_name(late), "stop",
     ]  # fmt: skip
+    assert n == 1 and failed == [(never, "out of luck"), (late, "out of luck")]
     assert made[good].log == [0, 1, 1, 2, "closed"] and made[late].log == [0, 1, 1, "closed"]
-    assert made[never].log[-1] == "closed"
-    assert failed == [(cuda[never], "RuntimeError: out of luck"), (cuda[late], "RuntimeError: out of luck")]
-    with pytest.raises(InputError, match="no point could be prepared; RuntimeError: out of luck"):
-        nsys_stage([cuda[never]], lambda _w: lambda _mark: Made(fails_at=0), log.append)
+    assert made[never].log == [0, "closed"]
+    with pytest.raises(InputError, match="no point could be prepared"):
+        nsys_stage([never], lambda _w: lambda _mark: Made(fails_at=0), lambda _w: None, leave_out)
+
+
+def test_a_device_that_is_lost_ends_the_stage_with_the_recording(played_cuda):
+    from collectors.profiling import nsys_stage
+
+    def leave_out(_workload, _error):
+        raise SystemExit(75)
+
+    made = [Made(fails_at=2), Made()]
+    points = [dataclasses.replace(w, device="cuda") for w in LAYERS[:2]]
+    with pytest.raises(SystemExit):
+        nsys_stage(points, lambda w: lambda _mark: made[points.index(w)], lambda _w: None, leave_out)
+    assert played_cuda[-1] == "stop" and [m.log[-1] for m in made] == ["closed", "closed"]
 
 
 def test_the_stage_refuses_torchs_profiler_and_a_machine_without_cuda(played_cuda, monkeypatch):
@@ -387,24 +431,23 @@ def test_the_stage_refuses_torchs_profiler_and_a_machine_without_cuda(played_cud
     from collectors.profiling import nsys_stage
 
     with torch.autograd.profiler.profile(), pytest.raises(InputError, match="torch's profiler is on"):
-        nsys_stage([], lambda _w: lambda _mark: Made(), played_cuda.append)
+        nsys_stage([], lambda _w: lambda _mark: Made(), print, print)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="finds no CUDA device here, so there is nothing to record"):
-        nsys_stage([], lambda _w: lambda _mark: Made(), played_cuda.append)
+        nsys_stage([], lambda _w: lambda _mark: Made(), print, print)
 
 
-POINTS = [
-    dataclasses.replace(w, device="cuda", launch=launch) for w, launch in zip(TINY[:2], (None, "graph"), strict=True)
-]
+POINTS = [dataclasses.replace(LAYERS[0], device="cuda"), dataclasses.replace(LAYERS[1], device="cuda", launch="graph")]
 PRIVATE = ("alice-secret", "10.1.2.3", "hunter2", "/home/alice", "GPU-5f0c", "bash_history", "f00d-uuid")
 TID = 1 << 56 | 77 << 24 | 5
 
 
 def made_export(path, *, points=POINTS, kernels=True, ranges=True, n_steps=N_STEPS):
-    """An export as nsys 2025 writes it, made up: two steps of each point, ten kernels each, and whose machine it was."""
+    """An export like those of nsys 2025, made up: two steps of each point, ten kernels each; and whose it was."""
     strings = {
-        1: "cudaLaunchKernel_v7000", 2: "cudaGraphLaunch_v10000", 3: "void cutlass::gemm<(int)4, float>(T1) operator/(a)",
-        4: "gemm", 5: "/home/alice/app.py", 6: "PASSWORD=hunter2 HOME=/home/alice", 7: "alice-secret", 8: "poll",
+        1: "cudaLaunchKernel_v7000", 2: "cudaGraphLaunch_v10000", 4: "gemm",
+        3: "void cutlass::gemm<(int)4, float>(T1) operator/(a)",
+        5: "/home/alice/app.py", 6: "PASSWORD=hunter2 HOME=/home/alice", 7: "alice-secret", 8: "poll",
     }  # fmt: skip
     kernel, call, nvtx, osrt, now, link = [], [], [], [], 1000, 0
     for number, point in enumerate(points, start=20):
@@ -422,8 +465,8 @@ def made_export(path, *, points=POINTS, kernels=True, ranges=True, n_steps=N_STE
             now += 1000
     tables = {
         "StringIds (id INTEGER NOT NULL PRIMARY KEY, value TEXT NOT NULL)": list(strings.items()),
-        "CUPTI_ACTIVITY_KIND_RUNTIME (start INT, end INT, eventClass INT, globalTid INT, correlationId INT, nameId INT, "
-        "returnValue INT, callchainId INT)": call,
+        "CUPTI_ACTIVITY_KIND_RUNTIME (start INT, end INT, eventClass INT, globalTid INT, correlationId INT, "
+        "nameId INT, returnValue INT, callchainId INT)": call,
         "NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT, domainId INT, textId INT, "
         "jsonTextId INT, jsonText TEXT)": nvtx if ranges else [(0, 9, 59, "other", TID, 1, None, None, None)],
         "OSRT_API (start INT, end INT, globalTid INT, nameId INT)": osrt,
@@ -442,12 +485,15 @@ def made_export(path, *, points=POINTS, kernels=True, ranges=True, n_steps=N_STE
         "META_DATA_EXPORT (name TEXT, value TEXT)": [
             ("EXPORT_USER", "alice-secret"), ("EXPORT_PRODUCT_VERSION", "2025.3.1.90"),
         ],
-        "DIAGNOSTIC_EVENT (timestamp INT, text TEXT, globalPid INT)": [(1, "see /home/alice/x.log: 3 events lost", TID)],
+        "DIAGNOSTIC_EVENT (timestamp INT, text TEXT, globalPid INT)": [
+            (1, "see /home/alice/x.log: 3 events lost", TID)
+        ],
     }  # fmt: skip
     if kernels:
         tables[
-            "CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, deviceId INT, contextId INT, streamId INT, correlationId INT, "
-            "globalPid INT, demangledName INT, shortName INT, mangledName INT, gridX INT, graphNodeId INT, blockX INT)"
+            "CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, deviceId INT, contextId INT, streamId INT, "
+            "correlationId INT, globalPid INT, demangledName INT, shortName INT, mangledName INT, gridX INT, "
+            "graphNodeId INT, blockX INT)"
         ] = kernel
     with closing(sqlite3.connect(path)) as database:
         for table, rows in tables.items():
@@ -460,7 +506,7 @@ def made_export(path, *, points=POINTS, kernels=True, ranges=True, n_steps=N_STE
 
 
 PLAYED = """#!{python}
-import json, os, shutil, subprocess, sys
+import json, shutil, subprocess, sys
 from pathlib import Path
 how = {how!r}
 if sys.argv[1] == "--version":
@@ -469,20 +515,20 @@ if sys.argv[1] == "--version":
 if sys.argv[1] == "profile":
     options = [word for word in sys.argv[2:] if word.startswith("--")]
     inner = sys.argv[2 + len(options):]
-    Path({log!r}).write_text(json.dumps([options, inner, dict(os.environ)]))
+    Path({log!r}).write_text(json.dumps([options, inner]))
     if how == "fails":
-        print("The target application cannot be launched: unsupported driver")
         sys.exit(1)
     code = subprocess.run(inner).returncode
     if how != "no report":
         out = next(o for o in options if o.startswith("--output=")).partition("=")[2]
         Path(out + ".nsys-rep").write_text("report")
-    print("Generated: nothing of note")
     sys.exit(code)
 if sys.argv[1] == "export":
     if how == "old":
         print("Error: the report was made by a newer version")
         sys.exit(1)
+    if how == "broken export":
+        Path({export!r}).write_text("no database at all" * 100)
     shutil.copy({export!r}, sys.argv[sys.argv.index("--output") + 1])
 """
 
@@ -505,25 +551,40 @@ def played_nsys(tmp_path, monkeypatch):
     return play
 
 
-INNER = [sys.executable, "-c", "print('collectors: said by the stage')"]
+INNER = [sys.executable, "-c", "print('said by the stage')"]
 
 
-def record(folder, points=POINTS):
-    folder.mkdir(exist_ok=True)
-    return nsys.record(folder, INNER, points, environ={"CUDA_INJECTION64_PATH": "x", "MARK": "1"}, timeout_s=30)
+def a_capture(folder, points=POINTS, device="cuda"):
+    """A capture folder as far as `collect` looks."""
+    folder.mkdir()
+    store.write_capture(folder, {"schema": store.SCHEMA, "settings": {"device": device, "preset": "standard"}})
+    store.write_workloads(folder, [point.to_line() for point in points])
+    return folder
 
 
-def test_a_recording_is_exported_scrubbed_checked_and_read_back(played_nsys, tmp_path, capsys):
+def collect(folder):
+    """Collect with a stage that runs its command and passes on nothing."""
+    codes = []
+
+    def stage(label, *arguments, wrap):
+        assert (label, arguments) == ("recording with nsys", ("nsys",))
+        codes.append(subprocess.run(wrap(INNER), check=False).returncode)
+
+    return nsys.collect(folder, stage), codes
+
+
+def test_a_recording_is_exported_scrubbed_checked_and_read_back(played_nsys, tmp_path):
     played_nsys()
-    path, left_out = record(tmp_path / "profiles")
-    assert path.name == "nsys.sqlite" and left_out == []
-    assert [p.name for p in path.parent.iterdir()] == ["nsys.sqlite"]
-    assert "nsys: collectors: said by the stage" in capsys.readouterr().err
-    options, inner, environ = json.loads((tmp_path / "log.json").read_text())
+    folder = a_capture(tmp_path / "capture")
+    path, codes = collect(folder)
+    assert path == folder / store.PROFILES / "nsys.sqlite" and codes == [0]
+    assert [p.name for p in path.parent.iterdir()] == ["nsys.sqlite"] and store.left_out(folder) == []
+    options, inner = json.loads((tmp_path / "log.json").read_text())
     assert inner == INNER
-    assert {"--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--cuda-graph-trace=node"} <= set(options)
-    assert environ["NSYS_NVTX_PROFILER_REGISTER_ONLY"] == "0" and environ["MARK"] == "1"
-    assert "CUDA_INJECTION64_PATH" not in environ
+    assert {
+        "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--cuda-graph-trace=node",
+        "--env-var=NSYS_NVTX_PROFILER_REGISTER_ONLY=0", "--trace=cuda,nvtx,osrt",
+    } <= set(options)  # fmt: skip
     raw = path.read_bytes()
     for word in PRIVATE:
         assert word.encode() not in raw, word
@@ -537,15 +598,26 @@ def test_a_recording_is_exported_scrubbed_checked_and_read_back(played_nsys, tmp
     with closing(sqlite3.connect(path)) as database:
         lines = dict(database.execute(f"SELECT range, line FROM {nsys_export.POINTS}"))
         said = database.execute("SELECT text FROM DIAGNOSTIC_EVENT").fetchall()
+        assert database.execute("SELECT count(*) FROM OSRT_API").fetchone() == (4,)
     assert json.loads(lines[range_name(POINTS[1])])["workload"] == POINTS[1].id
     assert said == [("see (path): 3 events lost",)]
+    assert nsys_export.kernels_in_ranges(path) == {range_name(w): (2, 20) for w in POINTS}
+
+
+def test_an_export_that_is_too_large_loses_the_calls_of_the_operating_system(tmp_path, monkeypatch):
+    monkeypatch.setattr(nsys_export, "MOST_BYTES", 1)
+    nsys_export.scrub(made_export(tmp_path / "made.sqlite"), tmp_path / "clean.sqlite", {})
+    with closing(sqlite3.connect(tmp_path / "clean.sqlite")) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    assert "OSRT_API" not in tables and "CUPTI_ACTIVITY_KIND_KERNEL" in tables
 
 
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"how": "fails"}, "nsys ended with 1 and wrote no report: The target application cannot be launched"),
-        ({"how": "no report"}, "ended well and wrote no report: cudaProfilerStart never reached it"),
+        ({"how": "fails"}, "nsys ended and wrote no report: cudaProfilerStart never reached it"),
+        ({"how": "no report"}, "nsys ended and wrote no report: cudaProfilerStart never reached it"),
+        ({"how": "broken export"}, r"the export of nsys cannot be read \(file is not a database\)"),
         (
             {"how": "old"},
             r"nsys 2025.3.1.90 could not export its report \(exit code 1\): Error: the report was made by",
@@ -563,25 +635,41 @@ def test_a_recording_that_fails_says_why_in_a_sentence_and_leaves_nothing(
     played_nsys(**how)
     monkeypatch.setattr(nsys, "_candidates", lambda _folders: [tmp_path / "bin" / "nsys"])
     with pytest.raises(InputError, match=words) as caught:
-        record(tmp_path / "profiles")
+        collect(a_capture(tmp_path / "capture"))
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "profiles").iterdir())
+    assert not list((tmp_path / "capture").glob("profiles/*"))
 
 
-def test_a_point_that_is_not_whole_is_named_and_the_rest_is_kept(played_nsys, tmp_path):
+def test_a_point_that_is_not_whole_is_left_out_by_name_and_the_rest_is_kept(played_nsys, tmp_path):
     played_nsys(points=POINTS[:1], n_steps=1)
-    path, left_out = record(tmp_path / "profiles")
+    folder = a_capture(tmp_path / "capture")
+    path, _ = collect(folder)
     assert path.exists()
-    assert left_out == [
-        (POINTS[0], "nsys recorded the range 1 times, expected 2"),
-        (POINTS[1], "nsys recorded the range 0 times, expected 2"),
-    ]
+    assert {entry["nsys"]: entry["reason"] for entry in store.left_out(folder)} == {
+        range_name(POINTS[0]): "nsys recorded the range 1 times, expected 2",
+        range_name(POINTS[1]): "nsys recorded the range 0 times, expected 2",
+    }
+    assert nsys.chosen(folder) == []
+
+
+def test_a_range_without_kernels_is_not_whole(tmp_path):
+    export = made_export(tmp_path / "made.sqlite")
+    with closing(sqlite3.connect(export)) as database:
+        database.execute("DELETE FROM CUPTI_ACTIVITY_KIND_RUNTIME WHERE nameId = 2")
+        database.commit()
+    missing = nsys_export.gaps(export, {range_name(w): 2 for w in POINTS})
+    assert missing == {range_name(POINTS[1]): "nsys recorded the range and no kernel launched in it"}
 
 
 def test_without_nsys_one_sentence_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="no nsys on PATH or in the usual folders, so no Nsight Systems profile"):
         nsys.find(folders=())
+
+
+def test_a_capture_of_the_cpu_has_nothing_for_nsys(tmp_path):
+    with pytest.raises(InputError, match="nsys records what a GPU does, and the device of this capture is 'cpu'"):
+        collect(a_capture(tmp_path / "capture", device="cpu"))
 
 
 def test_the_newest_in_the_usual_folders_is_found_when_path_has_none(played_nsys, monkeypatch, tmp_path):
@@ -593,13 +681,6 @@ def test_the_newest_in_the_usual_folders_is_found_when_path_has_none(played_nsys
         (tmp_path / "made.sqlite").unlink()
     assert nsys.find(folders=(f"{tmp_path}/*/bin",)) == tmp_path / "2025.3.1.90" / "bin" / "nsys"
     assert nsys.version(tmp_path / "2023.1.1.1" / "bin" / "nsys") == (2023, 1, 1, 1)
-
-
-def test_a_recording_that_hangs_is_stopped(played_nsys, tmp_path):
-    played_nsys()
-    endless = [sys.executable, "-c", "import threading; threading.Event().wait()"]
-    with pytest.raises(InputError, match=r"the recording by nsys did not end within 0\.5 s and was stopped"):
-        nsys.record(tmp_path, endless, POINTS, environ={}, timeout_s=0.5)
 
 
 @pytest.mark.skipif(not SHARED, reason="the reference material beside the project is absent")
@@ -649,15 +730,16 @@ def test_points_profiled_on_cuda_hold_joined_kernels(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from collectors.points import make_pool
-    from collectors.profiling import marked, write_traces
+    from collectors.points import make_pool, prepare
+    from collectors.profiling import write_profile
 
     request = plan.Request("cuda", "bfloat16", ("olmoe/4",), (1, 64))
     layers = [w for w in plan.plan(request, None).workloads if w.op == "moe_layer"]
     points = chosen_points([*layers, *(dataclasses.replace(w, launch="graph") for w in layers)], "standard")
     with torch.inference_mode():
-        pool = make_pool(plan.pool_bytes(layers, 1 << 26, 1 << 30), 1 << 26, "bf16", "cuda", 0)
-        assert write_traces(tmp_path, points, lambda w: marked(pool, w, None), lambda _: None) == []
+        pool = make_pool(workloads.pool_bytes(layers, 1 << 26, 1 << 30), 1 << 26, "bf16", "cuda", 0)
+        for w in points:
+            write_profile(tmp_path, partial(prepare, pool, w, None, 0), w)
     for w in points:
         metrics = launch_metrics(read_trace(tmp_path / file_name(w)))
         assert metrics.n_kernels_joined == metrics.n_kernels > 0
