@@ -164,7 +164,10 @@ def _recorded(prepared: Prepared, workload: Workload, parts: Counter[str]) -> di
         raw = Path(scratch) / "trace.json"
         with without_profiler_chatter():
             session.export_chrome_trace(str(raw))
-        trace = json.loads(raw.read_text(encoding="utf-8", errors="replace"))
+        try:
+            trace = json.loads(raw.read_text(encoding="utf-8", errors="replace"))
+        except ValueError as error:
+            raise InputError(f"the profiler wrote a trace that is no JSON ({error})") from None
         table = {**workload.to_line(), "n_steps": N_STEPS, "n_inner": prepared.n_inner}
         table["ranges"] = {range_name(workload): {name: n // N_STEPS for name, n in sorted(parts.items())}}
         if prepared.facts:

@@ -744,3 +744,43 @@ def test_points_profiled_on_cuda_hold_joined_kernels(tmp_path):
         metrics = launch_metrics(read_trace(tmp_path / file_name(w)))
         assert metrics.n_kernels_joined == metrics.n_kernels > 0
         assert (metrics.n_kernels_graph > 0) == (w.launch == "graph")
+
+
+UNDER_NSYS = """
+import sys
+from functools import partial
+from pathlib import Path
+import torch
+from collectors import nsys, workloads
+from collectors.points import make_pool, prepare
+from collectors.profiling import nsys_stage
+points = nsys.chosen(Path(sys.argv[1]))
+def leave_out(workload, error):
+    raise error
+with torch.inference_mode():
+    pool = make_pool(workloads.pool_bytes(points, 1 << 26, 1 << 30), 1 << 26, "bf16", "cuda", 0)
+    nsys_stage(points, lambda w: partial(prepare, pool, w, None, 0), print, leave_out)
+"""
+
+
+@pytest.mark.gpu
+def test_points_recorded_by_the_real_nsys(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    try:
+        nsys.find()
+    except InputError as error:
+        pytest.skip(str(error))
+    request = plan.Request("cuda", "bfloat16", ("olmoe/4",), (1, 64))
+    layers = [w for w in plan.plan(request, None).workloads if w.op == "moe_layer"]
+    folder = a_capture(tmp_path / "capture", [*layers, *(dataclasses.replace(w, launch="graph") for w in layers)])
+
+    def stage(_label, *_arguments, wrap):
+        subprocess.run(wrap([sys.executable, "-c", UNDER_NSYS, str(folder)]), cwd=ROOT, check=True)
+
+    path = nsys.collect(folder, stage)
+    assert store.left_out(folder) == []
+    metrics = launch_metrics(read_trace(path))
+    assert metrics.n_kernels_joined == metrics.n_kernels > metrics.n_kernels_graph > 0
+    assert path.stat().st_size < 2 * nsys_export.MOST_BYTES
