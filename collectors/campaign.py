@@ -22,7 +22,7 @@ from .design import design
 from .facts import facts_of
 from .plan import Request
 from .plan import plan as grid
-from .profile_points import chosen_points, file_name
+from .profile_points import file_name, points_of
 from .progress import Progress
 from .timing import Limits
 from .words import summary_words
@@ -272,9 +272,9 @@ class Collection:
         self.progress.n_before = len(store.points(self.folder))
         for run in range(self.n_runs):
             if run == 1:
-                self.profile(workloads)
+                self.profile()
             self.one_run(run)
-        self.profile(workloads)
+        self.profile()
 
     def one_run(self, run: int) -> None:
         """What is missing of a run, within its part of the time."""
@@ -290,20 +290,19 @@ class Collection:
             store.update_capture(self.folder, runs=[*runs, record])
         self.pool()
 
-    def profile(self, workloads: Sequence[Workload]) -> None:
+    def profile(self) -> None:
         """Structure of a few points as traces; what cannot be profiled is said and left out."""
-        missing = profiles_missing(self.folder, chosen_points(workloads, self.order.settings["preset"]))
-        if missing and self.left_s > 0:
-            self.stage("profiling", "profile", seconds=None if self.deadline is None else max(10.0, self.left_s))
+        if profiles_missing(self.folder) and self.left_s > 0:
+            self.stage("profiling", "profile", seconds=self.left_s, wrap=nsys.uninjected)
         if self.order.settings["nsys"] and not any((self.folder / store.PROFILES).glob("*.sqlite")):
             nsys_profile(self)
 
 
-def profiles_missing(folder: Path, points: Sequence[Workload]) -> list[Workload]:
+def profiles_missing(folder: Path) -> list[Workload]:
     """The points to profile that have no trace yet and did not fail."""
     failed = {entry.get("profile") for entry in store.left_out(folder)}
     there = {path.name for path in (folder / store.PROFILES).glob("*")}
-    return [w for w in points if file_name(w) not in there | failed]
+    return [w for w in points_of(folder) if file_name(w) not in there | failed]
 
 
 def nsys_profile(collection: Collection) -> None:

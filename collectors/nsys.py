@@ -17,7 +17,7 @@ from perfmodel.errors import InputError
 
 from . import store
 from .nsys_export import gaps, scrub
-from .profile_points import INJECTORS, N_STEPS, chosen_points, range_name
+from .profile_points import INJECTORS, N_STEPS, points_of, range_name
 from .workloads import Workload
 
 FILE = "nsys.sqlite"
@@ -158,10 +158,8 @@ def _export(nsys: Path, report: Path) -> Path:
 
 def chosen(folder: Path) -> list[Workload]:
     """The points of a capture to record: those that are profiled, but for those that failed under nsys before."""
-    planned = [Workload.from_line(line) for line in store.read_workloads(folder)]
     failed = {entry.get("nsys") for entry in store.left_out(folder)}
-    preset = store.read_capture(folder)["settings"]["preset"]
-    return [point for point in chosen_points(planned, preset) if range_name(point) not in failed]
+    return [point for point in points_of(folder) if range_name(point) not in failed]
 
 
 def collect(folder: Path, stage: Callable[..., object]) -> Path:

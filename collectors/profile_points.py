@@ -5,10 +5,12 @@ Needs no torch.
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from perfmodel.errors import InputError
 
-from .workloads import ACCESS_MODES, RESIDENCIES, Workload
+from . import store
+from .workloads import RESIDENCIES, Workload, ACCESS_MODES
 
 N_STEPS = 2
 DECODE_TOKENS, PREFILL_TOKENS = 4, 256
@@ -94,6 +96,14 @@ def chosen_points(workloads: Sequence[Workload], preset: str = "quick") -> list[
         if workload not in kept and len(kept) < MOST[preset] and (is_small or len(kept) < MOST["quick"]):
             kept.append(workload)
     return sorted(kept, key=lambda w: w.launch is not None)
+
+
+def points_of(folder: Path) -> list[Workload]:
+    """The points of a capture to profile: chosen among those that were measured, of all that are planned before that."""
+    planned = [Workload.from_line(line) for line in store.read_workloads(folder)]
+    measured = {point["workload"] for point in store.points(folder)}
+    preset = store.read_capture(folder)["settings"]["preset"]
+    return chosen_points([w for w in planned if w.id in measured] or planned, preset)
 
 
 def _curves(

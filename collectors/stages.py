@@ -7,7 +7,7 @@ what it has done; when nobody reads that any more, the collection was killed and
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,14 @@ import torch
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
-from . import calibration, machine, probes, store
+from . import calibration, machine, nsys, probes, store
 from .design import point_s
 from .facts import facts_of
-from .layer import grouped_mm_name
+from .layer import Mark, grouped_mm_name
 from .plan import run_order
-from .points import Pool, capabilities, check, make_pool, prepare
-from .profile_points import chosen_points, file_name
-from .profiling import write_profile
+from .points import Pool, Prepared, capabilities, check, make_pool, prepare
+from .profile_points import file_name, points_of, range_name
+from .profiling import nsys_stage, write_profile
 from .studies import Facts
 from .timing import Limits, clock_of, measure, measure_undisturbed
 from .workers import RESTART
@@ -234,12 +234,12 @@ def _timed(
 # --- profiles ---
 
 
-def profile_stage(stage: Stage, planned: Sequence[Workload]) -> None:
+def profile_stage(stage: Stage) -> None:
     """Profile the chosen points into profiles/."""
     (stage.folder / store.PROFILES).mkdir(exist_ok=True)
     pools: dict[str, Pool] = {}
     failed = {entry.get("profile") for entry in store.left_out(stage.folder)}
-    points = chosen_points(planned, stage.settings["preset"])
+    points = points_of(stage.folder)
     with torch.inference_mode():
         for w in points:
             path = stage.folder / store.PROFILES / file_name(w)
@@ -257,6 +257,25 @@ def profile_stage(stage: Stage, planned: Sequence[Workload]) -> None:
                 stage.leave_out(entry, error)
                 continue
             say(profile=path.name)
+
+
+def record_stage(stage: Stage) -> None:
+    """Run the same points once more, for an nsys around this process."""
+    points = nsys.chosen(stage.folder)
+    pools: dict[str, Pool] = {}
+
+    def prepare_of(w: Workload) -> Callable[[Mark], Prepared]:
+        if w.dtype not in pools:
+            pools[w.dtype] = the_pool(stage, points, w.dtype)
+        return partial(prepare, pools[w.dtype], w, stage.files.get(w.routing), 0)
+
+    with torch.inference_mode():
+        nsys_stage(
+            points,
+            prepare_of,
+            lambda w: say(begin={"nsys": range_name(w)}, seconds=10),
+            lambda w, error: stage.leave_out({"nsys": range_name(w)}, error),
+        )
 
 
 def work(folder: Path, arguments: Sequence[str], routing_files: Sequence[str], seconds: float | None) -> None:
@@ -278,4 +297,6 @@ def work(folder: Path, arguments: Sequence[str], routing_files: Sequence[str], s
         if name == "run":
             run_stage(stage, planned, int(arguments[1]))
         elif name == "profile":
-            profile_stage(stage, planned)
+            profile_stage(stage)
+        elif name == "nsys":
+            record_stage(stage)

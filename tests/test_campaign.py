@@ -41,7 +41,7 @@ class FakeProcesses:
         monkeypatch.setattr(campaign, "run_stage", self.run)
         monkeypatch.setattr(campaign.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(campaign.time, "time", lambda: 1000.0 + self.now)
-        monkeypatch.setattr(campaign, "chosen_points", lambda workloads, preset: [])
+        monkeypatch.setattr(campaign, "points_of", lambda folder: [])
 
     def run(self, stage, on_word):
         words = list(stage.arguments)
