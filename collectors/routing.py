@@ -121,10 +121,10 @@ def _recorded(args: argparse.Namespace) -> str:
     trusted = bool(args.trust_remote_code)
     config = _loaded("config.json", transformers.AutoConfig, args.model, trust_remote_code=trusted)
     n_experts, top_k = _experts(args.model, config)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and min(step_tokens, n_tokens) > longest:
-        raise InputError(f"--step-tokens is {step_tokens}, and the model has {longest} positions")
     token_ids = _token_ids(transformers, args.model, args.text, n_tokens, trusted)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and min(step_tokens, len(token_ids)) > longest:
+        raise InputError(f"--step-tokens is {step_tokens}, and the model has {longest} positions")
     model = _model(transformers, args.model, device, args.dtype or "auto", trusted)
     rows = model.get_input_embeddings().weight.shape[0]
     if int(token_ids.max()) >= rows:
