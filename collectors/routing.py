@@ -238,6 +238,6 @@ def _model(transformers: Any, folder: Path, device: str, dtype: str, trusted: bo
             )
         try:
             model.to(device)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # some quantised models refuse to be moved
             raise InputError(f"the model cannot be moved to the GPU: {_first_line(error)}") from None
     return model
