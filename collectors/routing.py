@@ -121,13 +121,14 @@ def _recorded(args: argparse.Namespace) -> str:
     trusted = bool(args.trust_remote_code)
     config = _loaded("config.json", transformers.AutoConfig, args.model, trust_remote_code=trusted)
     n_experts, top_k = _experts(args.model, config)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and min(step_tokens, n_tokens) > longest:
-        raise InputError(f"--step-tokens is {step_tokens}, and the model has {longest} positions")
     token_ids = _token_ids(transformers, args.model, args.text, n_tokens, trusted)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and min(step_tokens, len(token_ids)) > longest:
+        raise InputError(f"--step-tokens is {step_tokens}, and the model has {longest} positions")
     model = _model(transformers, args.model, device, args.dtype or "auto", trusted)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if int(token_ids.max()) >= rows:
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)
+    rows = None if embeddings is None else embeddings.shape[0]
+    if rows is not None and int(token_ids.max()) >= rows:  # on a GPU such an index would end the process
         raise InputError(f"the tokenizer makes token {int(token_ids.max())}, and the model knows {rows} tokens")
     windows = token_ids[None].split(step_tokens, dim=1)
     progress = Progress(len(windows), 0)
@@ -218,9 +219,9 @@ def _model(transformers: Any, folder: Path, device: str, dtype: str, trusted: bo
     import torch
 
     free = machine.available_bytes()
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors")) or sum(
-        file.stat().st_size for file in folder.glob("*.bin")
-    )
+    # By the names that transformers reads: some folders hold the same weights in another layout as well.
+    files = list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+    stored = sum(file.stat().st_size for file in files)
     if free is not None and stored > (1 - SPARE_FRAC) * free:
         raise InputError(f"the model takes {stored} bytes, and {free} bytes of memory are free")
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -238,6 +239,6 @@ def _model(transformers: Any, folder: Path, device: str, dtype: str, trusted: bo
             )
         try:
             model.to(device)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # some quantised models refuse to be moved
             raise InputError(f"the model cannot be moved to the GPU: {_first_line(error)}") from None
     return model
