@@ -28,8 +28,8 @@ class _Bytes:
 def device_alias(host: Tensor, pageable: bool = False) -> Tensor:
     """A CUDA tensor of the same shape and dtype over the same host memory; it keeps `host` alive.
 
-    `host` is contiguous, and pinned unless `pageable`: then the device must read plain memory in place, which the caller
-    has asked the driver (`gpu.reads_pageable`). Raises InputError on another tensor, and when torch made a copy.
+    `host` is contiguous, and pinned unless `pageable`: then the device must read plain memory in place, which the
+    caller has asked the driver (`gpu.reads_pageable`). Raises InputError on another tensor, and when torch made a copy.
     """
     if host.device.type != "cpu" or not host.is_contiguous() or host.numel() == 0:
         raise InputError("only contiguous host memory that is not empty can be seen by the device in place")
@@ -53,8 +53,8 @@ def check_alias(host: Tensor, alias: Tensor) -> None:
         before = int(here[at])
         here[at] = before ^ 0x5A
         torch.cuda.synchronize()
-        seen_there = int(there[at])
-        there[at] = before
+        seen_there = int(torch.bitwise_xor(there[at : at + 1], 0))  # by a kernel, not by a copy engine
+        there[at : at + 1].fill_(before)
         torch.cuda.synchronize()
         if seen_there != before ^ 0x5A or int(here[at]) != before:
             raise InputError("host and device do not see each other's writes: this memory is not shared")

@@ -13,7 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 from .memory_modules import memory_modules
-from .smi import gpu_smi as gpu_smi  # the GPU's part is asked for here too
+from .smi import gpu_smi
+
+__all__ = ["available_bytes", "gpu_smi", "machine", "memory_bytes", "software"]
 
 # The instruction sets that decide which GEMM kernels run.
 FLAGS_OF_INTEREST = (
@@ -137,7 +139,7 @@ def numa_nodes() -> list[dict[str, object]]:
 
 
 def pci_link(domain: int, bus: int, device: int) -> dict[str, object]:
-    """The memory node a PCI device hangs on and its widest link, from sysfs; null where not told. The id is not kept."""
+    """The memory node a PCI device hangs on and its widest link, from sysfs; null: not told. The id is not kept."""
     folder = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0")
     node, width = _read(folder / "numa_node") or "", _read(folder / "max_link_width") or ""
     speed = re.match(r"[\d.]+", _read(folder / "max_link_speed") or "")
