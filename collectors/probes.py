@@ -186,7 +186,7 @@ def random_bytes(n_bytes: int, device: str = "cpu", pinned: bool = False) -> Ten
     need_free(n_bytes, device)
     whole = torch.empty(n_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     whole.fill_(1)  # by all threads, each the pages it will read: they lie on the node of their reader
-    block = torch.randn(BLOCK_BYTES // 2).to(torch.bfloat16).view(torch.uint8).to(device)
+    block = torch.randn(BLOCK_BYTES // 2, device=device).to(torch.bfloat16).view(torch.uint8)
     for part in whole.split(BLOCK_BYTES):
-        part.copy_(block[: part.numel()])
+        part.copy_(block.narrow(0, 0, part.numel()))
     return whole
