@@ -135,6 +135,12 @@ def _best(quantity: str, configurations: Sequence[tuple[Line, Entry]]) -> Entry:
     return {**entry, "how": f"{entry['how']}; {what}: the {rule} of {len(configurations)} configurations"}
 
 
+def seen_under_load(lines: Iterable[Line]) -> dict[str, Any] | None:
+    """Clocks, power, temperature and why the clocks are what they are, of the last GEMM that saw them; null of none."""
+    seen = [one["facts"] for one in lines if (one.get("facts") or {}).get("n_samples")]
+    return dict(seen[-1]) if seen else None
+
+
 def summary(lines: Iterable[Line]) -> dict[str, Entry]:
     """The machine numbers that calibration lines amount to: quantity to value, spread, `n` and how. Null ones pass.
 

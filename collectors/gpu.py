@@ -20,6 +20,9 @@ ATTRIBUTES = {
 }
 YES_OR_NO = ("gpu_is_integrated", "pageable_memory_access", "pageable_uses_host_page_tables")
 CUDA_SUCCESS = 0
+# PCI Express Base Specification: transfers a second of a lane, and the share of bits that are data.
+PCIE_TRANSFERS_PER_S = {1: 2.5e9, 2: 5e9, 3: 8e9, 4: 16e9, 5: 32e9, 6: 64e9}
+PCIE_DATA_FRAC = {2.5e9: 8 / 10, 5e9: 8 / 10, 8e9: 128 / 130, 16e9: 128 / 130, 32e9: 128 / 130, 64e9: 242 / 256}
 
 
 def driver_library() -> Any | None:
@@ -57,6 +60,18 @@ def link_kind(facts: Mapping[str, object]) -> str | None:
     if facts.get("c2c_n_links") or facts.get("pageable_uses_host_page_tables"):
         return "nvlink-c2c"
     return "pcie" if facts.get("pcie_gen_max") or facts.get("pcie_max_lanes") else None
+
+
+def link_nominal_bytes_per_s(facts: Mapping[str, object]) -> float | None:
+    """What the widest link of GPU and host could carry one way, packet headers not taken off; null when not told."""
+    if facts.get("c2c_peak_bytes_per_s"):
+        return float(str(facts["c2c_peak_bytes_per_s"]))
+    generation, lanes = facts.get("pcie_gen_max"), facts.get("pcie_width_max") or facts.get("pcie_max_lanes")
+    by_generation = PCIE_TRANSFERS_PER_S.get(generation) if isinstance(generation, int) else None
+    transfers_per_s = by_generation or facts.get("pcie_max_transfers_per_s")
+    if not isinstance(lanes, int) or not isinstance(transfers_per_s, float) or transfers_per_s not in PCIE_DATA_FRAC:
+        return None
+    return round(transfers_per_s * PCIE_DATA_FRAC[transfers_per_s] * lanes / 8)
 
 
 def _library_version(soname: str, function: str) -> str | None:
@@ -116,4 +131,4 @@ def gpu(device: str) -> dict[str, object]:
         **smi.gpu_smi(smi_id()),
         **smi.modes(smi_id()),
     }
-    return {**facts, "link_kind": link_kind(facts)}
+    return {**facts, "link_kind": link_kind(facts), "link_nominal_bytes_per_s": link_nominal_bytes_per_s(facts)}

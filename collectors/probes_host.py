@@ -28,7 +28,7 @@ PROBE_SIDE, GEMM_SIDES = 512, (8192, 4096, 2048, 1024, 512)
 GEMM_NS = 200_000_000  # a dense GEMM should not take longer than this
 EXPERTS = ((2048, 2048), (7168, 2048))  # K x N of one expert's GEMM: small and large models
 COLD_CACHES, MOST_COLD_BYTES = 4, 1 << 30  # weights are read again after this many last-level caches of others
-EXPERT_NS = {"quick": 200_000_000, "standard": 1_000_000_000, "full": 5_000_000_000}  # for all calls of one probe
+EXPERT_NS = {"quick": 200_000_000, "standard": 3_000_000_000, "full": 5_000_000_000}  # for all calls of one probe
 ROWS = {
     "quick": (1, 16, 256),
     "standard": (1, 4, 16, 64, 256, 1024, 4096),

@@ -56,7 +56,8 @@ def on_node(node: int | None) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, machine.cpus_of_node(node))
     try:
-        yield
+        with cpu_threads(1):  # threads that torch started here would stay on the node for ever
+            yield
     finally:
         os.sched_setaffinity(0, before)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 
 import pytest
 
@@ -112,6 +113,14 @@ def test_a_triad_and_a_copy_are_streams_too_and_the_words_name_the_probe():
     assert found["memory_stream_bytes_per_s"]["value"] == 12.0
     assert "made_up with kernel triad: the fastest of 3" in found["memory_stream_bytes_per_s"]["how"]
     assert found["memory_copy_bytes_per_s"]["value"] == 11.0
+
+
+def test_what_was_seen_under_load_is_the_last_that_was_seen():
+    with_facts = [
+        made(None, 1.0) | {"facts": {"n_samples": n, "sm_clock_mhz": mhz}} for n, mhz in ((3, 1), (4, 2), (0, 3))
+    ]
+    assert calibration.seen_under_load(with_facts) == {"n_samples": 4, "sm_clock_mhz": 2}
+    assert calibration.seen_under_load([made(None, 1.0), made(None, 1.0) | {"facts": None}]) is None
 
 
 # --- the list of probes ---
@@ -226,9 +235,7 @@ def test_a_stream_counts_each_of_its_arrays(kernel):
     n_bytes, n_arrays = 1 << 20, {"read": 1, "copy": 2, "triad": 3}[kernel]
     probe = probes_host.host_stream(kernel, 1, 1, n_bytes, "memory_stream_bytes_per_s", False)
     line = probes.run_probe(probe, SHORT, 0)
-    middle = sorted(line["times_ns"])[len(line["times_ns"]) // 2]
-    if line["n"] % 2:
-        assert line["value"] == pytest.approx(n_arrays * n_bytes * 1e9 / middle, rel=1e-4)
+    assert line["value"] == pytest.approx(n_arrays * n_bytes * 1e9 / statistics.median(line["times_ns"]), rel=1e-4)
     assert f"{n_bytes} bytes an array, 1 threads" in line["how"]
 
 
@@ -344,6 +351,22 @@ def test_the_worker_works_beside_and_its_error_is_ours():
         pass
 
 
+def test_a_copy_and_experts_really_run_beside_each_other(monkeypatch):
+    """Host memory plays the device; the mode without gradients must hold in the worker, whose GEMM writes in place."""
+    monkeypatch.setattr(probes_host.machine, "last_level_cache_bytes", lambda: 1 << 14)
+    monkeypatch.setattr(probes_link, "LEAST_WINDOW_NS", 1_000_000)
+    monkeypatch.setattr(probes_link, "pair", lambda *_a, **_k: ([torch.ones(1 << 16)], [torch.ones(1 << 16)]))
+    monkeypatch.setattr(probes_link, "BESIDE_EXPERT", (64, 32))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    before = torch.get_num_threads()
+    of_link, of_host = probes_link.beside("h2d copy", "bf16", 16, 2)
+    for probe in (of_link, of_host):
+        line = probes.run_probe(probe, ONCE, 0)
+        assert line["value"] > 0 and line["n"] == ONCE.max_repeats
+        assert min(line["facts"].values()) > 0
+    assert torch.get_num_threads() == before
+
+
 def test_the_second_of_a_pair_takes_what_the_first_saw(monkeypatch):
     monkeypatch.setattr(probes_host, "FALLBACK_CACHE_BYTES", 1 << 12)
     seen = []
@@ -363,6 +386,28 @@ def test_the_second_of_a_pair_takes_what_the_first_saw(monkeypatch):
     assert second["facts"]["alone_flops_per_s"] == pytest.approx(2 * 16 * 64 * 32 / 2 * 1e9)
     probes.run_probe(of_host, ONCE, 0)  # alone, as after a resumption
     assert len(seen) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not bind threads")
+def test_memory_of_a_node_is_taken_there_by_one_thread_that_comes_back(monkeypatch):
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    monkeypatch.setattr(probes_link.machine, "cpus_of_node", lambda node: [min(before)])
+    with pytest.raises(ZeroDivisionError), probes_link.on_node(1):
+        assert os.sched_getaffinity(0) == {min(before)} and torch.get_num_threads() == 1
+        _ = 1 / 0
+    assert os.sched_getaffinity(0) == before and torch.get_num_threads() == threads
+    with probes_link.on_node(None):
+        assert os.sched_getaffinity(0) == before
+
+
+def test_copies_by_node_need_two_nodes_of_ours(monkeypatch):
+    def nodes(*n_usable):
+        found = [{"node": i, "n_usable_cpus": n} for i, n in enumerate(n_usable)]
+        monkeypatch.setattr(probes_link.machine, "numa_nodes", lambda: found)
+        return [(p.params["host_node"], p.params["direction"]) for p in probes_link.by_node("standard")]
+
+    assert nodes(8) == nodes(8, 0) == []  # the second could be the memory of a GPU, without processors
+    assert nodes(8, 0, 8) == [(0, "h2d"), (0, "d2h"), (2, "h2d"), (2, "d2h")]
 
 
 # --- CUDA probes without CUDA ---
@@ -395,7 +440,7 @@ CUDA_PROBES = {
 def test_every_cuda_probe_runs_on_a_made_up_device(probe, device):
     with fake_cuda.no_data():
         line = probes.run_probe(probe, ONCE, 0)
-    assert line["value"] > 0 and line["unit"] in line["quantity"] if line["quantity"] else line["value"] > 0
+    assert line["value"] > 0 and line["quantity"] == probe.quantity and key(line) == probe.key
     assert line["how"] and "{" not in line["how"]
 
 

@@ -285,8 +285,28 @@ def test_the_gpu_part_keeps_no_id(monkeypatch):
     assert gpu.gpu("cpu") == {}
     assert (found["gpu_name"], found["gpu_capability"], found["gpu_n_sms"]) == ("made up", "9.0", 132)
     assert found["gpu_memory_bytes"] == 80 << 30 and found["link_kind"] == "pcie" and found["driver"] == "580.1"
+    assert found["link_nominal_bytes_per_s"] is None  # the made-up link does not tell its lanes
     text = json.dumps(found)
     assert properties.uuid not in text and "3b:00" not in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "gigabytes_per_s"),
+    [
+        ({"pcie_gen_max": 5, "pcie_width_max": 16}, 63.0),  # 32 GT/s x 16 lanes / 8 bits x 128/130
+        ({"pcie_gen_max": 4, "pcie_width_max": 16}, 31.5),
+        ({"pcie_gen_max": 2, "pcie_width_max": 8}, 4.0),
+        ({"pcie_gen_max": None, "pcie_max_transfers_per_s": 16e9, "pcie_max_lanes": 8}, 15.75),
+        ({"pcie_gen_max": 5, "pcie_width_max": 16, "c2c_peak_bytes_per_s": 447.12e9}, 447.1),
+    ],
+)
+def test_the_nominal_rate_of_a_link_is_its_lanes_times_their_data(facts, gigabytes_per_s):
+    assert gpu.link_nominal_bytes_per_s(facts) == pytest.approx(gigabytes_per_s * 1e9, rel=1e-3)
+
+
+def test_the_nominal_rate_of_an_untold_link_is_null():
+    for facts in ({}, {"pcie_gen_max": 5}, {"pcie_width_max": 16}, {"pcie_gen_max": 9, "pcie_width_max": 16}):
+        assert gpu.link_nominal_bytes_per_s(facts) is None
 
 
 def test_software_of_a_torch_without_cuda_is_null():
