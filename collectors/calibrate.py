@@ -2,8 +2,7 @@
 
 from . import probes
 from .calibration import Entry, pooled, summary
-from .probes import clock_of, cuda_clock
-from .timing import Limits
+from .timing import Limits, clock_of, cuda_clock
 
 __all__ = ["calibrate", "clock_of", "cuda_clock", "pooled"]
 

@@ -214,6 +214,27 @@ def machine(threads: int) -> dict[str, object]:
     }
 
 
+def gpu(device: str) -> dict[str, object]:
+    """The GPU's entries of the machine part; empty on the CPU. Imports torch on CUDA."""
+    from . import gpu as of_gpu
+
+    return of_gpu.gpu(device)
+
+
+def torch_build() -> dict[str, object]:
+    """How this torch was built, as far as it decides which kernels run, and its CUDA libraries. Imports torch."""
+    import torch
+
+    from . import gpu as of_gpu
+
+    return {
+        "torch_mkldnn": torch.backends.mkldnn.is_available(),
+        "torch_mkl": torch.backends.mkl.is_available(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **of_gpu.cuda_software(),
+    }
+
+
 def software() -> dict[str, object]:
     """The software part of capture.json; torch's build is added by the process that imports torch."""
     try:

@@ -16,7 +16,7 @@ from perfmodel.errors import InputError
 
 from . import machine
 from .calibration import Entry, Scalar, line, probe_key, stated
-from .timing import Clock, Limits, host_clock
+from .timing import Limits, host_clock
 
 PRESETS = ("quick", "standard", "full")
 TORCH_DTYPES = {
@@ -103,11 +103,18 @@ def stated_numbers(device: str) -> dict[str, Entry]:
 
 
 def run_probe(probe: Probe, limits: Limits, run: int) -> dict[str, object]:
-    """Measure one probe: its line of calibration.jsonl. Lets through whatever the probe raises."""
+    """Measure one probe: its line of calibration.jsonl.
+
+    Raises InputError, RuntimeError (torch's own, CUDA's among them), OSError or MemoryError, whatever went wrong.
+    """
     began = time.perf_counter()
     try:
         with torch.inference_mode():
             found = probe.measure(limits)
+    except (InputError, RuntimeError, OSError, MemoryError):
+        raise
+    except Exception as error:  # another torch, another driver: the other probes go on
+        raise InputError(f"{type(error).__name__}: {error}") from error
     finally:
         give_back_memory()
     took_s = time.perf_counter() - began
@@ -139,16 +146,6 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cuda_clock(work: Callable[[], object]) -> float:
-    """Device time in ns between two events around work in the current stream."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e6
-
-
 def waited_clock(work: Callable[[], object]) -> float:
     """Wall time in ns from an idle device to the end of everything the work put there."""
     torch.cuda.synchronize()
@@ -158,11 +155,6 @@ def waited_clock(work: Callable[[], object]) -> float:
         torch.cuda.synchronize()
 
     return host_clock(all_of_it)
-
-
-def clock_of(device: str) -> Clock:
-    """The clock for work on a device."""
-    return cuda_clock if device == "cuda" else host_clock
 
 
 def need_free(n_bytes: int, device: str) -> None:

@@ -15,8 +15,8 @@ from perfmodel.errors import InputError
 from . import gpu, probes_host, probes_link, smi
 from .calibration import Scalar
 from .layer import grouped_mm
-from .probes import TORCH_DTYPES, Measured, Probe, cuda_clock, need_free, random_bytes
-from .timing import Limits, host_clock, measure
+from .probes import TORCH_DTYPES, Measured, Probe, need_free, random_bytes
+from .timing import Limits, cuda_clock, host_clock, measure
 
 SIDES = {"quick": (8192,), "standard": (8192,), "full": (8192, 4096, 16384)}
 STREAM_BYTES = {"quick": 1 << 28, "standard": 1 << 29, "full": 1 << 30}

@@ -17,8 +17,8 @@ from perfmodel.errors import InputError
 from . import machine
 from .calibration import Scalar
 from .layer import grouped_mm
-from .probes import TORCH_DTYPES, Measured, Probe, clock_of, cpu_threads, need_free, random_bytes
-from .timing import Limits, host_clock, measure
+from .probes import TORCH_DTYPES, Measured, Probe, cpu_threads, need_free, random_bytes
+from .timing import Limits, clock_of, host_clock, measure
 
 FALLBACK_CACHE_BYTES = 1 << 25
 STREAM_OVER_CACHE = 8  # a streamed array is this many last-level caches large

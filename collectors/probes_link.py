@@ -19,9 +19,9 @@ from perfmodel.errors import InputError
 from . import gpu, machine
 from .alias import check_alias, device_alias
 from .calibration import Scalar
-from .probes import Measured, Probe, cpu_threads, cuda_clock, need_free, random_bytes, waited_clock
+from .probes import Measured, Probe, cpu_threads, need_free, random_bytes, waited_clock
 from .probes_host import expert_call, expert_weights
-from .timing import Clock, Limits, measure
+from .timing import Clock, Limits, cuda_clock, measure
 
 COVER_BYTES = 1 << 28  # sizes below this rotate through as much
 CORE_BYTES = 1 << 28

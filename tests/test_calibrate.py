@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from collectors import calibration
+from collectors import calibration, timing
 from collectors.calibration import key, pooled, probe_key, summary, value_of
 from collectors.timing import Limits
 from perfmodel.errors import InputError
@@ -206,6 +206,20 @@ def test_what_a_probe_raises_comes_through_and_leaves_no_mode_behind():
     with pytest.raises(InputError, match="no such memory"):
         probes.run_probe(probes.Probe("x", {}, None, "ns", False, fail), ONCE, 0)
     assert not torch.is_inference_mode_enabled()
+
+
+def test_an_error_nobody_foresaw_is_a_reason_and_not_the_end():
+    def fail(_):
+        raise AttributeError("module 'torch' has no attribute 'made_up'")
+
+    with pytest.raises(InputError, match="AttributeError: module 'torch' has no attribute"):
+        probes.run_probe(probes.Probe("x", {}, None, "ns", False, fail), ONCE, 0)
+
+
+def test_a_cuda_clock_tells_the_time_between_its_events(monkeypatch):
+    clock = fake_cuda.install(monkeypatch)
+    assert timing.clock_of("cuda")(lambda: clock.spend(7_000.0)) == pytest.approx(7_000.0 + fake_cuda.EVENT_NS)
+    assert timing.clock_of("cpu") is timing.host_clock
 
 
 def test_buffers_are_random_finite_and_refused_when_memory_is_short(monkeypatch):

@@ -316,6 +316,8 @@ def test_software_of_a_torch_without_cuda_is_null():
     if torch.version.cuda is None:
         assert set(found.values()) == {None}
     assert gpu._library_version("libnothing.so.99", "f") is None
+    assert machine.gpu("cpu") == {}
+    assert {*found, "torch_mkldnn", "torch_mkl", "torch_cpu_capability"} == set(machine.torch_build())
 
 
 def test_a_library_version_is_put_together(monkeypatch):
