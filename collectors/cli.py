@@ -12,7 +12,7 @@ from typing import NoReturn
 from perfmodel.errors import InputError, MissingExtraError
 from perfmodel.routing import PATTERNS, pattern_shares
 
-from . import machine
+from . import machine, routing
 from .campaign import Order, collect, settings_of
 from .design import design, point_s
 from .facts import assumed_facts
@@ -122,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shapes", type=_names, help="comma list of MODEL, MODEL/DIVISOR or eE-kK-hH-iI")
     one.add_argument("--tokens", type=_token_counts, help="comma list of batch sizes in tokens")
     one.add_argument("--routings", type=_routings, default=ROUTINGS, help=f"comma list of {', '.join(PATTERNS)}")
+    routing.add_arguments(commands.add_parser("routing", help="record which experts a model selects, as a routing file"))
     stage = commands.add_parser("stage")
     stage.add_argument("arguments", nargs="+")
     stage.add_argument("--out", type=Path, required=True)
@@ -238,7 +239,12 @@ def _stage(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"campaign": _campaign, "sweep": _sweep, "stage": _stage}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "campaign": _campaign,
+    "sweep": _sweep,
+    "routing": routing.run,
+    "stage": _stage,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

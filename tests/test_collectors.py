@@ -272,7 +272,7 @@ CLAIMS = [
     (("sweep", "--out", "x", "--dtype", "float8"), "invalid choice: 'float8'"),
     (("sweep", "--out", "x", "--runs", "0"), "--runs is '0', expected a whole number from 1"),
     (("sweep", "--out", "x", "--tokens", "4,zero"), "a number of tokens is 'zero'"),
-    (("sweep", "--out", "x", "--routings", "zipf"), "unknown routing 'zipf'"),
+    (("sweep", "--out", "x", "--routings", "zeta"), "unknown routing 'zeta'"),
     (("sweep", "--out", "x", "--seed", "-1"), "expected a whole number"),
     (("sweep", "--plan", "--shapes", "gpt-9/4"), "unknown shape 'gpt-9'"),
     (("sweep", "--plan", "--shapes", "olmoe/0"), "divisor is '0'"),
