@@ -69,7 +69,7 @@ def write_profile(folder: Path, pool: Pool, workload: Workload, shares: Shares |
 
     Raises InputError when a CUDA trace holds no kernel: another profiler has the device's tracing.
     """
-    call = prepare(pool, workload, shares, 0, mark=lambda part: named_range(f"perfmodel::{part}"))
+    call = prepare(pool, workload, shares, 0, mark=lambda part: named_range(f"perfmodel::{part}")).call
     is_cuda = workload.device == "cuda"
     call(0)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_cuda else [])

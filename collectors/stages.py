@@ -148,7 +148,7 @@ def run_stage(
                 continue
             began = int(time.time())
             try:
-                call = prepare(pool, workload, shares_for(workload, shares), run)
+                call = prepare(pool, workload, shares_for(workload, shares), run).call
                 attempt = partial(measure, call, clock, limits)
                 left_s = max(0.0, limits.patience_s - waited_s)
                 times, was_disturbed, took_s = measure_undisturbed(
