@@ -13,19 +13,18 @@ from perfmodel.routing import Shares
 
 from .lanes import COPY_IN, COPY_OUT, Run, Step, in_order, on_cuda
 from .layer import Layer, Mark, Matrix, grouped_mm, moe_layer, no_mark, quantise
+from .mapped import map_experts, n_mapped_copies, virtual_memory
 from .memory import (
     Pool,
     active_offloaded,
     expert_elements,
-    map_experts,
+    hosted,
     matrices,
-    n_mapped_copies,
     place,
     residents,
     seen_by_device,
     staging_elements,
     views,
-    virtual_memory,
 )
 from .modes import (
     FP8_WEIGHT_SCALE,
@@ -88,11 +87,11 @@ def problem_of(pool: Pool, workload: Workload, shares: Shares | None, run: int, 
     torch.manual_seed(workload_seed(workload.moe_shape, run, workload.id, 0))
     is_gated = workload.n_gemms == 3
     if workload.op != "moe_layer":
-        rows: Matrix = torch.randn(ends[-1], matrices(workload)[0][1], device=device).to(dtype)
+        rows: Matrix = torch.randn(ends[-1], matrices(workload)[0][1], device=device, dtype=dtype)
         if workload.dtype == "fp8":  # quantised by what comes before, which is not timed
             rows = quantise(rows)
         return Problem(workload, device, slots, ends, is_gated, None, None, None, rows, mark)
-    x = torch.randn(workload.n_tokens, workload.hidden, device=device).to(dtype)
+    x = torch.randn(workload.n_tokens, workload.hidden, device=device, dtype=dtype)
     slot_of = np.empty(workload.n_experts, dtype=np.int64)
     slot_of[list(slots)] = np.arange(workload.n_experts)
     chosen = torch.from_numpy(slot_of[choices(workload, shares)]).to(device)
@@ -210,11 +209,9 @@ def _arrange_steps(pool: Pool, problem: Problem) -> Arranged:
         steps = [overlap_steps(slate, problem, p.device, p.host, buffers) for p in placed]
         facts["chunk_experts"] = size
     elif workload.access == "cpu":
-        dims, n_rows = matrices(workload), 0
-        if staged := staging_elements(workload):
-            n_rows = staged // (dims[0][1] + dims[-1][0])
-        n_in = n_rows * dims[0][1]
-        pinned = rest[:n_in].view(n_rows, dims[0][1]), rest[n_in : n_in + n_rows * dims[-1][0]].view(n_rows, dims[-1][0])
+        (_, k), (n, _) = matrices(workload)[0], matrices(workload)[-1]
+        n_rows = staging_elements(workload) // (k + n)
+        pinned = rest[: n_rows * k].view(n_rows, k), rest[n_rows * k : n_rows * (k + n)].view(n_rows, n)
         target = torch.empty_like(pinned[1], device=problem.device)
         steps = [cpu_steps(slate, problem, p.device, p.host, pinned, target) for p in placed]
         facts["host_kernel"] = "one mm per expert"
@@ -225,16 +222,21 @@ def _arrange_steps(pool: Pool, problem: Problem) -> Arranged:
     calls = tuple(bind(found) for found in steps)
 
     def experts(position: int) -> list[list[Matrix]]:
-        """After a copy the offloaded experts are still those of the host."""
-        here, there, found = placed[position].device, placed[position].host, []
-        away = {e: i for i, e in enumerate(sorted(workload.offloaded or ()))}
-        near = {e: i for i, e in enumerate(residents(workload) if n_on_device < workload.n_experts else problem.slots)}
-        for device, host in zip(here, there, strict=True):
-            found.append([scaled(host[away[e]] if e in away else device[near[e]]) for e in problem.slots])
+        """Also after a copy the offloaded experts are those of the host; where none has tokens there are no weights."""
+        where = {e: (True, i) for i, e in enumerate(hosted(workload))}
+        if n_on_device == workload.n_experts:
+            where = {e: (False, e) for e in problem.slots} | where
+        else:
+            where |= {e: (False, i) for i, e in enumerate(residents(workload))}
+        found = []
+        for device, host in zip(placed[position].device, placed[position].host, strict=True):
+            nothing = torch.zeros(device.shape[1:], dtype=device.dtype, device=device.device)
+            lie = [(host if where[e][0] else device)[where[e][1]] if e in where else nothing for e in problem.slots]
+            found.append([scaled(matrix) for matrix in lie])
         return found
 
-    n_launches = sum(name.split(" ")[0] in ("resident", "offloaded", "experts", "chunk") for name in
-                     (step.name for step in steps[0]))  # fmt: skip
+    launching = ("resident", "offloaded", "experts", "chunk")
+    n_launches = sum(step.name.partition(" ")[0] in launching for step in steps[0])
     facts |= {"n_expert_launches": n_launches, "counts": "read back in each call" if problem.is_layer else "known"}
     return Arranged(problem, calls, tuple(steps), slate, experts, facts, _nothing)
 

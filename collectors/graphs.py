@@ -19,13 +19,13 @@ def capture_stream() -> torch.cuda.Stream:
 
 
 def per_graph(n_positions: int) -> int:
-    """Calls in each graph: as few graphs as hold all positions, all of one size; the rest of the positions is left out."""
+    """Calls in each graph: as few graphs as hold all positions, all of one size; what is left over is not recorded."""
     n_graphs = -(-n_positions // POSITIONS_PER_GRAPH)
     return n_positions // n_graphs
 
 
 def _refuse_waiting(call: Callable[[], object]) -> None:
-    """Raise InputError when a call waits for the device: a recording broken off leaves torch's allocator in disorder."""
+    """Raise InputError when a call waits for the device: a recording that breaks off leaves torch in disorder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that this mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
@@ -33,7 +33,7 @@ def _refuse_waiting(call: Callable[[], object]) -> None:
             call()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"this work waits for the device and cannot be recorded into a graph: {reason}") from None
+            raise InputError(f"this work waits for the device, so it cannot be recorded: {reason}") from None
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -55,7 +55,8 @@ class Recorded:
 def record(calls: Sequence[Callable[[], object]]) -> Recorded:
     """The calls as graphs, replayed once, the last one last.
 
-    The first and the last call run before, so that libraries are set up. Raises InputError when the work cannot be recorded.
+    The first and the last call run before, so that libraries are set up. Raises InputError when the work cannot be
+    recorded.
     """
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())

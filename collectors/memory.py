@@ -1,7 +1,7 @@
 """Weights in two memories: where the experts of each rotation position lie, on the device and on the host.
 
-Host memory is one pinned buffer a process, since torch rounds pinned allocations up to powers of two; zero-copy in one
-launch maps granules of both memories into one range instead. Each position reads other copies, so that caches stay cold.
+Host memory is one pinned buffer a process, since torch rounds pinned allocations up to powers of two. Each position
+reads other copies, so that caches stay cold. One range over both memories is in `mapped.py`.
 """
 
 import math
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from perfmodel.errors import InputError
 
-from .alias import device_alias, tensor_at
-from .driver import CudaDriverError, Driver, Range, VirtualMemory, load_library, open_virtual_memory
+from .alias import device_alias
+from .driver import VirtualMemory
 from .plan import Workload
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 # Host weights pass this many bytes before they are read again: the last-level caches of servers hold less.
 HOST_COLD_BYTES = 1 << 29
-MAX_HOST_COPIES, MAX_POSITIONS = 8, 64
+MAX_HOST_COPIES, MAX_POSITIONS = 64, 64
+MAX_SPLIT_COPIES = 4  # these hold idle experts too, and a GPU does not keep what it reads of host memory
 DEVICE_RESERVE_BYTES = 4 << 30  # for activations, while granules are mapped
 FREE_SHARE = 0.8  # of free host memory that may be pinned
 
@@ -69,6 +70,14 @@ def residents(workload: Workload) -> tuple[int, ...]:
     return tuple(e for e in range(workload.n_experts) if e not in away)
 
 
+def hosted(workload: Workload) -> tuple[int, ...]:
+    """The experts of which the host buffer holds weights, ascending: the offloaded that receive tokens.
+
+    One launch over host memory also looks at experts without tokens, so there they have weights too.
+    """
+    return tuple(sorted(workload.offloaded or ())) if workload.residency == "split" else active_offloaded(workload)
+
+
 def staging_elements(workload: Workload) -> int:
     """Pinned elements of activations that go to the host and back when the host computes."""
     if workload.access != "cpu":
@@ -80,14 +89,15 @@ def staging_elements(workload: Workload) -> int:
 
 def host_bytes(workload: Workload, n_copies: int = 1) -> int:
     """Pinned host memory a point needs for so many copies of its offloaded experts."""
-    elements = n_copies * len(workload.offloaded or ()) * expert_elements(workload) + staging_elements(workload)
+    elements = n_copies * len(hosted(workload)) * expert_elements(workload) + staging_elements(workload)
     return elements * TORCH_DTYPES[workload.dtype].itemsize
 
 
 def n_host_copies(workload: Workload, limit_bytes: float) -> int:
     """Copies of the offloaded experts that keep the host's caches cold, as far as the limit allows; 0: none fits."""
     touched = len(active_offloaded(workload)) * expert_elements(workload) * TORCH_DTYPES[workload.dtype].itemsize
-    wanted = min(MAX_HOST_COPIES, math.ceil(HOST_COLD_BYTES / touched) + 1) if touched else 1
+    most = MAX_SPLIT_COPIES if workload.residency == "split" else MAX_HOST_COPIES
+    wanted = min(most, math.ceil(HOST_COLD_BYTES / touched)) if touched else 1
     one = host_bytes(workload, 1) - host_bytes(workload, 0)
     room = int((limit_bytes - host_bytes(workload, 0)) // one) if one else wanted
     return max(0, min(wanted, room))
@@ -167,7 +177,7 @@ def host_buffer(pool: Pool, n_elements: int) -> Tensor:
     if pool.flat.is_cuda and hasattr(torch._C, "_host_emptyCache"):
         torch._C._host_emptyCache()  # torch keeps freed pinned memory otherwise
     flat = torch.empty(size, dtype=torch.uint8, pin_memory=pool.flat.is_cuda).view(pool.flat.dtype)
-    # The buffer is written on the host, so that its pages lie where the host's threads are.
+    # The buffer is written by the host, so that its pages lie where the host's threads are.
     fill(flat, pool.flat[: min(1 << 24, pool.flat.numel())].cpu())
     side.flat = flat
     if pool.flat.is_cuda:
@@ -203,12 +213,12 @@ def n_positions(workload: Workload, cold_bytes: float) -> int:
 def place(pool: Pool, workload: Workload, n_on_device: int) -> tuple[list[Placed], Tensor, int]:
     """The rotation positions over the pool and the host buffer, the buffer's rest for staging, and how many copies.
 
-    `n_on_device` experts of each copy are on the device, the offloaded ones on the host. Device and host copies rotate
+    `n_on_device` experts of each copy are on the device, the `hosted` ones on the host. Device and host copies rotate
     on their own, as many as fit. Raises InputError when not one copy fits.
     """
     dims, per_expert = matrices(workload), expert_elements(workload)
     wanted = n_positions(workload, pool.cold_bytes)
-    on_device, on_host = n_on_device * per_expert, len(workload.offloaded or ()) * per_expert
+    on_device, on_host = n_on_device * per_expert, len(hosted(workload)) * per_expert
     n_device = min(wanted, pool.flat.numel() // on_device) if on_device else 1
     if n_device < 1:
         raise InputError(f"{workload.shape} has more weights than the pool holds")
@@ -225,7 +235,7 @@ def place(pool: Pool, workload: Workload, n_on_device: int) -> tuple[list[Placed
     found = [
         Placed(
             views(pool.flat, position % n_device * on_device, n_on_device, dims),
-            views(buffer, position % n_host * on_host, len(workload.offloaded or ()), dims),
+            views(buffer, position % n_host * on_host, len(hosted(workload)), dims),
         )
         for position in range(max(n_device, n_host))
     ]
@@ -238,93 +248,3 @@ def seen_by_device(pool: Pool, host: Tensor) -> Tensor:
         return host
     alias = pool.host.alias
     return alias.as_strided(host.shape, host.stride(), host.storage_offset())
-
-
-def virtual_memory(pool: Pool) -> VirtualMemory:
-    """The granules of this process; raises CudaDriverError where device and host memory cannot share a range."""
-    if pool.host.virtual is None:
-        torch.empty(1, device="cuda")  # makes the device's context current on this thread
-        pool.host.virtual = open_virtual_memory(Driver(load_library()), torch.cuda.current_device())
-    return pool.host.virtual
-
-
-def _fill_range(mapped: Range, pool: Pool, whole: Tensor) -> None:
-    """Random weights into the granules that nothing was written to, by a kernel: a copy may refuse host addresses."""
-    step = mapped.granule_bytes
-    bits = whole.view(torch.int32)
-    n_block = min(pool.flat.numel(), step // pool.flat.element_size()) // 4 * 4
-    block = pool.flat[:n_block].view(torch.int32)
-    for place_ in sorted(mapped.fresh):
-        for part in bits[place_ * step // 4 : (place_ + 1) * step // 4].split(block.numel()):
-            torch.bitwise_or(block[: part.numel()], 0, out=part)
-    torch.cuda.synchronize()
-
-
-def map_experts(pool: Pool, workload: Workload, n: int, k: int) -> tuple[Tensor, Range]:
-    """`[expert, N, K]` in one range, each expert on its own pages of the device or, when offloaded, of the host.
-
-    The stride between experts is rounded up to whole granules. Raises CudaDriverError.
-    """
-    memory = virtual_memory(pool)
-    element_bytes, away = pool.flat.element_size(), set(workload.offloaded or ())
-    per_expert = -(-n * k * element_bytes // memory.granule_bytes)
-    mapped = memory.map([e in away for e in range(workload.n_experts) for _ in range(per_expert)])
-    try:
-        whole = tensor_at(mapped.address, (mapped.n_bytes,), torch.uint8, None)
-        _fill_range(mapped, pool, whole)
-    except BaseException:
-        memory.unmap(mapped, is_filled=False)
-        raise
-    stride = per_expert * memory.granule_bytes // element_bytes
-    first = memory.granule_bytes // element_bytes
-    flat = whole.view(pool.flat.dtype)
-    return flat.as_strided((workload.n_experts, n, k), (stride, k, 1), first), mapped
-
-
-def n_mapped_copies(pool: Pool, workload: Workload) -> int:
-    """Copies of a layer that can be mapped at once, as many as the rotation wants; 0 when none fits."""
-    memory = virtual_memory(pool)
-    n_granules = sum(-(-n * k * pool.flat.element_size() // memory.granule_bytes) for n, k in matrices(workload))
-    n_away = len(workload.offloaded or ())
-    device_one = (workload.n_experts - n_away) * n_granules * memory.granule_bytes + len(matrices(workload)) * (
-        memory.granule_bytes
-    )
-    host_one = n_away * n_granules * memory.granule_bytes
-    device_room = memory.idle_bytes(False) + max(0, torch.cuda.mem_get_info()[0] - DEVICE_RESERVE_BYTES)
-    host_room = memory.idle_bytes(True) + FREE_SHARE * free_host_bytes()
-    if pool.host.limit_bytes is not None:
-        host_room = min(host_room, memory.idle_bytes(True) + pool.host.limit_bytes - memory.made_bytes(True))
-    wanted = n_positions(workload, pool.cold_bytes)
-    return int(max(0, min(wanted, device_room // device_one, host_room // host_one if host_one else wanted)))
-
-
-def trim(pool: Pool) -> None:
-    """Give idle granules and torch's cached blocks back to the device, when another point finds no memory."""
-    if pool.host.virtual is not None:
-        torch.cuda.synchronize()
-        pool.host.virtual.trim()
-    if pool.flat.is_cuda:
-        torch.cuda.empty_cache()
-
-
-def support(device: str) -> str | None:
-    """Why one tensor cannot lie in both memories here, or null: one range is made, written through and read back."""
-    if device != "cuda":
-        return "only CUDA devices map two memories into one range"
-    try:
-        torch.empty(1, device="cuda")
-        memory = open_virtual_memory(Driver(load_library()), torch.cuda.current_device())
-        mapped = memory.map([True, False])
-        try:
-            values = tensor_at(mapped.address, (mapped.n_bytes // 4,), torch.int32, None)
-            torch.arange(values.numel(), dtype=torch.int32, device="cuda", out=values)
-            expected = torch.arange(values.numel(), dtype=torch.int32, device="cuda")
-            is_right = bool((values == expected).all().item())
-            del values
-        finally:
-            torch.cuda.synchronize()
-            memory.unmap(mapped)
-            memory.trim()
-    except (CudaDriverError, RuntimeError, ValueError, TypeError) as error:
-        return str(error).splitlines()[0]
-    return None if is_right else "what was written to a range over two memories did not come back"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Run, Step
 from .layer import Mark, Matrix, Scaled, activate, apply_experts, dispatch, no_mark, route
-from .memory import active_offloaded, expert_elements
+from .memory import active_offloaded, expert_elements, hosted
 from .plan import Workload
 
 CHUNK_BYTES = 1 << 24  # a copy of this size reaches the link's rate
@@ -58,6 +58,7 @@ class Problem:
     chosen: Tensor | None  # slots each token selects
     rows: Matrix | None  # of a grouped GEMM
     mark: Mark
+    made: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
     def is_layer(self) -> bool:
@@ -70,8 +71,10 @@ class Problem:
 
     def offs(self, slots: Sequence[int], first: int) -> Tensor:
         """Where the rows of slots end, counted from a first row: what grouped GEMM wants, on the device."""
-        ends = [self.ends[slot] - first for slot in slots]
-        return torch.tensor(ends, dtype=torch.int32, device=self.device)
+        ends = tuple(self.ends[slot] - first for slot in slots)
+        if ends not in self.made:  # the same for all positions
+            self.made[ends] = torch.tensor(ends, dtype=torch.int32, device=self.device)
+        return self.made[ends]
 
 
 @cache
@@ -95,6 +98,8 @@ def _compute(slate: Slate, problem: Problem, name: str, part: Part) -> None:
 
 def _route(slate: Slate, problem: Problem) -> None:
     assert problem.router is not None and problem.x is not None
+    slate.rows = slate.result = None  # so that their memory serves the next call
+    slate.outs.clear()
     slate.weights = route(problem.router, problem.x, problem.workload.top_k)
 
 
@@ -125,8 +130,9 @@ def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         target.copy_(source, non_blocking=True)
 
 
-def host_experts(rows: Tensor, weights: Sequence[Tensor], ends: Sequence[tuple[int, int]], out: Tensor,
-                 is_gated: bool) -> None:  # fmt: skip
+def host_experts(
+    rows: Tensor, weights: Sequence[Tensor], ends: Sequence[tuple[int, int]], out: Tensor, is_gated: bool
+) -> None:
     """Experts on the CPU, one after the other, into `out` [R, N]; `ends` are (expert, where its rows end).
 
     One matrix product per expert is what grouped GEMM does on a CPU too; this one writes straight into pinned memory.
@@ -166,7 +172,7 @@ class Builder:
     def add(self, name: str, lane: str, after: tuple[str, ...], run: Run) -> None:
         """One more step, in a range of its name without the number."""
         if self.problem.mark is not no_mark:
-            run = _marked(self.problem.mark, name.split(" ")[0], run)
+            run = _marked(self.problem.mark, name.partition(" ")[0], run)
         self.steps.append(Step(name, lane, after, run))
 
     def compute(self, name: str, part: Part, after: tuple[str, ...] = ()) -> None:
@@ -190,7 +196,9 @@ def _resident_part(problem: Problem, device: tuple[Tensor, ...]) -> Part:
     return Part(first, last, problem.offs(range(n), 0), tuple(scaled(m) for m in device))
 
 
-def split_steps(slate: Slate, problem: Problem, device: tuple[Tensor, ...], far: tuple[Tensor, ...]) -> tuple[Step, ...]:
+def split_steps(
+    slate: Slate, problem: Problem, device: tuple[Tensor, ...], far: tuple[Tensor, ...]
+) -> tuple[Step, ...]:
     """Zero-copy by two launches: residents over device memory, the offloaded over host memory seen in place."""
     build = Builder(slate, problem)
     n = len(device[0])
@@ -201,15 +209,17 @@ def split_steps(slate: Slate, problem: Problem, device: tuple[Tensor, ...], far:
     return build.done()
 
 
-def copy_steps(slate: Slate, problem: Problem, device: tuple[Tensor, ...], host: tuple[Tensor, ...]) -> tuple[Step, ...]:
+def copy_steps(
+    slate: Slate, problem: Problem, device: tuple[Tensor, ...], host: tuple[Tensor, ...]
+) -> tuple[Step, ...]:
     """The active offloaded experts are copied to their places on the device, then one launch serves all."""
     build = Builder(slate, problem)
-    away = sorted(problem.workload.offloaded or ())
+    away = hosted(problem.workload)
     pairs = []
     for target, source in zip(device, host, strict=True):
-        for first, last in _runs(active_offloaded(problem.workload)):
-            place_ = away.index(first)
-            pairs.append((target[first : last + 1], source[place_ : place_ + last + 1 - first]))
+        for first, last in _runs(away):
+            place = away.index(first)
+            pairs.append((target[first : last + 1], source[place : place + last + 1 - first]))
     if pairs:
         build.add("copy", COPY_IN, build.counts_known, partial(_copy, pairs))
     n = len(problem.ends)
@@ -240,20 +250,17 @@ def overlap_steps(
     slate: Slate, problem: Problem, device: tuple[Tensor, ...], host: tuple[Tensor, ...],
     buffers: Sequence[tuple[Tensor, ...]],
 ) -> tuple[Step, ...]:  # fmt: skip
-    """Residents compute while the active offloaded experts arrive in chunks, in two buffers in turn, and follow them."""
+    """Residents compute while the active offloaded experts arrive in chunks, in two buffers in turn; chunks follow."""
     build = Builder(slate, problem)
-    away = sorted(problem.workload.offloaded or ())
-    active = [away.index(e) for e in active_offloaded(problem.workload)]  # places among the offloaded
-    n, size = len(device[0]), len(buffers[0][0])
-    chunks = [active[i : i + size] for i in range(0, len(active), size)]
+    away, size = hosted(problem.workload), len(buffers[0][0])
+    chunks = [range(first, min(first + size, len(away))) for first in range(0, len(away), size)]  # places in the host's
 
     def bring(number: int) -> None:
-        pairs = []
-        for source, target in zip(host, buffers[number % 2], strict=True):
-            done = 0
-            for first, last in _runs(chunks[number]):
-                pairs.append((target[done : done + last + 1 - first], source[first : last + 1]))
-                done += last + 1 - first
+        chunk = chunks[number]
+        pairs = [
+            (target[: len(chunk)], source[chunk.start : chunk.stop])
+            for source, target in zip(host, buffers[number % 2], strict=True)
+        ]
         # A buffer is overwritten only after the chunk that was in it has been computed.
         after = (f"chunk {number - 2}",) if number >= 2 else ()
         build.add(f"copy {number}", COPY_IN, (*build.counts_known, *after), partial(_copy, pairs))
@@ -262,7 +269,7 @@ def overlap_steps(
         bring(number)
     build.compute("resident", _resident_part(problem, device))
     for number, chunk in enumerate(chunks):
-        slots = [n + place_ for place_ in chunk]
+        slots = [problem.slots.index(away[place]) for place in chunk]
         first, last = problem.rows_of(slots[0])[0], problem.ends[slots[-1]]
         weights = tuple(scaled(m[: len(chunk)]) for m in buffers[number % 2])
         build.compute(f"chunk {number}", Part(first, last, problem.offs(slots, first), weights), (f"copy {number}",))
@@ -287,16 +294,15 @@ def cpu_steps(
 ) -> tuple[Step, ...]:  # fmt: skip
     """Rows of offloaded experts go to the host, which computes them while the device computes the others."""
     build = Builder(slate, problem)
-    n = len(device[0])
-    first, last = problem.rows_of(n, len(host[0]))
+    first, last = problem.ends[len(device[0]) - 1] if len(device[0]) else 0, problem.ends[-1]
     if last == first:
         build.compute("resident", _resident_part(problem, device))
         return build.done()
-    build.add("send", COPY_OUT, (*build.counts_known, *build.rows_ready), partial(_send, slate, problem, first, pinned[0]))
+    ready = (*build.counts_known, *build.rows_ready)
+    build.add("send", COPY_OUT, ready, partial(_send, slate, problem, first, pinned[0]))
     build.compute("resident", _resident_part(problem, device))
-    away = sorted(problem.workload.offloaded or ())
-    places = [away.index(e) for e in active_offloaded(problem.workload)]
-    ends = [(place_, problem.ends[n + place_] - first) for place_ in places]
+    away = hosted(problem.workload)
+    ends = [(place, problem.ends[problem.slots.index(expert)] - first) for place, expert in enumerate(away)]
     build.add("host", HOST, ("send",), partial(host_experts, pinned[0], host, ends, pinned[1], problem.is_gated))
     build.add("receive", COPY_IN, ("host",), partial(_receive, slate, target, pinned[1]))
     build.parts.append(("host", first, last))

@@ -30,7 +30,8 @@ from .layer import (
     slow_grouped_mm,
     slow_moe_layer,
 )
-from .memory import MAX_POSITIONS, TORCH_DTYPES, HostSide, Pool, fill, trim
+from .mapped import trim
+from .memory import MAX_POSITIONS, TORCH_DTYPES, HostSide, Pool, fill
 from .modes import scaled
 from .plan import Workload, choices, rotation, workload_seed
 
@@ -58,7 +59,9 @@ class Prepared:
     close: Callable[[], None]
 
 
-def make_pool(n_bytes: int, cold_bytes: float, dtype: str, device: str, seed: int, host: HostSide | None = None) -> Pool:
+def make_pool(
+    n_bytes: int, cold_bytes: float, dtype: str, device: str, seed: int, host: HostSide | None = None
+) -> Pool:
     """A flat buffer of random weights, never zeros, every page touched.
 
     The host side of offloaded experts is made when a point first needs it, within the limits that `host` states.

@@ -16,7 +16,7 @@ from tests.lanes_made import MadeCuda, pickers, run_adversarially
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import access, graphs, lanes, memory, modes, plan, points, rehearse  # noqa: E402
+from collectors import access, graphs, lanes, mapped, memory, modes, plan, points, rehearse  # noqa: E402
 from collectors.lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Step  # noqa: E402
 
 WAYS = (
@@ -196,9 +196,7 @@ def snapshots(arranged, n_calls):
 
 def are_right(arranged, kept):
     n = len(arranged.steps)
-    return all(
-        points._difference(found, expected_of(arranged, call % n)) < 1e-4 for call, found in enumerate(kept)
-    )
+    return all(points._difference(found, expected_of(arranged, call % n)) < 1e-4 for call, found in enumerate(kept))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -239,7 +237,7 @@ def test_the_cuda_executor_gives_the_same_numbers(monkeypatch, op, way):
         kept = []
         for n in range(3):
             bind(arranged.steps[n % len(arranged.steps)])()
-            cuda.enqueue(lambda: kept.append(arranged.result().clone()))
+            cuda.enqueue(lambda kept=kept: kept.append(arranged.result().clone()))
         cuda.drain()
         assert len(kept) == 3 and are_right(arranged, kept)
 
@@ -278,6 +276,16 @@ def test_chunks_bring_the_active_offloaded_experts_once_and_in_order(monkeypatch
     assert arranged.facts["offloaded_rows"] == sum(workload.tokens_per_expert[e] for e in (1, 3, 6))
 
 
+def test_only_experts_with_tokens_take_host_memory_unless_one_launch_looks_at_all():
+    shares = np.array([4, 1, 0, 3, 2, 0, 5, 1]) / 16
+    away = {"shares": shares, "n_tokens": 64, "offloaded": (6, 1, 2, 3, 5)}
+    for way, experts in ((("copy", None), (1, 3, 6)), (("cpu", None), (1, 3, 6)), (WAYS[1], (1, 2, 3, 5, 6))):
+        workload, _ = made(way=way, **away)
+        assert memory.hosted(workload) == experts
+        staged = memory.staging_elements(workload) * 4
+        assert memory.host_bytes(workload, 3) == 3 * len(experts) * 64 * 64 * 4 + staged
+
+
 def test_a_layer_says_when_counts_read_back_are_not_those_of_the_plan():
     workload, shares = made(op="moe_layer", way=("copy", None))
     arranged = access.arrange(pool_for(workload), workload, shares, 0)
@@ -312,7 +320,7 @@ def test_what_cannot_be_is_said():
     workload, shares = made(way=("zero-copy", "system"))
     with pytest.raises(InputError, match="needs a CUDA device"):
         points.prepare(pool_for(workload), workload, shares, 0)
-    assert "only CUDA" in memory.support("cpu")
+    assert "only CUDA" in mapped.support("cpu")
     with pytest.raises(InputError, match="more weights than the pool holds"):
         points.prepare(points.make_pool(64, 0.0, "fp32", "cpu", 0), made()[0], shares, 0)
 
@@ -350,14 +358,19 @@ def test_the_pinned_buffer_is_a_power_of_two_that_serves_all():
     assert memory.n_host_copies(copy, 1e12) == memory.MAX_HOST_COPIES
     assert memory.n_host_copies(copy, 3 * one + 5) == 3
     assert memory.n_host_copies(copy, one - 1) == 0
-    assert memory.host_pool_bytes([copy], 1e12) == 8 * one
+    assert memory.host_pool_bytes([copy], 1e12) == 64 * one
+    split, _ = made(n_experts=4, top_k=4, n_tokens=2, offloaded=(0, 3), way=("zero-copy", "split"))
+    assert memory.host_pool_bytes([split], 1e12) == 4 * one
+    large, _ = made(n_experts=4, top_k=4, n_tokens=2, offloaded=(0, 3), hidden=4096, inter=4096)
+    assert memory.n_host_copies(large, 1e12) == 2  # 268 MB each, and 537 MB are to be read
+    assert memory.host_pool_bytes([copy, large], 1e12) == 2**29
     assert memory.host_pool_bytes([copy], 3 * one) == 2 * one
     assert memory.host_pool_bytes([copy], one - 1) == 0
     cpu, _ = made(n_experts=4, top_k=4, n_tokens=2, offloaded=(0, 3), way=("cpu", None))
     rows = 2 * 2  # two tokens on two experts, to the host and back
     assert memory.staging_elements(cpu) == rows * (64 + 64)
     assert memory.host_bytes(cpu) == one + rows * 128 * 4
-    assert memory.host_pool_bytes([cpu], 1e12) == 16 * one  # eight copies and a little
+    assert memory.host_pool_bytes([cpu], 1e12) == 128 * one  # 64 copies and a little
     mapped, _ = made(way=("zero-copy", "mapped"))
     assert memory.host_pool_bytes([mapped], 1e12) == 0
     assert [memory.largest_buffer_bytes(n) for n in (0, 1, 2, 3, 4, 1023, 1024.5)] == [0, 1, 2, 2, 4, 512, 1024]
@@ -376,11 +389,11 @@ def test_host_memory_has_a_limit_and_grows_within_it():
     with pytest.raises(InputError, match="more host memory than may be taken"):
         points.prepare(pool, more, shares, 0)
     pool = points.make_pool(
-        int(workload.moe_shape.layer_bytes), 0.0, "fp32", "cpu", 0, memory.HostSide(wanted_bytes=1 << 20)
+        int(workload.moe_shape.layer_bytes), 0.0, "fp32", "cpu", 0, memory.HostSide(wanted_bytes=1 << 23)
     )
     assert pool.host.flat is None  # made when it is needed
     points.prepare(pool, workload, shares, 0)
-    assert pool.host.flat.numel() * 4 == 1 << 20
+    assert pool.host.flat.numel() * 4 == 1 << 23
 
 
 def test_positions_lie_apart_in_both_memories():
@@ -392,8 +405,10 @@ def test_positions_lie_apart_in_both_memories():
     starts = {p.device[0].data_ptr() for p in placed}
     assert len(starts) == 9
     assert min(abs(a - b) for a in starts for b in starts if a != b) == placed[0].device[0].numel() * 4
-    assert len({p.host[0].data_ptr() for p in placed}) == memory.MAX_HOST_COPIES
-    assert rest.data_ptr() == pool.host.flat.data_ptr() + 8 * placed[0].host[0].numel() * 4
+    hosts = {p.host[0].data_ptr() for p in placed}
+    assert len(hosts) == memory.MAX_HOST_COPIES
+    assert max(hosts) - min(hosts) == 63 * placed[0].host[0].numel() * 4
+    assert rest.numel() == 0  # 64 copies are a power of two
     assert float(pool.host.flat.std()) == pytest.approx(0.02, rel=0.1)  # random weights, not zeros
 
 
@@ -442,3 +457,115 @@ def test_a_rehearsal_says_what_fails(monkeypatch):
     results = rehearse.rehearse([ok, bad])
     assert [is_ok for _, is_ok, _ in results] == [True, False]
     assert "cpu" in results[1][2]
+
+
+# --- on a CUDA device: `pytest -m gpu tests/test_access.py` ---
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    yield
+    torch.cuda.synchronize()
+
+
+def on_cuda(way, op="grouped_gemm", dtype="bf16", **more):
+    case = {"n_experts": 16, "top_k": 4, "n_tokens": 200, "offloaded": (1, 2, 5, 9, 10, 15)}
+    return made(op=op, way=way, dtype=dtype, device="cuda", **{**case, "hidden": 512, "inter": 256, **more})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(filter(None, way)))
+def test_cuda_every_way_gives_the_numbers_of_the_slow_twin(cuda, monkeypatch, case, op, way):
+    if way[1] == "mapped" and (reason := mapped.support("cuda")):
+        pytest.skip(reason)
+    monkeypatch.setattr(modes, "CHUNK_BYTES", 1)
+    workload, shares = on_cuda(way, op, **{"n_experts": 8, "top_k": 2, "offloaded": (1, 4, 5), **CASES[case]})
+    points.check(pool_for(workload), workload, shares)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("way", [w for w in WAYS if w[0] != "cpu"], ids=lambda way: "-".join(filter(None, way)))
+def test_cuda_fp8_every_way(cuda, op, way):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this device has no grouped GEMM in fp8")
+    if way[1] == "mapped" and (reason := mapped.support("cuda")):
+        pytest.skip(reason)
+    workload, shares = on_cuda(way, op, "fp8")
+    points.check(pool_for(workload), workload, shares)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [w for w in WAYS if w[0] != "cpu"], ids=lambda way: "-".join(filter(None, way)))
+def test_cuda_graphs_replay_the_same_numbers(cuda, way):
+    if way[1] == "mapped" and (reason := mapped.support("cuda")):
+        pytest.skip(reason)
+    workload, shares = on_cuda(way)
+    workload = replace(workload, launch="graph")
+    pool = pool_for(workload)
+    points.check(pool, workload, shares)
+    prepared = points.prepare(pool, workload, shares, 0)
+    assert prepared.n_inner == prepared.facts["calls_per_graph"] >= 1
+    for n in range(3):
+        prepared.call(n)
+    torch.cuda.synchronize()
+    prepared.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_graphs_of_resident_experts(cuda, op):
+    workload, shares = on_cuda(("resident", None), op)
+    workload = replace(workload, offloaded=None, order=None, offload_frac=0.0, launch="graph")
+    points.check(pool_for(workload), workload, shares)
+
+
+@pytest.mark.gpu
+def test_cuda_a_layer_that_reads_counts_back_is_not_recorded(cuda):
+    workload, shares = on_cuda(("copy", None), "moe_layer")
+    with pytest.raises(InputError, match="host takes part"):
+        points.prepare(pool_for(workload), replace(workload, launch="graph"), shares, 0)
+
+
+@pytest.mark.gpu
+def test_cuda_alias_is_the_same_memory(cuda):
+    from collectors.alias import device_alias
+
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+        pinned = torch.zeros(1 << 16, dtype=torch.uint8).pin_memory().view(dtype)
+        alias = device_alias(pinned)
+        assert alias.is_cuda and alias.dtype == dtype and alias.data_ptr() == pinned.data_ptr()
+        alias.fill_(3)
+        torch.cuda.synchronize()
+        assert bool((pinned == 3).all())
+        pinned.fill_(5)
+        assert bool((alias == 5).all().item())
+
+
+@pytest.mark.gpu
+def test_cuda_mapped_ranges_come_and_go(cuda):
+    if reason := mapped.support("cuda"):
+        pytest.skip(reason)
+    workload, shares = on_cuda(("zero-copy", "mapped"))
+    pool = pool_for(workload)
+    for _ in range(3):
+        prepared = points.prepare(pool, workload, shares, 0)
+        assert bool(torch.isfinite(prepared.call(0)).all().item())
+        prepared.close()
+    held = pool.host.virtual.made_bytes(True)
+    assert held == pool.host.virtual.idle_bytes(True) > 0
+    mapped.trim(pool)
+    assert pool.host.virtual.made_bytes(True) == pool.host.virtual.made_bytes(False) == 0
+
+
+@pytest.mark.gpu
+def test_cuda_system_memory_where_there_is_such(cuda):
+    workload, shares = on_cuda(("zero-copy", "system"))
+    try:
+        points.check(pool_for(workload), workload, shares)
+    except InputError as error:
+        pytest.skip(str(error))

@@ -353,7 +353,7 @@ def test_layer_and_grouped_gemm_equal_their_slow_twins(dtype, routing):
         pool = points.make_pool(plan.pool_bytes(workloads, 1e6, 1e9), 1e6, dtype, "cpu", 0)
         for w in workloads:
             points.check(pool, w, None)
-            call = points.prepare(pool, w, None, run=0)
+            call = points.prepare(pool, w, None, run=0).call
             rows = w.n_tokens if w.op == "moe_layer" else w.n_tokens * w.top_k
             for number in range(3):
                 out = call(number)

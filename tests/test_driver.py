@@ -190,7 +190,7 @@ def test_the_kind_of_host_memory_that_works_is_taken():
     memory = open_virtual_memory(Driver(library), 0)
     mapped = memory.map([True])
     assert library.handles[library.mapped[mapped.address + GRANULE]] == (LOCATION_HOST, 0)
-    with pytest.raises(CudaDriverError, match="no host memory can be mapped.*CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(CudaDriverError, match=r"no host memory can be mapped.*CUDA_ERROR_INVALID_VALUE"):
         open_virtual_memory(Driver(MadeLibrary(host_kinds=())), 0)
 
 

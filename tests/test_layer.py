@@ -43,17 +43,17 @@ def test_slow_twins_take_experts_one_by_one():
     assert torch.allclose(layer.slow_grouped_mm(rows, weights, offs), by_hand)
 
 
-def fake_layer(dtype, device="cuda", padding=0):
-    """A layer of tensors without memory: 8 experts, hidden 64, inter 32, strides of experts padded."""
+def fake_layer(dtype, device="cuda", padding=0, n_experts=8):
+    """A layer of tensors without memory: hidden 64, inter 32, strides of experts padded."""
 
     def matrix(n, k):
-        flat = torch.empty(8 * (n * k + padding), dtype=dtype, device=device)
-        found = flat.as_strided((8, n, k), (n * k + padding, k, 1))
+        flat = torch.empty(n_experts * (n * k + padding), dtype=dtype, device=device)
+        found = flat.as_strided((n_experts, n, k), (n * k + padding, k, 1))
         if dtype == torch.float8_e4m3fn:
-            return Scaled(found, torch.empty(8, n, device=device))
+            return Scaled(found, torch.empty(n_experts, n, device=device))
         return found
 
-    router = torch.empty(8, 64, dtype=torch.bfloat16, device=device)
+    router = torch.empty(n_experts, 64, dtype=torch.bfloat16, device=device)
     return Layer(router, matrix(64, 64), matrix(64, 32), 2, True)
 
 
@@ -64,15 +64,18 @@ def test_cuda_kernels_accept_shapes_and_strides(dtype, padding):
     with FakeTensorMode():
         x = torch.empty(5, 64, dtype=torch.bfloat16, device="cuda")
         chosen = torch.empty(5, 2, dtype=torch.int64, device="cuda")
-        out = layer.moe_layer(fake_layer(dtype, padding=padding), x, chosen)
-        assert (out.device.type, out.dtype, tuple(out.shape)) == ("cuda", torch.bfloat16, (5, 64))
         whole = fake_layer(dtype, padding=padding)
+        assert tuple(layer.route(whole.router, x, 2).shape) == (5, 2)
+        rows, offs, _, _ = layer.dispatch(x, chosen, 8)
+        out = layer.apply_experts(rows, (whole.gate_up, whole.down), offs, True)
+        assert (out.device.type, out.dtype, tuple(out.shape)) == ("cuda", torch.bfloat16, (10, 64))
+        few = fake_layer(dtype, padding=padding, n_experts=3)
         offs = torch.empty(3, dtype=torch.int32, device="cuda")
-        part = layer.apply_experts(x[1:4], (whole.gate_up[2:5], whole.down[2:5]), offs, True)
-        assert tuple(part.shape) == (3, 64)
+        part = layer.apply_experts(x, (few.gate_up, few.down), offs, True)
+        assert tuple(part.shape) == (5, 64)
         rows = layer.quantise(x) if dtype == torch.float8_e4m3fn else x
-        one = layer.grouped_mm(rows[1:4], whole.gate_up[2:5], offs)
-        assert (one.dtype, tuple(one.shape)) == (torch.bfloat16, (3, 64))
+        one = layer.grouped_mm(rows, few.gate_up, offs)
+        assert (one.dtype, tuple(one.shape)) == (torch.bfloat16, (5, 64))
 
 
 def test_widths_that_cuda_kernels_refuse_are_refused_without_a_device():
