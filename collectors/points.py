@@ -6,7 +6,7 @@ counts as a multiset and therefore the work. Offloaded experts are where they ar
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,7 +30,7 @@ from .layer import (
     slow_grouped_mm,
     slow_moe_layer,
 )
-from .mapped import trim
+from .mapped import support, trim
 from .memory import MAX_POSITIONS, TORCH_DTYPES, HostSide, Pool, fill
 from .modes import scaled
 from .plan import Workload, choices, rotation, workload_seed
@@ -296,3 +296,34 @@ def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
                 f"{part.name} of {workload.shape} differs from {part.reference} by {part.difference:.2g} of its "
                 f"largest value, more than {part.limit:g}: this torch computes it wrongly and was not timed"
             )
+
+
+WAYS = ("mapped", "split", "system", "graph", "fp8")
+
+
+def capabilities(device: str) -> dict[str, str | None]:
+    """For each way of zero-copy, for graphs and for fp8 why it does not work here, or null: a tiny workload is checked.
+
+    A CPU has none of them: there is no other memory to offload to.
+    """
+    if device != "cuda":
+        return dict.fromkeys(WAYS, "experts are offloaded from a CUDA device only")
+    plain = Workload(
+        "grouped_gemm", "trial", 4, 2, 256, 128, 3, 256, 256, "bf16", device, 16, "uniform", 0, (8, 8, 8, 8)
+    )
+    away = replace(plain, access="zero-copy", offloaded=(1, 3), offload_frac=0.5, order="ascending")
+    trials = {way: replace(away, residency=way) for way in ("mapped", "split", "system")}
+    trials |= {"graph": replace(plain, launch="graph"), "fp8": replace(plain, dtype="fp8")}
+    found: dict[str, str | None] = {}
+    with torch.inference_mode():
+        for way in WAYS:
+            try:
+                if way == "mapped" and (reason := support(device)):
+                    raise InputError(reason)
+                pool = make_pool(int(4 * trials[way].moe_shape.layer_bytes), 0.0, trials[way].dtype, device, 0)
+                check(pool, trials[way], None)
+                trim(pool)
+                found[way] = None
+            except (InputError, RuntimeError, OSError) as error:
+                found[way] = (str(error).splitlines() or [type(error).__name__])[0]
+    return found

@@ -321,6 +321,8 @@ def test_what_cannot_be_is_said():
     with pytest.raises(InputError, match="needs a CUDA device"):
         points.prepare(pool_for(workload), workload, shares, 0)
     assert "only CUDA" in mapped.support("cpu")
+    assert set(points.capabilities("cpu")) == {"mapped", "split", "system", "graph", "fp8"}
+    assert all(points.capabilities("cpu").values())
     with pytest.raises(InputError, match="more weights than the pool holds"):
         points.prepare(points.make_pool(64, 0.0, "fp32", "cpu", 0), made()[0], shares, 0)
 
@@ -423,6 +425,30 @@ def test_free_memory_minds_the_control_group(monkeypatch, tmp_path):
     assert memory.free_host_bytes() == 140000
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert memory.free_host_bytes() == 2048 * 1024
+
+
+def test_pages_come_from_the_node_asked_for():
+    """On any Linux machine node 0 is there; what a GPU reads of it is another matter."""
+    import ctypes
+    import mmap
+
+    from collectors import system_memory
+
+    with mmap.mmap(-1, 1 << 21) as area:
+        view = ctypes.c_char.from_buffer(area)
+        address = ctypes.addressof(view)
+        del view
+        try:
+            system_memory.bind(address, 1 << 21, 0)
+            area[:] = b"x" * (1 << 21)
+            found = system_memory.nodes_of([address, address + 4096])
+        except InputError as error:  # a container may forbid it
+            pytest.skip(str(error))
+        assert found == [0, 0]
+        with pytest.raises(InputError, match="does not place memory"):
+            system_memory.bind(address, 1 << 21, 900)
+    with pytest.raises(InputError, match="node 5000"):
+        system_memory.bind(0, 1 << 21, 5000)
 
 
 # --- graphs, rehearsal ---
@@ -529,6 +555,13 @@ def test_cuda_a_layer_that_reads_counts_back_is_not_recorded(cuda):
     workload, shares = on_cuda(("copy", None), "moe_layer")
     with pytest.raises(InputError, match="host takes part"):
         points.prepare(pool_for(workload), replace(workload, launch="graph"), shares, 0)
+
+
+@pytest.mark.gpu
+def test_cuda_says_what_it_can(cuda):
+    found = points.capabilities("cuda")
+    assert set(found) == set(points.WAYS)
+    assert found["split"] is None, found  # pinned memory is seen everywhere
 
 
 @pytest.mark.gpu
