@@ -4,7 +4,7 @@ Shape letters: T tokens, R rows = T x top-k, E experts, H hidden, I intermediate
 as checkpoints store them, [E, N, K], and are used transposed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +13,59 @@ from torch import Tensor
 from torch.nn import functional
 
 Mark = Callable[[str], AbstractContextManager[object]]
+
+
+E4M3_LARGEST = 448.0
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An fp8 matrix with one fp32 scale for each row: values [..., rows, K], scale [..., rows]."""
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the values."""
+        return self.values.shape
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, part: int | slice) -> "Scaled":
+        return Scaled(self.values[part], self.scale[part])
+
+
+Matrix = Tensor | Scaled
+
+
+def quantise(rows_RK: Tensor) -> Scaled:
+    """Rows in fp8, each with the scale that takes its largest magnitude to the largest number of e4m3."""
+    scale = rows_RK.abs().amax(dim=-1).float().div_(E4M3_LARGEST).clamp_(min=1e-12)
+    return Scaled((rows_RK.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale)
+
+
+def plain(matrix: Matrix, device: torch.device) -> Tensor:
+    """The numbers of a matrix in fp32, on some device: what slow twins compute with."""
+    if isinstance(matrix, Scaled):
+        return matrix.values.to(device).float() * matrix.scale.to(device).unsqueeze(-1)
+    return matrix.to(device).float()
+
+
+def scaled_grouped_mm(rows_RK: Scaled, weights_ENK: Scaled, offs_E: Tensor) -> Tensor:
+    """Grouped GEMM of fp8 rows and weights with a scale for each row of both, out in bf16."""
+    weights_EKN = weights_ENK.values.transpose(1, 2)
+    if hasattr(torch, "_scaled_grouped_mm"):
+        return torch._scaled_grouped_mm(
+            rows_RK.values, weights_EKN, rows_RK.scale, weights_ENK.scale,
+            offs=offs_E, out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+    by_row = functional.ScalingType.RowWise
+    return functional.scaled_grouped_mm(
+        rows_RK.values, weights_EKN, rows_RK.scale, by_row, weights_ENK.scale, by_row,
+        offs=offs_E, output_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
 
 
 def grouped_mm_name() -> str:
@@ -33,11 +86,16 @@ def loop_mm(rows_RK: Tensor, weights_EKN: Tensor, offs_E: Tensor) -> Tensor:
     return out
 
 
-def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, offs_E: Tensor) -> Tensor:
+def grouped_mm(rows_RK: Matrix, weights_ENK: Matrix, offs_E: Tensor) -> Tensor:
     """Rows of expert e, which end at offs[e] (int32), times its weights transposed; `[R, N]`.
 
-    Every row must belong to an expert: rows past the last offset would come back as uninitialised memory.
+    Every row must belong to an expert: rows past the last offset would come back as uninitialised memory. Rows that
+    meet fp8 weights are quantised here unless they are already.
     """
+    if isinstance(weights_ENK, Scaled):
+        rows = rows_RK if isinstance(rows_RK, Scaled) else quantise(rows_RK)
+        return scaled_grouped_mm(rows, weights_ENK, offs_E)
+    assert isinstance(rows_RK, Tensor)
     weights_EKN = weights_ENK.transpose(1, 2)
     if hasattr(functional, "grouped_mm"):
         return functional.grouped_mm(rows_RK, weights_EKN, offs=offs_E)
@@ -46,20 +104,25 @@ def grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, offs_E: Tensor) -> Tensor:
     return loop_mm(rows_RK, weights_EKN, offs_E)
 
 
-def slow_grouped_mm(rows_RK: Tensor, weights_ENK: Tensor, offs_E: Tensor) -> Tensor:
-    """Grouped GEMM expert by expert in fp32: what `grouped_mm` is checked against."""
-    ends = [0, *offs_E.tolist()]
-    parts = [rows_RK[ends[e] : ends[e + 1]].float() @ weights_ENK[e].float().T for e in range(len(weights_ENK))]
-    return torch.cat(parts)
+def slow_grouped_mm(rows_RK: Matrix, weights_ENK: Matrix | Sequence[Matrix], offs_E: Tensor) -> Tensor:
+    """Grouped GEMM expert by expert in fp32, weights wherever they lie: what `grouped_mm` is checked against."""
+    ends, device = [0, *offs_E.tolist()], offs_E.device
+    rows = plain(rows_RK, device)
+    # Experts without rows add none; leaving them out keeps far weights where they are.
+    busy = [e for e in range(len(weights_ENK)) if ends[e + 1] > ends[e]]
+    return torch.cat([rows[ends[e] : ends[e + 1]] @ plain(weights_ENK[e], device).T for e in busy])
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one MoE layer: router [E, H], gate_up [E, (n_gemms - 1) I, H], down [E, H, I]."""
+    """Weights of one MoE layer: router [E, H], gate_up [E, (n_gemms - 1) I, H], down [E, H, I].
+
+    For the slow twin the experts may be a sequence of matrices that lie wherever they are.
+    """
 
     router: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix | Sequence[Matrix]
+    down: Matrix | Sequence[Matrix]
     top_k: int
     is_gated: bool
 
@@ -77,26 +140,45 @@ def no_mark(_name: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def route(router_EH: Tensor, x_TH: Tensor, top_k: int) -> Tensor:
+    """The router's weights of the experts it would choose, `[T, top_k]`."""
+    logits = functional.linear(x_TH, router_EH)
+    return torch.topk(torch.softmax(logits, dim=-1), top_k, dim=-1).values
+
+
+def dispatch(x_TH: Tensor, chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows sorted by expert [R, H], where those of each expert end [E], and the order and the token of each row [R]."""
+    by_expert, order = chosen.reshape(-1).sort(stable=True)
+    token = order // chosen.shape[1]
+    experts = torch.arange(n_experts, device=chosen.device)
+    offs = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
+    return x_TH.index_select(0, token), offs, order, token
+
+
+def apply_experts(
+    rows: Matrix, weights: Sequence[Matrix], offs_E: Tensor, is_gated: bool, mark: Mark = no_mark
+) -> Tensor:
+    """One grouped GEMM, or two with the activation between them, over rows sorted by expert."""
+    if len(weights) == 1:
+        return grouped_mm(rows, weights[0], offs_E)
+    with mark("gate_up"):
+        hidden = grouped_mm(rows, weights[0], offs_E)
+    with mark("activation"):
+        hidden = activate(hidden, is_gated)
+    with mark("down"):
+        return grouped_mm(hidden, weights[1], offs_E)
+
+
 def moe_layer(layer: Layer, x_TH: Tensor, chosen: Tensor, mark: Mark = no_mark) -> Tensor:
     """One MoE layer, `[T, H]`: route, permute, two grouped GEMMs, weighted sum over the experts of each token.
 
     The router's choice is computed for its cost and its weights; `chosen` [T, top-k] says which experts really serve.
     """
     with mark("router"):
-        logits = functional.linear(x_TH, layer.router)
-        weights, _ = torch.topk(torch.softmax(logits, dim=-1), layer.top_k, dim=-1)
+        weights = route(layer.router, x_TH, layer.top_k)
     with mark("dispatch"):
-        by_expert, order = chosen.reshape(-1).sort(stable=True)
-        token = order // layer.top_k
-        experts = torch.arange(layer.router.shape[0], device=chosen.device)
-        offs = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
-        rows = x_TH.index_select(0, token)
-    with mark("gate_up"):
-        hidden = grouped_mm(rows, layer.gate_up, offs)
-    with mark("activation"):
-        hidden = activate(hidden, layer.is_gated)
-    with mark("down"):
-        out = grouped_mm(hidden, layer.down, offs)
+        rows, offs, order, token = dispatch(x_TH, chosen, layer.router.shape[0])
+    out = apply_experts(rows, (layer.gate_up, layer.down), offs, layer.is_gated, mark)
     with mark("combine"):
         out.mul_(weights.reshape(-1)[order].unsqueeze(1))
         return torch.zeros_like(x_TH).index_add_(0, token, out)
@@ -110,6 +192,6 @@ def slow_moe_layer(layer: Layer, x_TH: Tensor, chosen: Tensor) -> Tensor:
     for expert in range(layer.router.shape[0]):
         token, slot = torch.nonzero(chosen == expert, as_tuple=True)
         if len(token):
-            hidden = activate(x[token] @ layer.gate_up[expert].float().T, layer.is_gated)
-            out[token] += weights[token, slot].unsqueeze(1) * (hidden @ layer.down[expert].float().T)
+            hidden = activate(x[token] @ plain(layer.gate_up[expert], x.device).T, layer.is_gated)
+            out[token] += weights[token, slot].unsqueeze(1) * (hidden @ plain(layer.down[expert], x.device).T)
     return out

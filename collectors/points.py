@@ -2,11 +2,12 @@
 
 All workloads view the same flat buffer, allocated and touched once; a view of a shape is a number of copies of its
 layer. Each call takes other weights: another copy, or the same experts shifted around the circle, which keeps the
-counts as a multiset and therefore the work.
+counts as a multiset and therefore the work. Offloaded experts are where they are, so there only copies rotate.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,31 +15,62 @@ from torch import Tensor
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
-from .layer import Layer, Mark, grouped_mm, moe_layer, no_mark, slow_grouped_mm, slow_moe_layer
-from .plan import Workload, choices, rotation, workload_seed
+from .access import Arranged, activation_dtype, arrange, router_of
+from .graphs import record
+from .lanes import HOST
+from .layer import (
+    Layer,
+    Mark,
+    Matrix,
+    Scaled,
+    grouped_mm,
+    moe_layer,
+    no_mark,
+    quantise,
+    slow_grouped_mm,
+    slow_moe_layer,
+)
+from .mapped import support, trim
+from .memory import MAX_POSITIONS, TORCH_DTYPES, HostSide, Pool, fill
+from .modes import scaled
+from .workloads import Workload, choices, rotation, workload_seed
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHT_SCALE = 0.02  # keeps activations of order one at the widths of real models
+FP8_DRAW_SCALE = 16.0  # the scales of fp8 weights undo it (modes.FP8_WEIGHT_SCALE)
 FILL_ELEMENTS = 1 << 24  # random numbers drawn once; the rest of the pool repeats them
-TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}  # largest difference over largest magnitude
+# Largest difference over largest magnitude: from the slow twin in fp32, and from the same weights all on the device,
+# where only the order of sums differs.
+TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2, "fp8": 1e-1}
+SAME_TOLERANCE = {"fp32": 1e-5, "bf16": 1.6e-2, "fp8": 1.6e-2}
+
+SLOW, SAME = "the slow reference", "the same weights all on the device"
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The buffer of weights, and how many bytes of weights must pass before any is read again."""
+class Prepared:
+    """A workload ready to be timed: `call(n)` is the n-th call and stands for `n_inner` of the workload.
 
-    flat: Tensor
-    cold_bytes: float
+    `facts` are what its observation should say beside the times. `close` gives back what it holds beyond the pool.
+    """
+
+    call: Callable[[int], object]
+    n_inner: int
+    facts: dict[str, object]
+    close: Callable[[], None]
 
 
-def make_pool(n_bytes: int, cold_bytes: float, dtype: str, device: str, seed: int) -> Pool:
-    """A flat buffer of random weights, never zeros, every page touched."""
+def make_pool(
+    n_bytes: int, cold_bytes: float, dtype: str, device: str, seed: int, host: HostSide | None = None
+) -> Pool:
+    """A flat buffer of random weights, never zeros, every page touched.
+
+    The host side of offloaded experts is made when a point first needs it, within the limits that `host` states.
+    """
     torch.manual_seed(seed)
     flat = torch.empty(n_bytes // TORCH_DTYPES[dtype].itemsize, dtype=TORCH_DTYPES[dtype], device=device)
-    block = torch.randn(min(FILL_ELEMENTS, flat.numel()), device=device).mul_(WEIGHT_SCALE).to(flat.dtype)
-    for part in flat.split(block.numel()):
-        part.copy_(block[: part.numel()])
-    return Pool(flat, cold_bytes)
+    scale = FP8_DRAW_SCALE if dtype == "fp8" else WEIGHT_SCALE
+    fill(flat, torch.randn(min(FILL_ELEMENTS, flat.numel()), device=device).mul_(scale).to(flat.dtype))
+    return Pool(flat, cold_bytes, host or HostSide())
 
 
 def layers(pool: Pool, workload: Workload, n_copies: int) -> list[Layer]:
@@ -46,20 +78,20 @@ def layers(pool: Pool, workload: Workload, n_copies: int) -> list[Layer]:
     shape = workload.moe_shape
     (k1, n1), (k2, n2) = shape.gemms
     n_up, n_down = shape.n_experts * k1 * n1, shape.n_experts * k2 * n2
-    router = pool.flat[: shape.n_experts * shape.hidden].view(shape.n_experts, shape.hidden).clone()
+    router = router_of(pool, workload)
     found = []
     for copy in range(n_copies):
         weights = pool.flat[copy * (n_up + n_down) :]
-        gate_up = weights[:n_up].view(shape.n_experts, n1, k1)
-        down = weights[n_up : n_up + n_down].view(shape.n_experts, n2, k2)
+        gate_up = scaled(weights[:n_up].view(shape.n_experts, n1, k1))
+        down = scaled(weights[n_up : n_up + n_down].view(shape.n_experts, n2, k2))
         found.append(Layer(router, gate_up, down, shape.top_k, shape.n_gemms == 3))
     return found
 
 
-def prepare(
-    pool: Pool, workload: Workload, shares: Shares | None, run: int, mark: Mark = no_mark
-) -> Callable[[int], Tensor]:
-    """The workload as a function of the call's number; its inputs exist and only its own work is left to do."""
+def _resident(
+    pool: Pool, workload: Workload, shares: Shares | None, run: int, mark: Mark
+) -> tuple[Callable[[int], Tensor], int]:
+    """The n-th call of an all-resident workload, and after how many calls weights come again."""
     layer_elements = workload.moe_shape.layer_bytes / pool.flat.element_size()
     n_copies, n_shifts = rotation(workload, pool.cold_bytes, int(pool.flat.numel() // layer_elements))
     copies = layers(pool, workload, n_copies)
@@ -69,11 +101,11 @@ def prepare(
     start = int(torch.randint(workload.n_experts, (), generator=generator))
     step = max(1, workload.n_experts // n_shifts)
     rolled = [(chosen + start + shift * step) % workload.n_experts for shift in range(n_shifts)]
-    device, dtype = pool.flat.device, pool.flat.dtype
-    n_rows = workload.n_tokens * workload.top_k
+    device, dtype = pool.flat.device, activation_dtype(workload.dtype)
+    n_rows, n_positions = workload.n_tokens * workload.top_k, n_copies * n_shifts
     if workload.op == "moe_layer":
         x = torch.randn(workload.n_tokens, workload.hidden, device=device).to(dtype)
-        return lambda n: moe_layer(copies[n % n_copies], x, rolled[n // n_copies % n_shifts], mark)
+        return lambda n: moe_layer(copies[n % n_copies], x, rolled[n // n_copies % n_shifts], mark), n_positions
     offs = [
         torch.bincount(c.reshape(-1), minlength=workload.n_experts)
         .cumsum(0)
@@ -83,41 +115,215 @@ def prepare(
     is_up = (workload.gemm_k, workload.gemm_n) == workload.moe_shape.gemms[0]
     weights = [copy.gate_up if is_up else copy.down for copy in copies]
     assert workload.gemm_k is not None
-    rows = torch.randn(n_rows, workload.gemm_k, device=device).to(dtype)
-    return lambda n: grouped_mm(rows, weights[n % n_copies], offs[n // n_copies % n_shifts])
+    rows: Matrix = torch.randn(n_rows, workload.gemm_k, device=device).to(dtype)
+    if workload.dtype == "fp8":  # quantised by what comes before, which is not timed
+        rows = quantise(rows)
+    return lambda n: grouped_mm(rows, weights[n % n_copies], offs[n // n_copies % n_shifts]), n_positions
+
+
+def _nothing() -> None:
+    """There is nothing to give back."""
+
+
+def _replayed(
+    pool: Pool, workload: Workload, arranged: Arranged | None, eager: Prepared, n_positions: int, is_checked: bool
+) -> Prepared:
+    """The same calls replayed from CUDA graphs; raises InputError where they cannot be recorded."""
+    try:
+        if not pool.flat.is_cuda:
+            raise InputError("only a CUDA device replays calls from a graph")
+        if arranged is not None and any(step.lane == HOST for step in (arranged.steps or ((),))[0]):
+            raise InputError("a call in which the host takes part cannot be replayed from a graph")
+        calls = [partial(eager.call, n) for n in range(min(n_positions, MAX_POSITIONS))]
+        recorded = record(calls)
+    except BaseException:
+        eager.close()
+        raise
+
+    def close() -> None:
+        recorded.close()
+        eager.close()
+
+    if is_checked:
+        found = arranged.result().clone() if arranged is not None else recorded.last
+        expected = calls[recorded.n_inner * recorded.n_graphs - 1]()
+        expected = arranged.result() if arranged is not None else expected
+        assert isinstance(found, Tensor) and isinstance(expected, Tensor)
+        if not (difference := _difference(found, expected)) < TOLERANCE[workload.dtype]:
+            close()
+            raise InputError(f"a replayed graph differs from the same call by {difference:.2g} of its largest value")
+    facts = {**eager.facts, "calls_per_graph": recorded.n_inner, "n_graphs": recorded.n_graphs}
+    return Prepared(recorded.replay, recorded.n_inner, facts, close)
+
+
+def prepare(pool: Pool, workload: Workload, shares: Shares | None, run: int, mark: Mark = no_mark) -> Prepared:
+    """The workload as a function of the call's number; its inputs exist and only its own work is left to do.
+
+    Raises InputError where the machine or torch cannot do it in the way the workload says, and CudaDriverError (an
+    OSError) where the driver refuses to map memory.
+    """
+    try:
+        return _prepare(pool, workload, shares, run, mark)
+    except torch.cuda.OutOfMemoryError:
+        trim(pool)  # granules and blocks that other points left
+    return _prepare(pool, workload, shares, run, mark)
+
+
+def _prepare(
+    pool: Pool, workload: Workload, shares: Shares | None, run: int, mark: Mark, is_checked: bool = False
+) -> Prepared:
+    arranged = None
+    if workload.access != "resident":
+        arranged = arrange(pool, workload, shares, run, mark)
+        calls = arranged.calls
+        n_positions = len(calls)
+        eager = Prepared(lambda n: calls[n % n_positions](), 1, arranged.facts, arranged.close)
+    else:
+        call, n_positions = _resident(pool, workload, shares, run, mark)
+        eager = Prepared(call, 1, {"n_positions": n_positions}, _nothing)
+    if workload.launch is None:
+        return eager
+    return _replayed(pool, workload, arranged, eager, n_positions, is_checked)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What was compared with what, the largest difference over the largest value, and how large it may be."""
+
+    name: str
+    reference: str
+    difference: float
+    limit: float
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
-def _differences(pool: Pool, workload: Workload, shares: Shares | None) -> dict[str, float]:
+def _resident_differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
     layer = layers(pool, workload, 1)[0]
-    device, dtype = pool.flat.device, pool.flat.dtype
+    device, dtype = pool.flat.device, activation_dtype(workload.dtype)
+    limit = TOLERANCE[workload.dtype]
     chosen = torch.from_numpy(choices(workload, shares)).to(device)
     x = torch.randn(workload.n_tokens, workload.hidden, device=device).to(dtype)
-    parts = {"the MoE layer": _difference(moe_layer(layer, x, chosen), slow_moe_layer(layer, x, chosen))}
+    difference = _difference(moe_layer(layer, x, chosen), slow_moe_layer(layer, x, chosen))
+    parts = [Difference("the MoE layer", SLOW, difference, limit)]
     offs = torch.bincount(chosen.reshape(-1), minlength=workload.n_experts).cumsum(0).to(torch.int32)
     for name, weights in (("gate and up", layer.gate_up), ("down", layer.down)):
         rows = torch.randn(chosen.numel(), weights.shape[2], device=device).to(dtype)
         expected = slow_grouped_mm(rows, weights, offs)
-        parts[f"the grouped GEMM of {name}"] = _difference(grouped_mm(rows, weights, offs), expected)
+        difference = _difference(grouped_mm(rows, weights, offs), expected)
+        parts.append(Difference(f"the grouped GEMM of {name}", SLOW, difference, limit))
+    return parts
+
+
+def _gathered(experts: list[Matrix], device: torch.device) -> Matrix:
+    """All experts of one matrix in one tensor on the device."""
+    if isinstance(experts[0], Scaled):
+        parts = [e for e in experts if isinstance(e, Scaled)]
+        bits = torch.stack([e.values.view(torch.uint8).to(device) for e in parts])
+        return Scaled(bits.view(parts[0].values.dtype), torch.stack([e.scale.to(device) for e in parts]))
+    return torch.stack([e.to(device) for e in experts if isinstance(e, Tensor)])
+
+
+def _expected(arranged: Arranged, experts: list[list[Matrix]]) -> tuple[Tensor, Tensor | None]:
+    """What a call must give: by the slow twin, and by the ordinary kernel over all experts on the device.
+
+    The second is null when the device has no memory for them.
+    """
+    problem = arranged.problem
+    offs = problem.offs(range(len(problem.ends)), 0)
+    if problem.is_layer:
+        assert problem.router is not None and problem.x is not None and problem.chosen is not None
+        far = Layer(problem.router, experts[0], experts[1], problem.workload.top_k, problem.is_gated)
+        slow = slow_moe_layer(far, problem.x, problem.chosen)
+    else:
+        assert problem.rows is not None
+        slow = slow_grouped_mm(problem.rows, experts[0], offs)
+    try:
+        near = [_gathered(matrix, problem.device) for matrix in experts]
+        if problem.is_layer:
+            layer = Layer(far.router, near[0], near[1], far.top_k, far.is_gated)
+            return slow, moe_layer(layer, problem.x, problem.chosen)
+        return slow, grouped_mm(problem.rows, near[0], offs)
+    except torch.cuda.OutOfMemoryError:
+        return slow, None
+
+
+def _offloaded_differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
+    arranged = arrange(pool, workload, shares, 0)
+    what = f"{workload.op} with {workload.access} {workload.residency or ''}".rstrip()
+    parts = []
+    # Where the host computes, or parts of a layer are summed in another order, more than the order within sums differs.
+    is_same = workload.access != "cpu" and not arranged.problem.is_layer
+    same_limit = (SAME_TOLERANCE if is_same else TOLERANCE)[workload.dtype]
+    try:
+        # Two calls in a row, since the second meets the buffers of the first.
+        for position in (0, 1 % len(arranged.calls)):
+            arranged.calls[position]()
+            found = arranged.result().clone()
+            slow, same = _expected(arranged, arranged.experts(position))
+            parts.append(Difference(what, SLOW, _difference(found, slow), TOLERANCE[workload.dtype]))
+            if same is not None:
+                parts.append(Difference(what, SAME, _difference(found, same), same_limit))
+    finally:
+        arranged.close()
     return parts
 
 
 def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
-    """Compare the layer and both grouped GEMMs of a workload with slow twins.
+    """Compare a workload with slow twins and, when offloaded, with the same weights all on the device.
 
-    Raises InputError on a difference, and when this torch has no such kernel.
+    Of a resident workload the layer and both grouped GEMMs; of one replayed from graphs also the replay. Raises
+    InputError on a difference, naming the mode, and when this torch has no such kernel.
     """
+    where = f"{workload.shape} in {workload.dtype} on {workload.device}"
     try:
-        parts = _differences(pool, workload, shares)
-    except RuntimeError as error:  # a dtype this grouped GEMM does not know on this device
+        if workload.access == "resident":
+            parts = _resident_differences(pool, workload, shares)
+        else:
+            parts = _offloaded_differences(pool, workload, shares)
+        if workload.launch is not None:
+            _prepare(pool, workload, shares, 0, no_mark, is_checked=True).close()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, OSError) as error:  # a dtype this grouped GEMM does not know on this device, a driver's no
         reason = str(error).splitlines()[0]
-        raise InputError(f"{workload.shape} in {workload.dtype} on {workload.device} does not run: {reason}") from None
-    for name, difference in parts.items():
-        if not difference < TOLERANCE[workload.dtype]:
+        raise InputError(f"{where} does not run with {workload.access} access: {reason}") from None
+    for part in parts:
+        if not part.difference < part.limit:
             raise InputError(
-                f"{name} of {workload.shape} differs from the slow reference by {difference:.2g} of its largest value, "
-                f"more than {TOLERANCE[workload.dtype]:g}: this torch computes it wrongly and was not timed"
+                f"{part.name} of {workload.shape} differs from {part.reference} by {part.difference:.2g} of its "
+                f"largest value, more than {part.limit:g}: this torch computes it wrongly and was not timed"
             )
+
+
+WAYS = ("mapped", "split", "system", "graph", "fp8")
+
+
+def capabilities(device: str) -> dict[str, str | None]:
+    """For each way of zero-copy, for graphs and for fp8 why it does not work here, or null: a tiny workload is checked.
+
+    A CPU has none of them: there is no other memory to offload to.
+    """
+    if device != "cuda":
+        return dict.fromkeys(WAYS, "experts are offloaded from a CUDA device only")
+    plain = Workload(
+        "grouped_gemm", "trial", 4, 2, 256, 128, 3, 256, 256, "bf16", device, 16, "uniform", 0, (8, 8, 8, 8)
+    )
+    away = replace(plain, access="zero-copy", offloaded=(1, 3), offload_frac=0.5, order="ascending")
+    trials = {way: replace(away, residency=way) for way in ("mapped", "split", "system")}
+    trials |= {"graph": replace(plain, launch="graph"), "fp8": replace(plain, dtype="fp8")}
+    found: dict[str, str | None] = {}
+    with torch.inference_mode():
+        for way in WAYS:
+            try:
+                if way == "mapped" and (reason := support(device)):
+                    raise InputError(reason)
+                pool = make_pool(int(4 * trials[way].moe_shape.layer_bytes), 0.0, trials[way].dtype, device, 0)
+                check(pool, trials[way], None)
+                trim(pool)
+                found[way] = None
+            except (InputError, RuntimeError, OSError) as error:
+                found[way] = (str(error).splitlines() or [type(error).__name__])[0]
+    return found

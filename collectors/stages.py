@@ -21,12 +21,14 @@ from . import calibration, machine, nsys, probes, store
 from .design import point_s
 from .facts import facts_of
 from .layer import Mark, grouped_mm_name
+from .memory import HostSide, Pool, host_pool_bytes
 from .plan import run_order
-from .points import Pool, Prepared, capabilities, check, make_pool, prepare
+from .points import Prepared, capabilities, check, make_pool, prepare
+from .probes import clock_of
 from .profile_points import file_name, points_of, range_name
 from .profiling import nsys_stage, write_profile
 from .studies import Facts
-from .timing import Limits, clock_of, measure, measure_undisturbed
+from .timing import Limits, measure, measure_undisturbed
 from .workers import RESTART
 from .workloads import Workload, file_shares, pool_bytes
 
@@ -135,7 +137,9 @@ def the_pool(stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
     free = machine.available_bytes() if device == "cpu" else 0.95 * torch.cuda.mem_get_info()[0]
     if free is not None and n_bytes > 0.9 * free:
         raise InputError(f"the weights need {n_bytes} bytes and {free} are free; name fewer --shapes or free memory")
-    return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"])
+    limit = int(stage.facts.host_limit_bytes)
+    host = HostSide(limit, host_pool_bytes(mine, limit))
+    return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
 
 
 class Checked:

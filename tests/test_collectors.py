@@ -329,7 +329,7 @@ def test_cuda_without_a_device_is_refused(tmp_path):
 
 def test_calibrations_of_processes_pool_to_the_middle_one():
     pytest.importorskip("torch", reason="torch is not installed")
-    from collectors.calibrate import pooled
+    from collectors.calibration import pooled
 
     def of(value, spread):
         return {"call_overhead_ns": {"value": value, "spread_frac": spread, "n": 5, "how": "so"}}
@@ -353,7 +353,7 @@ def test_layer_and_grouped_gemm_equal_their_slow_twins(dtype, routing):
         pool = points.make_pool(workloads.pool_bytes(workloads, 1e6, 1e9), 1e6, dtype, "cpu", 0)
         for w in workloads:
             points.check(pool, w, None)
-            call = points.prepare(pool, w, None, run=0)
+            call = points.prepare(pool, w, None, run=0).call
             rows = w.n_tokens if w.op == "moe_layer" else w.n_tokens * w.top_k
             for number in range(3):
                 out = call(number)
