@@ -156,7 +156,7 @@ def queued_ns(work: Callable[[], object]) -> float:
         is_late = start.query()  # the device came to the start before everything was queued
         end.synchronize()
         if not is_late:
-            return start.elapsed_time(end) * 1e6
+            return float(start.elapsed_time(end)) * 1e6
         cycles *= 4
     raise InputError("the device began before the host had queued the work, however long it was held")
 
