@@ -166,7 +166,9 @@ def launch_burst(core: bool) -> Probe:
 
     def run(limits: Limits) -> Measured:
         times = burst_times(null_kernel, BURST, limits)
-        return Measured(times, 1, f"host time of a launch call of a null kernel in bursts of {BURST}, not waited for")
+        return Measured(
+            times, 1, f"host time of launching a null kernel from Python in bursts of {BURST}, not waited for"
+        )
 
     return Probe("launch_burst", {}, "launch_overhead_ns", "ns", core, run)
 
