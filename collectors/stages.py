@@ -103,8 +103,7 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
     settings = stage.settings
     done = {calibration.key(line) for line in store.calibrations(stage.folder) if line["run"] == run}
     done |= {calibration.key(entry) for entry in store.left_out(stage.folder) if "probe" in entry}
-    todo = probes.probes(settings["device"], stage.facts.dtypes, settings["threads"], settings["preset"])
-    seen: store.Json = {}
+    todo = probes.probes(settings["device"], stage.facts.dtypes, torch.get_num_threads(), settings["preset"])
     for probe in todo:
         if (core_only and not probe.core) or calibration.probe_key(probe.name, probe.params) in done:
             continue
@@ -121,7 +120,7 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
         store.append(stage.folder, store.CALIBRATION, {**line, "started": began})
         say(probe=probe.name)
     if not core_only:
-        say(end=seen)
+        say(end={"machine": {"under_load": calibration.seen_under_load(store.calibrations(stage.folder))}})
 
 
 # --- a run ---
@@ -286,7 +285,9 @@ def work(folder: Path, arguments: Sequence[str], routing_files: Sequence[str], s
     started = time.monotonic()
     capture = store.read_capture(folder)
     settings = capture["settings"]
-    torch.set_num_threads(settings["threads"])
+    if (node := capture["machine"].get("gpu_numa_node")) is not None:
+        machine.stay_near(node)
+    torch.set_num_threads(min(settings["threads"], machine.n_physical_cores()))
     stage = Stage(
         folder, settings, facts_of(capture), Limits(**settings["timing"]), file_shares(routing_files), seconds, started
     )
