@@ -9,8 +9,8 @@ import torch
 from perfmodel.errors import InputError
 from perfmodel.routing import PATTERNS
 
-from .workloads import Workload, choices
 from .points import check, make_pool
+from .workloads import Workload, choices
 
 HIDDEN, INTER, MAX_TOKENS = 64, 32, 32
 
