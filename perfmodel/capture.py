@@ -32,9 +32,9 @@ from perfmodel.errors import InputError
 from perfmodel.hardware import QUANTITIES, HardwareProfile, Quantity
 
 # One row: one workload measured in one run (a fresh process). `time_ns` is the median of the repeats in `times_ns`.
-# `gemm_k`, `gemm_n` are the sizes of a single grouped GEMM call, null for a whole MoE layer. `offloaded` are the experts
-# in host memory, taken in `order` of routing probability, and `residency` how zero-copy saw two memories: null where
-# nothing is offloaded. `launch` is `graph` for calls replayed from a CUDA graph, null for launched ones; `study` is a
+# `gemm_k`, `gemm_n` are the sizes of a single grouped GEMM call, null for a whole MoE layer. `offloaded` are the
+# experts in host memory, taken in `order` of routing probability, and `residency` how zero-copy saw two memories: null
+# where nothing is offloaded. `launch` is `graph` for calls replayed from a CUDA graph, null for launched ones; `study` is a
 # label of the plan, null in captures without one.
 OBSERVATIONS = pl.Schema(
     {
@@ -176,7 +176,14 @@ def _calibrations(path: Path) -> pl.DataFrame:
 
 def _left_out(path: Path) -> pl.DataFrame:
     lines = read_lines(path / LEFT_OUT, LeftOutLine, optional=True)
-    rows = [{**msgspec.structs.asdict(line), "params": _params(line.params)} for line in lines]
+    rows = [
+        {
+            **msgspec.structs.asdict(line),
+            "params": _params(line.params),
+            "run": line.run if isinstance(line.run, int) else None,
+        }
+        for line in lines
+    ]
     return pl.DataFrame([{key: row[key] for key in LEFT_OUT_TABLE} for row in rows], schema=LEFT_OUT_TABLE)
 
 
@@ -194,7 +201,8 @@ def _check_row(capture: str, row: Mapping[str, Any]) -> None:
         )
     total = row["n_tokens"] * row["top_k"]
     if (
-        len(counts) != row["n_experts"]
+        not counts
+        or len(counts) != row["n_experts"]
         or sum(counts) != total
         or not 0 <= min(counts) <= max(counts) <= row["n_tokens"]
     ):

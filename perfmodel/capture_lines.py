@@ -45,7 +45,7 @@ class Calibrated(msgspec.Struct):
 
     value: float
     spread_frac: float | None = None
-    n: int | None = None
+    n: float | None = None
     how: str | None = None
 
 
@@ -55,9 +55,10 @@ class Run(msgspec.Struct):
     run: int
     started: float
     finished: float
-    n_resumed: int = 0
-    n_left_out: int = 0
-    n_disturbed: int = 0
+    n_resumed: int | None = None
+    n_left_out: int | None = None
+    n_disturbed: int | None = None
+    calibration: dict[str, Calibrated] | None = None
 
 
 class Manifest(msgspec.Struct):
@@ -133,7 +134,7 @@ class LeftOutLine(msgspec.Struct, frozen=True):
     workload: str | None = None
     probe: str | None = None
     params: dict[str, Any] | None = None
-    run: int | None = None
+    run: int | str | None = None  # a word for what is no run, such as profiling
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def typed_manifest(manifest: Mapping[str, Any]) -> Manifest:
 
 
 def complete_lines(file: Path) -> list[tuple[int, bytes]]:
-    """The lines of a file with their numbers from 1; a last one that a kill cut short is left out, as are empty ones."""
+    """The lines of a file with their numbers from 1, without empty ones and a last one that a kill cut short."""
     content = file.read_bytes()
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -184,9 +185,7 @@ def read_lines(file: Path, line_type: type[Line], *, optional: bool = False) -> 
         try:
             records.append(decoder.decode(line))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"capture {file.parent.name!r}: {file.name} is damaged: line {number}: {error}"
-            ) from None
+            raise InputError(f"capture {file.parent.name!r}: {file.name} is damaged: line {number}: {error}") from None
     return records
 
 

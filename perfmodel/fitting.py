@@ -23,8 +23,8 @@ def fit_captures(
     """Fit one model to captures of one machine, kernel and dtype; returns it with held-out errors by shape.
 
     Only resident experts in the dtype of the settings, launched by the host, are fitted; `progress` is told how many
-    other workloads were left out. Raises NotComparableError when the captures differ in machine, kernel or dtype, which must never be pooled, and
-    InputError when nothing is left to fit or there are fewer than three shapes to hold out.
+    other workloads were left out. Raises NotComparableError when the captures differ in machine, kernel or dtype,
+    which must never be pooled, and InputError when nothing is left to fit or fewer than three shapes to hold out.
     """
     captures = [load_capture(path) for path in paths]
     first = captures[0]

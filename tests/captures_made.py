@@ -1,13 +1,16 @@
 """Capture folders made up for tests: their times come from the physical model, not from any machine."""
 
+import gzip
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from collectors.plan import Workload, choices, scaled_shape
 from perfmodel import physics
 from perfmodel.moe import MoEShape
 from perfmodel.physics import Ceilings, Constants
@@ -105,3 +108,133 @@ def write_synthetic_capture(
 def log_error(a: Constants, b: Constants, name: str) -> float:
     """How far one constant is from another, in log units."""
     return abs(float(np.log(getattr(a, name) / getattr(b, name))))
+
+
+GPU_CALIBRATION = {
+    "bf16_gemm_flops_per_s": 7.0e14,
+    "fp8_gemm_flops_per_s": 1.2e15,
+    "memory_stream_bytes_per_s": 3.0e12,
+    "call_overhead_ns": 9_000.0,
+    "launch_overhead_ns": 2_500.0,
+    "graph_launch_ns": 4_000.0,
+    "graph_kernel_ns": 1_100.0,
+    "link_h2d_copy_bytes_per_s": 55e9,
+    "link_d2h_copy_bytes_per_s": 54e9,
+    "link_h2d_pageable_bytes_per_s": 12e9,
+    "link_both_copy_bytes_per_s": 95e9,
+    "link_kernel_read_bytes_per_s": 50e9,
+    "link_h2d_contended_bytes_per_s": 45e9,
+    "host_stream_bytes_per_s": 200e9,
+    "host_gemm_flops_per_s": 10e12,
+    "host_gemm_contended_flops_per_s": 8e12,
+}
+GPU_MODES: tuple[dict[str, Any], ...] = (
+    {},
+    {"launch": "graph"},
+    {"access": "zero-copy", "residency": "mapped"},
+    {"access": "zero-copy", "residency": "split"},
+    {"access": "zero-copy", "residency": "mapped", "launch": "graph"},
+    {"access": "copy"},
+    {"access": "copy-overlap"},
+    {"access": "cpu"},
+)
+GPU_SHAPES, GPU_TOKENS, GPU_RUNS, GPU_STARTED = (
+    ("olmoe", "qwen3-30b-a3b", "mixtral-8x7b"),
+    (1, 64, 4096),
+    2,
+    1_790_000_000,
+)
+
+
+def _gpu_workloads() -> list[Workload]:
+    found = []
+    for name in GPU_SHAPES:
+        for dtype in ("bf16", "fp8") if name == "olmoe" else ("bf16",):
+            shape = scaled_shape(name, dtype)
+            cold = tuple(range(shape.n_experts // 2, shape.n_experts))  # shares of a power law fall with the expert
+            for n_tokens in GPU_TOKENS:
+                layer = Workload(
+                    "moe_layer", name, shape.n_experts, shape.top_k, shape.hidden, shape.inter, shape.n_gemms, None,
+                    None, dtype, "cuda", n_tokens, "power-law:1.2", 7, (),
+                )  # fmt: skip
+                counts = np.bincount(choices(layer).ravel(), minlength=shape.n_experts)
+                layer = replace(layer, tokens_per_expert=tuple(counts.tolist()))
+                for mode in GPU_MODES:
+                    offload = {"offload_frac": 0.5, "offloaded": cold, "order": "ascending"} if "access" in mode else {}
+                    found.append(replace(layer, **mode, **offload))
+                for k, n in shape.gemms:
+                    found.append(replace(layer, op="grouped_gemm", gemm_k=k, gemm_n=n))
+    return found
+
+
+def _gpu_time_ns(w: Workload) -> float:
+    """A made-up time: roofs at rates below those of GPU_CALIBRATION, the link in series, a floor for each launch."""
+    per_expert = w.touched_bytes / sum(n > 0 for n in w.tokens_per_expert)
+    n_gone = sum(w.tokens_per_expert[i] > 0 for i in w.offloaded or ())
+    flops = 2.0 * w.n_tokens * w.top_k * per_expert / (2 if w.dtype == "bf16" else 1)
+    here_s = max(flops / 4e14, (w.touched_bytes - n_gone * per_expert) / 2.4e12)
+    floor_ns = {None: 15_000.0, "graph": 6_000.0}[w.launch] * (3 if w.op == "moe_layer" else 1)
+    return floor_ns + (here_s + n_gone * per_expert / 45e9) * 1e9
+
+
+def write_gpu_capture(path: Path) -> Path:
+    """A sound capture of a made-up machine with an H100: every access mode, eager and graph, bf16 and fp8, two runs."""
+    (path / "profiles").mkdir(parents=True)
+    rng = np.random.default_rng(11)
+    lines, planned = [], _gpu_workloads()
+    for run in range(GPU_RUNS):
+        for order, w in enumerate(planned):
+            times = [max(1, round(_gpu_time_ns(w) * float(np.exp(rng.normal(0, 0.01))))) for _ in range(5)]
+            started = GPU_STARTED + 1000 * run + order
+            lines.append({"workload": w.id, "run": run, "times_ns": times, "started": started, "order": order})
+    numbers = {
+        key: {"value": value, "spread_frac": 0.01, "n": 5, "how": "made up for a test"}
+        for key, value in GPU_CALIBRATION.items()
+    }
+    manifest = {
+        "schema": 1,
+        "created": "2026-01-01",
+        "collector": "synthetic",
+        "settings": {"device": "cuda", "dtype": "bfloat16", "threads": 4, "quick": False, "runs": GPU_RUNS, "seed": 0}
+        | {"timing": {"error_frac": 0.02}},
+        "machine": {"cpu_model": "synthetic CPU", "n_cores": 16, "gpu_name": "NVIDIA H100 80GB HBM3"}
+        | {"pcie_gen_max": "5", "pcie_width_max": "16"},
+        "software": {"torch": "0", "cublas": "13.1.0.3"},
+        "capabilities": {"mapped": None},
+        "calibration": numbers,
+        "kernel": "synthetic",
+        "n_workloads": len(planned),
+        "runs": [
+            {"run": run, "started": GPU_STARTED + 1000 * run, "finished": GPU_STARTED + 1000 * run + 900}
+            | {"n_resumed": 0, "n_left_out": 0, "n_disturbed": 0}
+            for run in range(GPU_RUNS)
+        ],
+    }
+    probed = [
+        {
+            "probe": "synthetic",
+            "params": {"n_bytes": 1 << 30},
+            "run": run,
+            "quantity": key,
+            "value": value * (1 + run / 100),
+        }
+        | {"unit": "ns" if key.endswith("_ns") else key[-11:].lstrip("_"), "times_ns": [1.0, 1.1, 1.2]}
+        | {"spread_frac": 0.01, "n": 3, "how": "made up for a test", "took_s": 0.1}
+        for run in range(GPU_RUNS)
+        for key, value in GPU_CALIBRATION.items()
+    ]
+    left_out = [{"probe": "system read", "params": {"n_bytes": 1}, "run": 0, "reason": "the machine is not coherent"}]
+    (path / "capture.json").write_text(json.dumps(manifest))
+    for name, rows in {
+        "workloads": [{**w.to_line(), "study": "offload" if w.offloaded else "dense"} for w in planned],
+        "observations": lines,
+        "calibration": probed,
+        "left_out": left_out,
+    }.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trace = {
+        "traceEvents": [{"cat": "kernel", "name": "k"}, {"cat": "user_annotation", "name": "perfmodel::moe_layer"}]
+    }
+    with gzip.open(path / "profiles" / "moe_layer-made-up.trace.json.gz", "wt") as file:
+        json.dump(trace, file)
+    return path

@@ -1,0 +1,53 @@
+"""Is there enough of it: runs to compare, shapes to hold out, tokens to draw a line through."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from perfmodel import text
+from perfmodel.capture_lines import GRAPH, MANIFEST, RESIDENT, WORKLOADS
+from perfmodel.plausible.folder import WARNING, Finding, Folder
+
+MIN_RUNS = 2  # a run is what repeats when a measurement is repeated
+MIN_SHAPES = 3  # a fit holds each shape out in turn (perfmodel.latency.evaluate_by_shape)
+MIN_TOKENS = 3  # batch sizes of a study, to tell a line from a bend
+
+
+def enough_runs(folder: Folder) -> Iterator[Finding]:
+    """Most points were measured in more than one run."""
+    runs = Counter(workload for workload, _ in {(o.workload, o.run) for _, o in folder.observations})
+    single = sum(n < MIN_RUNS for n in runs.values())
+    if runs and single > len(runs) / 2:
+        words = f"{single} of {text.counted(len(runs), 'workload')} have a single run: `--runs` repeats them in fresh "
+        words += "processes, and without that a comparison assumes how far runs lie apart"
+        yield Finding(WARNING, "design", "runs", words, MANIFEST, single, len(runs) / 2)
+
+
+def enough_to_fit(folder: Folder) -> Iterator[Finding]:
+    """Resident calls launched by the host, in the dtype of the settings, are of enough shapes for a fit."""
+    measured = {o.workload for _, o in folder.observations}
+    shapes = {
+        w.shape
+        for key, w in folder.workloads.items()
+        if key in measured and w.access == RESIDENT and w.launch != GRAPH and w.dtype == folder.dtype
+    }
+    if len(shapes) < MIN_SHAPES:
+        words = f"resident {folder.dtype} points are of {text.counted(len(shapes), 'shape')}: `perfmodel fit` needs "
+        words += f"{MIN_SHAPES} to hold each out in turn"
+        yield Finding(WARNING, "design", "shapes", words, WORKLOADS, len(shapes), MIN_SHAPES)
+
+
+def enough_tokens(folder: Folder) -> Iterator[Finding]:
+    """Every study covers enough batch sizes."""
+    measured = {o.workload for _, o in folder.observations}
+    tokens: dict[str | None, set[int]] = defaultdict(set)
+    for key, w in folder.workloads.items():
+        if key in measured:
+            tokens[w.study].add(w.n_tokens)
+    for study, sizes in tokens.items():
+        if len(sizes) < MIN_TOKENS:
+            words = f"{f'study {study}' if study else 'the capture'} has {text.counted(len(sizes), 'batch size')}, "
+            words += f"expected at least {MIN_TOKENS} to see a bend"
+            yield Finding(WARNING, "design", "batch sizes", words, WORKLOADS, len(sizes), MIN_TOKENS)
+
+
+CHECKS = (enough_runs, enough_to_fit, enough_tokens)

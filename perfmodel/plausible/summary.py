@@ -1,0 +1,130 @@
+"""What a capture holds, in tables: points by study and access, calibrated numbers, what was left out, profiles."""
+
+from typing import Any
+
+import polars as pl
+
+from perfmodel import text
+from perfmodel.capture import Capture
+from perfmodel.plausible.points import error_frac, stated_error_frac
+
+KIND = ("study", "access", "residency", "launch", "dtype")
+
+# One row: the points of one study, access, residency, launch and dtype (null as in OBSERVATIONS). Errors are those of
+# each point's median over its repeats; `noisy_frac` is the share of points above the error that was asked for.
+STUDIES = pl.Schema(
+    {
+        **dict.fromkeys(KIND, pl.String()),
+        "n_workloads": pl.Int64(),
+        "n_shapes": pl.Int64(),
+        "n_routings": pl.Int64(),
+        "least_tokens": pl.Int64(),
+        "most_tokens": pl.Int64(),
+        "n_runs": pl.Int64(),
+        "n_points": pl.Int64(),
+        "median_error_frac": pl.Float64(),
+        "worst_error_frac": pl.Float64(),
+        "noisy_frac": pl.Float64(),
+    }
+)
+
+
+def studies(capture: Capture) -> pl.DataFrame:
+    """A STUDIES table of the capture."""
+    stated = stated_error_frac(capture.manifest["settings"].get("timing"))
+    errors = [error_frac(times) for times in capture.observations["times_ns"].to_list()]
+    error = pl.col("error_frac")
+    table = capture.observations.with_columns(error_frac=pl.Series(errors, dtype=pl.Float64))
+    found = table.group_by(KIND, maintain_order=True).agg(
+        n_workloads=pl.col("workload").n_unique(),
+        n_shapes=pl.col("shape").n_unique(),
+        n_routings=pl.col("routing").n_unique(),
+        least_tokens=pl.col("n_tokens").min(),
+        most_tokens=pl.col("n_tokens").max(),
+        n_runs=pl.col("run").n_unique(),
+        n_points=pl.len(),
+        median_error_frac=error.median(),
+        worst_error_frac=error.max(),
+        noisy_frac=(error > stated).mean(),
+    )
+    return found.select(list(STUDIES)).cast(STUDIES)
+
+
+def calibrated(capture: Capture) -> list[dict[str, Any]]:
+    """The calibrated numbers of the manifest: `quantity`, `value` in its base unit, `spread_frac`, `n`, `how`."""
+    return [
+        {"quantity": key, **{name: entry.get(name) for name in ("value", "spread_frac", "n", "how")}}
+        for key, entry in capture.manifest["calibration"].items()
+    ]
+
+
+def left_out(capture: Capture) -> list[dict[str, Any]]:
+    """What gave no number, by reason: `reason`, `n` points or probes, and an `example` of them."""
+    rows = [{"reason": sentence, "n": 1, "example": "planned"} for sentence in capture.manifest.get("skipped") or ()]
+    by_reason = capture.left_out.group_by("reason", maintain_order=True).agg(
+        n=pl.len(), example=pl.coalesce("workload", "probe").first()
+    )
+    return rows + by_reason.to_dicts()
+
+
+def profiles(capture: Capture) -> list[dict[str, Any]]:
+    """The profiles of the folder: `name` and `size_bytes`."""
+    found = sorted(file for file in (capture.path / "profiles").glob("*") if file.is_file())
+    return [{"name": file.name, "size_bytes": file.stat().st_size} for file in found]
+
+
+def machine_words(capture: Capture) -> list[str]:
+    """What the machine and its software are, a line each: processor, GPU where one computed, software."""
+    machine, software, settings = (capture.manifest[key] for key in ("machine", "software", "settings"))
+
+    def part(key: str, words: str, of: dict[str, Any] = machine) -> list[str]:
+        value = of.get(key)
+        return [] if value in (None, "") else [words.format(value)]
+
+    memory, cache = machine.get("memory_bytes"), machine.get("l3_bytes")
+    processor = [
+        *part("cpu_model", "{}"),
+        *part("n_cores", "{} cores"),
+        *part("n_threads", "{} threads used"),
+        *([f"{text.n_bytes(cache)} of last-level cache"] if cache else []),
+        *([f"{text.n_bytes(memory)} of memory"] if memory else []),
+        *(["a virtual machine"] if machine.get("hypervisor") else []),
+    ]
+    gpu_memory = machine.get("gpu_memory_bytes")
+    gpu = [
+        *part("gpu_name", "{}"),
+        *part("gpu_n_sms", "{} SMs"),
+        *([f"{text.n_bytes(gpu_memory)} of memory"] if gpu_memory else []),
+        *part("driver", "driver {}"),
+        *part("power_limit_watts", "power limit {} W"),
+        *(
+            [f"PCIe {machine['pcie_gen_max']}.0 x{machine.get('pcie_width_max')}"]
+            if machine.get("pcie_gen_max")
+            else []
+        ),
+    ]
+    programs = [
+        *part("torch", "torch {}", software),
+        *part("torch_cuda", "CUDA {}", software),
+        *part("python", "Python {}", software),
+        *([f"kernel {capture.manifest['kernel']}"] if capture.manifest["kernel"] else []),
+        f"computing {capture.dtype} on the {'GPU' if settings['device'] == 'cuda' else 'CPU'}",
+    ]
+    return [", ".join(words) for words in (gpu, processor, programs) if words]
+
+
+def summary(capture: Capture) -> dict[str, Any]:
+    """Everything that `perfmodel captures show` tells, as plain values; times and rates in base units."""
+    manifest = capture.manifest
+    return {
+        "capture": capture.name,
+        "created": manifest.get("created"),
+        "machine": dict(manifest["machine"]),
+        "software": dict(manifest["software"]),
+        "capabilities": dict(capture.capabilities),
+        "calibration": calibrated(capture),
+        "n_calibration_lines": capture.calibrations.height,
+        "studies": studies(capture).to_dicts(),
+        "left_out": left_out(capture),
+        "profiles": profiles(capture),
+    }
