@@ -34,8 +34,8 @@ from perfmodel.hardware import QUANTITIES, HardwareProfile, Quantity
 # One row: one workload measured in one run (a fresh process). `time_ns` is the median of the repeats in `times_ns`.
 # `gemm_k`, `gemm_n` are the sizes of a single grouped GEMM call, null for a whole MoE layer. `offloaded` are the
 # experts in host memory, taken in `order` of routing probability, and `residency` how zero-copy saw two memories: null
-# where nothing is offloaded. `launch` is `graph` for calls replayed from a CUDA graph, null for launched ones; `study` is a
-# label of the plan, null in captures without one.
+# where nothing is offloaded. `launch` is `graph` for calls replayed from a CUDA graph, null for launched ones; `study`
+# is a label of the plan, null in captures without one.
 OBSERVATIONS = pl.Schema(
     {
         "workload": pl.String(),  # hash of the workload's content: the same workload has the same id on every machine

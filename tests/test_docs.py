@@ -35,7 +35,10 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["analyze", "diff", "sweep", "fusion", "export", "fit", "predict", "check", "schedule", "list", "collect", "app"],
+    [
+        "analyze", "diff", "sweep", "fusion", "export", "fit", "predict", "check", "schedule", "list", "collect", "app",
+        "captures",
+    ],  # fmt: skip
 )
 def test_every_command_has_help_and_stands_in_the_readme(command: str) -> None:
     assert f"perfmodel {command}" in README

@@ -101,7 +101,7 @@ def offloading(folder: Folder) -> Iterator[Finding]:
             continue
         if len(set(ids)) != len(ids) or any(not 0 <= i < w.n_experts for i in ids):
             yield _error("offloaded", f"offloaded names an expert twice, or one outside 0 to {w.n_experts - 1}", where)
-        elif abs(w.offload_frac - len(ids) / w.n_experts) > 1e-9:
+        elif abs(w.offload_frac * w.n_experts - len(ids)) > 1e-6:
             words = f"offload_frac is {w.offload_frac:g}, and {len(ids)} of {w.n_experts} experts are offloaded"
             yield _error("offload_frac", words, where)
         if w.access != RESIDENT and not ids:

@@ -37,7 +37,7 @@ PATTERNS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     (WARNING, "a path of installed software", re.compile(_PATH.format(f"(?={_SOFTWARE_PLACE})"))),
     (ERROR, "a home folder", re.compile(r"/(?:home|Users)/[\w.-]+|/root/[\w.-]+|[A-Z]:\\\\?Users\\\\?[\w.-]+")),
     (ERROR, "an e-mail address", re.compile(r"(?<![\w.+-])[\w.+-]+@(?:[a-z0-9-]+\.)+[a-z]{2,}(?![\w(])")),
-    (ERROR, "a UUID", re.compile(r"(?<![0-9a-f-])[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)),
+    (ERROR, "a UUID", re.compile(r"(?<![0-9a-f])[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)),
     (ERROR, "a MAC address", re.compile(r"(?<![0-9a-f:-])(?:[0-9a-f]{2}:){5}[0-9a-f]{2}(?![0-9a-f:-])", re.I)),
     (ERROR, "an IP address", re.compile(rf"(?<![\w.-])(?:{_OCTET}\.){{3}}{_OCTET}(?!\.?\w)")),
     (
