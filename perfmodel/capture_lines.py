@@ -32,11 +32,12 @@ Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**62)]
 
 
 class Settings(msgspec.Struct):
-    """What every reader needs of the settings; the rest is kept as it is."""
+    """What every reader needs of the settings; the rest is kept as it is. `minutes` is the time budget, null: none."""
 
     device: str
     dtype: str
     threads: int | None = None
+    minutes: float | None = None
     timing: dict[str, Any] | None = None
 
 
@@ -58,6 +59,7 @@ class Run(msgspec.Struct):
     n_resumed: int | None = None
     n_left_out: int | None = None
     n_disturbed: int | None = None
+    n_todo: int | None = None  # points for which the time budget did not last
     calibration: dict[str, Calibrated] | None = None
 
 
@@ -128,11 +130,12 @@ class CalibrationLine(msgspec.Struct, frozen=True):
 
 
 class LeftOutLine(msgspec.Struct, frozen=True):
-    """A workload or a probe that gave no number, and why."""
+    """A workload, a probe or a profile that gave nothing, and why."""
 
     reason: str
     workload: str | None = None
     probe: str | None = None
+    profile: str | None = None
     params: dict[str, Any] | None = None
     run: int | str | None = None  # a word for what is no run, such as profiling
 

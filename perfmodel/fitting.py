@@ -22,9 +22,10 @@ def fit_captures(
 ) -> tuple[LatencyModel, dict[str, dict[str, Errors]]]:
     """Fit one model to captures of one machine, kernel and dtype; returns it with held-out errors by shape.
 
-    Only resident experts in the dtype of the settings, launched by the host, are fitted; `progress` is told how many
-    other workloads were left out. Raises NotComparableError when the captures differ in machine, kernel or dtype,
-    which must never be pooled, and InputError when nothing is left to fit or fewer than three shapes to hold out.
+    Only resident experts in the dtype of the settings are fitted, and of calls launched by the host and calls replayed
+    from a CUDA graph the more numerous; `progress` is told how many others were left out. Raises NotComparableError
+    when the captures differ in machine, kernel or dtype, which must never be pooled, and InputError when nothing is
+    left to fit or there are fewer than three shapes to hold out.
     """
     captures = [load_capture(path) for path in paths]
     first = captures[0]
@@ -44,6 +45,7 @@ def fit_captures(
     model.evidence_ = {
         "captures": [{"name": c.name, "digest": c.digest, "n_observations": c.observations.height} for c in captures],
         "n_workloads": observations.height,
+        "launch": observations["launch"][0],
         "machine": dict(first.manifest["machine"]),
         "software": dict(first.manifest["software"]),
     }

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from collectors.plan import Workload, choices, scaled_shape
-from perfmodel import physics
-from perfmodel.moe import MoEShape
+from perfmodel import moe, physics
+from perfmodel.capture_lines import content_id
+from perfmodel.moe import WEIGHT_BYTES, MoEShape
 from perfmodel.physics import Ceilings, Constants
 from perfmodel.predict import work_of
-from perfmodel.routing import Routing, expected_counts, pattern_shares
+from perfmodel.routing import Routing, expected_counts, pattern_shares, sample_choices
 
 ROOF = Ceilings(2e11, 3e10, ())
 TRUE_CONSTANTS = Constants(
@@ -138,42 +138,44 @@ GPU_MODES: tuple[dict[str, Any], ...] = (
     {"access": "copy-overlap"},
     {"access": "cpu"},
 )
-GPU_SHAPES, GPU_TOKENS, GPU_RUNS, GPU_STARTED = (
-    ("olmoe", "qwen3-30b-a3b", "mixtral-8x7b"),
-    (1, 64, 4096),
-    2,
-    1_790_000_000,
-)
+GPU_TOKENS, GPU_RUNS, GPU_STARTED = (1, 64, 4096), 2, 1_790_000_000
 
 
-def _gpu_workloads() -> list[Workload]:
+def _gpu_workloads() -> list[dict[str, Any]]:
+    """The lines of workloads.jsonl: of each shape, dtype and batch a layer in every mode, and its two bare GEMMs."""
     found = []
-    for name in GPU_SHAPES:
-        for dtype in ("bf16", "fp8") if name == "olmoe" else ("bf16",):
-            shape = scaled_shape(name, dtype)
-            cold = tuple(range(shape.n_experts // 2, shape.n_experts))  # shares of a power law fall with the expert
-            for n_tokens in GPU_TOKENS:
-                layer = Workload(
-                    "moe_layer", name, shape.n_experts, shape.top_k, shape.hidden, shape.inter, shape.n_gemms, None,
-                    None, dtype, "cuda", n_tokens, "power-law:1.2", 7, (),
-                )  # fmt: skip
-                counts = np.bincount(choices(layer).ravel(), minlength=shape.n_experts)
-                layer = replace(layer, tokens_per_expert=tuple(counts.tolist()))
-                for mode in GPU_MODES:
-                    offload = {"offload_frac": 0.5, "offloaded": cold, "order": "ascending"} if "access" in mode else {}
-                    found.append(replace(layer, **mode, **offload))
-                for k, n in shape.gemms:
-                    found.append(replace(layer, op="grouped_gemm", gemm_k=k, gemm_n=n))
-    return found
+    for name, dtype in (("olmoe", "bf16"), ("olmoe", "fp8"), ("qwen3-30b-a3b", "bf16"), ("mixtral-8x7b", "bf16")):
+        made = replace(moe.shape(name), dtype=dtype)
+        cold = list(range(made.n_experts // 2, made.n_experts))  # shares of a power law fall with the expert
+        for n_tokens in GPU_TOKENS:
+            shares = pattern_shares("power-law:1.2", made.n_experts)
+            counts = np.bincount(sample_choices(shares, n_tokens, made.top_k, 7).ravel(), minlength=made.n_experts)
+            layer = {
+                "op": "moe_layer",
+                "shape": name,
+                **{key: getattr(made, key) for key in ("n_experts", "top_k", "hidden", "inter", "n_gemms")},
+                **{"gemm_k": None, "gemm_n": None, "dtype": dtype, "device": "cuda", "n_tokens": n_tokens},
+                **{"routing": "power-law:1.2", "seed": 7, "tokens_per_expert": counts.tolist()},
+                **{"access": "resident", "offload_frac": 0.0},
+            }
+            for mode in GPU_MODES:
+                offload = {"offload_frac": 0.5, "offloaded": cold, "order": "ascending"} if "access" in mode else {}
+                found.append({**layer, **mode, **offload})
+            found += [{**layer, "op": "grouped_gemm", "gemm_k": k, "gemm_n": n} for k, n in made.gemms]
+    return [
+        {"workload": content_id(line), **line, "study": "offload" if "offloaded" in line else "dense"} for line in found
+    ]
 
 
-def _gpu_time_ns(w: Workload) -> float:
+def _gpu_time_ns(w: dict[str, Any]) -> float:
     """A made-up time: roofs at rates below those of GPU_CALIBRATION, the link in series, a floor for each launch."""
-    per_expert = w.touched_bytes / sum(n > 0 for n in w.tokens_per_expert)
-    n_gone = sum(w.tokens_per_expert[i] > 0 for i in w.offloaded or ())
-    flops = 2.0 * w.n_tokens * w.top_k * per_expert / (2 if w.dtype == "bf16" else 1)
-    here_s = max(flops / 4e14, (w.touched_bytes - n_gone * per_expert) / 2.4e12)
-    floor_ns = {None: 15_000.0, "graph": 6_000.0}[w.launch] * (3 if w.op == "moe_layer" else 1)
+    weights = w["gemm_k"] * w["gemm_n"] if w["gemm_k"] else w["n_gemms"] * w["hidden"] * w["inter"]
+    per_expert = weights * WEIGHT_BYTES[w["dtype"]]
+    active = {i for i, n in enumerate(w["tokens_per_expert"]) if n > 0}
+    n_gone = len(active & set(w.get("offloaded", ())))
+    flops = 2.0 * w["n_tokens"] * w["top_k"] * weights
+    here_s = max(flops / 4e14, (len(active) - n_gone) * per_expert / 2.4e12)
+    floor_ns = (6_000.0 if w.get("launch") else 15_000.0) * (3 if w["op"] == "moe_layer" else 1)
     return floor_ns + (here_s + n_gone * per_expert / 45e9) * 1e9
 
 
@@ -186,7 +188,7 @@ def write_gpu_capture(path: Path) -> Path:
         for order, w in enumerate(planned):
             times = [max(1, round(_gpu_time_ns(w) * float(np.exp(rng.normal(0, 0.01))))) for _ in range(5)]
             started = GPU_STARTED + 1000 * run + order
-            lines.append({"workload": w.id, "run": run, "times_ns": times, "started": started, "order": order})
+            lines.append({"workload": w["workload"], "run": run, "times_ns": times, "started": started, "order": order})
     numbers = {
         key: {"value": value, "spread_frac": 0.01, "n": 5, "how": "made up for a test"}
         for key, value in GPU_CALIBRATION.items()
@@ -226,7 +228,7 @@ def write_gpu_capture(path: Path) -> Path:
     left_out = [{"probe": "system read", "params": {"n_bytes": 1}, "run": 0, "reason": "the machine is not coherent"}]
     (path / "capture.json").write_text(json.dumps(manifest))
     for name, rows in {
-        "workloads": [{**w.to_line(), "study": "offload" if w.offloaded else "dense"} for w in planned],
+        "workloads": planned,
         "observations": lines,
         "calibration": probed,
         "left_out": left_out,

@@ -138,6 +138,17 @@ def test_a_fit_takes_resident_launched_rows_of_the_settings_dtype_and_counts_the
     assert vars(fit_captures([str(alone)])[0].constants_) == vars(model.constants_)
 
 
+def test_where_most_calls_are_replayed_those_are_fitted_and_never_with_the_others(made: Path) -> None:
+    pooled = per_workload(load_capture(made).observations)
+    layers = pooled.filter(pl.col("op") == "moe_layer", pl.col("access") == "resident", pl.col("dtype") == "bf16")
+    kept, n_left_out = fitted_rows(layers, "bf16")
+    assert (kept.height, n_left_out) == (9, {"replayed from a CUDA graph": 9})  # as many: those of the host
+    fewer = layers.filter(~(pl.col("launch").is_null() & (pl.col("shape") == "olmoe")))
+    kept, n_left_out = fitted_rows(fewer, "bf16")
+    assert (kept.height, n_left_out) == (9, {"launched by the host, not replayed": 6})
+    assert set(kept["launch"]) == {"graph"}
+
+
 def test_a_capture_of_offloaded_rows_alone_is_nothing_to_fit(folder: Path) -> None:
     rows = (folder / "workloads.jsonl").read_text().splitlines()
     gone = {json.loads(r)["workload"] for r in rows if '"resident"' in r}

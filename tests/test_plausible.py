@@ -1,6 +1,8 @@
 """Checking captures: sound ones pass, and each of many ways to break one is found with the sentence that says it."""
 
 import gzip
+import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -11,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from collectors.plan import Workload
 from collectors.timing import median_error_frac
 from perfmodel.capture import load_capture, shipped_captures
 from perfmodel.capture_lines import ACCESS, ORDERS, RESIDENCIES, content_id
@@ -177,9 +178,9 @@ BREAKS: list[tuple[str, Break, str, str, str]] = [
     ("unplanned", lines("observations", lambda x: x[0].update(workload="0" * 12)), "error", "form", "is not planned"),
     ("measured twice", lines("observations", lambda x: x.append(x[0])), "error", "form", "measured 2 times in run 0"),
     ("no time", lines("observations", lambda x: x[0].update(times_ns=[])), "error", "form", "has no time"),
-    ("point lost", lines("observations", lambda x: x.pop()), "warning", "form", "run 1 measured 119 of 120"),
+    ("point lost", lines("observations", lambda x: x.pop()), "error", "form", "run 1 lacks 1 point of 120, and says"),
     ("n_left_out", manifest(lambda m: m["runs"][0].update(n_left_out=4)),
-     "error", "form", "says 4 points were left out"),
+     "error", "form", "says 4 points were left out, and fewer"),
     ("run backwards", manifest(lambda m: m["runs"][1].update(finished=5)), "error", "form", "before it started"),
     ("run twice", manifest(lambda m: m["runs"][1].update(run=0)), "error", "form", "run 0 has 2 records"),
     ("run not ended", manifest(lambda m: m["runs"].pop()), "warning", "form", "run 1 has 120 points and no record"),
@@ -385,13 +386,14 @@ def test_an_sqlite_profile_is_looked_into(folder: Path) -> None:
     ("machine", "gigabytes_per_s"),
     [
         ({"pcie_gen_max": "5", "pcie_width_max": "16"}, 63.0),
-        ({"pcie_gen_max": "4", "pcie_gen": 1, "pcie_width_max": 8}, 15.75),
-        ({"link": {"pcie_gen_max": 3, "pcie_width": "x16"}}, 15.76),
-        ({"nvlink_c2c": True, "pcie_gen_max": "5", "pcie_width_max": "16"}, 450.0),
-        ({"link_kind": "NVLink-C2C"}, 450.0),
-        ({"nvlink_c2c": None, "pcie_gen_max": "5"}, None),
-        ({"nvlink_c2c": False, "pcie_gen_max": "n/a", "pcie_width_max": "16"}, None),
+        ({"pcie_gen_max": 4, "pcie_width_max": 8, "pcie_max_transfers_per_s": 32e9, "pcie_max_lanes": 16}, 15.75),
+        ({"pcie_gen_max": None, "pcie_max_transfers_per_s": 32e9, "pcie_max_lanes": 16}, 63.0),
+        ({"link_kind": "nvlink-c2c", "pcie_gen_max": 5, "pcie_width_max": 16}, 450.0),
+        ({"c2c_n_links": 10}, 450.0),
+        ({"link_kind": "pcie", "c2c_n_links": None, "pcie_gen_max": "5"}, None),
+        ({"pcie_gen_max": "[N/A]", "pcie_width_max": "16"}, None),
         ({"pcie_gen_max": "9", "pcie_width_max": "16"}, None),
+        ({"pcie_gen_max": True, "pcie_width_max": "16"}, None),
         ({}, None),
     ],
 )  # fmt: skip
@@ -419,15 +421,54 @@ def test_the_library_and_the_collectors_agree_on_ids_and_words(made: Path) -> No
     from collectors import plan, store
     from perfmodel import capture_lines
 
+    if importlib.util.find_spec("collectors.workloads"):
+        workloads = importlib.import_module("collectors.workloads")
+    else:
+        workloads = plan
     for line in lines_of(made, "workloads"):
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in line.items() if k not in ("workload", "study")}
-        assert Workload(**fields).id == line["workload"] == content_id(line)
-    assert (ACCESS, RESIDENCIES, ORDERS) == (plan.ACCESS_MODES, plan.RESIDENCIES, plan.ORDERS)
+        assert workloads.Workload(**fields).id == line["workload"] == content_id(line)
+    assert (ACCESS, RESIDENCIES, ORDERS) == (workloads.ACCESS_MODES, workloads.RESIDENCIES, workloads.ORDERS)
     assert capture_lines.DTYPES == plan.DTYPES
     names = ("CAPTURE", "WORKLOADS", "OBSERVATIONS", "PROFILES", "CALIBRATION", "LEFT_OUT", "SCHEMA")
     ours = ("MANIFEST", "WORKLOADS", "OBSERVATIONS_FILE", "PROFILES", "CALIBRATION", "LEFT_OUT", "SCHEMA")
     for theirs, our in zip(names, ours, strict=True):
         assert getattr(store, theirs) == getattr(capture_lines, our)
+
+
+def test_a_campaign_that_ran_out_of_time_is_sound(folder: Path) -> None:
+    """The first run left ten points to do, the second repeats the others, and one workload failed for good."""
+    planned = [line["workload"] for line in lines_of(folder, "workloads")]
+    todo, failed = set(planned[-10:]), planned[0]
+    lines("observations", lambda x: x.__setitem__(slice(None), [p for p in x if p["workload"] not in {*todo, failed}]))(
+        folder
+    )
+    lines("left_out", lambda x: x.append({"workload": failed, "run": 0, "reason": "no memory", "started": 1}))(folder)
+    lines("left_out", lambda x: x.append({"profile": "a.trace.json.gz", "reason": "no kernel", "started": 1}))(folder)
+    manifest(lambda m: m["settings"].update(minutes=8.0, kind="campaign"))(folder)
+    manifest(lambda m: m["runs"][0].update(n_todo=10, n_left_out=1))(folder)
+    assert check_capture(folder) == []
+    manifest(lambda m: m["runs"][0].update(n_todo=9, n_left_out=0))(folder)
+    assert [f.sentence for f in check_capture(folder)] == [
+        "run 0 lacks 10 points of 120, and says that 9 were left out or left to do"
+    ]
+
+
+def test_a_stream_of_the_manifest_may_be_a_copy_or_a_triad(folder: Path) -> None:
+    lines(
+        "calibration", lambda x: [p.update(quantity="memory_triad_bytes_per_s") for p in x if "memory" in p["quantity"]]
+    )(folder)
+    line = {"probe": "read", "params": {}, "run": 0, "quantity": "memory_stream_bytes_per_s", "value": 2.5e12}
+    lines("calibration", lambda x: x.append(line | {"unit": "bytes_per_s", "how": ""}))(folder)
+    assert check_capture(folder) == []
+
+
+def test_an_offloaded_call_without_a_twin_launched_like_it_is_held_against_the_replayed_one(folder: Path) -> None:
+    planned = lines_of(folder, "workloads")
+    launched = {w["workload"] for w in planned if resident(w) and w["op"] == "moe_layer"}
+    lines("observations", lambda x: x.__setitem__(slice(None), [p for p in x if p["workload"] not in launched]))(folder)
+    times(0.001, offloaded("cpu", 1))(folder)
+    assert any(f.rule == "offloading is free" for f in check_capture(folder))
 
 
 def test_the_summary_counts_what_is_there(made: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ KNOWN_GPUS = {"h100-sxm": r"H100 80GB HBM3", "h100-pcie": r"H100 PCIe", "gh200":
 
 # Bytes per second of one lane in one direction after line coding (PCI-SIG: 2.5, 5, 8, 16, 32, 64 GT/s).
 PCIE_LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.877e9}
+PCIE_GENERATIONS = {2.5e9: 1, 5e9: 2, 8e9: 3, 16e9: 4, 32e9: 5, 64e9: 6}  # by transfers per second
 C2C_BYTES_PER_S = 450e9  # NVLink-C2C, one direction (NVIDIA GH200 datasheet)
 
 # Of machines that no profile knows: about three times the best sold when this was written, so that only slips of unit
@@ -56,47 +58,33 @@ def known_gpu(folder: Folder) -> HardwareProfile | None:
     return hardware(found) if found and folder.is_cuda else None
 
 
-def _numbers(machine: dict[str, Any], *words: str) -> list[float]:
-    """The numbers of the machine under keys that contain all the words, however deep and however written."""
-    found: list[float] = []
-    for key, value in machine.items():
-        if isinstance(value, dict):
-            found += _numbers({f"{key}_{inner}": entry for inner, entry in value.items()}, *words)
-        elif all(word in key.lower() for word in words) and not isinstance(value, bool):
-            digits = re.search(r"\d+(?:\.\d+)?", str(value))
-            found += [float(digits[0])] if digits else []
-    return found
+def _number(machine: Mapping[str, Any], *keys: str) -> float | None:
+    """The first of several keys under which the machine has a number, however it is written, or None."""
+    for key in keys:
+        digits = re.search(r"\d+(?:\.\d+)?(?:e\d+)?", str(machine.get(key)))
+        if digits and not isinstance(machine[key], bool):
+            return float(digits[0])
+    return None
 
 
-def _says_c2c(machine: dict[str, Any]) -> bool:
-    for key, value in machine.items():
-        if isinstance(value, dict) and _says_c2c({f"{key}_{inner}": entry for inner, entry in value.items()}):
-            return True
-        if "c2c" in key.lower() and value not in (None, False, 0, "", [], {}):
-            return True
-        if isinstance(value, str) and "c2c" in value.lower() and "link" in key.lower():
-            return True
-    return False
-
-
-def manifest_link(machine: dict[str, Any]) -> Limit | None:
+def manifest_link(machine: Mapping[str, Any]) -> Limit | None:
     """The nominal rate of one direction of the link that the machine part describes, or None where it does not."""
-    if _says_c2c(machine):
+    if machine.get("link_kind") == "nvlink-c2c" or _number(machine, "c2c_n_links"):
         return Limit(C2C_BYTES_PER_S * NOMINAL_BYTES_MARGIN, "NVLink-C2C in the manifest")
-    generations, widths = _numbers(machine, "pcie", "gen"), _numbers(machine, "pcie", "width")
-    if not generations or not widths:
+    # What the driver says of GPU and slot together, else what the card could do in the best slot.
+    transfers = _number(machine, "pcie_max_transfers_per_s")
+    generation = _number(machine, "pcie_gen_max") or (PCIE_GENERATIONS.get(transfers) if transfers else None)
+    width = _number(machine, "pcie_width_max", "pcie_max_lanes")
+    if generation not in PCIE_LANE_BYTES_PER_S or width is None or not 1 <= width <= 32:
         return None
-    generation, width = int(max(generations)), int(max(widths))
-    if generation not in PCIE_LANE_BYTES_PER_S or not 1 <= width <= 32:
-        return None
-    rate = PCIE_LANE_BYTES_PER_S[generation] * width
-    return Limit(rate * NOMINAL_BYTES_MARGIN, f"PCIe {generation}.0 x{width} in the manifest")
+    rate = PCIE_LANE_BYTES_PER_S[int(generation)] * width
+    return Limit(rate * NOMINAL_BYTES_MARGIN, f"PCIe {generation:g}.0 x{width:g} in the manifest")
 
 
 def ceilings_of(folder: Folder) -> Ceilings:
     """What the machine of a capture cannot exceed, from the manifest, a known GPU's datasheet, or what none exceeds."""
     machine, profile = folder.manifest.machine, known_gpu(folder)
-    cores = max([*_numbers({"n_cores": machine.get("n_cores")}, "n_cores"), 1.0])
+    cores = max(_number(machine, "n_cores") or 1.0, 1.0)
     core_flops = {d: Limit(cores * x, f"{cores:g} cores of any CPU") for d, x in GENERIC_CORE_FLOPS_PER_S.items()}
     host = Limit(GENERIC_HOST_BYTES_PER_S, "the memory of any CPU")
     named = manifest_link(machine)

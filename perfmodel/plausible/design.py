@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from perfmodel import text
-from perfmodel.capture_lines import GRAPH, MANIFEST, RESIDENT, WORKLOADS
+from perfmodel.capture_lines import MANIFEST, RESIDENT, WORKLOADS
 from perfmodel.plausible.folder import WARNING, Finding, Folder
 
 MIN_RUNS = 2  # a run is what repeats when a measurement is repeated
@@ -23,13 +23,13 @@ def enough_runs(folder: Folder) -> Iterator[Finding]:
 
 
 def enough_to_fit(folder: Folder) -> Iterator[Finding]:
-    """Resident calls launched by the host, in the dtype of the settings, are of enough shapes for a fit."""
+    """Resident calls in the dtype of the settings, launched in one way, are of enough shapes for a fit."""
     measured = {o.workload for _, o in folder.observations}
-    shapes = {
-        w.shape
-        for key, w in folder.workloads.items()
-        if key in measured and w.access == RESIDENT and w.launch != GRAPH and w.dtype == folder.dtype
-    }
+    by_launch: dict[str | None, list[str]] = defaultdict(list)
+    for key, w in folder.workloads.items():
+        if key in measured and w.access == RESIDENT and w.dtype == folder.dtype:
+            by_launch[w.launch].append(w.shape)
+    shapes = set(sorted(by_launch.values(), key=len)[-1]) if by_launch else set()  # a fit takes the more numerous
     if len(shapes) < MIN_SHAPES:
         words = f"resident {folder.dtype} points are of {text.counted(len(shapes), 'shape')}: `perfmodel fit` needs "
         words += f"{MIN_SHAPES} to hold each out in turn"

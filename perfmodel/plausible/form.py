@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from perfmodel import text
 from perfmodel.capture_lines import (
     ACCESS,
     CALIBRATION,
@@ -29,6 +30,7 @@ from perfmodel.routing import pattern_shares
 
 ROUNDED_FRAC = 1e-3  # calibrated numbers are written with six digits; more apart is another number
 UNIT_SUFFIXES = ("flops_per_s", "bytes_per_s", "bytes", "ns", "frac", "count")
+STREAMS = ("memory_copy_bytes_per_s", "memory_triad_bytes_per_s")  # stand for memory_stream_bytes_per_s where faster
 CLOCK_SLACK_S = 5.0  # starts are whole seconds, and a system's clock may be set while a capture is taken
 
 
@@ -172,24 +174,30 @@ def runs(folder: Folder) -> Iterator[Finding]:
     for run, times in Counter(record.run for record in records).items():
         if times > 1:
             yield _error("runs", f"run {run} has {times} records", MANIFEST)
-    n_done = Counter(o.run for _, o in folder.observations)
-    n_excused = Counter(run for _, run in {(line.workload, line.run) for _, line in folder.left_out if line.workload})
-    is_study = any(w.study is not None for w in folder.workloads.values())
+    done: dict[int, set[str]] = defaultdict(set)
+    for _, o in folder.observations:
+        done[o.run].add(o.workload)
+    failed = {line.workload for _, line in folder.left_out if line.workload is not None}
+    has_budget = folder.manifest.settings.minutes is not None
     for record in records:
         if record.started > record.finished:
             yield _error("time", f"run {record.run} finished before it started", MANIFEST)
-        n_missing = len(folder.workloads) - n_done[record.run]
-        n_left_out = record.n_left_out or 0
-        if n_left_out > max(n_missing, 0):
-            words = f"run {record.run} says {n_left_out} points were left out, and {n_missing} are missing"
+        n_left_out, n_todo = record.n_left_out or 0, record.n_todo or 0
+        # Within a time budget later runs repeat what the first one measured.
+        expected = done[0] if has_budget and record.run > 0 else set(folder.workloads)
+        missing = expected - done[record.run]
+        if n_left_out > len(set(folder.workloads) - done[record.run]):
+            words = f"run {record.run} says {n_left_out} points were left out, and fewer are missing"
             yield _error("n_left_out", words, MANIFEST)
-        elif n_missing > max(n_left_out, n_excused[record.run]):
-            words = f"run {record.run} measured {n_done[record.run]} of {len(folder.workloads)} planned points"
-            finding = _warning if is_study else _error  # a campaign stops when its time is up, a sweep does not
-            yield finding("n_left_out", f"{words}; {n_left_out} are said to be left out", MANIFEST)
+        elif len(missing - failed) > n_left_out + n_todo:
+            words = f"run {record.run} lacks {text.counted(len(missing - failed), 'point')} of {len(expected)}"
+            # A campaign that was given more minutes adds to its first run what later ones no longer reach.
+            finding = _warning if has_budget else _error
+            words += f", and says that {n_left_out + n_todo} were left out or left to do"
+            yield finding("n_left_out", words, MANIFEST)
     recorded = {record.run for record in records}
-    for run in sorted(set(n_done) - recorded):
-        words = f"run {run} has {n_done[run]} points and no record in {MANIFEST}: it did not end"
+    for run in sorted({o.run for _, o in folder.observations} - recorded):
+        words = f"run {run} has {len(done[run])} points and no record in {MANIFEST}: it did not end"
         yield _warning("runs", words, OBSERVATIONS_FILE)
     yield from _time_order(folder)
 
@@ -215,8 +223,8 @@ def left_out(folder: Folder) -> Iterator[Finding]:
     done = {(o.workload, o.run) for _, o in folder.observations}
     for number, line in folder.left_out:
         where = f"{LEFT_OUT}, line {number}"
-        if (line.workload is None) == (line.probe is None):
-            yield _error("left out", "the line names neither or both of a workload and a probe", where)
+        if [line.workload, line.probe, line.profile].count(None) != 2:
+            yield _error("left out", "the line names none, or several, of a workload, a probe and a profile", where)
         elif line.workload is not None and line.workload not in folder.workloads:
             yield _error("left out", f"workload {line.workload} is not planned", where)
         elif (line.workload, line.run) in done:
@@ -249,6 +257,8 @@ def calibration_summary(folder: Folder) -> Iterator[Finding]:
     for _, line in folder.calibrations:
         if line.quantity is not None:
             lines[line.quantity].append(line.value)
+            if line.quantity in STREAMS:
+                lines["memory_stream_bytes_per_s"].append(line.value)
     for key, number in folder.manifest.calibration.items():
         where = f"{MANIFEST}, calibration.{key}"
         if key not in QUANTITIES:

@@ -6,6 +6,7 @@ import polars as pl
 
 from perfmodel import text
 from perfmodel.capture import Capture
+from perfmodel.capture_lines import WORKLOADS, complete_lines
 from perfmodel.plausible.points import error_frac, stated_error_frac
 
 KIND = ("study", "access", "residency", "launch", "dtype")
@@ -62,7 +63,7 @@ def left_out(capture: Capture) -> list[dict[str, Any]]:
     """What gave no number, by reason: `reason`, `n` points or probes, and an `example` of them."""
     rows = [{"reason": sentence, "n": 1, "example": "planned"} for sentence in capture.manifest.get("skipped") or ()]
     by_reason = capture.left_out.group_by("reason", maintain_order=True).agg(
-        n=pl.len(), example=pl.coalesce("workload", "probe").first()
+        n=pl.len(), example=pl.coalesce("workload", "probe", "profile").first()
     )
     return rows + by_reason.to_dicts()
 
@@ -119,6 +120,8 @@ def summary(capture: Capture) -> dict[str, Any]:
     return {
         "capture": capture.name,
         "created": manifest.get("created"),
+        "n_planned": len(complete_lines(capture.path / WORKLOADS)),
+        "n_measured": capture.observations["workload"].n_unique(),
         "machine": dict(manifest["machine"]),
         "software": dict(manifest["software"]),
         "capabilities": dict(capture.capabilities),

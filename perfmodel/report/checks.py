@@ -64,6 +64,7 @@ def capture_page(found: Mapping[str, Any], machine: Sequence[str], width: int) -
         table(calibration, ["calibrated", "value", "spread", "n"], width)
         + (f"\nfrom {text.counted(found['n_calibration_lines'], 'measurement')}" * bool(found["n_calibration_lines"])),
         table([_study(row) for row in found["studies"]], _STUDY_HEADER, width)
+        + f"\n{found['n_measured']:,} of {found['n_planned']:,} planned workloads were measured"
         + "\nerror: standard error of the median of a point's repeats; above: share of points above what was asked for",
     ]
     if found["left_out"]:
