@@ -85,12 +85,13 @@ CALIBRATIONS = pl.Schema(
         "capture": pl.String(),
     }
 )
-# One row: a workload, a probe or a profile (the others null) that gave nothing, and why; null `run`: in none.
+# One row: a workload, probe, profile or stage (the others null) that gave nothing, and why; null `run`: in none.
 LEFT_OUT_TABLE = pl.Schema(
     {
         "workload": pl.String(),
         "probe": pl.String(),
         "profile": pl.String(),
+        "stage": pl.String(),
         "params": pl.String(),
         "run": pl.Int64(),
         "reason": pl.String(),

@@ -130,12 +130,13 @@ class CalibrationLine(msgspec.Struct, frozen=True):
 
 
 class LeftOutLine(msgspec.Struct, frozen=True):
-    """A workload, a probe or a profile that gave nothing, and why."""
+    """A workload, a probe, a profile or a whole stage that gave nothing, and why."""
 
     reason: str
     workload: str | None = None
     probe: str | None = None
     profile: str | None = None
+    stage: str | None = None
     params: dict[str, Any] | None = None
     run: int | str | None = None  # a word for what is no run, such as profiling
 

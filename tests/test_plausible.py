@@ -265,8 +265,8 @@ BREAKS: list[tuple[str, Break, str, str, str]] = [
     ("one run", lines("observations", lambda x: x.__delitem__(slice(120, None))),
      "warning", "design", "have a single run"),
     ("two shapes", lines("observations", lambda x: x.__delitem__(slice(88, None))), "warning", "design", "2 shapes: "),
-    ("few batches", workload(lambda w: w["study"] == "dense", study="alone"),
-     "warning", "design", "study alone has 1 batch"),
+    ("few batches", lines("observations", lambda x: x.__delitem__(slice(10, None))),
+     "warning", "design", "has 1 batch size"),
 ]  # fmt: skip
 
 

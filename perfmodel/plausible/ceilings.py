@@ -22,7 +22,7 @@ C2C_BYTES_PER_S = 450e9  # NVLink-C2C, one direction (NVIDIA GH200 datasheet)
 GENERIC_MEMORY_BYTES_PER_S = 25e12
 GENERIC_LINK_BYTES_PER_S = 1.8e12
 GENERIC_HOST_BYTES_PER_S = 3e12
-GENERIC_GPU_FLOPS_PER_S = {"fp32": 5e15, "fp16": 1e16, "bf16": 1e16, "fp8": 2e16}
+GENERIC_GPU_FLOPS_PER_S = {"fp32": 5e15, "tf32": 5e15, "fp16": 1e16, "bf16": 1e16, "fp8": 2e16}
 GENERIC_CORE_FLOPS_PER_S = {"fp32": 1.1e12, "fp16": 17e12, "bf16": 17e12, "fp8": 17e12}
 
 NOMINAL_BYTES_MARGIN = 1.02  # a nominal bandwidth is a count of transfers: only clock tolerance and rounding exceed it

@@ -9,7 +9,7 @@ from perfmodel.plausible.folder import WARNING, Finding, Folder
 
 MIN_RUNS = 2  # a run is what repeats when a measurement is repeated
 MIN_SHAPES = 3  # a fit holds each shape out in turn (perfmodel.latency.evaluate_by_shape)
-MIN_TOKENS = 3  # batch sizes of a study, to tell a line from a bend
+MIN_TOKENS = 3  # batch sizes, to tell a line from a bend
 
 
 def enough_runs(folder: Folder) -> Iterator[Finding]:
@@ -37,17 +37,13 @@ def enough_to_fit(folder: Folder) -> Iterator[Finding]:
 
 
 def enough_tokens(folder: Folder) -> Iterator[Finding]:
-    """Every study covers enough batch sizes."""
-    measured = {o.workload for _, o in folder.observations}
-    tokens: dict[str | None, set[int]] = defaultdict(set)
-    for key, w in folder.workloads.items():
-        if key in measured:
-            tokens[w.study].add(w.n_tokens)
-    for study, sizes in tokens.items():
-        if len(sizes) < MIN_TOKENS:
-            words = f"{f'study {study}' if study else 'the capture'} has {text.counted(len(sizes), 'batch size')}, "
-            words += f"expected at least {MIN_TOKENS} to see a bend"
-            yield Finding(WARNING, "design", "batch sizes", words, WORKLOADS, len(sizes), MIN_TOKENS)
+    """The capture covers enough batch sizes."""
+    sizes = {folder.workloads[o.workload].n_tokens for _, o in folder.observations if o.workload in folder.workloads}
+    if len(sizes) < MIN_TOKENS:
+        words = (
+            f"the capture has {text.counted(len(sizes), 'batch size')}, expected at least {MIN_TOKENS} to see a bend"
+        )
+        yield Finding(WARNING, "design", "batch sizes", words, WORKLOADS, len(sizes), MIN_TOKENS)
 
 
 CHECKS = (enough_runs, enough_to_fit, enough_tokens)

@@ -223,8 +223,9 @@ def left_out(folder: Folder) -> Iterator[Finding]:
     done = {(o.workload, o.run) for _, o in folder.observations}
     for number, line in folder.left_out:
         where = f"{LEFT_OUT}, line {number}"
-        if [line.workload, line.probe, line.profile].count(None) != 2:
-            yield _error("left out", "the line names none, or several, of a workload, a probe and a profile", where)
+        if [line.workload, line.probe, line.profile, line.stage].count(None) != 3:
+            words = "the line names none, or several, of a workload, a probe, a profile and a stage"
+            yield _error("left out", words, where)
         elif line.workload is not None and line.workload not in folder.workloads:
             yield _error("left out", f"workload {line.workload} is not planned", where)
         elif (line.workload, line.run) in done:

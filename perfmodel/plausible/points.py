@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -194,29 +194,39 @@ def _by_kind(folder: Folder, *dropped: str) -> dict[tuple[Any, ...], list[tuple[
     return found
 
 
+def _room(errors: Mapping[str, float], *workloads: WorkloadLine) -> float:
+    """How far two times may differ by noise alone, as a fraction: three times the sum of their errors, at most 0.9."""
+    return min(0.9, 3 * sum(errors[w.workload] for w in workloads))
+
+
 def more_tokens_take_longer(folder: Folder) -> Iterator[Finding]:
     """The time of a shape, routing and access does not fall when tokens grow."""
+    errors = _worst_errors(folder)
     for several in _by_kind(folder, "n_tokens", "tokens_per_expert", "offloaded").values():
         in_order = sorted(several, key=lambda point: point[0].n_tokens)
         for (few, few_ns), (many, many_ns) in pairwise(in_order):
-            if many_ns < FALLS_TO * few_ns and many.n_tokens > few.n_tokens:
+            limit = FALLS_TO * (1 - _room(errors, few, many))
+            if many_ns < limit * few_ns and many.n_tokens > few.n_tokens:
                 words = f"{many.n_tokens} tokens take {text.ns(many_ns)}, and {few.n_tokens} take {text.ns(few_ns)}"
-                yield Finding(WARNING, "physics", "falls with tokens", words, label(many), many_ns / few_ns, FALLS_TO)
+                yield Finding(WARNING, "physics", "falls with tokens", words, label(many), many_ns / few_ns, limit)
 
 
 def layers_hold_their_gemms(folder: Folder) -> Iterator[Finding]:
     """A whole layer takes about as long as its two grouped GEMMs alone, or longer."""
+    errors = _worst_errors(folder)
     for several in _by_kind(folder, "op", "gemm_k", "gemm_n").values():
-        gemms = [time_ns for w, time_ns in several if w.op == "grouped_gemm"]
+        gemms = [(w, time_ns) for w, time_ns in several if w.op == "grouped_gemm"]
+        sum_ns = sum(time_ns for _, time_ns in gemms)
         for w, time_ns in several:
-            if w.op == "moe_layer" and len(gemms) == 2 and time_ns < LAYER_FRAC * sum(gemms):
-                words = f"the layer takes {text.ns(time_ns)}, and its two grouped GEMMs alone {text.ns(sum(gemms))}"
-                yield Finding(WARNING, "physics", "layer", words, label(w), time_ns / sum(gemms), LAYER_FRAC)
+            limit = LAYER_FRAC * (1 - _room(errors, w, *(gemm for gemm, _ in gemms)))
+            if w.op == "moe_layer" and len(gemms) == 2 and time_ns < limit * sum_ns:
+                words = f"the layer takes {text.ns(time_ns)}, and its two grouped GEMMs alone {text.ns(sum_ns)}"
+                yield Finding(WARNING, "physics", "layer", words, label(w), time_ns / sum_ns, limit)
 
 
 def offloading_costs(folder: Folder) -> Iterator[Finding]:
     """No offloaded call is faster than the same call with everything resident, by more than their errors."""
-    worst: Callable[[str], float] = _worst_errors(folder).__getitem__
+    errors = _worst_errors(folder)
     for several in _by_kind(folder, "access", "offload_frac", "offloaded", "order", "residency", "launch").values():
         resident = [(w, time_ns) for w, time_ns in several if w.access == RESIDENT]
         for w, time_ns in several:
@@ -227,7 +237,7 @@ def offloading_costs(folder: Folder) -> Iterator[Finding]:
             if not twins or not w.offloaded:
                 continue
             twin, twin_ns = twins[0]
-            room = max(TWIN_MARGIN, 3 * (worst(w.workload) + worst(twin.workload)))
+            room = max(TWIN_MARGIN, _room(errors, w, twin))
             if time_ns < (1 - room) * twin_ns:
                 words = (
                     f"it takes {text.ns(time_ns)} with {len(w.offloaded)} experts offloaded, and {text.ns(twin_ns)} "

@@ -60,10 +60,11 @@ def calibrated(capture: Capture) -> list[dict[str, Any]]:
 
 
 def left_out(capture: Capture) -> list[dict[str, Any]]:
-    """What gave no number, by reason: `reason`, `n` points or probes, and an `example` of them."""
-    rows = [{"reason": sentence, "n": 1, "example": "planned"} for sentence in capture.manifest.get("skipped") or ()]
+    """What gave no number, by reason: `reason`, `n` points or probes, and an `example` of them; both are null for what
+    was never planned."""
+    rows = [{"reason": sentence, "n": None, "example": None} for sentence in capture.manifest.get("skipped") or ()]
     by_reason = capture.left_out.group_by("reason", maintain_order=True).agg(
-        n=pl.len(), example=pl.coalesce("workload", "probe", "profile").first()
+        n=pl.len(), example=pl.coalesce("workload", "probe", "profile", "stage").first()
     )
     return rows + by_reason.to_dicts()
 

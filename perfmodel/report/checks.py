@@ -68,7 +68,10 @@ def capture_page(found: Mapping[str, Any], machine: Sequence[str], width: int) -
         + "\nerror: standard error of the median of a point's repeats; above: share of points above what was asked for",
     ]
     if found["left_out"]:
-        rows = [f"  {row['n']:,}x {text.shortened(row['reason'], REASON_WIDTH)}" for row in found["left_out"]]
+        rows = [
+            f"  {f'{n:,}x ' if (n := row['n']) else ''}{text.shortened(row['reason'], REASON_WIDTH)}"
+            for row in found["left_out"]
+        ]
         blocks.append("\n".join(["left out", *_first(rows)]))
     if found["profiles"]:
         rows = [f"  {row['name']} ({text.n_bytes(row['size_bytes'])})" for row in found["profiles"]]
