@@ -74,6 +74,7 @@ class Manifest(msgspec.Struct):
     runs: list[Run] = []
     capabilities: dict[str, Any] | None = None
     n_workloads: int | None = None
+    skipped: list[str] = []
 
 
 class WorkloadLine(msgspec.Struct, frozen=True):

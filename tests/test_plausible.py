@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from collectors.timing import median_error_frac
+from perfmodel import report
 from perfmodel.capture import load_capture, shipped_captures
 from perfmodel.capture_lines import ACCESS, ORDERS, RESIDENCIES, content_id
 from perfmodel.errors import InputError
@@ -21,7 +22,7 @@ from perfmodel.plausible import ERROR, check_capture, is_sound, verdict
 from perfmodel.plausible.ceilings import manifest_link
 from perfmodel.plausible.identity import identity_in
 from perfmodel.plausible.points import active_bytes, error_frac, expert_weights
-from perfmodel.plausible.summary import studies, summary
+from perfmodel.plausible.summary import machine_words, studies, summary
 from tests.captures_made import GPU_RUNS, write_gpu_capture
 
 Json = dict[str, Any]
@@ -251,7 +252,13 @@ BREAKS: list[tuple[str, Break, str, str, str]] = [
      "warning", "physics", "its two grouped GEMMs alone"),
     ("offloading is free", times(0.001, offloaded("cpu", 1)),
      "warning", "physics", "experts offloaded, and .* resident"),
+    ("replays counted wrongly", times(8, lambda w: w.get("launch") == "graph" and resident({**w, "launch": None})),
+     "warning", "physics", "replayed it takes .* and launched by the host"),
+    ("replays too short", times(0.5, lambda w: w.get("launch") == "graph" and w["access"] == "zero-copy"),
+     "warning", "physics", "replayed it takes"),
     # noise
+    ("scatter", manifest(lambda m: m["calibration"]["call_overhead_ns"].update(spread_frac=0.3)), "warning", "noise",
+     "call_overhead_ns scatters by 30.0 %"),
     ("constant", lines("observations", lambda x: [p.update(times_ns=[p["times_ns"][0]] * 5) for p in x]), "error",
      "noise", "of 240 points all agree to the nanosecond"),
     ("noisy", lines("observations", lambda x: [p.update(times_ns=[*p["times_ns"], 3 * p["times_ns"][0]]) for p in x]),
@@ -342,6 +349,41 @@ def test_odd_lines_are_findings_and_never_a_crash(folder: Path) -> None:
     }  # fmt: skip
 
 
+ODD: tuple[object, ...] = (None, -1, [], {}, 1e308)
+
+
+def test_no_odd_value_of_any_field_is_more_than_a_finding_or_a_sentence(folder: Path) -> None:
+    """Each field of a line in each file, and each of the manifest, replaced by each odd value in turn."""
+    for name, n_kept in (("workloads", 8), ("observations", 8), ("calibration", 4), ("left_out", 1)):
+        write_lines(folder, name, lines_of(folder, name)[:n_kept])
+    sound = {file.name: file.read_text() for file in folder.glob("*.json*")}
+
+    def reads_or_refuses() -> None:
+        try:
+            json.dumps([vars(finding) for finding in check_capture(folder)], allow_nan=False)
+            capture = load_capture(folder)
+            report.capture_page(summary(capture), machine_words(capture), 100)
+        except InputError as error:
+            assert "\n" not in str(error).rstrip()
+
+    for name in ("workloads", "observations", "calibration", "left_out"):
+        first, *others = lines_of(folder, name)
+        for key in first:
+            for value in ODD:
+                write_lines(folder, name, [{**first, key: value}, *others])
+                reads_or_refuses()
+        (folder / f"{name}.jsonl").write_text(sound[f"{name}.jsonl"])
+    whole = json.loads(sound["capture.json"])
+    for part in (whole, whole["settings"], whole["machine"], whole["calibration"], whole["runs"][0]):
+        for key in list(part):
+            before = part[key]
+            for value in ODD:
+                part[key] = value
+                (folder / "capture.json").write_text(json.dumps(whole))
+                reads_or_refuses()
+            part[key] = before
+
+
 def test_a_layer_of_nothing_is_found_and_read_on(folder: Path) -> None:
     nothing = {"n_experts": 0, "top_k": 0, "tokens_per_expert": [], "hidden": 0, "n_tokens": 0}
     workload(resident, **nothing)(folder)
@@ -373,6 +415,11 @@ def test_names_are_found_where_they_stand_for_themselves() -> None:
     assert list(identity_in("on gpu-box-71", ["gpu-box-7"])) == []
     assert [kind for _, kind, _ in identity_in(r'"a":"\/data\/bob\/x"', [])] == ["an absolute path"]
     assert [s for s, _, _ in identity_in('"/usr/lib/libcuda.so"', [])] == ["warning"]
+    for words, severities in (
+        ("at 10.1.2.3, 172.31.0.9", ["error", "error"]), ("http://52.1.2.3:80/", ["error"]),
+        ("172.32.0.9", ["warning"]), ("12.8.3.14", ["warning"]), ("1.2.3.4.5", []), ("1.2.3.256", []),
+    ):  # fmt: skip
+        assert [s for s, _, _ in identity_in(words, [])] == severities, words
 
 
 def test_an_sqlite_profile_is_looked_into(folder: Path) -> None:

@@ -18,6 +18,7 @@ from perfmodel.plausible.folder import ERROR, WARNING, Finding, Folder
 SHORTEST_NS, LONGEST_NS = 50.0, 50e6
 ORDER_MARGIN = 1.05  # two rates that must be in order may stand the other way round by the noise of a quiet machine
 SUM_MARGIN = 1.10  # both directions at once against the sum of each alone
+SCATTER_FRAC = 0.15  # of repeats or runs of a calibrated number, as a standard deviation over the median
 DRIFT = 1.5  # how far apart runs may measure one number before it deserves a word
 
 # (what cannot be faster, than what, why)
@@ -90,6 +91,14 @@ def calibration_order(folder: Folder) -> Iterator[Finding]:
             yield Finding(WARNING, "physics", "order of rates", words, MANIFEST, both.value, limit)
 
 
+def scatter(folder: Folder) -> Iterator[Finding]:
+    """The repeats of each calibrated number agree."""
+    for key, entry in folder.manifest.calibration.items():
+        if (entry.spread_frac or 0.0) > SCATTER_FRAC:
+            words = f"{key} scatters by {text.frac(entry.spread_frac)}: the machine was busy, or its clocks moved"
+            yield Finding(WARNING, "noise", "scatter", words, MANIFEST, entry.spread_frac, SCATTER_FRAC)
+
+
 def drift(folder: Folder) -> Iterator[Finding]:
     """What the machine could do stayed the same over the runs."""
     values: dict[str, list[float]] = defaultdict(list)
@@ -111,4 +120,4 @@ def drift(folder: Folder) -> Iterator[Finding]:
     yield from sorted(moved, key=lambda f: -(f.value or 0.0))
 
 
-CHECKS = (calibrated_rates, calibration_details, calibration_order, drift)
+CHECKS = (calibrated_rates, calibration_details, calibration_order, scatter, drift)

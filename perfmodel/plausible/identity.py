@@ -24,6 +24,8 @@ COMMON_NAMES = ("root", "user", "ubuntu", "admin", "localhost", "vm", "gpu", "no
 SHORT_NAME = 4  # names shorter than this count only where they are a whole string
 
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_ADDRESS = rf"(?:{_OCTET}\.){{3}}{_OCTET}"
+_PRIVATE = r"(?:10|192\.168|172\.(?:1[6-9]|2\d|3[01])|100\.(?:6[4-9]|[7-9]\d|1[01]\d|12[0-7])|169\.254)\."
 # Numbers with dots under a key of software are versions, whatever they look like: cuBLAS 13.1.0.3 is no address.
 _VERSION = re.compile(
     r'"[^"]*(?:version|cuda|cudnn|cublas|cufft|curand|cusparse|cusolver|nccl|driver|kernel|python|torch|numpy|nsys|mkl|'
@@ -39,7 +41,8 @@ PATTERNS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     (ERROR, "an e-mail address", re.compile(r"(?<![\w.+-])[\w.+-]+@(?:[a-z0-9-]+\.)+[a-z]{2,}(?![\w(])")),
     (ERROR, "a UUID", re.compile(r"(?<![0-9a-f])[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)),
     (ERROR, "a MAC address", re.compile(r"(?<![0-9a-f:-])(?:[0-9a-f]{2}:){5}[0-9a-f]{2}(?![0-9a-f:-])", re.I)),
-    (ERROR, "an IP address", re.compile(rf"(?<![\w.-])(?:{_OCTET}\.){{3}}{_OCTET}(?!\.?\w)")),
+    (ERROR, "an IP address", re.compile(rf"(?<![\w.-])(?:(?<=//)|(?={_PRIVATE})){_ADDRESS}(?!\.?\w)")),
+    (WARNING, "an IP address or a version", re.compile(rf"(?<![\w./-])(?!{_PRIVATE}){_ADDRESS}(?!\.?\w)")),
     (
         ERROR,
         "a key of identity",

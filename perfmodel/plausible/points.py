@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from perfmodel import text
-from perfmodel.capture_lines import MANIFEST, OBSERVATIONS_FILE, RESIDENT, ObservationLine, WorkloadLine
+from perfmodel.capture_lines import GRAPH, MANIFEST, OBSERVATIONS_FILE, RESIDENT, ObservationLine, WorkloadLine
 from perfmodel.moe import WEIGHT_BYTES
 from perfmodel.plausible.ceilings import Ceilings, Limit, best_calibrated, ceilings_of
 from perfmodel.plausible.folder import ERROR, WARNING, Finding, Folder, label
@@ -27,6 +27,7 @@ RUNS_APART = 3.0  # slowest over fastest run of a workload
 FALLS_TO = 0.6  # time with more tokens over that with fewer, all else equal
 LAYER_FRAC = 0.7  # time of a whole layer over that of its two grouped GEMMs
 TWIN_MARGIN = 0.10  # how much faster than all resident an offloaded call may look beside its own error
+REPLAY_MARGIN, LAUNCHING_NS = 0.25, 3e6  # a replay against a launched call; the host's work for the largest layer
 CONSTANT_FRAC = 0.05  # share of points whose repeats all agree to the ns, above which no clock was read
 MIN_REPEATS = 3  # of a point, to say that they agree
 
@@ -247,6 +248,23 @@ def offloading_costs(folder: Folder) -> Iterator[Finding]:
                 yield Finding(WARNING, "physics", "offloading is free", words, label(w), ratio, 1 - room)
 
 
+def replays_take_no_longer(folder: Folder) -> Iterator[Finding]:
+    """A call replayed from a CUDA graph takes what its kernels take: no longer than the same call launched by the host,
+    and shorter by no more than launching costs. Else the calls of a graph were counted wrongly."""
+    errors = _worst_errors(folder)
+    for several in _by_kind(folder, "launch").values():
+        by_launch = {w.launch: (w, time_ns) for w, time_ns in several}
+        if not by_launch.keys() >= {None, GRAPH}:
+            continue
+        (launched, launched_ns), (replayed, replayed_ns) = by_launch[None], by_launch[GRAPH]
+        room = max(REPLAY_MARGIN, _room(errors, launched, replayed))
+        least_ns, most_ns = (1 - room) * launched_ns - LAUNCHING_NS, (1 + room) * launched_ns
+        if not least_ns <= replayed_ns <= most_ns:
+            words = f"replayed it takes {text.ns(replayed_ns)}, and launched by the host {text.ns(launched_ns)}"
+            limit = most_ns if replayed_ns > most_ns else least_ns
+            yield Finding(WARNING, "physics", "replays", words, label(replayed), replayed_ns, limit)
+
+
 def _worst_errors(folder: Folder) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for _, w, o in folder.measured:
@@ -261,6 +279,7 @@ CHECKS = (
     more_tokens_take_longer,
     layers_hold_their_gemms,
     offloading_costs,
+    replays_take_no_longer,
     noise,
     runs_agree,
 )

@@ -83,27 +83,28 @@ def machine_words(capture: Capture) -> list[str]:
         value = of.get(key)
         return [] if value in (None, "") else [words.format(value)]
 
-    memory, cache = machine.get("memory_bytes"), machine.get("l3_bytes")
+    def size(key: str, words: str) -> list[str]:
+        value = machine.get(key)
+        return [words.format(text.n_bytes(value))] if isinstance(value, int | float) and value else []
+
     processor = [
         *part("cpu_model", "{}"),
         *part("n_cores", "{} cores"),
         *part("n_threads", "{} threads used"),
-        *([f"{text.n_bytes(cache)} of last-level cache"] if cache else []),
-        *([f"{text.n_bytes(memory)} of memory"] if memory else []),
+        *size("l3_bytes", "{} of last-level cache"),
+        *size("memory_bytes", "{} of memory"),
         *(["a virtual machine"] if machine.get("hypervisor") else []),
     ]
-    gpu_memory = machine.get("gpu_memory_bytes")
+    link = f"PCIe {machine.get('pcie_gen_max')}.0 x{machine.get('pcie_width_max')}"
+    if machine.get("link_kind") == "nvlink-c2c":
+        link = "NVLink-C2C"
     gpu = [
         *part("gpu_name", "{}"),
         *part("gpu_n_sms", "{} SMs"),
-        *([f"{text.n_bytes(gpu_memory)} of memory"] if gpu_memory else []),
+        *size("gpu_memory_bytes", "{} of memory"),
         *part("driver", "driver {}"),
         *part("power_limit_watts", "power limit {} W"),
-        *(
-            [f"PCIe {machine['pcie_gen_max']}.0 x{machine.get('pcie_width_max')}"]
-            if machine.get("pcie_gen_max")
-            else []
-        ),
+        *([link] if machine.get("pcie_gen_max") or link == "NVLink-C2C" else []),
     ]
     programs = [
         *part("torch", "torch {}", software),
