@@ -99,6 +99,10 @@ LEFT_OUT_TABLE = pl.Schema(
 )
 
 
+# What was seen of a machine while it was measured (clocks, power, temperature): of the occasion, not of the machine.
+SEEN_ONCE = ("under_load",)
+
+
 @dataclass(frozen=True)
 class Capture:
     """One folder of measurements: the manifest (machine, software, settings, calibration), its observations, each
@@ -127,7 +131,7 @@ class Capture:
         """What must agree before measurements may be pooled or compared: machine, software, kernel, settings."""
         settings = self.manifest["settings"]
         return {
-            **{f"machine.{key}": value for key, value in sorted(self.manifest["machine"].items())},
+            **{f"machine.{k}": v for k, v in sorted(self.manifest["machine"].items()) if k not in SEEN_ONCE},
             **{f"software.{key}": value for key, value in sorted(self.manifest["software"].items())},
             "kernel": self.manifest["kernel"],
             **{f"settings.{key}": settings.get(key) for key in ("device", "dtype", "threads")},

@@ -200,9 +200,10 @@ def write_gpu_capture(path: Path) -> Path:
         "settings": {"device": "cuda", "dtype": "bfloat16", "threads": 4, "quick": False, "runs": GPU_RUNS, "seed": 0}
         | {"timing": {"error_frac": 0.02}},
         "machine": {"cpu_model": "synthetic CPU", "n_cores": 16, "gpu_name": "NVIDIA H100 80GB HBM3"}
-        | {"pcie_gen_max": "5", "pcie_width_max": "16"},
+        | {"pcie_gen_max": "5", "pcie_width_max": "16"}
+        | {"under_load": {"sm_clock_mhz": 1700, "power_watts": 690.0, "clock_reasons": ["power cap"]}},
         "software": {"torch": "0", "cublas": "13.1.0.3"},
-        "capabilities": {"mapped": None},
+        "capabilities": {"mapped": None, "system": "the machine is not coherent"},
         "calibration": numbers,
         "kernel": "synthetic",
         "n_workloads": len(planned),

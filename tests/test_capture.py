@@ -67,7 +67,7 @@ def test_offloading_is_read_and_survives_pooling_over_runs(made: Path) -> None:
     assert kinds.height == len(GPU_MODES)
     row = pooled.filter(access="zero-copy", residency="mapped", launch="graph", shape="mixtral-8x7b").to_dicts()[0]
     assert (row["offloaded"], row["order"], row["offload_frac"]) == ([4, 5, 6, 7], "ascending", 0.5)
-    assert row["study"] == "offload" and capture.capabilities == {"mapped": None}
+    assert row["study"] == "offload" and capture.capabilities["mapped"] is None
 
 
 def test_calibration_lines_are_a_table(made: Path) -> None:
@@ -179,6 +179,13 @@ def test_captures_of_several_access_modes_are_compared_workload_by_workload(made
     assert any(label.endswith("power-law:1.2, 50 % zero-copy, mapped, graph, fp8") for label in labels)
 
 
+def test_clocks_seen_while_measuring_do_not_make_another_machine(made: Path, folder: Path) -> None:
+    manifest = json.loads((folder / "capture.json").read_text())
+    manifest["machine"]["under_load"] = {"sm_clock_mhz": 1400, "power_watts": 500.0}
+    (folder / "capture.json").write_text(json.dumps(manifest))
+    assert check(load_capture(made), load_capture(folder))[0].verdict == "ok"
+
+
 def test_the_roofline_of_a_mixed_capture_shows_its_resident_rows(made: Path) -> None:
     capture = load_capture(made)
     measured, n_left_out = fitted_rows(per_workload(capture.observations), capture.dtype)
@@ -217,6 +224,8 @@ def test_show_and_list_tell_what_is_there(made: Path) -> None:
     page = captures("show", str(made)).stdout
     for words in (
         "NVIDIA H100 80GB HBM3, PCIe 5.0 x16",
+        "under load: SM clock 1,700 MHz, 690 W, power cap",
+        "  mapped  yes\n  system  the machine is not coherent\n",
         "link_h2d_copy_bytes_per_s           55.0 GB/s   1.0 %  5",
         "offload, zero-copy mapped, graph   bf16          9       3         1  1 to 4,096     2",
         "1x the machine is not coherent",

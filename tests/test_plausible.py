@@ -257,6 +257,8 @@ BREAKS: list[tuple[str, Break, str, str, str]] = [
     ("replays too short", times(0.5, lambda w: w.get("launch") == "graph" and w["access"] == "zero-copy"),
      "warning", "physics", "replayed it takes"),
     # noise
+    ("throttled", manifest(lambda m: m["machine"].update(under_load={"clock_reasons": ["hardware thermal slowdown"]})),
+     "warning", "noise", "slowed down under load: hardware thermal slowdown"),
     ("scatter", manifest(lambda m: m["calibration"]["call_overhead_ns"].update(spread_frac=0.3)), "warning", "noise",
      "call_overhead_ns scatters by 30.0 %"),
     ("constant", lines("observations", lambda x: [p.update(times_ns=[p["times_ns"][0]] * 5) for p in x]), "error",
@@ -437,6 +439,7 @@ def test_an_sqlite_profile_is_looked_into(folder: Path) -> None:
         ({"pcie_gen_max": None, "pcie_max_transfers_per_s": 32e9, "pcie_max_lanes": 16}, 63.0),
         ({"link_kind": "nvlink-c2c", "pcie_gen_max": 5, "pcie_width_max": 16}, 450.0),
         ({"c2c_n_links": 10}, 450.0),
+        ({"link_kind": "nvlink-c2c", "link_nominal_bytes_per_s": 900e9}, 900.0),
         ({"link_kind": "pcie", "c2c_n_links": None, "pcie_gen_max": "5"}, None),
         ({"pcie_gen_max": "[N/A]", "pcie_width_max": "16"}, None),
         ({"pcie_gen_max": "9", "pcie_width_max": "16"}, None),

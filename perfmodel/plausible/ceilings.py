@@ -70,7 +70,8 @@ def _number(machine: Mapping[str, Any], *keys: str) -> float | None:
 def manifest_link(machine: Mapping[str, Any]) -> Limit | None:
     """The nominal rate of one direction of the link that the machine part describes, or None where it does not."""
     if machine.get("link_kind") == "nvlink-c2c" or _number(machine, "c2c_n_links"):
-        return Limit(C2C_BYTES_PER_S * NOMINAL_BYTES_MARGIN, "NVLink-C2C in the manifest")
+        rate = max(C2C_BYTES_PER_S, _number(machine, "link_nominal_bytes_per_s") or 0.0)
+        return Limit(rate * NOMINAL_BYTES_MARGIN, "NVLink-C2C in the manifest")
     # What the driver says of GPU and slot together, else what the card could do in the best slot.
     transfers = _number(machine, "pcie_max_transfers_per_s")
     generation = _number(machine, "pcie_gen_max") or (PCIE_GENERATIONS.get(transfers) if transfers else None)

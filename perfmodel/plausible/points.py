@@ -23,6 +23,7 @@ MEDIAN_ERROR, MEAN_DEVIATION_TO_SIGMA = 1.2533, 1.2533  # as collectors take the
 DEFAULT_ERROR_FRAC = 0.02
 NOISY_FRAC = 0.5  # share of points above the stated error that deserves a word
 DISTURBED_FRAC = 0.2  # share of points during which other processes were busy
+SLOWED = ("slowdown", "brake")  # reasons for clocks that are not those of a healthy card; a power cap is
 RUNS_APART = 3.0  # slowest over fastest run of a workload
 FALLS_TO = 0.6  # time with more tokens over that with fewer, all else equal
 LAYER_FRAC = 0.7  # time of a whole layer over that of its two grouped GEMMs
@@ -161,6 +162,16 @@ def noise(folder: Folder) -> Iterator[Finding]:
             yield Finding(WARNING, "noise", "disturbed", words, MANIFEST, share, DISTURBED_FRAC)
 
 
+def throttling(folder: Folder) -> Iterator[Finding]:
+    """The GPU was not slowed down by heat or by its board while it computed."""
+    seen = folder.manifest.machine.get("under_load")
+    reasons = seen.get("clock_reasons") if isinstance(seen, dict) else None
+    slowed = [str(r) for r in reasons if any(w in str(r) for w in SLOWED)] if isinstance(reasons, list) else []
+    if slowed:
+        words = f"the GPU was slowed down under load: {', '.join(slowed)}"
+        yield Finding(WARNING, "noise", "throttling", words, f"{MANIFEST}, machine.under_load")
+
+
 def medians(folder: Folder) -> dict[str, dict[int, float]]:
     """The median time of each workload in each run, ns."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
@@ -281,5 +292,6 @@ CHECKS = (
     offloading_costs,
     replays_take_no_longer,
     noise,
+    throttling,
     runs_agree,
 )

@@ -113,7 +113,18 @@ def machine_words(capture: Capture) -> list[str]:
         *([f"kernel {capture.manifest['kernel']}"] if capture.manifest["kernel"] else []),
         f"computing {capture.dtype} on the {'GPU' if settings['device'] == 'cuda' else 'CPU'}",
     ]
-    return [", ".join(words) for words in (gpu, processor, programs) if words]
+    return [", ".join(words) for words in (gpu, _under_load(machine.get("under_load")), processor, programs) if words]
+
+
+def _under_load(seen: object) -> list[str]:
+    if not isinstance(seen, dict):
+        return []
+    units = {"sm_clock_mhz": "SM clock {:,.0f} MHz", "memory_clock_mhz": "memory clock {:,.0f} MHz"}
+    units |= {"power_watts": "{:,.0f} W", "temperature_c": "{:,.0f} degrees"}
+    found = [words.format(seen[key]) for key, words in units.items() if isinstance(seen.get(key), int | float)]
+    reasons = seen.get("clock_reasons")
+    found += [str(reason) for reason in reasons] if isinstance(reasons, list) else []
+    return ["under load: " + found[0], *found[1:]] if found else []
 
 
 def summary(capture: Capture) -> dict[str, Any]:

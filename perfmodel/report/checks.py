@@ -67,6 +67,13 @@ def capture_page(found: Mapping[str, Any], machine: Sequence[str], width: int) -
         + f"\n{found['n_measured']:,} of {found['n_planned']:,} planned workloads were measured"
         + "\nerror: standard error of the median of a point's repeats; above: share of points above what was asked for",
     ]
+    if found["capabilities"]:
+        width_of_name = max(map(len, found["capabilities"]))
+        rows = [
+            f"  {name.ljust(width_of_name)}  {'yes' if reason is None else text.shortened(str(reason), REASON_WIDTH)}"
+            for name, reason in found["capabilities"].items()
+        ]
+        blocks.append("\n".join(["what works here", *rows]))
     if found["left_out"]:
         rows = [
             f"  {f'{n:,}x ' if (n := row['n']) else ''}{text.shortened(row['reason'], REASON_WIDTH)}"
