@@ -14,8 +14,9 @@ from perfmodel.plausible.ceilings import Ceilings, Limit, best_calibrated, ceili
 from perfmodel.plausible.folder import ERROR, WARNING, Finding, Folder, label
 from perfmodel.text import NS_PER_S
 
-# Calibration reads one size of one kernel: another kernel at another clock may do somewhat better, not twice as well.
-CALIBRATED_MARGIN, CALIBRATED_LIMIT = 1.25, 2.0
+# Calibration reads one size of one kernel: another may do somewhat better. On a machine shared with others calibration
+# read 68 GFLOP/s where a point of the next minute reached 114, and 104 where others reached 186.
+CALIBRATED_MARGIN, CALIBRATED_LIMIT = 1.25, 3.0
 LINK_RATES = ("link_h2d_copy_bytes_per_s", "link_kernel_read_bytes_per_s", "link_system_read_bytes_per_s")
 CALL_FRAC = 0.25  # of the calibrated grouped GEMM call: less is no call (on a CPU, where calls do not overlap)
 FASTEST_GPU_NS = 400.0  # less than the shortest kernels take, replayed from a graph or not
