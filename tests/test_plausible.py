@@ -262,7 +262,7 @@ BREAKS: list[tuple[str, Break, str, str, str]] = [
     ("scatter", manifest(lambda m: m["calibration"]["call_overhead_ns"].update(spread_frac=0.3)), "warning", "noise",
      "call_overhead_ns scatters by 30.0 %"),
     ("constant", lines("observations", lambda x: [p.update(times_ns=[p["times_ns"][0]] * 5) for p in x]), "error",
-     "noise", "of 240 points all agree to the nanosecond"),
+     "noise", "of \\d+ long points all agree to the nanosecond"),
     ("noisy", lines("observations", lambda x: [p.update(times_ns=[*p["times_ns"], 3 * p["times_ns"][0]]) for p in x]),
      "warning", "noise", "100.0 % of the points have an error above the 2.0 %"),
     ("disturbed", manifest(lambda m: m["runs"][0].update(n_disturbed=60)), "warning", "noise", "busy during 60 of 120"),

@@ -31,6 +31,7 @@ LAYER_FRAC = 0.7  # time of a whole layer over that of its two grouped GEMMs
 TWIN_MARGIN = 0.10  # how much faster than all resident an offloaded call may look beside its own error
 REPLAY_MARGIN, LAUNCHING_NS = 0.25, 3e6  # a replay against a launched call; the host's work for the largest layer
 CONSTANT_FRAC = 0.05  # share of points whose repeats all agree to the ns, above which no clock was read
+CONSTANT_FROM_NS = 100_000  # means over thousands of short replays may well agree to a rounded nanosecond
 MIN_REPEATS = 3  # of a point, to say that they agree
 
 
@@ -143,11 +144,14 @@ def noise(folder: Folder) -> Iterator[Finding]:
     points = [(w, o) for _, w, o in folder.measured if len(o.times_ns) >= MIN_REPEATS]
     if not points:
         return
-    constant = [o for _, o in points if len(set(o.times_ns)) == 1]
+    long = [o for _, o in points if min(o.times_ns) >= CONSTANT_FROM_NS]
+    constant = [o for o in long if len(set(o.times_ns)) == 1]
     if constant:
-        words = f"the repeats of {len(constant)} of {len(points)} points all agree to the nanosecond, as no clock does"
-        severity = ERROR if len(constant) > CONSTANT_FRAC * len(points) else WARNING
-        share = len(constant) / len(points)
+        words = (
+            f"the repeats of {len(constant)} of {len(long)} long points all agree to the nanosecond, as no clock does"
+        )
+        severity = ERROR if len(constant) > CONSTANT_FRAC * len(long) else WARNING
+        share = len(constant) / len(long)
         yield Finding(severity, "noise", "constant times", words, OBSERVATIONS_FILE, share, CONSTANT_FRAC)
     errors = [error_frac(o.times_ns) for _, o in points]
     share = sum(e > stated for e in errors) / len(errors)
