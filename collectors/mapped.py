@@ -7,6 +7,8 @@ from .driver import CudaDriverError, Driver, Range, VirtualMemory, load_library,
 from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, free_host_bytes, matrices, n_positions
 from .plan import Workload
 
+FILL_SHIFT = 10_007
+
 
 class _Bytes:
     """Memory the driver knows, under the CUDA array interface."""
@@ -43,11 +45,13 @@ def _fill_range(mapped: Range, pool: Pool, whole: Tensor) -> None:
     """Random weights into the granules that nothing was written to, by a kernel: a copy may refuse host addresses."""
     step = mapped.granule_bytes
     bits = whole.view(torch.int32)
-    n_block = min(pool.flat.numel(), step // pool.flat.element_size()) // 4 * 4
-    block = pool.flat[:n_block].view(torch.int32)
-    for place_ in sorted(mapped.fresh):
-        for part in bits[place_ * step // 4 : (place_ + 1) * step // 4].split(block.numel()):
-            torch.bitwise_or(block[: part.numel()], 0, out=part)
+    source = pool.flat[: pool.flat.numel() // 4 * 4].view(torch.int32)
+    n_block = min(source.numel(), step // 4)
+    for place in sorted(mapped.fresh):
+        # Not the same numbers in every granule, or experts could be mixed up and nobody would see it.
+        first = place * FILL_SHIFT % (source.numel() - n_block + 1)
+        for part in bits[place * step // 4 : (place + 1) * step // 4].split(n_block):
+            torch.bitwise_or(source[first : first + part.numel()], 0, out=part)
     torch.cuda.synchronize()
 
 
