@@ -311,7 +311,7 @@ def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
             )
 
 
-WAYS = ("split", "fp8", "graph", "mapped", "system")  # those last that might leave the device in disorder
+WAYS = ("graph", "fp8", "split", "mapped", "system")  # those last that might leave the device in disorder
 
 
 def capabilities(device: str) -> dict[str, str | None]:
