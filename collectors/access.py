@@ -38,7 +38,7 @@ from .modes import (
     scaled,
     split_steps,
 )
-from .plan import Workload, choices, workload_seed
+from .workloads import Workload, choices, workload_seed
 
 
 @dataclass(frozen=True)

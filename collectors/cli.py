@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +12,22 @@ from typing import NoReturn
 from perfmodel.errors import InputError, MissingExtraError
 from perfmodel.routing import PATTERNS, pattern_shares
 
-from . import machine
+from . import machine, routing
+from .campaign import Order, collect, settings_of
+from .design import design, point_s
+from .facts import assumed_facts
 from .plan import DEVICES, DTYPES, ROUTINGS, Request, default_shapes, default_tokens
-from .plan import plan as make_plan
-from .sweep import StageError, sweep, words
+from .plan import plan as grid
+from .studies import PRESETS
+from .timing import CUDA, FULL, QUICK, STANDARD
+from .words import grid_words, plan_words
+from .workers import StageError
+from .workloads import file_shares
 
-MEMORY_FRAC = {"cpu": 0.25, "cuda": 0.6}  # of the machine's, or the GPU's, memory
 FAST_BF16 = {"avx512_bf16", "amx_bf16", "svebf16", "bf16"}
 INTERRUPTED = 130
+RUNS = {"quick": 1, "standard": 3, "full": 5}
+LONGEST_MINUTES = 24 * 60
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +47,16 @@ def _count(name: str) -> Callable[[str], int]:
     return parse
 
 
+def _minutes(words: str) -> float:
+    try:
+        minutes = float(words)
+    except ValueError:
+        minutes = 0.0
+    if not 0.2 <= minutes <= LONGEST_MINUTES:
+        raise argparse.ArgumentTypeError(f"--minutes is {words[:20]!r}, expected 0.2 to {LONGEST_MINUTES}")
+    return minutes
+
+
 def _seed(words: str) -> int:
     if not words.isdecimal() or int(words) >= 2**31:
         raise argparse.ArgumentTypeError(f"the seed is {words!r}, expected a whole number of 0 to 2^31 - 1")
@@ -48,6 +67,14 @@ def _names(words: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
     if not names:
         raise argparse.ArgumentTypeError("expected names separated by commas")
+    return names
+
+
+def _dtypes(words: str) -> tuple[str, ...]:
+    names = _names(words)
+    for name in names:
+        if name not in DTYPES:
+            raise argparse.ArgumentTypeError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
     return names
 
 
@@ -64,41 +91,55 @@ def _routings(words: str) -> tuple[str, ...]:
     return _names(words)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments; `stage` is how a sweep calls its measuring processes."""
-    top = Parser(prog="collectors", description="Measure MoE layers and grouped GEMMs on this machine.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="sweep")
-    one = commands.add_parser("sweep", help="make a capture folder, or continue one that was interrupted")
+def _shared_options(one: argparse.ArgumentParser, device: str) -> None:
     one.add_argument("--out", type=Path, help="the capture folder; the same command continues it")
-    one.add_argument("--device", choices=DEVICES, default="cpu")
+    one.add_argument("--device", choices=("auto", *DEVICES), default=device)
+    one.add_argument("--threads", type=_count("--threads"), help="CPU threads; default: physical cores")
+    one.add_argument("--routing-file", action="append", default=[], metavar="FILE[#KEY][@LAYER]",
+                     help="measured counts, for shapes of as many experts; may be given again")  # fmt: skip
+    one.add_argument("--seed", type=_seed, default=0, help="of draws and order")
+    one.add_argument("--nsys", action="store_true", help="also profile under Nsight Systems, where it is installed")
+    one.add_argument("--plan", action="store_true", help="print what would be measured and stop; needs no torch")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments; `stage` is how a collection calls its measuring processes."""
+    top = Parser(prog="collectors", description="Measure MoE layers and grouped GEMMs on this machine.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="campaign|sweep|routing|rehearse")
+    one = commands.add_parser("campaign", help="calibrate, sweep and profile this machine in the time you give it")
+    _shared_options(one, "auto")
+    one.add_argument("--minutes", type=_minutes, default=8.0, help="time budget; more minutes later go on")
+    one.add_argument("--preset", choices=PRESETS, default="standard", help="how much there is to measure at most")
+    one.add_argument(
+        "--dtype", type=_dtypes, help="comma list, the main one first; default: all that are fast"
+    )
+    one.add_argument("--runs", type=_count("--runs"), help="processes that repeat the points; default: 1, 3 or 5")
+    one = commands.add_parser("sweep", help="measure a grid of your own, to its end")
+    _shared_options(one, "cpu")
     one.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on the CPU, bfloat16 on CUDA")
     one.add_argument("--quick", action="store_true", help="a look in under a minute: fewer shapes, sizes and repeats")
     one.add_argument("--runs", type=_count("--runs"), default=1, help="processes to repeat the whole measurement in")
-    one.add_argument("--threads", type=_count("--threads"), help="CPU threads; default: physical cores")
-    one.add_argument("--shapes", type=_names, help="comma list of MODEL or MODEL/DIVISOR, such as olmoe/4")
+    one.add_argument("--shapes", type=_names, help="comma list of MODEL, MODEL/DIVISOR or eE-kK-hH-iI")
     one.add_argument("--tokens", type=_token_counts, help="comma list of batch sizes in tokens")
     one.add_argument("--routings", type=_routings, default=ROUTINGS, help=f"comma list of {', '.join(PATTERNS)}")
-    one.add_argument("--routing-file", metavar="FILE[#KEY]", help="measured counts, for shapes of as many experts")
-    one.add_argument("--seed", type=_seed, default=0, help="of draws and order")
-    one.add_argument("--plan", action="store_true", help="print what would be measured and stop; needs no torch")
+    routing.add_arguments(commands.add_parser("routing", help="record which experts a model selects, as a routing file"))
     stage = commands.add_parser("stage")
-    stage.add_argument("stage")
+    stage.add_argument("arguments", nargs="+")
     stage.add_argument("--out", type=Path, required=True)
-    stage.add_argument("--routing-file")
+    stage.add_argument("--routing-file", action="append", default=[])
+    stage.add_argument("--seconds", type=float)
     return top
 
 
-def request_of(args: argparse.Namespace) -> Request:
-    """The request the arguments make, defaults filled in."""
-    return Request(
-        device=args.device,
-        dtype=args.dtype or ("bfloat16" if args.device == "cuda" else "float32"),
-        shapes=args.shapes or default_shapes(args.device, args.quick),
-        tokens=args.tokens or default_tokens(args.device, args.quick),
-        routings=args.routings,
-        routing_file=args.routing_file,
-        seed=args.seed,
-    )
+def _device(asked: str, is_plan: bool) -> str:
+    if asked != "auto":
+        return asked
+    if is_plan and importlib.util.find_spec("torch") is None:
+        return "cuda" if shutil.which("nvidia-smi") else "cpu"
+    _require_torch("cpu")
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _require_torch(device: str) -> None:
@@ -111,56 +152,106 @@ def _require_torch(device: str) -> None:
             raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu")
 
 
-def memory_limit_bytes(device: str) -> float | None:
-    """What a layer with its activations may take; null when the memory is unknown."""
-    if device == "cuda":
-        import torch
-
-        return MEMORY_FRAC[device] * torch.cuda.get_device_properties(0).total_memory
-    total = machine.memory_bytes()
-    return None if total is None else MEMORY_FRAC[device] * total
-
-
-def _sweep(args: argparse.Namespace) -> int:
-    request = request_of(args)
-    if args.plan:
-        limit = memory_limit_bytes("cpu") if args.device == "cpu" else None
-        print("\n".join(words(make_plan(request, limit), args.runs)))
-        return 0
-    if args.out is None:
-        raise InputError("--out is missing: name the folder of the capture")
-    _require_torch(args.device)
-    if request.dtype == "bfloat16" and args.device == "cpu" and not FAST_BF16 & set(_flags()):
-        print("note: this processor has no bf16 instructions; bf16 will be slow", file=sys.stderr)
-    threads = args.threads or machine.n_physical_cores()
-    limit = memory_limit_bytes(args.device)
-    sweep(args.out, request, threads=threads, quick=args.quick, runs=args.runs, memory_limit_bytes=limit)
-    print(f"capture in {args.out}", file=sys.stderr)
-    return 0
-
-
 def _flags() -> list[str]:
     flags = machine.machine(1)["cpu_flags"]
     assert isinstance(flags, list)
     return flags
 
 
+def _has_fast_bf16() -> bool:
+    return bool(FAST_BF16 & set(_flags()))
+
+
+def campaign_dtypes(device: str, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The dtypes of a campaign by their torch names, the main one first."""
+    if asked is None:
+        if device == "cuda":
+            asked = ("bfloat16", "float8_e4m3fn")
+        else:
+            asked = ("float32", "bfloat16") if _has_fast_bf16() else ("float32",)
+    return asked
+
+
+def _campaign(args: argparse.Namespace) -> int:
+    device = _device(args.device, args.plan)
+    dtypes = campaign_dtypes(device, args.dtype)
+    runs = args.runs or RUNS[args.preset]
+    limits = QUICK if args.preset == "quick" else CUDA if device == "cuda" else STANDARD
+    if args.preset == "full":
+        limits = FULL
+    if args.plan:
+        facts = assumed_facts(device, dtypes)
+        points, skipped = design(facts, args.preset, args.seed, file_shares(args.routing_file))
+        seconds = [point_s(point.workload, facts, limits) for point in points]
+        print("\n".join(plan_words(points, seconds, args.minutes, runs, skipped)))
+        return 0
+    settings = settings_of(
+        "campaign", device=device, dtypes=dtypes, threads=args.threads or machine.n_physical_cores(), runs=runs,
+        seed=args.seed, preset=args.preset, minutes=args.minutes, limits=limits, routing_files=args.routing_file,
+    )  # fmt: skip
+    return _collect(args, settings, Order(settings, limits, tuple(args.routing_file)))
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    device = _device(args.device, args.plan)
+    request = Request(
+        device=device,
+        dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        shapes=args.shapes or default_shapes(device, args.quick),
+        tokens=args.tokens or default_tokens(device, args.quick),
+        routings=args.routings,
+        routing_files=tuple(args.routing_file),
+        seed=args.seed,
+    )
+    limits = QUICK if args.quick else FULL
+    if args.plan:
+        plan = grid(request, assumed_facts(device, (request.dtype,)).memory_limit_bytes)
+        print("\n".join(grid_words(plan.workloads, plan.skipped, args.runs)))
+        return 0
+    settings = settings_of(
+        "sweep", device=device, dtypes=(request.dtype,), threads=args.threads or machine.n_physical_cores(),
+        runs=args.runs, seed=args.seed, preset="quick" if args.quick else "full", minutes=None, limits=limits,
+        routing_files=args.routing_file, grid_of=request,
+    )  # fmt: skip
+    return _collect(args, settings, Order(settings, limits, request.routing_files, request))
+
+
+def _collect(args: argparse.Namespace, settings: dict[str, object], order: Order) -> int:
+    if args.out is None:
+        raise InputError("--out is missing: name the folder of the capture")
+    _require_torch(str(settings["device"]))
+    settings["nsys"] = args.nsys
+    if settings["device"] == "cpu" and settings["dtype"] == "bfloat16" and not _has_fast_bf16():
+        print("note: this processor has no bf16 instructions; bf16 will be slow", file=sys.stderr)
+    collect(args.out, order)
+    print(f"capture in {args.out}", file=sys.stderr)
+    return 0
+
+
 def _stage(args: argparse.Namespace) -> int:
     from .stages import work
 
     try:
-        work(args.out, args.stage, args.routing_file)
-    except BrokenPipeError:  # the sweep was killed: leave as quietly, the point at hand is on disk
+        work(args.out, args.arguments, args.routing_file, args.seconds)
+    except BrokenPipeError:  # the collection was killed: leave as quietly, the point at hand is on disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "campaign": _campaign,
+    "sweep": _sweep,
+    "routing": routing.run,
+    "stage": _stage,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 3 for missing packages, 130 interrupted."""
     args = parser().parse_args(arguments)
     try:
-        return _stage(args) if args.command == "stage" else _sweep(args)
+        return COMMANDS[args.command](args)
     except InputError as error:
         print(f"collectors: {error}", file=sys.stderr)
         return error.exit_code

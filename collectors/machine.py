@@ -6,18 +6,30 @@ Needs no torch; reads /proc and /sys and leaves null what a system does not tell
 import os
 import platform
 import re
-import subprocess
+import socket
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+
+from .memory_modules import memory_modules
+from .smi import gpu_smi
+
+__all__ = ["available_bytes", "gpu_smi", "machine", "memory_bytes", "software"]
 
 # The instruction sets that decide which GEMM kernels run.
 FLAGS_OF_INTEREST = (
     "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd",
     "bf16", "i8mm", "sve", "sve2", "svebf16",
 )  # fmt: skip
-CPU_DIR = Path("/sys/devices/system/cpu")
+CPU_DIR, NODE_DIR = Path("/sys/devices/system/cpu"), Path("/sys/devices/system/node")
+DMI_DIR, DMI_TABLE = Path("/sys/class/dmi/id"), Path("/sys/firmware/dmi/tables/DMI")
+EDAC_DIR = Path("/sys/devices/system/edac/mc")
+# What /proc/cpuinfo of an Arm processor calls (implementer, part); Arm's own names.
+ARM_CORES = {
+    ("0x41", "0xd0c"): "Arm Neoverse N1", ("0x41", "0xd40"): "Arm Neoverse V1", ("0x41", "0xd49"): "Arm Neoverse N2",
+    ("0x41", "0xd4f"): "Arm Neoverse V2",
+}  # fmt: skip
 
 
 def cpu_list() -> list[int]:
@@ -95,12 +107,86 @@ def others_busy_s() -> float | None:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
+def cpus_of(words: str) -> list[int]:
+    """The numbers of a list as the kernel writes it: `0-2,8` is 0, 1, 2, 8; empty for no words."""
+    found: list[int] = []
+    for part in words.split(",") if words.strip() else []:
+        first, _, last = part.strip().partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def cpus_of_node(node: int) -> list[int]:
+    """The logical processors of a memory node that this process may use; empty when there are none."""
+    return sorted(set(cpus_of(_read(NODE_DIR / f"node{node}/cpulist") or "")) & set(cpu_list()))
+
+
+def numa_nodes() -> list[dict[str, object]]:
+    """Memory nodes with their processors, how many of them this process may use, and their bytes (null: not told)."""
+    found: list[dict[str, object]] = []
+    for folder in sorted(NODE_DIR.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
+        total = re.search(r"MemTotal:\s*(\d+) kB", _read(folder / "meminfo") or "")
+        cpus = cpus_of(_read(folder / "cpulist") or "")
+        found.append(
+            {
+                "node": int(folder.name[4:]),
+                "n_cpus": len(cpus),
+                "n_usable_cpus": len(set(cpus) & set(cpu_list())),
+                "memory_bytes": int(total[1]) * 1024 if total else None,
+            }
+        )
+    return found
+
+
+def pci_link(domain: int, bus: int, device: int) -> dict[str, object]:
+    """The memory node a PCI device hangs on and its widest link, from sysfs; null: not told. The id is not kept."""
+    folder = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0")
+    node, width = _read(folder / "numa_node") or "", _read(folder / "max_link_width") or ""
+    speed = re.match(r"[\d.]+", _read(folder / "max_link_speed") or "")
+    return {
+        "gpu_numa_node": int(node) if node.isdecimal() else None,  # -1: the system does not say
+        "pcie_max_transfers_per_s": float(speed[0]) * 1e9 if speed else None,
+        "pcie_max_lanes": int(width) if width.isdecimal() and width not in ("0", "255") else None,
+    }
+
+
+def cpu_quota_cores() -> float | None:
+    """Processor time of the control group in cores, or null when it has no limit or does not tell."""
+    quota, _, period = (_read(Path("/sys/fs/cgroup/cpu.max")) or "").partition(" ")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+
+
+def _cpu_model(info: Mapping[str, str]) -> str:
+    arm = ARM_CORES.get((info.get("CPU implementer", ""), info.get("CPU part", "")))
+    return info.get("model name") or arm or platform.machine()
+
+
+def _bracketed(path: Path) -> str | None:
+    chosen = re.search(r"\[(\w+)\]", _read(path) or "")
+    return chosen[1] if chosen else None
+
+
+def _product(name: str) -> str | None:
+    """Maker or product of the system; null when it would name the host."""
+    words = _read(DMI_DIR / name)
+    return words if words and socket.gethostname().lower() not in words.lower() else None
+
+
+def _setting(path: str) -> str | None:
+    return _read(Path(path)) or None
+
+
+def _mhz(name: str) -> float | None:
+    words = _read(CPU_DIR / f"cpu{cpu_list()[0]}/cpufreq/{name}") or ""
+    return int(words) / 1000 if words.isdecimal() else None
+
+
 def machine(threads: int) -> dict[str, object]:
     """The machine part of capture.json."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return {
-        "cpu_model": info.get("model name") or platform.machine(),
+        "cpu_model": _cpu_model(info),
         "cpu_vendor": info.get("vendor_id"),
         "cpu_family": info.get("cpu family"),
         "cpu_model_number": info.get("model"),
@@ -111,8 +197,41 @@ def machine(threads: int) -> dict[str, object]:
         "l2_bytes": cache_bytes(2),
         "l3_bytes": cache_bytes(3),
         "memory_bytes": memory_bytes(),
-        "n_numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None,
+        "n_numa_nodes": len(list(NODE_DIR.glob("node[0-9]*"))) or None,
         "hypervisor": "hypervisor" in flags if flags else None,
+        "hypervisor_kind": _setting("/sys/hypervisor/type"),
+        "numa_nodes": numa_nodes(),
+        "smt": {"1": True, "0": False}.get(_read(CPU_DIR / "smt/active") or ""),
+        "cpu_quota_cores": cpu_quota_cores(),
+        "cpu_governor": _read(CPU_DIR / f"cpu{cpu_list()[0]}/cpufreq/scaling_governor"),
+        "cpu_max_mhz": _mhz("cpuinfo_max_freq"),
+        "cpu_base_mhz": _mhz("base_frequency"),
+        "transparent_huge_pages": _bracketed(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "numa_balancing": _setting("/proc/sys/kernel/numa_balancing"),
+        "system_vendor": _product("sys_vendor"),
+        "system_product": _product("product_name"),
+        **memory_modules(EDAC_DIR, DMI_TABLE),
+    }
+
+
+def gpu(device: str) -> dict[str, object]:
+    """The GPU's entries of the machine part; empty on the CPU. Imports torch on CUDA."""
+    from . import gpu as of_gpu
+
+    return of_gpu.gpu(device)
+
+
+def torch_build() -> dict[str, object]:
+    """How this torch was built, as far as it decides which kernels run, and its CUDA libraries. Imports torch."""
+    import torch
+
+    from . import gpu as of_gpu
+
+    return {
+        "torch_mkldnn": torch.backends.mkldnn.is_available(),
+        "torch_mkl": torch.backends.mkl.is_available(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **of_gpu.cuda_software(),
     }
 
 
@@ -129,21 +248,3 @@ def software() -> dict[str, object]:
         "kernel_release": platform.release(),
         "platform": f"{sys.platform}-{platform.machine()}",
     }
-
-
-def gpu_smi(uuid: str) -> dict[str, object]:
-    """What nvidia-smi says of one GPU: driver, power limit, link; empty when it cannot be asked. The id is not kept."""
-    fields = {
-        "driver": "driver_version",
-        "power_limit_watts": "power.limit",
-        "pcie_gen_max": "pcie.link.gen.max",
-        "pcie_width_max": "pcie.link.width.max",
-        "sm_clock_max_mhz": "clocks.max.sm",
-    }
-    query = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    values = [value.strip() for value in answer.strip().split(",")]
-    return {key: value for key, value in zip(fields, values, strict=False) if value and not value.startswith("[")}

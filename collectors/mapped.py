@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .driver import CudaDriverError, Driver, Range, VirtualMemory, load_library, open_virtual_memory
 from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, free_host_bytes, matrices, n_positions
-from .plan import Workload
+from .workloads import Workload
 
 FILL_SHIFT = 10_007
 

@@ -16,7 +16,7 @@ from perfmodel.errors import InputError
 
 from .alias import device_alias
 from .driver import VirtualMemory
-from .plan import Workload
+from .workloads import Workload
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 # Host weights pass this many bytes before they are read again: the last-level caches of servers hold less.

@@ -14,7 +14,7 @@ from torch import Tensor
 from .lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Run, Step
 from .layer import Mark, Matrix, Scaled, activate, apply_experts, dispatch, no_mark, route
 from .memory import active_offloaded, expert_elements, hosted
-from .plan import Workload
+from .workloads import Workload
 
 CHUNK_BYTES = 1 << 24  # a copy of this size reaches the link's rate
 FP8_WEIGHT_SCALE = 0.02 / 16  # fp8 weights are drawn sixteen times wide, where e4m3 has its full precision

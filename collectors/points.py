@@ -36,7 +36,7 @@ from .layer import (
 from .mapped import support, trim
 from .memory import MAX_POSITIONS, TORCH_DTYPES, HostSide, Pool, fill
 from .modes import scaled
-from .plan import Workload, choices, rotation, workload_seed
+from .workloads import Workload, choices, rotation, workload_seed
 
 WEIGHT_SCALE = 0.02  # keeps activations of order one at the widths of real models
 FP8_DRAW_SCALE = 16.0  # the scales of fp8 weights undo it (modes.FP8_WEIGHT_SCALE)

@@ -1,4 +1,4 @@
-"""How far a sweep is, on stderr: one line that is rewritten on a terminal, otherwise a line every few seconds."""
+"""How far a collection is, on stderr: one line that is rewritten on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time
@@ -15,7 +15,10 @@ def clock_words(seconds: float) -> str:
 
 @dataclass
 class Progress:
-    """Counts points done of a total; points done before this process began say nothing about its speed."""
+    """Counts points done of a total; points done before this process began say nothing about its speed.
+
+    `deadline` (monotonic seconds) ends a time budget, null without one.
+    """
 
     n_total: int
     n_before: int
@@ -23,12 +26,16 @@ class Progress:
     n_done: int = 0
     started: float = field(default_factory=time.monotonic)
     shown: float = -LINE_EVERY_S
+    deadline: float | None = None
 
     def line(self, label: str) -> str:
-        """The words: label, done of total, elapsed, and remaining once a point is done."""
+        """The words: label, done of total, elapsed, and what remains: of the budget, or once a point is done."""
         elapsed = time.monotonic() - self.started
-        words = f"{label}: {self.n_before + self.n_done}/{self.n_total} points, {clock_words(elapsed)} elapsed"
-        if self.n_done:
+        done = f" {self.n_before + self.n_done}/{self.n_total} points," if self.n_total else ""
+        words = f"{label}:{done} {clock_words(elapsed)} elapsed"
+        if self.deadline is not None:
+            words += f", at most {clock_words(max(0.0, self.deadline - time.monotonic()))} left"
+        elif self.n_done:
             left = self.n_total - self.n_before - self.n_done
             words += f", about {clock_words(elapsed / self.n_done * left)} left"
         return words

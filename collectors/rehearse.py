@@ -9,7 +9,7 @@ import torch
 from perfmodel.errors import InputError
 from perfmodel.routing import PATTERNS
 
-from .plan import Workload, choices
+from .workloads import Workload, choices
 from .points import check, make_pool
 
 HIDDEN, INTER, MAX_TOKENS = 64, 32, 32

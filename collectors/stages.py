@@ -1,217 +1,306 @@
-"""The measuring processes of a sweep: one calibrates, one per run times every point, one profiles. They import torch.
+"""The measuring processes: they describe, calibrate, time every point of a run, or profile. They import torch.
 
-Each works on an existing capture folder and says on stdout when a step is done; when nobody reads that any more, the
-sweep was killed and the process ends after the point it is at.
+Each works on an existing capture folder, appends what it measures to a journal, and says on stdout what it begins and
+what it has done; when nobody reads that any more, the collection was killed and the process ends after its point.
 """
 
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from perfmodel.errors import InputError
-from perfmodel.routing import PATTERNS, Shares
+from perfmodel.routing import Shares
 
-from . import machine, store
-from .calibrate import calibrate, clock_of, pooled
-from .layer import grouped_mm_name
-from .plan import DTYPES, Request, Workload, file_shares, pool_bytes, run_order
-from .plan import plan as make_plan
-from .points import Pool, check, make_pool, prepare
-from .profile_points import chosen_points
-from .profiling import write_profile
-from .timing import FULL, QUICK, Limits, measure, measure_undisturbed
+from . import calibration, machine, nsys, probes, store
+from .design import point_s
+from .facts import facts_of
+from .layer import Mark, grouped_mm_name
+from .memory import HostSide, Pool, host_pool_bytes
+from .plan import run_order
+from .points import Prepared, capabilities, check, make_pool, prepare
+from .probes import clock_of
+from .profile_points import file_name, points_of, range_name
+from .profiling import nsys_stage, write_profile
+from .studies import Facts
+from .timing import Limits, measure, measure_undisturbed
+from .workers import RESTART
+from .workloads import Workload, file_shares, pool_bytes
 
-FALLBACK_CACHE_BYTES = 1 << 25
 COLD_CACHES = 4  # weights are read again after this many last-level caches of other weights
-CPU_POOL_FRAC, CUDA_POOL_FRAC = 0.25, 0.6
+ORDER_BLOCK = 24  # points that are shuffled among themselves: the plan's order still decides what comes first
 CHECK_TOKENS = 16
+PATIENCE_SHARE = 0.1  # of a run's time, for waiting until others are quiet
 
 
-def say(word: str) -> None:
-    """Tell the sweep that a step is done; raises BrokenPipeError when it is gone."""
-    sys.stdout.write(word + "\n")
+def say(**word: object) -> None:
+    """Tell the collection about a step; raises BrokenPipeError when it is gone."""
+    sys.stdout.write(json.dumps(word) + "\n")
     sys.stdout.flush()
 
 
-def limits_of(settings: store.Json) -> Limits:
-    """The timing limits a capture was begun with."""
-    return QUICK if settings["quick"] else FULL
+@dataclass
+class Stage:
+    """What every stage works with; `seconds` is the time it has, null for as much as it takes."""
+
+    folder: Path
+    settings: store.Json
+    facts: Facts
+    limits: Limits
+    files: Mapping[str, Shares]
+    seconds: float | None
+    started: float
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left of this stage's time."""
+        return float("inf") if self.seconds is None else self.started + self.seconds - time.monotonic()
+
+    def leave_out(self, entry: store.Json, error: BaseException) -> None:
+        """Write down what could not be measured, and why; a device that no longer answers ends the process."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        store.append(self.folder, store.LEFT_OUT, {**entry, "reason": reason, "started": int(time.time())})
+        print(f"left out: {' '.join(f'{k} {v}' for k, v in entry.items() if k != 'params')}: {reason}", file=sys.stderr)
+        say(left=entry)
+        if self.settings["device"] == "cuda" and not device_answers():
+            raise SystemExit(RESTART)
 
 
-def request_of(settings: store.Json, routing_file: str | None) -> Request:
-    """The request a capture was begun with; the routing file is found by the caller, captures hold no folders."""
-    return Request(
-        settings["device"], settings["dtype"], tuple(settings["shapes"]), tuple(settings["tokens"]),
-        tuple(settings["routings"]), routing_file, settings["seed"],
-    )  # fmt: skip
+def device_answers() -> bool:
+    """Whether the GPU still works in this process: some errors stay for as long as it lives."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
 
 
-def shares_for(workload: Workload, shares: Shares | None) -> Shares | None:
-    """The shares a workload draws from: those of the routing file, null for the named patterns."""
-    return None if workload.routing.partition(":")[0] in PATTERNS else shares
+# --- describe, calibrate ---
 
 
-def the_pool(settings: store.Json, workloads: Sequence[Workload]) -> Pool:
-    """The weights of a whole sweep, at most a quarter of the machine's memory (six tenths of a GPU's)."""
+def describe(stage: Stage) -> None:
+    """What the machine is, which software runs, and which access modes work on it."""
+    say(begin={"stage": "describe"}, seconds=30)
+    device = stage.settings["device"]
+    say(
+        end={
+            "machine": machine.gpu(device),
+            "software": machine.torch_build(),
+            "kernel": grouped_mm_name(),
+            "capabilities": capabilities(device),
+            "stated": probes.stated_numbers(device),
+        }
+    )
 
-    torch.set_num_threads(settings["threads"])
-    device, dtype = settings["device"], DTYPES[settings["dtype"]]
-    if device == "cuda":
-        cold_bytes = COLD_CACHES * torch.cuda.get_device_properties(0).L2_cache_size
-        limit = CUDA_POOL_FRAC * torch.cuda.mem_get_info()[0]
-    else:
-        cold_bytes = COLD_CACHES * (machine.last_level_cache_bytes() or FALLBACK_CACHE_BYTES)
-        limit = CPU_POOL_FRAC * (machine.memory_bytes() or 4 << 30)
-    n_bytes = pool_bytes(workloads, cold_bytes, limit)
-    free = machine.available_bytes() if device == "cpu" else None
+
+def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
+    """Every probe that is not on disk yet for this run, the important ones first, as long as time lasts."""
+    settings = stage.settings
+    done = {calibration.key(line) for line in store.calibrations(stage.folder) if line["run"] == run}
+    done |= {calibration.key(entry) for entry in store.left_out(stage.folder) if "probe" in entry}
+    todo = probes.probes(settings["device"], stage.facts.dtypes, settings["threads"], settings["preset"])
+    seen: store.Json = {}
+    for probe in todo:
+        if (core_only and not probe.core) or calibration.probe_key(probe.name, probe.params) in done:
+            continue
+        if stage.left_s <= 0:
+            break
+        entry = {"probe": probe.name, "params": dict(probe.params), "run": run}
+        say(begin=entry, seconds=10)
+        began = int(time.time())
+        try:
+            line = probes.run_probe(probe, stage.limits, run)
+        except (InputError, RuntimeError, OSError, MemoryError) as error:
+            stage.leave_out(entry, error)
+            continue
+        store.append(stage.folder, store.CALIBRATION, {**line, "started": began})
+        say(probe=probe.name)
+    if not core_only:
+        say(end=seen)
+
+
+# --- a run ---
+
+
+def the_pool(stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
+    """The weights of all workloads of a dtype."""
+    cold_bytes = COLD_CACHES * stage.facts.cache_bytes
+    mine = [w for w in workloads if w.dtype == dtype]
+    n_bytes = pool_bytes(mine, cold_bytes, stage.facts.pool_limit_bytes)
+    device = stage.settings["device"]
+    free = machine.available_bytes() if device == "cpu" else 0.95 * torch.cuda.mem_get_info()[0]
     if free is not None and n_bytes > 0.9 * free:
         raise InputError(f"the weights need {n_bytes} bytes and {free} are free; name fewer --shapes or free memory")
-    return make_pool(n_bytes, cold_bytes, dtype, device, settings["seed"])
+    limit = int(stage.facts.host_limit_bytes)
+    host = HostSide(limit, host_pool_bytes(mine, limit))
+    return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
 
 
-def _checks(workloads: Sequence[Workload]) -> list[Workload]:
-    """For each shape the workload to check: the last routing, which is skewed and leaves experts idle, few tokens."""
-    found: dict[str, Workload] = {}
-    for workload in sorted(workloads, key=lambda w: (abs(w.n_tokens - CHECK_TOKENS), w.routing == "uniform")):
-        found.setdefault(workload.shape, workload)
-    return list(found.values())
+class Checked:
+    """Which kinds of workload were compared with slow twins in this process; each is, before it is timed."""
 
+    def __init__(self) -> None:
+        self.kinds: dict[tuple[object, ...], str | None] = {}
 
-def calibrate_stage(folder: Path, settings: store.Json, workloads: Sequence[Workload], shares: Shares | None) -> None:
-    """Check that this torch computes each shape right, then measure the machine's numbers into capture.json."""
-
-    pool = the_pool(settings, workloads)
-    with torch.inference_mode():
-        for workload in _checks(workloads):
-            check(pool, workload, shares_for(workload, shares))
-            say("checked")
-        del pool
-        numbers = calibrate(settings["device"], DTYPES[settings["dtype"]], settings["threads"], limits_of(settings))
-    capture = store.read_capture(folder)
-    software = {**capture["software"], **torch_build()}
-    store.update_capture(
-        folder,
-        machine={**capture["machine"], **gpu(settings["device"])},
-        software=software,
-        calibration=numbers,
-        first_calibration=numbers,
-        kernel=grouped_mm_name(),
-    )
-    say("calibrated")
-
-
-def torch_build() -> dict[str, object]:
-    """How this torch was built, as far as it decides which kernels run."""
-
-    return {
-        "torch_mkldnn": torch.backends.mkldnn.is_available(),
-        "torch_mkl": torch.backends.mkl.is_available(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch_cuda": torch.version.cuda,
-    }
-
-
-def gpu(device: str) -> dict[str, object]:
-    """The GPU's entries of the machine part; empty on the CPU."""
-    if device != "cuda":
-        return {}
-
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu_name": properties.name,
-        "gpu_capability": f"{properties.major}.{properties.minor}",
-        "gpu_n_sms": properties.multi_processor_count,
-        "gpu_memory_bytes": properties.total_memory,
-        **machine.gpu_smi(f"GPU-{properties.uuid}"),
-    }
-
-
-def run_stage(
-    folder: Path, settings: store.Json, workloads: Sequence[Workload], shares: Shares | None, run: int
-) -> None:
-    """Time every point of a run that is not on disk yet, in the run's own order; one line on disk for each."""
-    began_on = store.read_capture(folder)["machine"].get("gpu_name")
-    if gpu(settings["device"]).get("gpu_name") != began_on:
-        raise InputError(f"{folder} was begun on {began_on!r}, which is not the GPU here; choose another --out")
-    done = {point["workload"] for point in store.mend_observations(folder) if point["run"] == run}
-    started, load = int(time.time()), machine.load_average()
-    pool = the_pool(settings, workloads)
-    clock, limits = clock_of(settings["device"]), limits_of(settings)
-    n_left_out, n_disturbed, waited_s = 0, 0, 0.0
-    with torch.inference_mode():
-        for order, workload in enumerate(run_order(workloads, settings["seed"], run)):
-            if workload.id in done:
-                continue
-            began = int(time.time())
+    def refuse_wrong(self, stage: Stage, pool: Pool, w: Workload, planned: Sequence[Workload]) -> None:
+        """Raise InputError when workloads of this kind compute something else than the reference."""
+        kind = (w.shape, w.dtype, w.op, w.access, w.residency, w.launch)
+        if kind not in self.kinds:
+            # A small batch is enough to see it, and the slow twin takes long.
+            alike = [o for o in planned if (o.shape, o.dtype, o.op, o.access, o.residency, o.launch) == kind]
+            small = min(alike, key=lambda o: (abs(o.n_tokens - CHECK_TOKENS), o.routing == "uniform"))
+            self.kinds[kind] = None
             try:
-                call = prepare(pool, workload, shares_for(workload, shares), run).call
-                attempt = partial(measure, call, clock, limits)
-                left_s = max(0.0, limits.patience_s - waited_s)
-                times, was_disturbed, took_s = measure_undisturbed(
-                    attempt, machine.others_busy_s, limits.n_tries, left_s
-                )
-                waited_s += took_s
-            except torch.cuda.OutOfMemoryError:
-                n_left_out += 1
-                print(f"no memory for {workload.shape} with {workload.n_tokens} tokens: left out", file=sys.stderr)
-                continue
-            point = {
-                "workload": workload.id,
-                "run": run,
-                "times_ns": [round(t) for t in times],
-                "started": began,
-                "order": order,
-            }
-            store.append_observation(folder, point)
-            n_disturbed += was_disturbed
-            say("point")
-        del pool
-        numbers = {}
-        if not settings["quick"]:  # machines drift: see where they are at the end of each run
-            numbers = calibrate(settings["device"], DTYPES[settings["dtype"]], settings["threads"], limits)
-    record = {
-        "run": run,
-        "started": started,
-        "finished": int(time.time()),
-        "load_before": load,
-        "n_resumed": len(done),
-        "n_left_out": n_left_out,
-        "n_disturbed": n_disturbed,
-        "waited_s": round(waited_s),
-        "calibration": {name: number for name, number in numbers.items() if int(number["n"]) > 1},
-    }
-    capture = store.read_capture(folder)
-    runs = [r for r in capture["runs"] if r["run"] != run] + [record]
-    first = capture["first_calibration"]
-    store.update_capture(folder, runs=runs, calibration=pooled([first, *(r["calibration"] for r in runs)]))
+                check(pool, small, stage.files.get(small.routing))
+            except InputError as error:
+                self.kinds[kind] = str(error)
+        if self.kinds[kind] is not None:
+            raise InputError(self.kinds[kind] or "")
 
 
-def profile_stage(folder: Path, settings: store.Json, workloads: Sequence[Workload], shares: Shares | None) -> None:
-    """Profile the chosen points into profiles/."""
+def todo_of(stage: Stage, planned: Sequence[Workload], run: int) -> list[Workload]:
+    """What a run has to measure, in its order: the first whatever time allows, later ones what the first measured."""
+    points = store.points(stage.folder)
+    done = {point["workload"] for point in points if point["run"] == run}
+    failed = {entry.get("workload") for entry in store.left_out(stage.folder)}
+    in_first = {point["workload"] for point in points if point["run"] == 0}
+    budgeted = stage.settings["minutes"] is not None
+    wanted = [w for w in planned if run == 0 or not budgeted or w.id in in_first]
+    block = ORDER_BLOCK if budgeted and run == 0 else None
+    order = run_order(wanted, stage.settings["seed"], run, block)
+    return [w for w in order if w.id not in done | failed]
 
-    (folder / store.PROFILES).mkdir(exist_ok=True)
-    points = chosen_points(workloads)
-    pool = the_pool(settings, points) if points else None
+
+def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
+    """Time every point of a run that is not on disk yet; one line on disk for each."""
+    todo = todo_of(stage, planned, run)
+    n_before = sum(point["run"] == run for point in store.points(stage.folder))
+    record = {"run": run, "started": int(time.time()), "load_before": machine.load_average(), "n_resumed": n_before}
+    counts, waited_s = {"n_left_out": 0, "n_disturbed": 0, "n_todo": 0}, 0.0
+    pools: dict[str, Pool] = {}
+    checked, pace = Checked(), 1.0
     with torch.inference_mode():
-        for workload in points:
-            assert pool is not None
-            write_profile(folder / store.PROFILES, pool, workload, shares_for(workload, shares))
-            say("profiled")
+        for order, w in enumerate(todo):
+            guess_s = point_s(w, stage.facts, stage.limits)
+            if stage.left_s < pace * guess_s:
+                counts["n_todo"] += 1
+                continue
+            entry, began, clock_s = {"workload": w.id, "run": run}, int(time.time()), time.monotonic()
+            say(begin=entry, seconds=guess_s)
+            try:
+                if w.dtype not in pools:
+                    pools[w.dtype] = the_pool(stage, planned, w.dtype)
+                checked.refuse_wrong(stage, pools[w.dtype], w, planned)
+                times, facts, was_disturbed, point_waited_s = _timed(stage, pools[w.dtype], w, run, waited_s)
+            except (InputError, RuntimeError, OSError, MemoryError) as error:
+                counts["n_left_out"] += 1
+                stage.leave_out(entry, error)
+                continue
+            took_s = time.monotonic() - clock_s
+            waited_s += point_waited_s
+            # How wrong guesses are on this machine, from what was just seen.
+            pace = 0.9 * pace + 0.1 * min(10.0, took_s / guess_s)
+            point = {
+                **entry, "times_ns": [round(t) for t in times], "started": began, "order": n_before + order,
+                "took_s": round(took_s, 3), **({"facts": facts} if facts else {}),
+            }  # fmt: skip
+            store.append(stage.folder, store.OBSERVATIONS, point)
+            counts["n_disturbed"] += was_disturbed
+            say(point=w.id)
+    pools.clear()
+    if stage.settings["preset"] != "quick":  # machines drift: see where they are at the end of each run
+        calibrate(stage, run + 1, core_only=True)
+    say(end={**record, "finished": int(time.time()), **counts, "waited_s": round(waited_s)})
 
 
-def work(folder: Path, stage: str, routing_file: str | None) -> None:
-    """Do one stage of a sweep: `calibrate`, `profile`, or the number of a run."""
-    settings = store.read_capture(folder)["settings"]
-    request = request_of(settings, routing_file)
-    workloads = make_plan(request, settings["memory_limit_bytes"]).workloads
-    shares = file_shares(routing_file)
-    if stage == "calibrate":
-        calibrate_stage(folder, settings, workloads, shares)
-    elif stage == "profile":
-        profile_stage(folder, settings, workloads, shares)
+def _timed(
+    stage: Stage, pool: Pool, w: Workload, run: int, waited_s: float
+) -> tuple[list[float], Mapping[str, object], bool, float]:
+    """The repeats of one point in ns per call, what is to be known about it, whether others disturbed it, waiting s."""
+    limits = stage.limits
+    prepared = prepare(pool, w, stage.files.get(w.routing), run)
+    try:
+        attempt = partial(measure, prepared.call, clock_of(w.device), limits)
+        patience_s = limits.patience_s if stage.seconds is None else PATIENCE_SHARE * stage.seconds
+        left_s = max(0.0, min(patience_s, limits.patience_s) - waited_s)
+        times, was_disturbed, took_s = measure_undisturbed(attempt, machine.others_busy_s, limits.n_tries, left_s)
+    finally:
+        prepared.close()
+    return [t / prepared.n_inner for t in times], prepared.facts, was_disturbed, took_s
+
+
+# --- profiles ---
+
+
+def profile_stage(stage: Stage) -> None:
+    """Profile the chosen points into profiles/."""
+    (stage.folder / store.PROFILES).mkdir(exist_ok=True)
+    pools: dict[str, Pool] = {}
+    failed = {entry.get("profile") for entry in store.left_out(stage.folder)}
+    points = points_of(stage.folder)
+    with torch.inference_mode():
+        for w in points:
+            path = stage.folder / store.PROFILES / file_name(w)
+            if path.exists() or path.name in failed:
+                continue
+            if stage.left_s <= 0:
+                break
+            entry = {"profile": path.name}
+            say(begin=entry, seconds=10)
+            try:
+                if w.dtype not in pools:
+                    pools[w.dtype] = the_pool(stage, points, w.dtype)
+                write_profile(path.parent, partial(prepare, pools[w.dtype], w, stage.files.get(w.routing), 0), w)
+            except (InputError, RuntimeError, OSError, MemoryError) as error:
+                stage.leave_out(entry, error)
+                continue
+            say(profile=path.name)
+
+
+def record_stage(stage: Stage) -> None:
+    """Run the same points once more, for an nsys around this process."""
+    points = nsys.chosen(stage.folder)
+    pools: dict[str, Pool] = {}
+
+    def prepare_of(w: Workload) -> Callable[[Mark], Prepared]:
+        if w.dtype not in pools:
+            pools[w.dtype] = the_pool(stage, points, w.dtype)
+        return partial(prepare, pools[w.dtype], w, stage.files.get(w.routing), 0)
+
+    with torch.inference_mode():
+        nsys_stage(
+            points,
+            prepare_of,
+            lambda w: say(begin={"nsys": range_name(w)}, seconds=10),
+            lambda w, error: stage.leave_out({"nsys": range_name(w)}, error),
+        )
+
+
+def work(folder: Path, arguments: Sequence[str], routing_files: Sequence[str], seconds: float | None) -> None:
+    """Do one stage of a collection: `describe`, `calibrate`, `run N`, `profile` or `nsys`."""
+    started = time.monotonic()
+    capture = store.read_capture(folder)
+    settings = capture["settings"]
+    torch.set_num_threads(settings["threads"])
+    stage = Stage(
+        folder, settings, facts_of(capture), Limits(**settings["timing"]), file_shares(routing_files), seconds, started
+    )
+    name = arguments[0]
+    if name == "describe":
+        describe(stage)
+    elif name == "calibrate":
+        calibrate(stage, 0)
     else:
-        run_stage(folder, settings, workloads, shares, int(stage))
+        planned = [Workload.from_line(line) for line in store.read_workloads(folder)]
+        if name == "run":
+            run_stage(stage, planned, int(arguments[1]))
+        elif name == "profile":
+            profile_stage(stage)
+        elif name == "nsys":
+            record_stage(stage)

@@ -1,13 +1,14 @@
-"""The files of a capture folder: written whole or appended line by line, so that a killed sweep loses nothing.
+"""The files of a capture folder: written whole or appended line by line, so that a killed measurement loses nothing.
 
-Needs no torch. `capture.json` and `workloads.jsonl` are written beside and renamed; `observations.jsonl` grows by one
-flushed line per measured point, and a half-written last line is cut off when the sweep continues.
+Needs no torch. `capture.json` and `workloads.jsonl` are written beside and renamed; the journals (`calibration.jsonl`,
+`observations.jsonl`, `left_out.jsonl`) grow by one flushed line per measurement, and a half-written last line is cut
+off when the measurement continues.
 """
 
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,44 +66,62 @@ def write_workloads(folder: Path, lines: Iterable[Mapping[str, object]]) -> None
     write_atomically(folder / WORKLOADS, "".join(to_line(line) for line in lines))
 
 
-def workload_ids(folder: Path) -> list[str]:
-    """The ids of the planned workloads in file order; raises InputError when the file is missing or broken."""
+def read_workloads(folder: Path) -> list[Json]:
+    """The planned workloads in file order; raises InputError when the file is missing or broken."""
     path = folder / WORKLOADS
     try:
-        return [json.loads(line)["workload"] for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError) as error:
+        lines: list[Json] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        _ = [line["workload"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}") from None
+    return lines
 
 
-def mend_observations(folder: Path) -> list[Json]:
-    """The measured points so far; a last line that a kill left unfinished is cut off the file.
+def mend(folder: Path, name: str, keys: Sequence[str]) -> list[Json]:
+    """The lines of a journal so far; a last line that a kill left unfinished is cut off the file.
 
-    Raises InputError when a line before the last is broken: that is no interrupted write.
+    Raises InputError when a line before the last is broken or lacks a key: that is no interrupted write.
     """
-    path = folder / OBSERVATIONS
+    path = folder / name
     raw = path.read_bytes() if path.exists() else b""
     whole = raw[: raw.rfind(b"\n") + 1]
-    points: list[Json] = []
+    records: list[Json] = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            point = json.loads(line)
-            _ = point["workload"], point["run"], point["times_ns"]
+            record = json.loads(line)
+            for key in keys:
+                _ = record[key]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}, is not a measured point: {error!r}") from None
-        points.append(point)
+            raise InputError(f"{path}, line {number}, is not a record of {', '.join(keys)}: {error!r}") from None
+        records.append(record)
     if len(whole) < len(raw):
         with path.open("r+b") as file:
             file.truncate(len(whole))
             os.fsync(file.fileno())
-    return points
+    return records
 
 
-def append_observation(folder: Path, point: Mapping[str, object]) -> None:
-    """Add one measured point and wait until it is on disk."""
-    with (folder / OBSERVATIONS).open("a", encoding="utf-8") as file:
-        file.write(to_line(point))
+def append(folder: Path, name: str, record: Mapping[str, object]) -> None:
+    """Add one line to a journal and wait until it is on disk."""
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.write(to_line(record))
         file.flush()
         os.fsync(file.fileno())
+
+
+def points(folder: Path) -> list[Json]:
+    """The measured points so far (see `mend`)."""
+    return mend(folder, OBSERVATIONS, ("workload", "run", "times_ns"))
+
+
+def calibrations(folder: Path) -> list[Json]:
+    """The calibration measurements so far (see `mend`)."""
+    return mend(folder, CALIBRATION, ("probe", "params", "run", "value"))
+
+
+def left_out(folder: Path) -> list[Json]:
+    """What could not be measured, and why (see `mend`)."""
+    return mend(folder, LEFT_OUT, ("reason",))
 
 
 def lock(folder: Path, wait_s: float = LOCK_WAIT_S) -> int | None:

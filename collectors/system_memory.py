@@ -26,7 +26,7 @@ from .driver import (
     load_library,
 )
 from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, fill, free_host_bytes, matrices, n_positions
-from .plan import Workload
+from .workloads import Workload
 
 SYSCALLS = {"x86_64": (237, 279), "aarch64": (235, 239)}  # mbind, move_pages
 MPOL_BIND = 2

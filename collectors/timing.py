@@ -1,7 +1,7 @@
-"""How a point is timed: warm up, then repeats of batches of calls until the median is known well enough. No torch.
+"""How a point is timed: warm up, then repeats of batches of calls until the median is known well enough.
 
 A repeat is a batch of calls back to back, long enough for the clock; what is kept is the mean time of its calls. The
-clock is an argument, so that tests run on a false one and CUDA brings its events.
+clock is an argument, so that tests run on a false one and CUDA brings its events; only that one needs torch.
 """
 
 import math
@@ -36,6 +36,8 @@ class Limits:
 
 FULL = Limits(min_repeat_ns=20_000_000, point_ns=400_000_000, n_tries=6, patience_s=900.0)
 QUICK = Limits(min_repeat_ns=2_000_000, point_ns=100_000_000)
+STANDARD = Limits(min_repeat_ns=20_000_000, point_ns=400_000_000, n_tries=3, patience_s=60.0)
+CUDA = Limits(min_repeat_ns=5_000_000, point_ns=200_000_000, max_repeats=15)  # events are exact, the host is not shared
 
 
 def host_clock(work: Callable[[], object]) -> float:
@@ -127,3 +129,20 @@ def measure_undisturbed(
         waited_s += wait_for_quiet(others_busy_s, patience_s - waited_s)
     assert best is not None
     return best[1], best[0] > QUIET_CORES, waited_s
+
+
+def cuda_clock(work: Callable[[], object]) -> float:
+    """Device time in ns between two events around work in the current stream."""
+    import torch
+
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e6
+
+
+def clock_of(device: str) -> Clock:
+    """The clock for work on a device."""
+    return cuda_clock if device == "cuda" else host_clock

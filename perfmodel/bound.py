@@ -156,12 +156,19 @@ def sweep(batches: Sequence[int], metrics: Sequence[LaunchMetrics | float], rule
 
     `metrics` are those of one trace for each batch size, or their TKLQT in ns, as published. Of a trace the first
     kernel of each launch counts, for the others of a graph wait for each other, not for their launch. The smallest
-    batch is the plateau and host-bound by definition. Raises as `transition_batch`, and on a batch size given twice.
+    batch is the plateau and host-bound by definition. Raises as `transition_batch`, on a batch size given twice, and on
+    a trace without launches of kernels, such as one of the CPU alone.
     """
     if len(batches) != len(metrics) or not batches:
         raise InputError(
             f"found {len(batches)} batch sizes and {len(metrics)} values of TKLQT; expected as many, not 0"
         )
+    for batch, m in zip(batches, metrics, strict=True):
+        if isinstance(m, LaunchMetrics) and not m.n_kernels_joined and not m.tklqt_first_kernel_ns:
+            raise InputError(
+                f"the trace of batch size {batch} holds no kernel whose launch is known, so it has no TKLQT; expected "
+                "traces of a GPU with CUDA calls and kernels"
+            )
     tklqt_ns = [float(m.tklqt_first_kernel_ns if isinstance(m, LaunchMetrics) else m) for m in metrics]
     repeated = [str(batch) for batch, n in Counter(batches).items() if n > 1]
     if repeated:

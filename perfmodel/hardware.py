@@ -25,6 +25,8 @@ QUANTITIES: dict[str, str] = {
     "fp32_peak_flops_per_s": "fp32 matrix peak of the computing device",
     "bf16_gemm_flops_per_s": "rate a large dense bf16 GEMM reaches",
     "fp8_gemm_flops_per_s": "rate a large dense fp8 GEMM reaches",
+    "fp16_gemm_flops_per_s": "rate a large dense fp16 GEMM reaches",
+    "tf32_gemm_flops_per_s": "rate a large dense fp32 GEMM reaches where it may round its inputs to tf32",
     "fp32_gemm_flops_per_s": "rate a large dense fp32 GEMM reaches",
     "memory_capacity_bytes": "device memory",
     "memory_peak_bytes_per_s": "nominal bandwidth of device memory",

@@ -318,7 +318,7 @@ def test_predict_json_has_exactly_the_promised_keys() -> None:
         (["--hardware", "gh300"], "known: "),
         (["--shape", "gpt-9"], "known: "),
         (["--shape", "nowhere/config.json"], "config.json"),
-        (["--routing", "zipf"], "routing"),
+        (["--routing", "zeta"], "routing"),
         (["--offload", "1.5"], "expected 0 to 1"),
         (["--offload", "-0.1"], "expected 0 to 1"),
         (["--tokens", "64.5"], "expected a whole number"),

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collectors import machine, plan, store, timing
+from collectors import machine, plan, store, timing, workloads
 from collectors.profile_points import chosen_points, file_name
 from collectors.progress import Progress
 from collectors.timing import Limits, measure
@@ -78,7 +78,7 @@ def test_operations_of_a_batch_share_their_counts():
 
 @pytest.mark.parametrize("name", plan.CPU_SHAPES)
 def test_scaled_shapes_keep_the_character_of_the_model(name):
-    shape, model = plan.scaled_shape(name, "fp32"), plan.scaled_shape(name.partition("/")[0], "fp32")
+    shape, model = workloads.scaled_shape(name, "fp32"), workloads.scaled_shape(name.partition("/")[0], "fp32")
     assert (shape.n_experts, shape.top_k, shape.n_gemms) == (model.n_experts, model.top_k, model.n_gemms)
     assert shape.hidden % 16 == shape.inter % 16 == 0
     assert shape.hidden / shape.inter == pytest.approx(model.hidden / model.inter, rel=0.05)
@@ -95,18 +95,18 @@ def test_run_orders_are_permutations_that_differ():
 def test_rotation_reads_enough_other_weights_and_never_more_copies_than_there_are():
     cold_bytes = 128 * 2**20
     for w in plan.plan(FULL, None).workloads:
-        n_copies, n_shifts = plan.rotation(w, cold_bytes, max_copies=1000)
+        n_copies, n_shifts = workloads.rotation(w, cold_bytes, max_copies=1000)
         assert (n_copies * n_shifts - 1) * w.touched_bytes >= cold_bytes
         step = w.n_experts // n_shifts
-        assert n_shifts == 1 or step >= plan.span(w.tokens_per_expert)  # shifted experts are fresh ones
-        assert plan.rotation(w, cold_bytes, max_copies=1)[0] == 1
+        assert n_shifts == 1 or step >= workloads.span(w.tokens_per_expert)  # shifted experts are fresh ones
+        assert workloads.rotation(w, cold_bytes, max_copies=1)[0] == 1
 
 
 def test_span_goes_around_the_circle():
-    assert plan.span([1, 0, 0, 0, 2]) == 2
-    assert plan.span([0, 1, 0, 1, 0]) == 3
-    assert plan.span([1, 1, 1]) == 3
-    assert plan.span([0, 0]) == 0
+    assert workloads.span([1, 0, 0, 0, 2]) == 2
+    assert workloads.span([0, 1, 0, 1, 0]) == 3
+    assert workloads.span([1, 1, 1]) == 3
+    assert workloads.span([0, 0]) == 0
 
 
 def test_what_does_not_fit_is_left_out_with_a_sentence():
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_left_out_with_a_sentence():
 def test_routing_file_joins_the_shapes_of_its_size(tmp_path):
     counts = np.arange(1, 65)[None, :]
     np.savez(tmp_path / "seen.npz", layer=counts)
-    request = dataclasses.replace(FULL, tokens=(16,), routing_file=f"{tmp_path / 'seen.npz'}#layer")
+    request = dataclasses.replace(FULL, tokens=(16,), routing_files=(f"{tmp_path / 'seen.npz'}#layer",))
     found = [w for w in plan.plan(request, None).workloads if w.routing.startswith("file:")]
     assert {w.shape for w in found} == {"olmoe/4"}
     assert {w.routing for w in found} == {"file:seen.npz#layer"}
@@ -198,18 +198,18 @@ def test_progress_says_done_total_elapsed_and_left():
 
 def test_half_written_last_line_is_cut_off_and_the_rest_kept(tmp_path):
     point = {"workload": "a" * 12, "run": 0, "times_ns": [1], "started": 2, "order": 0}
-    store.append_observation(tmp_path, point)
+    store.append(tmp_path, store.OBSERVATIONS, point)
     with (tmp_path / store.OBSERVATIONS).open("a") as file:
         file.write('{"workload":"bbb')
-    assert store.mend_observations(tmp_path) == [point]
-    store.append_observation(tmp_path, {**point, "order": 1})
+    assert store.points(tmp_path) == [point]
+    store.append(tmp_path, store.OBSERVATIONS, {**point, "order": 1})
     assert [p["order"] for p in points_of(tmp_path)] == [0, 1]
 
 
 def test_broken_line_in_the_middle_is_refused_by_number(tmp_path):
     (tmp_path / store.OBSERVATIONS).write_text('{"workload":"a","run":0,"times_ns":[1]}\nnonsense\n{}\n')
     with pytest.raises(InputError, match="line 2"):
-        store.mend_observations(tmp_path)
+        store.points(tmp_path)
 
 
 def test_capture_is_replaced_whole(tmp_path):
@@ -234,7 +234,7 @@ def test_two_writers_are_kept_apart(tmp_path):
 def test_planning_and_storing_load_no_torch_and_nothing_loads_polars():
     code = """
 import sys
-import collectors.cli, collectors.plan, collectors.store, collectors.machine, collectors.sweep
+import collectors.cli, collectors.plan, collectors.store, collectors.machine, collectors.campaign
 assert collectors.cli.main(["sweep", "--plan", "--quick"]) == 0
 heavy = {"torch", "polars", "sklearn", "scipy", "msgspec", "typer", "plotly", "streamlit"} & set(sys.modules)
 assert not heavy, heavy
@@ -272,7 +272,7 @@ CLAIMS = [
     (("sweep", "--out", "x", "--dtype", "float8"), "invalid choice: 'float8'"),
     (("sweep", "--out", "x", "--runs", "0"), "--runs is '0', expected a whole number from 1"),
     (("sweep", "--out", "x", "--tokens", "4,zero"), "a number of tokens is 'zero'"),
-    (("sweep", "--out", "x", "--routings", "zipf"), "unknown routing 'zipf'"),
+    (("sweep", "--out", "x", "--routings", "zeta"), "unknown routing 'zeta'"),
     (("sweep", "--out", "x", "--seed", "-1"), "expected a whole number"),
     (("sweep", "--plan", "--shapes", "gpt-9/4"), "unknown shape 'gpt-9'"),
     (("sweep", "--plan", "--shapes", "olmoe/0"), "divisor is '0'"),
@@ -307,7 +307,7 @@ def test_missing_torch_names_the_install(monkeypatch, capsys, tmp_path):
 
 
 def test_out_must_be_a_folder_of_a_capture(tmp_path):
-    from collectors.sweep import open_folder
+    from collectors.campaign import open_folder
 
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
@@ -329,7 +329,7 @@ def test_cuda_without_a_device_is_refused(tmp_path):
 
 def test_calibrations_of_processes_pool_to_the_middle_one():
     pytest.importorskip("torch", reason="torch is not installed")
-    from collectors.calibrate import pooled
+    from collectors.calibration import pooled
 
     def of(value, spread):
         return {"call_overhead_ns": {"value": value, "spread_frac": spread, "n": 5, "how": "so"}}
@@ -350,7 +350,7 @@ def test_layer_and_grouped_gemm_equal_their_slow_twins(dtype, routing):
     request = plan.Request("cpu", name, ("olmoe/32", "mixtral-8x7b/64"), (9,), (routing,))
     workloads = plan.plan(request, None).workloads
     with torch.inference_mode():
-        pool = points.make_pool(plan.pool_bytes(workloads, 1e6, 1e9), 1e6, dtype, "cpu", 0)
+        pool = points.make_pool(workloads.pool_bytes(workloads, 1e6, 1e9), 1e6, dtype, "cpu", 0)
         for w in workloads:
             points.check(pool, w, None)
             call = points.prepare(pool, w, None, run=0).call
@@ -407,7 +407,7 @@ def capture(tmp_path_factory) -> Path:
 
 
 def test_a_killed_sweep_continues_and_measures_nothing_twice(capture):
-    planned = store.workload_ids(capture)
+    planned = [line["workload"] for line in store.read_workloads(capture)]
     seen = Counter((p["workload"], p["run"]) for p in points_of(capture))
     assert seen == Counter((w, run) for w in planned for run in (0, 1))
     for point in points_of(capture):
@@ -419,7 +419,7 @@ def test_a_killed_sweep_continues_and_measures_nothing_twice(capture):
 
 def test_capture_holds_what_the_page_says(capture):
     found = store.read_capture(capture)
-    assert found["n_workloads"] == len(store.workload_ids(capture))
+    assert found["n_workloads"] == len([line["workload"] for line in store.read_workloads(capture)])
     assert found["kernel"] in {"torch.nn.functional.grouped_mm", "torch._grouped_mm", "loop of mm"}
     assert [run["run"] for run in found["runs"]] == [0, 1]
     for run in found["runs"]:

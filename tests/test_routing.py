@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from perfmodel import routing as rt
 from perfmodel.errors import InputError
 
-names = st.sampled_from(["uniform", "mmlu-like", "power-law", "power-law:0", "power-law:2.5"])
+names = st.sampled_from(
+    [*rt.PATTERNS, "power-law:0", "power-law:2.5", "zipf:0.6", "pareto:1.01/3", "coverage:0.8/0.25", "one-hot:3"]
+)
 sizes = st.integers(1, 80).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n), st.integers(1, 3000)))
 
 
@@ -104,10 +106,94 @@ def test_impossible_batches_are_refused(n_tokens: int, top_k: int, words: str) -
         rt.expected_counts(rt.uniform_shares(3), n_tokens, top_k)
 
 
-@pytest.mark.parametrize("name", ["zipf", "uniform:2", "mmlu-like:1", "power-law:x", "power-law:-1", "power-law:nan"])
-def test_unknown_patterns_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=r"unknown routing|is no exponent|is outside 0 to 10"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("zeta", "unknown routing 'zeta'; known: uniform, power-law\\[:EXPONENT\\], .* or a file"),
+        ("uniform:2", "found '2' after the colon, expected nothing"),
+        ("mmlu-like:1", "found '1' after the colon, expected nothing"),
+        ("power-law:1/2", "found '1/2' after the colon, expected EXPONENT"),
+        ("power-law:x", "'x' is no exponent; write for example power-law:1$"),
+        ("power-law:-1", "exponent -1 is outside 0 to 10"),
+        ("zipf:nan", "exponent nan is outside 0 to 10"),
+        ("pareto:1.2/0.5", "ratio 0.5 is outside 1 to 1e\\+09"),
+        ("coverage:0.9/1", "experts 1 is outside 0.001 to 0.999"),
+        ("coverage:0.9/", "'' is no experts; write for example coverage:0.9/0.65"),
+        ("coverage:0.5/0.6", "the hottest 0.6 of experts cannot receive only 0.5 of assignments"),
+        ("link-skew:1/0.2", "the hottest 0.8 of experts cannot receive only 0.5 of assignments"),
+        ("one-hot:0", "n 0 is outside 1"),
+        ("one-hot:1.5", "1.5 hot experts, expected a whole number"),
+    ],
+)
+def test_unknown_patterns_are_refused(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
         rt.pattern_shares(name, 8)
+
+
+def test_every_pattern_says_how_it_is_written_and_works_by_its_bare_name() -> None:
+    assert len(rt.pattern_usages()) == len(rt.PATTERNS)
+    for usage, name in zip(rt.pattern_usages(), rt.PATTERNS, strict=True):
+        assert usage.partition("[")[0] == name
+        assert rt.is_pattern(name) and rt.is_pattern(f"{name}:1") and not rt.is_pattern(f"./{name}")
+        shares = rt.pattern_shares(name, 48)
+        assert shares.shape == (1, 48)
+        assert shares.sum() == pytest.approx(1)
+        assert rt.pattern_shares(name, 1).tolist() == [[pytest.approx(1)]]
+
+
+def test_zipf_is_the_power_law_and_mmlu_like_a_case_of_coverage() -> None:
+    for argument in ("", ":0.7"):
+        assert rt.pattern_shares("zipf" + argument, 9).tolist() == rt.pattern_shares("power-law" + argument, 9).tolist()
+    assert rt.pattern_shares("coverage:0.9/0.65", 64).tolist() == rt.mmlu_like_shares(64).tolist()
+
+
+def test_coverage_puts_the_stated_tokens_on_the_stated_experts() -> None:
+    assert rt.pattern_shares("coverage:0.8/0.5", 4)[0] == pytest.approx([0.4, 0.4, 0.1, 0.1])
+    # A quarter of 6 experts is 1.5: the hot share per expert is 0.7 / 1.5, the cold 0.3 / 4.5, the second half of each.
+    hot, cold = 0.7 / 1.5, 0.3 / 4.5
+    assert rt.pattern_shares("coverage:0.7/0.25", 6)[0] == pytest.approx([hot, (hot + cold) / 2, *[cold] * 4])
+    assert rt.pattern_shares("coverage:0.5/0.5", 4)[0] == pytest.approx([0.25] * 4)
+
+
+def test_link_skew_loads_both_memories_in_proportion_to_their_bandwidth() -> None:
+    # 3:1 between the memories, half of the experts cold: 3/4 of assignments on 4 experts, 1/4 on the other 4.
+    assert rt.pattern_shares("link-skew:3/0.5", 8)[0] == pytest.approx([3 / 16] * 4 + [1 / 16] * 4)
+    # GH200: 4000 / (4000 + 450) = 0.899 stays on the device when the cold 5/16 of experts are offloaded.
+    assert rt.pattern_shares("link-skew", 64)[0, :44].sum() == pytest.approx(0.8989, abs=5e-5)
+
+
+def test_pareto_weights_follow_their_density() -> None:
+    # Density x^-1 from 1 to 16: the logarithm is even, so four quantiles are 16^(1/8), 16^(3/8), 16^(5/8), 16^(7/8).
+    by_hand = np.array([2**3.5, 2**2.5, 2**1.5, 2**0.5])
+    assert rt.pattern_shares("pareto:1/16", 4)[0] == pytest.approx(by_hand / by_hand.sum())
+    # Density x^-2 from 1 to 2 has the distribution function 2 - 2 / x: quantiles 1 / (1 - u / 2) at u = 1/4, 3/4.
+    assert rt.pattern_shares("pareto:2/2", 2)[0] == pytest.approx(np.array([8 / 5, 8 / 7]) / (8 / 5 + 8 / 7))
+    assert rt.pattern_shares("pareto:3/1", 5)[0] == pytest.approx([0.2] * 5)
+    near = rt.pattern_shares("pareto:1.0000001/100", 32)[0]  # continuous where the formula changes
+    assert near == pytest.approx(rt.pattern_shares("pareto:1/100", 32)[0], rel=1e-5)
+
+
+def test_pareto_is_as_skewed_as_the_published_measurements() -> None:
+    # design/latency-model.md section 1: of 128 experts at 1024 tokens the top 65 % hold 99 % of assignments.
+    name = rt.pareto_name(128, 8, 1024)
+    assert name == "pareto:1.2/819.2"
+    assert rt.pattern_shares(name, 128)[0, :83].sum() == pytest.approx(0.99, abs=0.005)
+    # Against the seeded draws that the pattern stands for: half of 128 experts, in 400 draws by the inverse function.
+    u = np.random.default_rng(0).random((400, 128))
+    drawn = -np.sort(-((1 - u * (1 - 819.2**-0.2)) ** -5.0), axis=1)
+    covered = (drawn / drawn.sum(axis=1, keepdims=True))[:, :64].sum(axis=1)
+    assert rt.pattern_shares(name, 128)[0, :64].sum() == pytest.approx(covered.mean(), abs=3 * covered.std())
+    assert rt.pareto_name(64, 8, 8) == "pareto:1.2/200"  # 64 assignments are no more than 64 experts: 0.01 to 2
+    assert rt.pareto_name(8, 8, 2, 1.01) == "pareto:1.01/1.6"
+
+
+def test_one_hot_experts_take_every_token_and_the_others_what_is_left() -> None:
+    assert rt.expected_counts(rt.pattern_shares("one-hot:2", 4), 6, 1).tolist() == [[3, 3, 0, 0]]
+    assert rt.expected_counts(rt.pattern_shares("one-hot", 4), 6, 2).tolist() == [[6, 2, 2, 2]]
+    counts = rt.routing("one-hot:2", 10, 4, 400).counts
+    assert (counts[:, :2] == 400).all()
+    assert counts[:, 2:].min() > 50  # 100 each on average: the others are drawn evenly, not the first ones always
+    assert rt.pattern_shares("one-hot:8", 2).tolist() == [[0.5, 0.5]]
 
 
 # Sampling
@@ -246,8 +332,8 @@ def test_a_file_for_another_model_is_refused(tmp_path: Path) -> None:
     assert rt.routing(source, 3, 2, 10).counts.shape[1] == 3
     with pytest.raises(InputError, match="is for 3 experts, the model shape has 8"):
         rt.routing(source, 8, 2, 10)
-    with pytest.raises(InputError, match="no routing file 'zipf', and no pattern of that name; patterns: uniform, "):
-        rt.routing("zipf", 8, 2, 10)
+    with pytest.raises(InputError, match="no routing file 'zeta', and no pattern of that name; patterns: uniform, "):
+        rt.routing("zeta", 8, 2, 10)
 
 
 def test_real_routing_is_as_skewed_as_published(shared: Path) -> None:
@@ -269,6 +355,177 @@ def test_real_routing_is_as_skewed_as_published(shared: Path) -> None:
     batch = rt.routing(f"{real}#olmoe-1b-7b__wikipedia", 64, 8, 16384)
     assert batch.counts.shape == (3, 64)
     np.testing.assert_allclose(batch.counts / batch.counts.sum(axis=1, keepdims=True), wikipedia, atol=1e-3)
+
+
+def test_a_layer_is_chosen_by_its_number(tmp_path: Path) -> None:
+    source = save(tmp_path / "two.npz", a=COUNTS, b=np.stack([COUNTS[:, ::-1]] * 2))
+    assert rt.read_shares(f"{source}#a@1").tolist() == [SHARES[1]]
+    assert rt.read_shares(f"{source}#b@0")[0] == pytest.approx([0.1, 0.3, 0.6])
+    assert rt.layer_shares(f"{source}#a").tolist() == [SHARES[0]]
+    assert rt.layer_shares(f"{source}#a@1").tolist() == [SHARES[1]]
+    assert rt.read_shares(save(tmp_path / "flat.csv", COUNTS[:1]) + "@0").tolist() == [SHARES[0]]
+    with pytest.raises(InputError, match=r"two\.npz has no layer 2; its layers are 0 to 1"):
+        rt.read_shares(f"{source}#a@2")
+    with pytest.raises(InputError, match=r"two\.npz holds a, b; choose one as two\.npz#a"):
+        rt.layer_shares(f"{source}@0")
+    with pytest.raises(InputError, match=r"two\.npz holds a, b; choose one"):
+        rt.read_shares(f"{source}#a@-1")
+    batch = rt.routing(f"{source}#a@1", 3, 1, 10**6)
+    assert batch.counts.tolist() == [[250_000, 250_000, 500_000]]
+
+
+def test_a_layer_without_tokens_harms_only_who_asks_for_it(tmp_path: Path) -> None:
+    source = save(tmp_path / "idle.npy", np.array([[1, 3], [0, 0]]))
+    assert rt.layer_shares(f"{source}@0").tolist() == [[0.25, 0.75]]
+    for asked in (source, f"{source}@1"):
+        with pytest.raises(InputError, match="not all zero in a layer"):
+            rt.read_shares(asked)
+
+
+def test_signs_in_file_names_and_folders_are_no_keys_or_layers(tmp_path: Path) -> None:
+    folder = tmp_path / "run@3#x"
+    folder.mkdir()
+    source = save(folder / "counts#1@2.npy", COUNTS)
+    assert rt.read_shares(source).tolist() == [pytest.approx(row) for row in SHARES]
+    assert rt.read_shares(f"{source}@1").tolist() == [SHARES[1]]
+
+
+def test_keys_of_a_file(tmp_path: Path, shared: Path) -> None:
+    assert rt.routing_keys(save(tmp_path / "two.npz", b=COUNTS, layers=COUNTS)) == ["b", "layers"]
+    assert rt.routing_keys(save(tmp_path / "one.npy", COUNTS)) == []
+    assert rt.routing_keys(save(tmp_path / "one.csv", COUNTS)) == []
+    with pytest.raises(InputError, match="no routing file"):
+        rt.routing_keys(tmp_path / "none.npz")
+    real = shared / "data" / "routing_olmoe_mixtral.npz"
+    keys = rt.routing_keys(real)
+    assert "olmoe-1b-7b__wikipedia" in keys and "mixtral-8x7b__c4" in keys
+    for key in keys:
+        assert rt.layer_shares(f"{real}#{key}@2").sum() == pytest.approx(1)
+
+
+def test_written_counts_are_read_back_by_their_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "made.npz"
+    counts = np.stack([2 * np.array([[1, 2, 1], [0, 2, 2]]), np.array([[1, 2, 1], [2, 2, 0]])])
+    rt.write_counts(path, counts, np.array([1, 3]), 2, np.array([4, 2]))
+    assert [file.name for file in tmp_path.iterdir()] == ["made.npz"]
+    assert rt.routing_keys(path) == ["counts"]
+    np.testing.assert_allclose(rt.read_shares(str(path)), [[0.25, 0.5, 0.25], [2 / 12, 6 / 12, 4 / 12]])
+    with np.load(path) as arrays:
+        assert {key: arrays[key].dtype.name for key in arrays} == dict.fromkeys(
+            ("counts", "layers", "top_k", "n_tokens"), "int64"
+        )
+        assert (arrays["counts"] == counts).all()
+        assert (arrays["layers"].tolist(), int(arrays["top_k"]), arrays["n_tokens"].tolist()) == ([1, 3], 2, [4, 2])
+
+
+def test_counts_that_do_not_add_up_are_never_written(tmp_path: Path) -> None:
+    counts = np.array([[[1, 2, 1]]])
+    for path, top_k, n_tokens, layers, words in (
+        ("made.npz", 2, [3], [0], "are not its tokens x top-k"),
+        ("made.npz", 2, [2, 2], [0], "1 layers and 2 steps, expected \\[steps, layers, experts\\]"),
+        ("made.npz", 2, [2], [0, 1], "2 layers and 1 steps"),
+        ("made.csv", 2, [2], [0], "ends in .npz"),
+        ("none/made.npz", 2, [2], [0], "cannot be written: No such file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            rt.write_counts(tmp_path / path, counts, np.array(layers), top_k, np.array(n_tokens))
+    assert not list(tmp_path.iterdir())
+
+
+# Several layers and steps
+
+
+@given(
+    st.sampled_from([*rt.PATTERNS, *rt.FAMILIES, "layered:0", "layered:1", "temporal:1", "temporal:9"]),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    st.integers(1, 300),
+    st.integers(0, 2**32 - 1),
+)
+def test_synthetic_counts_are_conserved(
+    name: str, n_steps: int, n_layers: int, size: tuple[int, int], n_tokens: int, seed: int
+) -> None:
+    n_experts, top_k = size
+    shares = rt.synthetic_steps(name, n_steps, n_layers, n_experts, seed)
+    assert shares.shape == (n_steps, n_layers, n_experts)
+    np.testing.assert_allclose(shares.sum(axis=2), 1)
+    assert shares.min() >= 0
+    np.testing.assert_array_equal(shares, rt.synthetic_steps(name, n_steps, n_layers, n_experts, seed))
+    counts = rt.synthetic_counts(shares, n_tokens, top_k, seed)
+    assert (counts.sum(axis=2) == n_tokens * top_k).all()
+    assert counts.min() >= 0 and counts.max() <= n_tokens
+    np.testing.assert_array_equal(counts, rt.synthetic_counts(shares, n_tokens, top_k, seed))
+
+
+def test_large_steps_are_expected_counts_and_small_ones_differ() -> None:
+    shares = rt.synthetic_steps("power-law", 3, 2, 16, 0)
+    n_tokens = rt.MAX_DRAWN // 16 + 1
+    large = rt.synthetic_counts(shares, n_tokens, 2, 0)
+    np.testing.assert_array_equal(large[2, 1], rt.expected_counts(rt.power_law_shares(16), n_tokens, 2)[0])
+    small = rt.synthetic_counts(shares, 32, 2, 0)
+    assert len(np.unique(small.reshape(6, 16), axis=0)) == 6
+
+
+def test_a_pattern_is_the_same_in_every_step_and_layer() -> None:
+    shares = rt.synthetic_steps("coverage:0.8/0.5", 2, 3, 4, 1)
+    assert (shares == rt.pattern_shares("coverage:0.8/0.5", 4)).all()
+
+
+def test_layers_have_an_exponent_and_an_order_of_their_own() -> None:
+    shares = rt.synthetic_steps("layered:0.5", 2, 200, 16, 7)
+    assert (shares[0] == shares[1]).all()
+    ranked = -np.sort(-shares[0], axis=1)
+    exponents = np.log(ranked[:, 0] / ranked[:, 1]) / np.log(2)  # rank 1 over rank 2 is 2^exponent
+    assert 0.5 <= exponents.min() < 0.52 and 1.48 < exponents.max() <= 1.5
+    assert exponents.mean() == pytest.approx(1, abs=4 * (1 / np.sqrt(12)) / np.sqrt(200))
+    for row, exponent in zip(ranked, exponents, strict=True):
+        np.testing.assert_allclose(row, rt.power_law_shares(16, exponent)[0])
+    hottest = np.bincount(shares[0].argmax(axis=1), minlength=16)
+    assert hottest.max() < 30 and np.count_nonzero(hottest) > 12  # 12.5 each on average
+    assert (np.sort(rt.synthetic_steps("layered:0", 1, 2, 8, 0)) == np.sort(rt.power_law_shares(8)[0])).all()
+
+
+def test_temporal_experts_are_used_as_often_as_gem_saw() -> None:
+    n_steps, n_experts = 20_000, 32
+    shares = rt.synthetic_steps("temporal:4", n_steps, 1, n_experts, 3)[:, 0]
+    used = shares > 20 * shares.min(axis=1, keepdims=True)  # an unused expert has 1/100 or 1/300 of the weight
+    often = used.mean(axis=0)
+    consistent = often > 0.5
+    assert consistent.sum() == 16
+    # Standard error of a fraction; a burst of 4 steps is about one observation for temporal experts.
+    np.testing.assert_allclose(often[consistent], 0.85, atol=5 * np.sqrt(0.85 * 0.15 / n_steps))
+    np.testing.assert_allclose(often[~consistent], 0.17, atol=5 * np.sqrt(0.17 * 0.83 / (n_steps / 8)))
+    both = used[:, consistent].any(axis=1) & used[:, ~consistent].any(axis=1)
+    ratio = shares[both][:, ~consistent].max(axis=1) / shares[both][:, consistent].max(axis=1)
+    np.testing.assert_allclose(ratio, 3)
+    # Groups of four are used in the same steps, for four steps on average, and groups have nothing to do with another.
+    temporal = used[:, ~consistent]
+    alike = (temporal[:, :, None] == temporal[:, None, :]).all(axis=0)
+    assert alike.sum(axis=1).tolist() == [4] * 16
+    n_bursts = (np.diff(temporal.astype(int), axis=0) == 1).sum()
+    assert temporal.sum() / n_bursts == pytest.approx(4, rel=0.1)
+    together = np.corrcoef(temporal.T)
+    assert np.abs(together[~alike]).max() < 5 / np.sqrt(n_steps / 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "words"),
+    [
+        ("zeta", (1, 1, 8), r"unknown routing 'zeta'; known: uniform, .*layered\[:SPREAD\], temporal\[:BURST\]"),
+        ("layered:2", (1, 1, 8), "spread 2 is outside 0 to 1"),
+        ("layered:0.1/3", (1, 1, 8), "found '0.1/3' after the colon, expected SPREAD"),
+        ("temporal:0", (1, 1, 8), "burst 0 is outside 1 to"),
+        ("temporal:x", (1, 1, 8), "'x' is no burst; write for example temporal:4"),
+        ("power-law:-1", (1, 1, 8), "exponent -1 is outside"),
+        ("uniform", (0, 1, 8), "the number of steps is 0, expected at least 1"),
+        ("temporal", (1, 0, 8), "the number of layers is 0"),
+        ("layered", (1, 1, 0), "the number of experts is 0"),
+    ],
+)
+def test_impossible_families_are_refused(name: str, sizes: tuple[int, int, int], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        rt.synthetic_steps(name, *sizes, 0)
 
 
 # Statistics

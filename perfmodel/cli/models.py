@@ -39,7 +39,7 @@ def predict(
     shape: Annotated[str, typer.Option(help="Catalogue name or Hugging Face config.json; `perfmodel list`.")],
     tokens: Annotated[str, typer.Option(help="Tokens in the batch.")],
     routing: Annotated[
-        str, typer.Option(help="uniform, power-law[:EXPONENT], mmlu-like, or a counts file (FILE#KEY of an .npz).")
+        str, typer.Option(help="A pattern (see `perfmodel list`), or a file of counts as FILE[#KEY][@LAYER].")
     ] = "uniform",
     offload: Annotated[
         str, typer.Option(help="Fraction of each layer's experts in host memory, least used first.")
@@ -144,7 +144,7 @@ def list_names() -> None:
     rows = {
         "hardware": hardware.names(),
         "shapes": moe.names(),
-        "routings": [*(name for name in routing.PATTERNS if name != "power-law"), "power-law[:EXPONENT]"],
+        "routings": routing.pattern_usages(),
         "access": list(offload.ACCESS_MODES),
         "models": list(latency.shipped_models()),
         "captures": [os.path.relpath(path) for path in capture.shipped_captures()],

@@ -1,0 +1,167 @@
+"""Measuring processes seen from outside: start one, follow what it says, end it when it hangs, go on when it dies.
+
+A process says on stdout what it begins and what it has done, one JSON object a line. A GPU error or a crash takes the
+process with it; the point it was at is then left out with the reason, and a new process goes on with the next.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import store
+
+RESTART = 75  # a process asks for a successor: its device no longer answers
+SAID_WHY = (2, 3)  # bad input, missing package: the process has printed a sentence
+N_RESTARTS = 12  # of one stage, before something is wrong with the machine rather than with a point
+LEAST_PATIENCE_S, PATIENCE_FACTOR = 180.0, 20.0  # silence after which a process counts as hanging
+
+
+class StageError(Exception):
+    """A measuring process ended early; `exit_code` is its own, and unless it is 2 or 3 nobody has said why yet."""
+
+    def __init__(self, exit_code: int, words: str = "") -> None:
+        super().__init__(words or f"a measuring process ended with {exit_code}")
+        self.exit_code = exit_code
+
+
+@dataclass
+class Step:
+    """What a process is at: the journal entry to write should it die, and how long it may be silent."""
+
+    entry: store.Json | None = None
+    patience_s: float = LEAST_PATIENCE_S
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a measurement: its arguments on the command line, its threads, the folder's lock to hold."""
+
+    folder: Path
+    arguments: Sequence[str]
+    threads: int
+    lock: int | None = None
+    wrap: Callable[[list[str]], list[str]] = field(default=lambda command: command)  # such as: under a profiler
+
+
+def _command(stage: Stage) -> list[str]:
+    package = (__package__ or "collectors").split(".")
+    return stage.wrap([sys.executable, "-m", ".".join(package), "stage", *stage.arguments, "--out", str(stage.folder)])
+
+
+def _environment(threads: int) -> dict[str, str]:
+    # The measuring process must find this very package, however the command was started.
+    depth = len((__package__ or "collectors").split("."))
+    home = str(Path(__file__).resolve().parents[depth])
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+
+
+def _started(stage: Stage) -> tuple[subprocess.Popen[str], queue.Queue[str | None]]:
+    process = subprocess.Popen(
+        _command(stage),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(stage.threads),
+        pass_fds=() if stage.lock is None else (stage.lock,),
+        start_new_session=True,  # Ctrl-C is for this process, which ends the other
+    )
+    said: queue.Queue[str | None] = queue.Queue()
+
+    def follow() -> None:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                said.put(line)
+        said.put(None)
+
+    threading.Thread(target=follow, daemon=True).start()
+    return process, said
+
+
+def _follow(process: subprocess.Popen[str], said: queue.Queue[str | None], on_word: Callable[[store.Json], None],
+            step: Step) -> bool:  # fmt: skip
+    """Hand on what a process says until it ends; false when it was silent too long."""
+    while True:
+        try:
+            line = said.get(timeout=step.patience_s)
+        except queue.Empty:
+            return False
+        if line is None:
+            process.wait()
+            return True
+        try:
+            word = json.loads(line)
+        except ValueError:
+            continue  # a library that prints
+        if not isinstance(word, dict):
+            continue
+        if "begin" in word:
+            step.entry, seconds = word["begin"], float(word.get("seconds", 0.0))
+            step.patience_s = max(LEAST_PATIENCE_S, PATIENCE_FACTOR * seconds)
+        else:
+            step.entry = None
+        on_word(word)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(timeout=10)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    process.wait()
+
+
+def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
+    """Run one stage to its end, in as many processes as it takes. Each holds the folder's lock as long as it lives.
+
+    Raises StageError when a process says why it cannot go on, dies outside of any point, or too many die; ends the
+    process when this one is interrupted.
+    """
+    for _ in range(N_RESTARTS):
+        step = Step()
+        process, said = _started(stage)
+        try:
+            answered = _follow(process, said, on_word, step)
+        finally:
+            end(process)
+        code = process.returncode
+        if answered and code == 0:
+            return
+        if answered and code in SAID_WHY:
+            raise StageError(code)
+        if step.entry is not None:
+            reason = how_it_ended(code) if answered else f"no answer in {step.patience_s:.0f} s"
+            store.append(stage.folder, store.LEFT_OUT, {**step.entry, "reason": reason, "started": int(time.time())})
+            print(f"left out: {words_of(step.entry)}: {reason}", file=sys.stderr)
+        elif code != RESTART:
+            raise StageError(code, f"a measuring process {how_it_ended(code)}")
+    raise StageError(1, f"{N_RESTARTS} measuring processes in a row died")
+
+
+def how_it_ended(code: int) -> str:
+    """The end of a process in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def words_of(entry: store.Json) -> str:
+    """A journal entry in a few words, for people."""
+    return " ".join(f"{key} {value}" for key, value in entry.items() if not isinstance(value, dict))

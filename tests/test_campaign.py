@@ -1,0 +1,303 @@
+"""A campaign from outside: its time budget, what a kill leaves, and what the same command does afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from collectors import campaign, cli, store
+from collectors.calibration import key
+from collectors.campaign import Collection, Order, _reopen, settings_of, spent_s
+from collectors.timing import QUICK
+from collectors.workers import StageError
+from perfmodel.errors import InputError
+
+REPO = Path(__file__).parent.parent
+TINY = ("--preset", "quick", "--minutes", "0.8", "--dtype", "float32", "--device", "cpu", "--threads", "1")
+
+
+def settings(minutes: float | None = 4.0, runs: int = 3, **more: object) -> store.Json:
+    made = settings_of(
+        "campaign", device="cpu", dtypes=("float32",), threads=1, runs=runs, seed=0, preset="quick", minutes=minutes,
+        limits=QUICK, routing_files=(),
+    )  # fmt: skip
+    return {**made, "nsys": False, **more}
+
+
+# --- the budget, on made-up processes ---
+
+
+class FakeProcesses:
+    """Stands for the measuring processes: writes made-up lines and moves a false clock as real ones would."""
+
+    def __init__(self, monkeypatch, per_point_s: float = 1.0):
+        self.now, self.per_point_s, self.stages = 0.0, per_point_s, []
+        monkeypatch.setattr(campaign, "run_stage", self.run)
+        monkeypatch.setattr(campaign.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(campaign.time, "time", lambda: 1000.0 + self.now)
+        monkeypatch.setattr(campaign, "points_of", lambda folder: [])
+
+    def run(self, stage, on_word):
+        words = list(stage.arguments)
+        limit = float(words[words.index("--seconds") + 1]) if "--seconds" in words else None
+        self.stages.append((" ".join(words[:2]) if words[0] == "run" else words[0], limit))
+        self.now += 2.0
+        if words[0] == "describe":
+            more = {"kernel": "made up", "capabilities": {}, "stated": {}}
+            on_word({"end": {"machine": {}, "software": {}, **more}})
+        elif words[0] == "run":
+            self.measure(stage, on_word, int(words[1]), limit)
+
+    def measure(self, stage, on_word, run, limit):
+        planned = [line["workload"] for line in store.read_workloads(stage.folder)]
+        first = {p["workload"] for p in store.points(stage.folder) if p["run"] == 0}
+        done = {p["workload"] for p in store.points(stage.folder) if p["run"] == run}
+        wanted = [w for w in planned if (run == 0 or w in first) and w not in done]
+        until = self.now + (limit or 1e9) - 2.0
+        n_todo = 0
+        for workload in wanted:
+            if self.now + self.per_point_s > until:
+                n_todo += 1
+                continue
+            point = {"workload": workload, "run": run, "times_ns": [5, 5, 6], "took_s": self.per_point_s}
+            store.append(stage.folder, store.OBSERVATIONS, {**point, "started": int(1000 + self.now)})
+            self.now += self.per_point_s
+            on_word({"point": workload})
+        on_word({"end": {"run": run, "n_todo": n_todo, "n_left_out": 0}})
+
+
+def collected(folder: Path, order: Order) -> Collection:
+    made = Collection(folder, order, None)
+    made.run()
+    return made
+
+
+def begun(folder: Path, **more) -> Order:
+    folder.mkdir(exist_ok=True)
+    order = Order(settings(**more), QUICK)
+    campaign.begin(folder, order.settings)
+    return order
+
+
+def test_a_campaign_keeps_to_its_minutes_and_every_run_repeats_the_same_points(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch)
+    order = begun(tmp_path, minutes=2.0)
+    collected(tmp_path, order)
+    assert fake.now <= 120 and spent_s(tmp_path) == pytest.approx(fake.now, abs=0.2)
+    assert [name for name, _ in fake.stages] == ["describe", "calibrate", "run 0", "run 1", "run 2"]
+    points = store.points(tmp_path)
+    per_run = {run: {p["workload"] for p in points if p["run"] == run} for run in range(3)}
+    assert per_run[0] and per_run[1] <= per_run[0] and per_run[2] <= per_run[0]
+    assert len(per_run[1]) >= 0.9 * len(per_run[0]) and len(per_run[2]) >= 0.9 * len(per_run[0])
+    planned = [line["workload"] for line in store.read_workloads(tmp_path)]
+    assert per_run[0] == set(planned[: len(per_run[0])])  # the most telling ones
+    assert all(run["n_todo"] == len(planned) - len(per_run[0]) for run in store.read_capture(tmp_path)["runs"][:1])
+
+
+def test_time_that_was_spent_before_a_kill_counts(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch)
+    order = begun(tmp_path, minutes=2.0)
+
+    def killed(stage, on_word):
+        fake.run(stage, on_word)
+        if stage.arguments[0] == "run":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(campaign, "run_stage", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collected(tmp_path, order)
+    spent = spent_s(tmp_path)
+    assert spent == pytest.approx(fake.now, abs=0.2)
+    monkeypatch.setattr(campaign, "run_stage", fake.run)
+    again = Collection(tmp_path, order, None)
+    assert again.left_s == pytest.approx(120 - spent, abs=0.2)
+    before = fake.now
+    again.run()
+    assert fake.now - before <= 120 - spent and "calibrate" not in [name for name, _ in fake.stages[3:]]
+
+
+def test_a_kill_9_leaves_the_journal_to_tell_what_was_spent(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch)
+    begun(tmp_path)
+    since = store.read_capture(tmp_path)["spent_until"]
+    line = {"workload": "a", "run": 0, "times_ns": [1], "took_s": 7.5}
+    store.append(tmp_path, store.OBSERVATIONS, {**line, "started": since + 3})
+    store.append(tmp_path, store.OBSERVATIONS, {**line, "run": 1, "started": since - 30})  # counted by its stage
+    assert fake.now == 0 and spent_s(tmp_path) == 7.5
+
+
+def test_a_finished_campaign_does_nothing_and_more_minutes_go_on(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch)
+    order = begun(tmp_path, minutes=2.0)
+    collected(tmp_path, order)
+    n_stages, n_points = len(fake.stages), len(store.points(tmp_path))
+    _reopen(tmp_path, order.settings)
+    collected(tmp_path, order)
+    assert len(fake.stages) == n_stages and len(store.points(tmp_path)) == n_points
+    more = Order(settings(minutes=4.0), QUICK)
+    campaign.refuse_other(tmp_path, more.settings)
+    _reopen(tmp_path, more.settings)
+    collected(tmp_path, more)
+    points = store.points(tmp_path)
+    assert len(points) > n_points and fake.now <= 240
+    assert len({(p["workload"], p["run"]) for p in points}) == len(points)
+    assert len(store.read_capture(tmp_path)["runs"]) == 3
+
+
+def test_a_plan_that_is_done_early_ends_early(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch, per_point_s=0.01)
+    order = begun(tmp_path, minutes=60.0)
+    collected(tmp_path, order)
+    n_planned = store.read_capture(tmp_path)["n_workloads"]
+    assert len(store.points(tmp_path)) == 3 * n_planned and fake.now < 60
+
+
+def test_the_summary_says_points_runs_and_error(tmp_path, monkeypatch, capsys):
+    FakeProcesses(monkeypatch, per_point_s=0.01)
+    order = begun(tmp_path, minutes=60.0)
+    collected(tmp_path, order)
+    said = capsys.readouterr().err
+    n = store.read_capture(tmp_path)["n_workloads"]
+    assert f"{3 * n} points of {n} workloads in 3 runs, 0 calibration measurements" in said
+    # times 5, 5, 6: mean deviation 1/3, sigma 1.2533/3, median's error 1.2533 x that / sqrt(3), over 5
+    assert "relative error of a point: median 6.0%" in said
+
+
+def test_nsys_that_is_missing_costs_one_sentence(tmp_path, monkeypatch, capsys):
+    FakeProcesses(monkeypatch, per_point_s=0.01)
+    order = begun(tmp_path, minutes=60.0, nsys=True)
+
+    def missing(folder, stage):
+        raise InputError("nsys is not on the PATH")
+
+    monkeypatch.setattr(campaign.nsys, "collect", missing)
+    collected(tmp_path, order)
+    assert "no Nsight Systems profile: nsys is not on the PATH" in capsys.readouterr().err
+    assert len(store.points(tmp_path)) == 3 * store.read_capture(tmp_path)["n_workloads"]
+
+
+def test_other_options_are_refused_and_a_failed_stage_is_an_error(tmp_path, monkeypatch):
+    order = begun(tmp_path)
+    with pytest.raises(InputError, match="holds another plan \\(seed was 0 and is 5\\)"):
+        campaign.refuse_other(tmp_path, {**order.settings, "seed": 5})
+    campaign.refuse_other(tmp_path, {**order.settings, "minutes": 1.0, "runs": 9, "nsys": True})
+
+    def fails(stage, on_word):
+        raise StageError(9)
+
+    monkeypatch.setattr(campaign, "run_stage", fails)
+    with pytest.raises(StageError):
+        collected(tmp_path, order)
+
+
+# --- for real ---
+
+
+def points_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / store.OBSERVATIONS).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def capture(tmp_path_factory) -> Path:
+    """A quick campaign of this machine, killed with SIGKILL while it measures and continued by the same command."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    folder = tmp_path_factory.mktemp("campaign") / "here"
+    command = [sys.executable, "-m", "collectors", "campaign", "--out", str(folder), *TINY]
+    victim = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL, start_new_session=True)
+    seen = folder / store.OBSERVATIONS
+    try:
+        give_up = time.monotonic() + 120
+        while not seen.exists() or seen.read_bytes().count(b"\n") < 4:
+            assert time.monotonic() < give_up and victim.poll() is None, "the campaign measured nothing"
+            time.sleep(0.005)
+    finally:
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    calibrated = (folder / store.CALIBRATION).read_bytes()
+    at_kill = seen.read_bytes()
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert seen.read_bytes().startswith(at_kill[: at_kill.rfind(b"\n") + 1])  # nothing measured was lost
+    assert (folder / store.CALIBRATION).read_bytes() == calibrated  # nor measured again
+    assert "relative error of a point" in done.stderr and "Traceback" not in done.stderr
+    return folder
+
+
+def test_a_killed_campaign_continues_and_measures_nothing_twice(capture):
+    planned = [line["workload"] for line in store.read_workloads(capture)]
+    seen = Counter((p["workload"], p["run"]) for p in points_of(capture))
+    assert set(seen.values()) == {1} and {w for w, _ in seen} <= set(planned)
+    left_out = {entry.get("workload") for entry in store.left_out(capture)}
+    if store.read_capture(capture)["runs"][0]["n_todo"] == 0:
+        assert {w for w, _ in seen} | left_out >= set(planned)
+    calibrated = Counter((key(line), line["run"]) for line in store.calibrations(capture))
+    assert calibrated and set(calibrated.values()) == {1}
+
+
+def test_a_campaign_says_what_it_found_and_spent(capture):
+    found = store.read_capture(capture)
+    assert found["settings"]["kind"] == "campaign" and found["kernel"] and found["capabilities"] is not None
+    assert {"fp32_gemm_flops_per_s", "memory_stream_bytes_per_s", "call_overhead_ns"} <= set(found["calibration"])
+    assert 0 < found["spent_s"] < 1.5 * 60 * found["settings"]["minutes"]
+    studies = {line["study"] for line in store.read_workloads(capture)}
+    assert {"tokens", "rows", "one-expert", "layer"} <= studies
+    assert any((capture / store.PROFILES).glob("*.trace.json.gz"))
+    for point in points_of(capture):
+        assert point["took_s"] >= 0 and len(point["times_ns"]) >= 5 and min(point["times_ns"]) > 0
+
+
+def test_the_plan_is_printed_without_torch_and_without_a_folder(tmp_path):
+    script = """
+import sys
+sys.modules["torch"] = None
+from collectors import cli
+import importlib.util
+importlib.util.find_spec = lambda name, real=importlib.util.find_spec: None if name == "torch" else real(name)
+assert cli.main(["campaign", "--plan", "--device", "cuda"]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "workloads are planned" in done.stdout and "zero-copy (mapped)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("campaign",), "--out is missing"),
+        (("campaign", "--out", "x", "--minutes", "0"), "--minutes is '0', expected 0.2 to"),
+        (("campaign", "--out", "x", "--minutes", "nan"), "--minutes is 'nan', expected 0.2 to"),
+        (("campaign", "--out", "x", "--preset", "huge"), "invalid choice: 'huge'"),
+        (("campaign", "--out", "x", "--dtype", "float64"), "unknown dtype 'float64'"),
+        (("campaign", "--plan", "--routing-file", "/none.npy"), "no routing file"),
+        (("campaign", "--plan", "--device", "tpu"), "invalid choice: 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(arguments, sentence, capsys):
+    try:
+        code = cli.main(arguments)
+    except SystemExit as leaving:
+        code = leaving.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert sentence in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+def test_interrupt_says_how_to_continue(tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    folder = tmp_path / "x"
+    command = [sys.executable, "-m", "collectors", "campaign", "--out", str(folder), *TINY]
+    running = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    give_up = time.monotonic() + 30
+    while not (folder / store.CAPTURE).exists() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(running.pid, signal.SIGINT)  # what a terminal does
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "the same command continues" in said and "Traceback" not in said
