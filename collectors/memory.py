@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perfmodel.errors import InputError
 
-from .alias import device_alias
+from .alias import check_alias, device_alias
 from .driver import VirtualMemory
 from .workloads import Workload
 
@@ -183,7 +183,9 @@ def host_buffer(pool: Pool, n_elements: int) -> Tensor:
     fill(flat, pool.flat[: min(FILL_ELEMENTS, pool.flat.numel())].cpu())
     side.flat = flat
     if pool.flat.is_cuda:
-        side.alias = device_alias(flat.view(torch.uint8)).view(pool.flat.dtype)
+        alias = device_alias(flat.view(torch.uint8))
+        check_alias(flat.view(torch.uint8), alias)
+        side.alias = alias.view(pool.flat.dtype)
     return flat
 
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectors.plan import Workload
+from collectors.workloads import Workload
 from perfmodel.errors import InputError
 from tests.lanes_made import MadeCuda, pickers, run_adversarially
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import access, graphs, lanes, mapped, memory, modes, plan, points, rehearse  # noqa: E402
+from collectors import access, graphs, lanes, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
 from collectors.lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Step  # noqa: E402
 
 WAYS = (
@@ -51,7 +51,7 @@ def made(
     )  # fmt: skip
     if op == "grouped_gemm":
         empty = replace(empty, gemm_k=empty.moe_shape.gemms[0][0], gemm_n=empty.moe_shape.gemms[0][1])
-    counts = np.bincount(plan.choices(empty, shares).ravel(), minlength=n_experts)
+    counts = np.bincount(workloads.choices(empty, shares).ravel(), minlength=n_experts)
     return replace(empty, tokens_per_expert=tuple(counts.tolist())), shares
 
 
@@ -402,10 +402,8 @@ def test_positions_lie_apart_in_both_memories():
     workload, _ = made(offloaded=(0, 3), n_experts=4, top_k=4)
     pool = pool_for(workload, n_layers=3)
     placed, rest, copies = memory.place(pool, workload, 2)
-    assert copies == (
-        9,
-        memory.MAX_HOST_COPIES,
-    )  # three layers of four experts with three matrices, over two experts with two
+    # Three layers of four experts with three matrices hold two experts with two of them nine times.
+    assert copies == (9, memory.MAX_HOST_COPIES)
     assert len(placed) == max(9, memory.MAX_HOST_COPIES)
     starts = {p.device[0].data_ptr() for p in placed}
     assert len(starts) == 9
