@@ -20,7 +20,7 @@ from .plan import DEVICES, DTYPES, ROUTINGS, Request, default_shapes, default_to
 from .plan import plan as grid
 from .studies import PRESETS
 from .timing import CUDA, FULL, QUICK, STANDARD
-from .words import grid_words, plan_words
+from .words import grid_words, plan_words, rehearsal_words
 from .workers import StageError
 from .workloads import file_shares
 
@@ -122,6 +122,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shapes", type=_names, help="comma list of MODEL, MODEL/DIVISOR or eE-kK-hH-iI")
     one.add_argument("--tokens", type=_token_counts, help="comma list of batch sizes in tokens")
     one.add_argument("--routings", type=_routings, default=ROUTINGS, help=f"comma list of {', '.join(PATTERNS)}")
+    one = commands.add_parser("rehearse", help="run a GPU's plan on the CPU with tiny widths and check what it computes")
+    one.add_argument("--preset", choices=PRESETS, default="quick", help="whose plan")
+    one.add_argument("--seed", type=_seed, default=0, help="of draws and order")
     routing.add_arguments(commands.add_parser("routing", help="record which experts a model selects, as a routing file"))
     stage = commands.add_parser("stage")
     stage.add_argument("arguments", nargs="+")
@@ -228,6 +231,16 @@ def _collect(args: argparse.Namespace, settings: dict[str, object], order: Order
     return 0
 
 
+def _rehearse(args: argparse.Namespace) -> int:
+    _require_torch("cpu")
+    from .rehearse import rehearse
+
+    points, _ = design(assumed_facts("cuda", campaign_dtypes("cuda", None)), args.preset, args.seed, {})
+    tried = rehearse([point.workload for point in points])
+    print("\n".join(rehearsal_words(points, tried)))
+    return 0 if all(is_right for _, is_right, _ in tried) else 1
+
+
 def _stage(args: argparse.Namespace) -> int:
     from .stages import work
 
@@ -243,6 +256,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "campaign": _campaign,
     "sweep": _sweep,
     "routing": routing.run,
+    "rehearse": _rehearse,
     "stage": _stage,
 }
 

@@ -24,11 +24,10 @@ from .layer import Mark, grouped_mm_name
 from .memory import HostSide, Pool, host_pool_bytes
 from .plan import run_order
 from .points import Prepared, capabilities, check, make_pool, prepare
-from .probes import clock_of
 from .profile_points import file_name, points_of, range_name
 from .profiling import nsys_stage, write_profile
 from .studies import Facts
-from .timing import Limits, measure, measure_undisturbed
+from .timing import Limits, clock_of, measure, measure_undisturbed
 from .workers import RESTART
 from .workloads import Workload, file_shares, pool_bytes
 

@@ -59,6 +59,22 @@ def grid_words(workloads: Sequence[Workload], skipped: Sequence[str], runs: int)
     return [*lines, *(f"  left out: {sentence}" for sentence in skipped)]
 
 
+def rehearsal_words(points: Sequence[Point], tried: Sequence[tuple[Workload, bool, str]]) -> list[str]:
+    """What a dry run found: each study and access mode with how many points compute what they should, then what not."""
+    study_of = {point.workload.id: point.study for point in points}
+    groups: Counter[tuple[str, str]] = Counter()
+    right: Counter[tuple[str, str]] = Counter()
+    for w, is_right, _ in tried:
+        group = study_of[w.id], f"{w.access} ({w.residency})" if w.residency else w.access
+        groups[group] += 1
+        right[group] += is_right
+    lines = [f"{'study':<17} {'access':<19} {'points':>6} {'right':>6}"]
+    lines += [f"{study:<17} {access:<19} {n:>6} {right[study, access]:>6}" for (study, access), n in groups.items()]
+    lines += [f"wrong: {w.shape} {_placement(w)}: {words}" for w, is_right, words in tried if not is_right]
+    notes = Counter(words for _, is_right, words in tried if is_right and words)
+    return [*lines, *(f"{n} points: {words}" for words, n in notes.items())]
+
+
 def summary_words(folder: Path, spent_s: float) -> list[str]:
     """What a capture holds."""
     points, left_out = store.points(folder), store.left_out(folder)
