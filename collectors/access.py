@@ -41,6 +41,9 @@ from .modes import (
 from .workloads import Workload, choices, workload_seed
 
 
+IDLE_DEVICE_BYTES = 6 << 30
+
+
 @dataclass(frozen=True)
 class Arranged:
     """A workload ready to be called: a call for each rotation position, its result, and where its weights lie.
@@ -178,6 +181,8 @@ def _mapped(pool: Pool, workload: Workload) -> tuple[list[tuple[Tensor, ...]], C
         torch.cuda.synchronize()
         while ranges:
             memory.unmap(ranges.pop())
+        # Granules of the device are quickly made again and others may need the memory; those of the host are not.
+        memory.trim(IDLE_DEVICE_BYTES, memory.made_bytes(True))
 
     try:
         for _ in range(n_copies):

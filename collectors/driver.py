@@ -231,10 +231,11 @@ class VirtualMemory:
             else:
                 self._idle[is_host].append(handle)
 
-    def trim(self) -> None:
-        """Give all idle granules back."""
-        for is_host, handles in self._idle.items():
-            while handles:
+    def trim(self, keep_device_bytes: int = 0, keep_host_bytes: int = 0) -> None:
+        """Give idle granules back, all but so many bytes in each memory."""
+        for is_host, keep_bytes in ((False, keep_device_bytes), (True, keep_host_bytes)):
+            handles = self._idle[is_host]
+            while len(handles) * self.granule_bytes > keep_bytes:
                 self.driver.release(handles.pop())
                 self._n_made[is_host] -= 1
 

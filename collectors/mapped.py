@@ -85,6 +85,7 @@ def n_mapped_copies(pool: Pool, workload: Workload) -> int:
         memory.granule_bytes
     )
     host_one = n_away * n_granules * memory.granule_bytes
+    torch.cuda.empty_cache()  # what torch holds back is room too
     device_room = memory.idle_bytes(False) + max(0, torch.cuda.mem_get_info()[0] - DEVICE_RESERVE_BYTES)
     host_room = memory.idle_bytes(True) + FREE_SHARE * free_host_bytes()
     if pool.host.limit_bytes is not None:

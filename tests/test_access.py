@@ -16,7 +16,7 @@ from tests.lanes_made import MadeCuda, pickers, run_adversarially
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import access, graphs, lanes, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
+from collectors import access, graphs, lanes, layer, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
 from collectors.lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Step  # noqa: E402
 
 WAYS = (
@@ -158,6 +158,22 @@ def test_every_way_gives_the_numbers_of_the_slow_twin(monkeypatch, case, op, way
     workload, shares = made(op=op, way=way, **CASES[case])
     monkeypatch.setattr(modes, "CHUNK_BYTES", 1)
     points.check(pool_for(workload), workload, shares)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("way", [w for w in WAYS if w[0] != "cpu"], ids=lambda way: "-".join(filter(None, way)))
+def test_every_way_carries_scales_of_fp8(monkeypatch, op, way):
+    """With a made-up fp8 kernel, since a CPU has none: its numbers are those of the slow twin of the same parts."""
+
+    def kernel(rows, weights, offs):
+        return layer.slow_grouped_mm(rows, weights, offs).to(torch.bfloat16)
+
+    monkeypatch.setattr(layer, "scaled_grouped_mm", kernel)
+    monkeypatch.setattr(modes, "CHUNK_BYTES", 1)
+    workload, shares = made(op=op, way=way, dtype="fp8", n_tokens=60, hidden=256, inter=128)
+    points.check(pool_for(workload), workload, shares)
+    resident = replace(workload, access="resident", offloaded=None, order=None, residency=None, offload_frac=0.0)
+    points.check(pool_for(resident), resident, shares)
 
 
 @settings(max_examples=40)

@@ -157,6 +157,8 @@ def test_granules_are_used_again_and_all_given_back():
     memory.unmap(third)
     memory.unmap(second)
     assert not library.mapped and not library.ranges and len(library.handles) == 7
+    memory.trim(keep_device_bytes=2 * GRANULE + 1, keep_host_bytes=GRANULE)
+    assert (memory.idle_bytes(False), memory.idle_bytes(True)) == (2 * GRANULE, GRANULE)
     memory.trim()
     assert not library.handles
     assert memory.made_bytes(False) == memory.made_bytes(True) == memory.idle_bytes(True) == 0

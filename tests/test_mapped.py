@@ -32,6 +32,7 @@ def library(monkeypatch):
     monkeypatch.setattr(access, "virtual_memory", lambda pool: made_memory)
     monkeypatch.setattr(mapped, "tensor_at", lambda address, n_bytes: torch.zeros(n_bytes, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
     found.memory = made_memory
     return found
