@@ -280,8 +280,8 @@ class Collection:
         """What is missing of a run, within its part of the time."""
         if any(record["run"] == run for record in store.read_capture(self.folder)["runs"]):
             return
-        profiles_s = 0.0 if any((self.folder / store.PROFILES).glob("*")) else PROFILE_SHARE * self.left_s
-        seconds = (self.left_s - profiles_s) / (self.n_runs - run)
+        has_profiles = any((self.folder / store.PROFILES).glob("*"))
+        seconds = self.left_s * (1.0 if has_profiles else 1.0 - PROFILE_SHARE) / (self.n_runs - run)
         if seconds < LEAST_SLICE_S:
             return
         label = f"run {run + 1} of {self.n_runs}"

@@ -110,9 +110,7 @@ def parser() -> argparse.ArgumentParser:
     _shared_options(one, "auto")
     one.add_argument("--minutes", type=_minutes, default=8.0, help="time budget; more minutes later go on")
     one.add_argument("--preset", choices=PRESETS, default="standard", help="how much there is to measure at most")
-    one.add_argument(
-        "--dtype", type=_dtypes, help="comma list, the main one first; default: all that are fast"
-    )
+    one.add_argument("--dtype", type=_dtypes, help="comma list, the main one first; default: all that are fast")
     one.add_argument("--runs", type=_count("--runs"), help="processes that repeat the points; default: 1, 3 or 5")
     one = commands.add_parser("sweep", help="measure a grid of your own, to its end")
     _shared_options(one, "cpu")
@@ -122,10 +120,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shapes", type=_names, help="comma list of MODEL, MODEL/DIVISOR or eE-kK-hH-iI")
     one.add_argument("--tokens", type=_token_counts, help="comma list of batch sizes in tokens")
     one.add_argument("--routings", type=_routings, default=ROUTINGS, help=f"comma list of {', '.join(PATTERNS)}")
-    one = commands.add_parser("rehearse", help="run a GPU's plan on the CPU with tiny widths and check what it computes")
+    one = commands.add_parser(
+        "rehearse", help="run a GPU's plan on the CPU with tiny widths and check what it computes"
+    )
     one.add_argument("--preset", choices=PRESETS, default="quick", help="whose plan")
     one.add_argument("--seed", type=_seed, default=0, help="of draws and order")
-    routing.add_arguments(commands.add_parser("routing", help="record which experts a model selects, as a routing file"))
+    routing.add_arguments(
+        commands.add_parser("routing", help="record which experts a model selects, as a routing file")
+    )
     stage = commands.add_parser("stage")
     stage.add_argument("arguments", nargs="+")
     stage.add_argument("--out", type=Path, required=True)

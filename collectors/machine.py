@@ -39,6 +39,9 @@ def cpu_list() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+CPUS_AT_START = tuple(cpu_list())
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8").strip()
@@ -117,8 +120,17 @@ def cpus_of(words: str) -> list[int]:
 
 
 def cpus_of_node(node: int) -> list[int]:
-    """The logical processors of a memory node that this process may use; empty when there are none."""
-    return sorted(set(cpus_of(_read(NODE_DIR / f"node{node}/cpulist") or "")) & set(cpu_list()))
+    """The logical processors of a memory node that this process might use when it began; empty when there are none."""
+    return sorted(set(cpus_of(_read(NODE_DIR / f"node{node}/cpulist") or "")) & set(CPUS_AT_START))
+
+
+def stay_near(node: int) -> None:
+    """Keep this process, threads to come included, on the processors of a memory node, where there are any.
+
+    Pinned memory then lies where the GPU hangs, and not on a node of chance.
+    """
+    if hasattr(os, "sched_setaffinity") and (near := cpus_of_node(node)):
+        os.sched_setaffinity(0, near)
 
 
 def numa_nodes() -> list[dict[str, object]]:
@@ -131,7 +143,7 @@ def numa_nodes() -> list[dict[str, object]]:
             {
                 "node": int(folder.name[4:]),
                 "n_cpus": len(cpus),
-                "n_usable_cpus": len(set(cpus) & set(cpu_list())),
+                "n_usable_cpus": len(set(cpus) & set(CPUS_AT_START)),
                 "memory_bytes": int(total[1]) * 1024 if total else None,
             }
         )

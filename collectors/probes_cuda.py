@@ -156,7 +156,7 @@ def queued_ns(work: Callable[[], object]) -> float:
         is_late = start.query()  # the device came to the start before everything was queued
         end.synchronize()
         if not is_late:
-            return start.elapsed_time(end) * 1e6
+            return float(start.elapsed_time(end)) * 1e6
         cycles *= 4
     raise InputError("the device began before the host had queued the work, however long it was held")
 
@@ -166,7 +166,9 @@ def launch_burst(core: bool) -> Probe:
 
     def run(limits: Limits) -> Measured:
         times = burst_times(null_kernel, BURST, limits)
-        return Measured(times, 1, f"host time of a launch call of a null kernel in bursts of {BURST}, not waited for")
+        return Measured(
+            times, 1, f"host time of launching a null kernel from Python in bursts of {BURST}, not waited for"
+        )
 
     return Probe("launch_burst", {}, "launch_overhead_ns", "ns", core, run)
 

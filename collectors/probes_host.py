@@ -131,7 +131,7 @@ def refuse_slow(call_for: Callable[[int], Callable[[int], object]], n_rows: int,
         call = call_for(fewer)
         call(0)
         # More than 16 rows: compute grows with them. Up to there a GEMM reads its weights in much the same time.
-        expected_ns = host_clock(lambda call=call: call(1)) * n_calls * (n_rows / fewer if fewer >= 16 else 1)
+        expected_ns = host_clock(partial(call, 1)) * n_calls * (n_rows / fewer if fewer >= 16 else 1)
         if expected_ns > most_ns:
             raise InputError(f"{n_rows} rows would take about {expected_ns / 1e9:.1f} s, more than {most_ns / 1e9:.1f}")
         if fewer * 16 > n_rows:

@@ -109,7 +109,7 @@ def forked_clock(streams: Sequence[torch.cuda.Stream]) -> Clock:
             torch.cuda.current_stream().wait_stream(stream)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e6
+        return float(start.elapsed_time(end)) * 1e6
 
     return clock
 
@@ -327,24 +327,27 @@ def by_node(preset: str) -> list[Probe]:
 
 
 def link_probes(preset: str) -> tuple[list[Probe], list[Probe]]:
-    """What models need of the link, then how it depends on size and on where host memory lies."""
+    """What models need of the link, then how it depends on size and on where host memory lies.
+
+    The machine's number is that of one size, which is large and which the end of each run can repeat.
+    """
     read = "link_kernel_read_bytes_per_s"
     first = [
         link_copy("h2d", "pinned", CORE_BYTES, COPIES["h2d", "pinned"], core=True),
-        read_in_place("scale", "pinned", CORE_BYTES, read, core=True),
+        *[read_in_place(kernel, "pinned", CORE_BYTES, read, core=True) for kernel in READ_KERNELS],
         link_copy("d2h", "pinned", CORE_BYTES, COPIES["d2h", "pinned"], core=False),
         read_in_place("scale", "system", CORE_BYTES, "link_system_read_bytes_per_s", core=False),
         *[both_ways(n_bytes) for n_bytes in reversed(BOTH_SIZES[preset])],
     ]
     more = [
         *[
-            link_copy(way, memory, n_bytes, quantity, core=False)
+            link_copy(way, memory, n_bytes, quantity if n_bytes == CORE_BYTES else None, core=False)
             for n_bytes in reversed(SIZES[preset])
             for (way, memory), quantity in COPIES.items()
         ],
         *by_node(preset),
         *[
-            read_in_place(kernel, "pinned", n_bytes, read, core=False)
+            read_in_place(kernel, "pinned", n_bytes, None, core=False)
             for n_bytes in reversed(READ_SIZES[preset])
             for kernel in READ_KERNELS
         ],

@@ -10,7 +10,7 @@ from pathlib import Path
 from perfmodel.errors import InputError
 
 from . import store
-from .workloads import RESIDENCIES, Workload, ACCESS_MODES
+from .workloads import ACCESS_MODES, RESIDENCIES, Workload
 
 N_STEPS = 2
 DECODE_TOKENS, PREFILL_TOKENS = 4, 256
@@ -99,7 +99,7 @@ def chosen_points(workloads: Sequence[Workload], preset: str = "quick") -> list[
 
 
 def points_of(folder: Path) -> list[Workload]:
-    """The points of a capture to profile: chosen among those that were measured, of all that are planned before that."""
+    """The points of a capture to profile: chosen among those that were measured, before that among all."""
     planned = [Workload.from_line(line) for line in store.read_workloads(folder)]
     measured = {point["workload"] for point in store.points(folder)}
     preset = store.read_capture(folder)["settings"]["preset"]

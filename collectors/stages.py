@@ -103,8 +103,7 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
     settings = stage.settings
     done = {calibration.key(line) for line in store.calibrations(stage.folder) if line["run"] == run}
     done |= {calibration.key(entry) for entry in store.left_out(stage.folder) if "probe" in entry}
-    todo = probes.probes(settings["device"], stage.facts.dtypes, settings["threads"], settings["preset"])
-    seen: store.Json = {}
+    todo = probes.probes(settings["device"], stage.facts.dtypes, torch.get_num_threads(), settings["preset"])
     for probe in todo:
         if (core_only and not probe.core) or calibration.probe_key(probe.name, probe.params) in done:
             continue
@@ -121,7 +120,7 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
         store.append(stage.folder, store.CALIBRATION, {**line, "started": began})
         say(probe=probe.name)
     if not core_only:
-        say(end=seen)
+        say(end={"machine": {"under_load": calibration.seen_under_load(store.calibrations(stage.folder))}})
 
 
 # --- a run ---
@@ -141,18 +140,24 @@ def the_pool(stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
     return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
 
 
-class Checked:
-    """Which kinds of workload were compared with slow twins in this process; each is, before it is timed."""
+def kind_of(w: Workload) -> tuple[object, ...]:
+    """What workloads that run the same code over the same weights have in common."""
+    return (w.shape, w.dtype, w.op, w.access, w.residency, w.launch)
 
-    def __init__(self) -> None:
-        self.kinds: dict[tuple[object, ...], str | None] = {}
+
+class Checked:
+    """Which kinds of workload were compared with slow twins, and how they fared; each is, before it is first timed."""
+
+    def __init__(self, stage: Stage, planned: Sequence[Workload]) -> None:
+        timed = {point["workload"] for point in store.points(stage.folder)}
+        self.kinds: dict[tuple[object, ...], str | None] = {kind_of(w): None for w in planned if w.id in timed}
 
     def refuse_wrong(self, stage: Stage, pool: Pool, w: Workload, planned: Sequence[Workload]) -> None:
         """Raise InputError when workloads of this kind compute something else than the reference."""
-        kind = (w.shape, w.dtype, w.op, w.access, w.residency, w.launch)
+        kind = kind_of(w)
         if kind not in self.kinds:
             # A small batch is enough to see it, and the slow twin takes long.
-            alike = [o for o in planned if (o.shape, o.dtype, o.op, o.access, o.residency, o.launch) == kind]
+            alike = [other for other in planned if kind_of(other) == kind]
             small = min(alike, key=lambda o: (abs(o.n_tokens - CHECK_TOKENS), o.routing == "uniform"))
             self.kinds[kind] = None
             try:
@@ -183,7 +188,7 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
     record = {"run": run, "started": int(time.time()), "load_before": machine.load_average(), "n_resumed": n_before}
     counts, waited_s = {"n_left_out": 0, "n_disturbed": 0, "n_todo": 0}, 0.0
     pools: dict[str, Pool] = {}
-    checked, pace = Checked(), 1.0
+    checked, pace = Checked(stage, planned), 1.0
     with torch.inference_mode():
         for order, w in enumerate(todo):
             guess_s = point_s(w, stage.facts, stage.limits)
@@ -286,7 +291,9 @@ def work(folder: Path, arguments: Sequence[str], routing_files: Sequence[str], s
     started = time.monotonic()
     capture = store.read_capture(folder)
     settings = capture["settings"]
-    torch.set_num_threads(settings["threads"])
+    if (node := capture["machine"].get("gpu_numa_node")) is not None:
+        machine.stay_near(node)
+    torch.set_num_threads(min(settings["threads"], machine.n_physical_cores()))
     stage = Stage(
         folder, settings, facts_of(capture), Limits(**settings["timing"]), file_shares(routing_files), seconds, started
     )

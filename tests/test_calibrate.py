@@ -143,7 +143,7 @@ def test_every_list_has_its_own_keys_known_quantities_and_plain_params(device, p
         assert probe.quantity is None or probe.quantity.endswith("_" + probe.unit)
         assert all(isinstance(value, str | int | float | bool | None) for value in probe.params.values())
     core = [probe for probe in found if probe.core]
-    assert 0 < len(core) <= 6 and found[0].core
+    assert 0 < len(core) <= 7 and found[0].core
     assert all(probe.quantity is not None for probe in core)
 
 
@@ -159,6 +159,15 @@ def test_a_gpu_machine_gets_every_number_of_links_launches_and_host():
     found = {probe.quantity for probe in probes.probes("cuda", ["bf16"], 8, "standard")}
     not_measured = {name for name in QUANTITIES if "_peak_" in name or name.endswith(("_capacity_bytes", "_count"))}
     assert set(QUANTITIES) - not_measured <= found
+
+
+def test_numbers_of_the_link_are_of_one_size_and_repeated_at_the_end_of_runs():
+    found = [p for p in probes.probes("cuda", ["bf16"], 8, "full") if p.name in ("link_copy", "read_in_place")]
+    assert {p.params["n_bytes"] for p in found if p.quantity} == {probes_link.CORE_BYTES}
+    assert len({p.params["n_bytes"] for p in found}) == 15
+    repeated = {p.quantity for p in found if p.core}
+    assert repeated == {"link_h2d_copy_bytes_per_s", "link_kernel_read_bytes_per_s"}
+    assert all(p.core for p in found if p.quantity in repeated)
 
 
 @pytest.mark.parametrize(

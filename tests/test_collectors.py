@@ -348,10 +348,10 @@ def test_layer_and_grouped_gemm_equal_their_slow_twins(dtype, routing):
 
     name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     request = plan.Request("cpu", name, ("olmoe/32", "mixtral-8x7b/64"), (9,), (routing,))
-    workloads = plan.plan(request, None).workloads
+    planned = plan.plan(request, None).workloads
     with torch.inference_mode():
-        pool = points.make_pool(workloads.pool_bytes(workloads, 1e6, 1e9), 1e6, dtype, "cpu", 0)
-        for w in workloads:
+        pool = points.make_pool(workloads.pool_bytes(planned, 1e6, 1e9), 1e6, dtype, "cpu", 0)
+        for w in planned:
             points.check(pool, w, None)
             call = points.prepare(pool, w, None, run=0).call
             rows = w.n_tokens if w.op == "moe_layer" else w.n_tokens * w.top_k
@@ -423,7 +423,8 @@ def test_capture_holds_what_the_page_says(capture):
     assert found["kernel"] in {"torch.nn.functional.grouped_mm", "torch._grouped_mm", "loop of mm"}
     assert [run["run"] for run in found["runs"]] == [0, 1]
     for run in found["runs"]:
-        assert (run["n_left_out"], run["calibration"]) == (0, {})  # a quick sweep calibrates once
+        assert (run["n_left_out"], run["n_todo"]) == (0, 0)
+    assert {line["run"] for line in store.calibrations(capture)} == {0}  # a quick sweep calibrates once
     assert {"fp32_gemm_flops_per_s", "memory_stream_bytes_per_s", "call_overhead_ns"} <= set(found["calibration"])
     for name, number in found["calibration"].items():
         assert name in QUANTITIES

@@ -45,7 +45,7 @@ def test_memory_nodes_count_their_processors_and_those_we_may_use(tmp_path, monk
         (folder / "cpulist").write_text(cpus + "\n")
         (folder / "meminfo").write_text(f"Node {node} MemTotal:  {kb} kB\nNode {node} MemFree: 1 kB\n")
     monkeypatch.setattr(machine, "NODE_DIR", tmp_path)
-    monkeypatch.setattr(machine, "cpu_list", lambda: [2, 3, 4])
+    monkeypatch.setattr(machine, "CPUS_AT_START", [2, 3, 4])
     assert machine.numa_nodes() == [
         {"node": 0, "n_cpus": 4, "n_usable_cpus": 2, "memory_bytes": 1000 * 1024},
         {"node": 1, "n_cpus": 4, "n_usable_cpus": 1, "memory_bytes": 2000 * 1024},
