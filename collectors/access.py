@@ -12,6 +12,7 @@ from torch import Tensor
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
+from .driver import LOCATION_HOST_NUMA
 from .lanes import COPY_IN, COPY_OUT, Run, Step, in_order, on_cuda
 from .layer import Layer, Mark, Matrix, grouped_mm, moe_layer, no_mark, quantise
 from .mapped import map_experts, n_mapped_copies, virtual_memory
@@ -39,7 +40,6 @@ from .modes import (
     split_steps,
 )
 from .workloads import Workload, choices, workload_seed
-
 
 IDLE_DEVICE_BYTES = 6 << 30
 
@@ -197,7 +197,8 @@ def _mapped(pool: Pool, workload: Workload) -> tuple[list[tuple[Tensor, ...]], C
         raise
     element_bytes = pool.flat.element_size()
     strides = [tensor.stride(0) * element_bytes for tensor in found[0]]
-    return found, close, {"expert_stride_bytes": strides, "granule_bytes": memory.granule_bytes}
+    node = memory.host.id if memory.host.type == LOCATION_HOST_NUMA else None
+    return found, close, {"expert_stride_bytes": strides, "granule_bytes": memory.granule_bytes, "host_node": node}
 
 
 def _arrange_steps(pool: Pool, problem: Problem) -> Arranged:

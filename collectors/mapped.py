@@ -8,6 +8,7 @@ from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, free_host_bytes, mat
 from .workloads import Workload
 
 FILL_SHIFT = 10_007
+MAX_COPIES = 16  # mapping takes a driver call for each granule
 
 
 class _Bytes:
@@ -90,7 +91,7 @@ def n_mapped_copies(pool: Pool, workload: Workload) -> int:
     host_room = memory.idle_bytes(True) + FREE_SHARE * free_host_bytes()
     if pool.host.limit_bytes is not None:
         host_room = min(host_room, memory.idle_bytes(True) + pool.host.limit_bytes - memory.made_bytes(True))
-    wanted = n_positions(workload, pool.cold_bytes)
+    wanted = min(MAX_COPIES, n_positions(workload, pool.cold_bytes))
     return int(max(0, min(wanted, device_room // device_one, host_room // host_one if host_one else wanted)))
 
 
