@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
+from .driver import LOCATION_HOST_NUMA
 from .lanes import COPY_IN, COPY_OUT, Run, Step, in_order, on_cuda
 from .layer import Layer, Mark, Matrix, grouped_mm, moe_layer, no_mark, quantise
 from .mapped import map_experts, n_mapped_copies, virtual_memory
@@ -38,6 +40,8 @@ from .modes import (
     split_steps,
 )
 from .workloads import Workload, choices, workload_seed
+
+IDLE_DEVICE_BYTES = 6 << 30
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,8 @@ def _mapped(pool: Pool, workload: Workload) -> tuple[list[tuple[Tensor, ...]], C
         torch.cuda.synchronize()
         while ranges:
             memory.unmap(ranges.pop())
+        # Granules of the device are quickly made again and others may need the memory; those of the host are not.
+        memory.trim(IDLE_DEVICE_BYTES, memory.made_bytes(True))
 
     try:
         for _ in range(n_copies):
@@ -191,15 +197,16 @@ def _mapped(pool: Pool, workload: Workload) -> tuple[list[tuple[Tensor, ...]], C
         raise
     element_bytes = pool.flat.element_size()
     strides = [tensor.stride(0) * element_bytes for tensor in found[0]]
-    return found, close, {"expert_stride_bytes": strides, "granule_bytes": memory.granule_bytes}
+    node = memory.host.id if memory.host.type == LOCATION_HOST_NUMA else None
+    return found, close, {"expert_stride_bytes": strides, "granule_bytes": memory.granule_bytes, "host_node": node}
 
 
 def _arrange_steps(pool: Pool, problem: Problem) -> Arranged:
     workload = problem.workload
     n_on_device = workload.n_experts if workload.access == "copy" else len(residents(workload))
-    placed, rest, n_device = place(pool, workload, n_on_device)
+    placed, rest, (n_device, n_host) = place(pool, workload, n_on_device)
     slate = Slate(rows=problem.rows)
-    facts: dict[str, object] = {"n_device_copies": n_device}
+    facts: dict[str, object] = {"n_device_copies": n_device, "n_host_copies": n_host}
     if workload.access == "copy":
         steps = [copy_steps(slate, problem, p.device, p.host) for p in placed]
     elif workload.access == "copy-overlap":
@@ -230,7 +237,7 @@ def _arrange_steps(pool: Pool, problem: Problem) -> Arranged:
             where |= {e: (False, i) for i, e in enumerate(residents(workload))}
         found = []
         for device, host in zip(placed[position].device, placed[position].host, strict=True):
-            nothing = torch.zeros(device.shape[1:], dtype=device.dtype, device=device.device)
+            nothing = device.new_empty(device.shape[1:])
             lie = [(host if where[e][0] else device)[where[e][1]] if e in where else nothing for e in problem.slots]
             found.append([scaled(matrix) for matrix in lie])
         return found
@@ -255,7 +262,7 @@ def arrange(pool: Pool, workload: Workload, shares: Shares | None, run: int, mar
     element_bytes = pool.flat.element_size()
     on_device = sum(workload.tokens_per_expert[e] > 0 for e in residents(workload))
     per_expert = expert_elements(workload) * element_bytes
-    facts = {
+    facts: dict[str, Any] = {
         "n_positions": len(arranged.calls),
         "n_active_offloaded": len(active),
         "offloaded_active_bytes": len(active) * per_expert,
@@ -263,4 +270,6 @@ def arrange(pool: Pool, workload: Workload, shares: Shares | None, run: int, mar
         "offloaded_rows": sum(workload.tokens_per_expert[e] for e in active),
         **arranged.facts,
     }
+    # How much of the device's weights passes before any is read again.
+    facts["rotated_bytes"] = int(facts["n_device_copies"]) * on_device * per_expert
     return replace(arranged, facts=facts)

@@ -8,6 +8,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Values of cuda.h, the same from CUDA 12.2 to 13.
@@ -157,7 +158,7 @@ class VirtualMemory:
     """Granules of one device and its host, reused by one range after another."""
 
     def __init__(self, driver: Driver, device: int, host: Location, granule_bytes: int) -> None:
-        self.driver, self.device, self.granule_bytes = driver, device, granule_bytes
+        self.driver, self.device, self.host, self.granule_bytes = driver, device, host, granule_bytes
         self._location = {False: Location(LOCATION_DEVICE, device), True: host}
         self._idle: dict[bool, list[int]] = {False: [], True: []}
         self._n_made = {False: 0, True: 0}
@@ -231,28 +232,40 @@ class VirtualMemory:
             else:
                 self._idle[is_host].append(handle)
 
-    def trim(self) -> None:
-        """Give all idle granules back."""
-        for is_host, handles in self._idle.items():
-            while handles:
+    def trim(self, keep_device_bytes: int = 0, keep_host_bytes: int = 0) -> None:
+        """Give idle granules back, all but so many bytes in each memory."""
+        for is_host, keep_bytes in ((False, keep_device_bytes), (True, keep_host_bytes)):
+            handles = self._idle[is_host]
+            while len(handles) * self.granule_bytes > keep_bytes:
                 self.driver.release(handles.pop())
                 self._n_made[is_host] -= 1
+
+
+def memory_nodes(path: Path = Path("/sys/devices/system/node/has_memory")) -> list[int]:
+    """The host's memory nodes, such as `0-1,3`; none where the system does not tell."""
+    try:
+        words = path.read_text(encoding="utf-8").strip()
+        ends = [part.partition("-") for part in words.split(",") if part]
+        return [node for first, _, last in ends for node in range(int(first), int(last or first) + 1)]
+    except (OSError, ValueError):
+        return []
 
 
 def open_virtual_memory(driver: Driver, device: int) -> VirtualMemory:
     """Virtual memory over a device and the host memory nearest to it; raises CudaDriverError where that cannot be.
 
     Host memory on a node needs a driver of CUDA 12.2 or later, host memory anywhere one of CUDA 13; containers may
-    forbid the first. Whatever makes a granule is taken.
+    forbid some nodes. Whatever makes a granule is taken.
     """
     if not driver.attribute(HAS_VIRTUAL_MEMORY, device):
         raise CudaDriverError("this device has no virtual memory management")
     try:
-        node = max(0, driver.attribute(HOST_NUMA_ID, device))
+        nearest = max(0, driver.attribute(HOST_NUMA_ID, device))
     except CudaDriverError:
-        node = 0
+        nearest = 0
     reasons = []
-    for host in (Location(LOCATION_HOST_NUMA, node), Location(LOCATION_HOST, 0)):
+    nodes = [nearest, *(node for node in memory_nodes() if node != nearest)]
+    for host in (*(Location(LOCATION_HOST_NUMA, node) for node in nodes), Location(LOCATION_HOST, 0)):
         try:
             sizes = [driver.granule_bytes(place) for place in (Location(LOCATION_DEVICE, device), host)]
             if max(sizes) > LARGEST_GRANULE_BYTES:
@@ -262,4 +275,5 @@ def open_virtual_memory(driver: Driver, device: int) -> VirtualMemory:
             reasons.append(str(error))
             continue
         return VirtualMemory(driver, device, host, max(sizes))
-    raise CudaDriverError(f"no host memory can be mapped beside device memory: {'; '.join(reasons)}")
+    words = "; ".join(dict.fromkeys(reasons))
+    raise CudaDriverError(f"no host memory can be mapped beside device memory: {words}")

@@ -184,6 +184,11 @@ def moe_layer(layer: Layer, x_TH: Tensor, chosen: Tensor, mark: Mark = no_mark) 
         return torch.zeros_like(x_TH).index_add_(0, token, out)
 
 
+def _as_met(rows: Tensor, weights: Matrix) -> Tensor:
+    """Rows in fp32 as they meet weights: through fp8 where the weights are, which is coarse and no mistake."""
+    return plain(quantise(rows), rows.device) if isinstance(weights, Scaled) else rows
+
+
 def slow_moe_layer(layer: Layer, x_TH: Tensor, chosen: Tensor) -> Tensor:
     """The same layer expert by expert in fp32: what `moe_layer` is checked against."""
     x = x_TH.float()
@@ -192,6 +197,8 @@ def slow_moe_layer(layer: Layer, x_TH: Tensor, chosen: Tensor) -> Tensor:
     for expert in range(layer.router.shape[0]):
         token, slot = torch.nonzero(chosen == expert, as_tuple=True)
         if len(token):
-            hidden = activate(x[token] @ plain(layer.gate_up[expert], x.device).T, layer.is_gated)
-            out[token] += weights[token, slot].unsqueeze(1) * (hidden @ plain(layer.down[expert], x.device).T)
+            gate_up, down = layer.gate_up[expert], layer.down[expert]
+            hidden = activate(_as_met(x[token], gate_up) @ plain(gate_up, x.device).T, layer.is_gated)
+            far = _as_met(hidden, down) @ plain(down, x.device).T
+            out[token] += weights[token, slot].unsqueeze(1) * far
     return out

@@ -7,6 +7,9 @@ from .driver import CudaDriverError, Driver, Range, VirtualMemory, load_library,
 from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, free_host_bytes, matrices, n_positions
 from .workloads import Workload
 
+FILL_SHIFT = 10_007
+MAX_COPIES = 16  # mapping takes a driver call for each granule
+
 
 class _Bytes:
     """Memory the driver knows, under the CUDA array interface."""
@@ -43,11 +46,13 @@ def _fill_range(mapped: Range, pool: Pool, whole: Tensor) -> None:
     """Random weights into the granules that nothing was written to, by a kernel: a copy may refuse host addresses."""
     step = mapped.granule_bytes
     bits = whole.view(torch.int32)
-    n_block = min(pool.flat.numel(), step // pool.flat.element_size()) // 4 * 4
-    block = pool.flat[:n_block].view(torch.int32)
-    for place_ in sorted(mapped.fresh):
-        for part in bits[place_ * step // 4 : (place_ + 1) * step // 4].split(block.numel()):
-            torch.bitwise_or(block[: part.numel()], 0, out=part)
+    source = pool.flat[: pool.flat.numel() // 4 * 4].view(torch.int32)
+    n_block = min(source.numel(), step // 4)
+    for place in sorted(mapped.fresh):
+        # Not the same numbers in every granule, or experts could be mixed up and nobody would see it.
+        first = place * FILL_SHIFT % (source.numel() - n_block + 1)
+        for part in bits[place * step // 4 : (place + 1) * step // 4].split(n_block):
+            torch.bitwise_or(source[first : first + part.numel()], 0, out=part)
     torch.cuda.synchronize()
 
 
@@ -81,11 +86,12 @@ def n_mapped_copies(pool: Pool, workload: Workload) -> int:
         memory.granule_bytes
     )
     host_one = n_away * n_granules * memory.granule_bytes
+    torch.cuda.empty_cache()  # what torch holds back is room too
     device_room = memory.idle_bytes(False) + max(0, torch.cuda.mem_get_info()[0] - DEVICE_RESERVE_BYTES)
     host_room = memory.idle_bytes(True) + FREE_SHARE * free_host_bytes()
     if pool.host.limit_bytes is not None:
         host_room = min(host_room, memory.idle_bytes(True) + pool.host.limit_bytes - memory.made_bytes(True))
-    wanted = n_positions(workload, pool.cold_bytes)
+    wanted = min(MAX_COPIES, n_positions(workload, pool.cold_bytes))
     return int(max(0, min(wanted, device_room // device_one, host_room // host_one if host_one else wanted)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perfmodel.errors import InputError
 
-from .alias import device_alias
+from .alias import check_alias, device_alias
 from .driver import VirtualMemory
 from .workloads import Workload
 
@@ -24,6 +24,7 @@ HOST_COLD_BYTES = 1 << 29
 MAX_HOST_COPIES, MAX_POSITIONS = 64, 64
 MAX_SPLIT_COPIES = 4  # these hold idle experts too, and a GPU does not keep what it reads of host memory
 DEVICE_RESERVE_BYTES = 4 << 30  # for activations, while granules are mapped
+FILL_ELEMENTS = (1 << 24) - 10_007
 FREE_SHARE = 0.8  # of free host memory that may be pinned
 
 
@@ -178,10 +179,13 @@ def host_buffer(pool: Pool, n_elements: int) -> Tensor:
         torch._C._host_emptyCache()  # torch keeps freed pinned memory otherwise
     flat = torch.empty(size, dtype=torch.uint8, pin_memory=pool.flat.is_cuda).view(pool.flat.dtype)
     # The buffer is written by the host, so that its pages lie where the host's threads are.
-    fill(flat, pool.flat[: min(1 << 24, pool.flat.numel())].cpu())
+    # A block of odd length: experts of a power of two then differ from each other and from those of the pool.
+    fill(flat, pool.flat[: min(FILL_ELEMENTS, pool.flat.numel())].cpu())
     side.flat = flat
     if pool.flat.is_cuda:
-        side.alias = device_alias(flat.view(torch.uint8)).view(pool.flat.dtype)
+        alias = device_alias(flat.view(torch.uint8))
+        check_alias(flat.view(torch.uint8), alias)
+        side.alias = alias.view(pool.flat.dtype)
     return flat
 
 
@@ -210,8 +214,8 @@ def n_positions(workload: Workload, cold_bytes: float) -> int:
     return min(MAX_POSITIONS, math.ceil(cold_bytes / touched) + 1)
 
 
-def place(pool: Pool, workload: Workload, n_on_device: int) -> tuple[list[Placed], Tensor, int]:
-    """The rotation positions over the pool and the host buffer, the buffer's rest for staging, and how many copies.
+def place(pool: Pool, workload: Workload, n_on_device: int) -> tuple[list[Placed], Tensor, tuple[int, int]]:
+    """The rotation positions over the pool and the host buffer, the buffer's rest for staging, copies in each memory.
 
     `n_on_device` experts of each copy are on the device, the `hosted` ones on the host. Device and host copies rotate
     on their own, as many as fit. Raises InputError when not one copy fits.
@@ -239,7 +243,7 @@ def place(pool: Pool, workload: Workload, n_on_device: int) -> tuple[list[Placed
         )
         for position in range(max(n_device, n_host))
     ]
-    return found, buffer[n_host * on_host :], n_device
+    return found, buffer[n_host * on_host :], (n_device, n_host)
 
 
 def seen_by_device(pool: Pool, host: Tensor) -> Tensor:

@@ -23,10 +23,13 @@ from .layer import (
     Mark,
     Matrix,
     Scaled,
+    apply_experts,
+    dispatch,
     grouped_mm,
     moe_layer,
     no_mark,
     quantise,
+    route,
     slow_grouped_mm,
     slow_moe_layer,
 )
@@ -165,7 +168,8 @@ def prepare(pool: Pool, workload: Workload, shares: Shares | None, run: int, mar
     try:
         return _prepare(pool, workload, shares, run, mark)
     except torch.cuda.OutOfMemoryError:
-        trim(pool)  # granules and blocks that other points left
+        pass  # what was begun is held by the error until here
+    trim(pool)  # granules and blocks that other points left
     return _prepare(pool, workload, shares, run, mark)
 
 
@@ -227,7 +231,7 @@ def _gathered(experts: list[Matrix], device: torch.device) -> Matrix:
 
 
 def _expected(arranged: Arranged, experts: list[list[Matrix]]) -> tuple[Tensor, Tensor | None]:
-    """What a call must give: by the slow twin, and by the ordinary kernel over all experts on the device.
+    """What a call must give: by the slow twin, and by the ordinary kernel over all experts with rows, on the device.
 
     The second is null when the device has no memory for them.
     """
@@ -240,12 +244,19 @@ def _expected(arranged: Arranged, experts: list[list[Matrix]]) -> tuple[Tensor, 
     else:
         assert problem.rows is not None
         slow = slow_grouped_mm(problem.rows, experts[0], offs)
+    firsts = (0, *problem.ends)
+    busy = [slot for slot, end in enumerate(problem.ends) if end > firsts[slot]]
     try:
-        near = [_gathered(matrix, problem.device) for matrix in experts]
+        near = [_gathered([matrix[slot] for slot in busy], problem.device) for matrix in experts]
+        out = problem.rows
+        weights = None
         if problem.is_layer:
-            layer = Layer(far.router, near[0], near[1], far.top_k, far.is_gated)
-            return slow, moe_layer(layer, problem.x, problem.chosen)
-        return slow, grouped_mm(problem.rows, near[0], offs)
+            weights = route(problem.router, problem.x, problem.workload.top_k).reshape(-1)
+            out, _, order, token = dispatch(problem.x, problem.chosen, len(problem.ends))
+        out = apply_experts(out, near, problem.offs(busy, 0), problem.is_gated)
+        if weights is not None:
+            out = torch.zeros_like(problem.x).index_add_(0, token, out.mul_(weights[order].unsqueeze(1)))
+        return slow, out
     except torch.cuda.OutOfMemoryError:
         return slow, None
 
@@ -268,6 +279,8 @@ def _offloaded_differences(pool: Pool, workload: Workload, shares: Shares | None
                 parts.append(Difference(what, SAME, _difference(found, same), same_limit))
     finally:
         arranged.close()
+        if pool.flat.is_cuda:
+            torch.cuda.empty_cache()  # the gathered experts were large
     return parts
 
 
@@ -298,7 +311,7 @@ def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
             )
 
 
-WAYS = ("mapped", "split", "system", "graph", "fp8")
+WAYS = ("graph", "fp8", "split", "mapped", "system")  # those last that might leave the device in disorder
 
 
 def capabilities(device: str) -> dict[str, str | None]:

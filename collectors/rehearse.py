@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from perfmodel.errors import InputError
-from perfmodel.routing import PATTERNS
 
 from .points import check, make_pool
 from .workloads import Workload, choices
@@ -22,11 +21,11 @@ def small(workload: Workload) -> Workload:
     workloads are routed by a power law.
     """
     is_layer = workload.gemm_k is None
-    known = workload.routing == "uniform" or workload.routing.partition(":")[0] in PATTERNS
     found = replace(
         workload, hidden=HIDDEN, inter=INTER, gemm_k=None, gemm_n=None, device="cpu",
         dtype="bf16" if workload.dtype == "fp8" else workload.dtype, launch=None,
-        routing=workload.routing if known else "power-law:1.2", n_tokens=min(workload.n_tokens, MAX_TOKENS),
+        routing="power-law:1.2" if workload.routing.startswith("file:") else workload.routing,
+        n_tokens=min(workload.n_tokens, MAX_TOKENS),
     )  # fmt: skip
     if not is_layer:
         is_up = (workload.gemm_k, workload.gemm_n) == workload.moe_shape.gemms[0]

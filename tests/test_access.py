@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectors.plan import Workload
+from collectors.workloads import Workload
 from perfmodel.errors import InputError
 from tests.lanes_made import MadeCuda, pickers, run_adversarially
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import access, graphs, lanes, mapped, memory, modes, plan, points, rehearse  # noqa: E402
+from collectors import access, graphs, lanes, layer, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
 from collectors.lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Step  # noqa: E402
 
 WAYS = (
@@ -51,7 +51,7 @@ def made(
     )  # fmt: skip
     if op == "grouped_gemm":
         empty = replace(empty, gemm_k=empty.moe_shape.gemms[0][0], gemm_n=empty.moe_shape.gemms[0][1])
-    counts = np.bincount(plan.choices(empty, shares).ravel(), minlength=n_experts)
+    counts = np.bincount(workloads.choices(empty, shares).ravel(), minlength=n_experts)
     return replace(empty, tokens_per_expert=tuple(counts.tolist())), shares
 
 
@@ -158,6 +158,22 @@ def test_every_way_gives_the_numbers_of_the_slow_twin(monkeypatch, case, op, way
     workload, shares = made(op=op, way=way, **CASES[case])
     monkeypatch.setattr(modes, "CHUNK_BYTES", 1)
     points.check(pool_for(workload), workload, shares)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("way", [w for w in WAYS if w[0] != "cpu"], ids=lambda way: "-".join(filter(None, way)))
+def test_every_way_carries_scales_of_fp8(monkeypatch, op, way):
+    """With a made-up fp8 kernel, since a CPU has none: its numbers are those of the slow twin of the same parts."""
+
+    def kernel(rows, weights, offs):
+        return layer.slow_grouped_mm(rows, weights, offs).to(torch.bfloat16)
+
+    monkeypatch.setattr(layer, "scaled_grouped_mm", kernel)
+    monkeypatch.setattr(modes, "CHUNK_BYTES", 1)
+    workload, shares = made(op=op, way=way, dtype="fp8", n_tokens=60, hidden=256, inter=128)
+    points.check(pool_for(workload), workload, shares)
+    resident = replace(workload, access="resident", offloaded=None, order=None, residency=None, offload_frac=0.0)
+    points.check(pool_for(resident), resident, shares)
 
 
 @settings(max_examples=40)
@@ -401,8 +417,9 @@ def test_host_memory_has_a_limit_and_grows_within_it():
 def test_positions_lie_apart_in_both_memories():
     workload, _ = made(offloaded=(0, 3), n_experts=4, top_k=4)
     pool = pool_for(workload, n_layers=3)
-    placed, rest, n_device = memory.place(pool, workload, 2)
-    assert n_device == 9  # three layers of four experts with three matrices, over two experts with two
+    placed, rest, copies = memory.place(pool, workload, 2)
+    # Three layers of four experts with three matrices hold two experts with two of them nine times.
+    assert copies == (9, memory.MAX_HOST_COPIES)
     assert len(placed) == max(9, memory.MAX_HOST_COPIES)
     starts = {p.device[0].data_ptr() for p in placed}
     assert len(starts) == 9

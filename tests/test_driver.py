@@ -15,6 +15,7 @@ from collectors.driver import (
     Driver,
     Properties,
     VirtualMemory,
+    memory_nodes,
     open_virtual_memory,
 )
 
@@ -28,6 +29,7 @@ class MadeLibrary:
     def __init__(self, attributes=None, granule_bytes=GRANULE, host_kinds=(LOCATION_HOST_NUMA,)):
         self.granule_bytes, self.host_kinds = granule_bytes, host_kinds
         self.attributes = {HAS_VIRTUAL_MEMORY: 1, HOST_NUMA_ID: 1, **(attributes or {})}
+        self.forbidden: set[int] = set()  # memory nodes
         self.refuse: dict[str, tuple[int, int]] = {}
         self.handles: dict[int, tuple[int, int]] = {}  # handle: (kind, id) of its place
         self.ranges: dict[int, int] = {}
@@ -70,7 +72,7 @@ class MadeLibrary:
         kind, number = self._made_at(properties._obj)
         if code := self._refused("cuMemCreate"):
             return code
-        if kind != LOCATION_DEVICE and kind not in self.host_kinds:
+        if kind != LOCATION_DEVICE and (kind not in self.host_kinds or number in self.forbidden):
             return 801
         assert size.value == self.granule_bytes and flags.value == 0
         self.next += 1
@@ -157,6 +159,8 @@ def test_granules_are_used_again_and_all_given_back():
     memory.unmap(third)
     memory.unmap(second)
     assert not library.mapped and not library.ranges and len(library.handles) == 7
+    memory.trim(keep_device_bytes=2 * GRANULE + 1, keep_host_bytes=GRANULE)
+    assert (memory.idle_bytes(False), memory.idle_bytes(True)) == (2 * GRANULE, GRANULE)
     memory.trim()
     assert not library.handles
     assert memory.made_bytes(False) == memory.made_bytes(True) == memory.idle_bytes(True) == 0
@@ -192,6 +196,24 @@ def test_the_kind_of_host_memory_that_works_is_taken():
     assert library.handles[library.mapped[mapped.address + GRANULE]] == (LOCATION_HOST, 0)
     with pytest.raises(CudaDriverError, match=r"no host memory can be mapped.*CUDA_ERROR_INVALID_VALUE"):
         open_virtual_memory(Driver(MadeLibrary(host_kinds=())), 0)
+
+
+def test_other_nodes_are_tried_where_the_nearest_is_forbidden(monkeypatch, tmp_path):
+    nodes = tmp_path / "has_memory"
+    nodes.write_text("0-1,3\n")
+    assert memory_nodes(nodes) == [0, 1, 3]
+    assert memory_nodes(tmp_path / "none") == []
+    nodes.write_text("what\n")
+    assert memory_nodes(nodes) == []
+    monkeypatch.setattr("collectors.driver.memory_nodes", lambda: [0, 1, 3])
+    library = MadeLibrary()
+    library.refuse["cuMemCreate"] = (0, 801)
+    with pytest.raises(CudaDriverError, match="no host memory"):
+        open_virtual_memory(Driver(library), 0)
+    assert library.refuse["cuMemCreate"][0] == -3  # the nearest node 1, then 0 and 3; this driver knows no "anywhere"
+    library.refuse.clear()
+    library.forbidden = {1, 0}
+    assert open_virtual_memory(Driver(library), 0).host.id == 3
 
 
 def test_what_a_device_cannot_is_said():
