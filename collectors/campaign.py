@@ -34,6 +34,7 @@ FREE_SETTINGS = ("runs", "minutes", "nsys")
 SAME_MACHINE = ("cpu_model", "cpu_flags", "n_cores", "memory_bytes")
 SAME_SOFTWARE = ("torch", "numpy")
 BUSY_LOAD = 0.5
+MEMORY_DRIFT_FRAC = 1e-3
 CALIBRATION_SHARE = 0.3  # of the time budget, at most
 PROFILE_SHARE = 0.1
 LEAST_SLICE_S = 5.0  # a process that starts with less has no time to measure
@@ -107,11 +108,18 @@ def refuse_other(folder: Path, settings: store.Json) -> None:
     }
     for part, (found, keys) in now.items():
         for key in keys:
-            if capture[part].get(key) != found[key]:
+            if not _same(key, capture[part].get(key), found[key]):
                 raise InputError(
                     f"{folder} was begun with {key} {capture[part].get(key)!r} and this is {found[key]!r}: "
                     f"measurements of two machines do not belong in one capture; choose another --out"
                 )
+
+
+def _same(key: str, before: object, now: object) -> bool:
+    """Whether two values of a fact are equal; how much memory a system keeps for itself differs from boot to boot."""
+    if key == "memory_bytes" and isinstance(before, int) and isinstance(now, int):
+        return abs(before - now) <= MEMORY_DRIFT_FRAC * max(before, now)
+    return before == now
 
 
 def open_folder(folder: Path) -> bool:
@@ -158,14 +166,14 @@ def collect(folder: Path, order: Order) -> None:
 
 
 def _reopen(folder: Path, settings: store.Json) -> None:
-    """Take over more runs or minutes than a capture had; with more minutes, runs that were cut go on."""
+    """Take over more runs or minutes than a capture had; with more minutes all runs go on where time had cut them."""
     capture = store.read_capture(folder)
     before, now = capture["settings"], dict(settings)
     now["runs"] = max(before["runs"], now["runs"])
     runs = capture["runs"]
     if now["minutes"] is not None:
-        if now["minutes"] > before["minutes"]:
-            runs = [run for run in runs if not run["n_todo"]]
+        if now["minutes"] > before["minutes"] and any(run["n_todo"] for run in runs):
+            runs = []  # later runs repeat what the first will have measured
         now["minutes"] = max(before["minutes"], now["minutes"])
     store.update_capture(folder, settings={**before, **now}, runs=runs)
 

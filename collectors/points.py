@@ -314,29 +314,27 @@ def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
 WAYS = ("graph", "fp8", "split", "mapped", "system")  # those last that might leave the device in disorder
 
 
-def capabilities(device: str) -> dict[str, str | None]:
-    """For each way of zero-copy, for graphs and for fp8 why it does not work here, or null: a tiny workload is checked.
+def capability(device: str, way: str) -> str | None:
+    """Why a way of zero-copy, replaying from graphs, or fp8 does not work here, or null: a tiny workload is checked.
 
     A CPU has none of them: there is no other memory to offload to.
     """
     if device != "cuda":
-        return dict.fromkeys(WAYS, "experts are offloaded from a CUDA device only")
+        return "experts are offloaded from a CUDA device only"
     plain = Workload(
         "grouped_gemm", "trial", 4, 2, 256, 128, 3, 256, 256, "bf16", device, 16, "uniform", 0, (8, 8, 8, 8)
     )
     away = replace(plain, access="zero-copy", offloaded=(1, 3), offload_frac=0.5, order="ascending")
     trials = {way: replace(away, residency=way) for way in ("mapped", "split", "system")}
     trials |= {"graph": replace(plain, launch="graph"), "fp8": replace(plain, dtype="fp8")}
-    found: dict[str, str | None] = {}
-    with torch.inference_mode():
-        for way in WAYS:
-            try:
-                if way == "mapped" and (reason := support(device)):
-                    raise InputError(reason)
-                pool = make_pool(int(4 * trials[way].moe_shape.layer_bytes), 0.0, trials[way].dtype, device, 0)
-                check(pool, trials[way], None)
-                trim(pool)
-                found[way] = None
-            except (InputError, RuntimeError, OSError) as error:
-                found[way] = (str(error).splitlines() or [type(error).__name__])[0]
-    return found
+    trial = trials[way]
+    try:
+        if way == "mapped" and (reason := support(device)):
+            return reason
+        with torch.inference_mode():
+            pool = make_pool(int(4 * trial.moe_shape.layer_bytes), 0.0, trial.dtype, device, 0)
+            check(pool, trial, None)
+            trim(pool)
+    except (InputError, RuntimeError, OSError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None

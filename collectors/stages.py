@@ -23,7 +23,7 @@ from .facts import facts_of
 from .layer import Mark, grouped_mm_name
 from .memory import HostSide, Pool, host_pool_bytes
 from .plan import run_order
-from .points import Prepared, capabilities, check, make_pool, prepare
+from .points import WAYS, Prepared, capability, check, make_pool, prepare
 from .profile_points import file_name, points_of, range_name
 from .profiling import nsys_stage, write_profile
 from .studies import Facts
@@ -63,7 +63,7 @@ class Stage:
     def leave_out(self, entry: store.Json, error: BaseException) -> None:
         """Write down what could not be measured, and why; a device that no longer answers ends the process."""
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        store.append(self.folder, store.LEFT_OUT, {**entry, "reason": reason, "started": int(time.time())})
+        store.append(self.folder, store.LEFT_OUT, {**entry, "reason": reason, "started": _now()})
         print(f"left out: {' '.join(f'{k} {v}' for k, v in entry.items() if k != 'params')}: {reason}", file=sys.stderr)
         say(left=entry)
         if self.settings["device"] == "cuda" and not device_answers():
@@ -85,17 +85,31 @@ def device_answers() -> bool:
 
 def describe(stage: Stage) -> None:
     """What the machine is, which software runs, and which access modes work on it."""
-    say(begin={"stage": "describe"}, seconds=30)
     device = stage.settings["device"]
+    # A way that took its process with it is known from the journal and not tried again.
+    found = {e["capability"]: e["reason"] for e in store.left_out(stage.folder) if "capability" in e}
+    for way in (way for way in WAYS if way not in found):
+        say(begin={"capability": way}, seconds=10)
+        found[way] = capability(device, way)
+        say(capability=way)
+        if device == "cuda" and not device_answers():
+            entry = {"capability": way, "reason": found[way] or "the device no longer answered", "started": _now()}
+            store.append(stage.folder, store.LEFT_OUT, entry)
+            raise SystemExit(RESTART)
     say(
         end={
             "machine": machine.gpu(device),
             "software": machine.torch_build(),
             "kernel": grouped_mm_name(),
-            "capabilities": capabilities(device),
+            "capabilities": {way: found[way] for way in WAYS},
             "stated": probes.stated_numbers(device),
         }
     )
+
+
+def _now() -> int:
+    """Seconds since 1970, as journals note them."""
+    return int(time.time())
 
 
 def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
@@ -111,7 +125,7 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
             break
         entry = {"probe": probe.name, "params": dict(probe.params), "run": run}
         say(begin=entry, seconds=10)
-        began = int(time.time())
+        began = _now()
         try:
             line = probes.run_probe(probe, stage.limits, run)
         except (InputError, RuntimeError, OSError, MemoryError) as error:
@@ -185,7 +199,7 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
     """Time every point of a run that is not on disk yet; one line on disk for each."""
     todo = todo_of(stage, planned, run)
     n_before = sum(point["run"] == run for point in store.points(stage.folder))
-    record = {"run": run, "started": int(time.time()), "load_before": machine.load_average(), "n_resumed": n_before}
+    record = {"run": run, "started": _now(), "load_before": machine.load_average(), "n_resumed": n_before}
     counts, waited_s = {"n_left_out": 0, "n_disturbed": 0, "n_todo": 0}, 0.0
     pools: dict[str, Pool] = {}
     checked, pace = Checked(stage, planned), 1.0
@@ -195,7 +209,7 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
             if stage.left_s < pace * guess_s:
                 counts["n_todo"] += 1
                 continue
-            entry, began, clock_s = {"workload": w.id, "run": run}, int(time.time()), time.monotonic()
+            entry, began, clock_s = {"workload": w.id, "run": run}, _now(), time.monotonic()
             say(begin=entry, seconds=guess_s)
             try:
                 if w.dtype not in pools:
@@ -220,7 +234,7 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
     pools.clear()
     if stage.settings["preset"] != "quick":  # machines drift: see where they are at the end of each run
         calibrate(stage, run + 1, core_only=True)
-    say(end={**record, "finished": int(time.time()), **counts, "waited_s": round(waited_s)})
+    say(end={**record, "finished": _now(), **counts, "waited_s": round(waited_s)})
 
 
 def _timed(
