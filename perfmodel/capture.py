@@ -5,21 +5,38 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import msgspec
 import polars as pl
 
+from perfmodel.capture_lines import (
+    ACCESS,
+    CALIBRATION,
+    DTYPES,
+    GRAPH,
+    LEFT_OUT,
+    MANIFEST,
+    OBSERVATIONS_FILE,
+    OPS,
+    PROFILES,
+    RESIDENT,
+    WORKLOADS,
+    CalibrationLine,
+    LeftOutLine,
+    ObservationLine,
+    WorkloadLine,
+    read_lines,
+    read_manifest,
+)
 from perfmodel.errors import InputError
 from perfmodel.hardware import QUANTITIES, HardwareProfile, Quantity
 
-Row = TypeVar("Row")
-
-SCHEMA = 1
-OPS = ("grouped_gemm", "moe_layer")
-
 # One row: one workload measured in one run (a fresh process). `time_ns` is the median of the repeats in `times_ns`.
-# `gemm_k`, `gemm_n` are the sizes of a single grouped GEMM call, null for a whole MoE layer.
+# `gemm_k`, `gemm_n` are the sizes of a single grouped GEMM call, null for a whole MoE layer. `offloaded` are the
+# experts in host memory, taken in `order` of routing probability, and `residency` how zero-copy saw two memories: null
+# where nothing is offloaded. `launch` is `graph` for calls replayed from a CUDA graph, null for launched ones; `study`
+# is a label of the plan, null in captures without one.
 OBSERVATIONS = pl.Schema(
     {
         "workload": pl.String(),  # hash of the workload's content: the same workload has the same id on every machine
@@ -39,6 +56,11 @@ OBSERVATIONS = pl.Schema(
         "tokens_per_expert": pl.List(pl.Int64()),
         "access": pl.String(),
         "offload_frac": pl.Float64(),
+        "offloaded": pl.List(pl.Int64()),
+        "order": pl.String(),
+        "residency": pl.String(),
+        "launch": pl.String(),
+        "study": pl.String(),
         "run": pl.Int64(),
         "times_ns": pl.List(pl.Int64()),
         "time_ns": pl.Float64(),
@@ -47,74 +69,69 @@ OBSERVATIONS = pl.Schema(
 )
 
 
-class _Settings(msgspec.Struct):
-    device: str
-    dtype: str
-    threads: int | None = None
+# One row: one measurement of a calibration probe in one run, `value` in the base unit `unit`; `params` are JSON. Null
+# `quantity`: a detail that no machine number stands for.
+CALIBRATIONS = pl.Schema(
+    {
+        "probe": pl.String(),
+        "params": pl.String(),
+        "run": pl.Int64(),
+        "quantity": pl.String(),
+        "value": pl.Float64(),
+        "unit": pl.String(),
+        "spread_frac": pl.Float64(),
+        "n": pl.Int64(),
+        "how": pl.String(),
+        "capture": pl.String(),
+    }
+)
+# One row: a workload, probe, profile or stage (the others null) that gave nothing, and why; null `run`: in none.
+LEFT_OUT_TABLE = pl.Schema(
+    {
+        "workload": pl.String(),
+        "probe": pl.String(),
+        "profile": pl.String(),
+        "stage": pl.String(),
+        "params": pl.String(),
+        "run": pl.Int64(),
+        "reason": pl.String(),
+    }
+)
 
 
-class _Calibrated(msgspec.Struct):
-    value: float
-
-
-class _Run(msgspec.Struct):
-    run: int
-    started: float
-    finished: float
-
-
-class _Manifest(msgspec.Struct):
-    """What must be there, and of which type, for a manifest to be used."""
-
-    machine: dict[str, Any]
-    software: dict[str, Any]
-    settings: _Settings
-    calibration: dict[str, _Calibrated]
-    kernel: str | None
-    runs: list[_Run] = []
-
-
-class _Workload(msgspec.Struct):
-    workload: str
-    op: str
-    shape: str
-    n_experts: int
-    top_k: int
-    hidden: int
-    inter: int
-    n_gemms: int
-    gemm_k: int | None
-    gemm_n: int | None
-    dtype: str
-    device: str
-    n_tokens: int
-    routing: str
-    tokens_per_expert: list[int]
-    access: str
-    offload_frac: float
-
-
-class _Observation(msgspec.Struct):
-    workload: str
-    run: int
-    times_ns: list[Annotated[int, msgspec.Meta(gt=0, lt=2**62)]]
+# What was seen of a machine while it was measured (clocks, power, temperature): of the occasion, not of the machine.
+SEEN_ONCE = ("under_load",)
 
 
 @dataclass(frozen=True)
 class Capture:
-    """One folder of measurements: the manifest (machine, software, settings, calibration), and its observations."""
+    """One folder of measurements: the manifest (machine, software, settings, calibration), its observations, each
+    calibration measurement (CALIBRATIONS), and what was left out with the reason (LEFT_OUT_TABLE)."""
 
     name: str
     path: Path
     manifest: Mapping[str, Any]
     observations: pl.DataFrame
+    calibrations: pl.DataFrame
+    left_out: pl.DataFrame
+
+    @property
+    def capabilities(self) -> Mapping[str, Any]:
+        """What the machine was found able to do (which access modes, which dtypes); empty in captures without it."""
+        return self.manifest.get("capabilities") or {}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype the settings name, as observations call it."""
+        named = str(self.manifest["settings"]["dtype"])
+        return DTYPES.get(named, named)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must agree before measurements may be pooled or compared: machine, software, kernel, settings."""
         settings = self.manifest["settings"]
         return {
-            **{f"machine.{key}": value for key, value in sorted(self.manifest["machine"].items())},
+            **{f"machine.{k}": v for k, v in sorted(self.manifest["machine"].items()) if k not in SEEN_ONCE},
             **{f"software.{key}": value for key, value in sorted(self.manifest["software"].items())},
             "kernel": self.manifest["kernel"],
             **{f"settings.{key}": settings.get(key) for key in ("device", "dtype", "threads")},
@@ -124,28 +141,28 @@ class Capture:
     def digest(self) -> str:
         """A short name of everything a model is computed from: fingerprint, calibration, workloads, observations."""
         content = json.dumps([self.fingerprint, self.manifest["calibration"]], sort_keys=True, default=str).encode()
-        for name in ("workloads.jsonl", "observations.jsonl"):
+        for name in (WORKLOADS, OBSERVATIONS_FILE):
             content += (self.path / name).read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
     @property
     def traces(self) -> list[Path]:
         """The profiled traces of the folder."""
-        return sorted((self.path / "profiles").glob("*.json.gz"))
+        return sorted((self.path / PROFILES).glob("*.json.gz"))
 
 
 def load_capture(path: str | Path) -> Capture:
     """Read a capture folder; raises InputError when it is not one, is empty, or contradicts itself."""
     path = Path(path)
-    manifest_file = path / "capture.json"
+    manifest_file = path / MANIFEST
     if not manifest_file.is_file():
         found = "a file" if path.is_file() else "a folder without capture.json" if path.is_dir() else "nothing"
         raise InputError(
             f"{str(path)!r} is not a capture folder: found {found}; make one with `perfmodel collect sweep`"
         )
-    manifest = _manifest(manifest_file)
-    workloads = {row.workload: row for row in _lines(path / "workloads.jsonl", _Workload)}
-    observed = _lines(path / "observations.jsonl", _Observation)
+    manifest = read_manifest(manifest_file)
+    workloads = {row.workload: row for row in read_lines(path / WORKLOADS, WorkloadLine)}
+    observed = read_lines(path / OBSERVATIONS_FILE, ObservationLine)
     if not observed:
         raise InputError(f"capture {path.name!r} holds no observation yet; run its sweep command again to go on")
     unknown = {row.workload for row in observed} - set(workloads)
@@ -153,61 +170,52 @@ def load_capture(path: str | Path) -> Capture:
         raise InputError(
             f"capture {path.name!r}: observations name a workload that is not planned: {sorted(unknown)[0]}"
         )
+    planned = {key: msgspec.structs.asdict(workload) for key, workload in workloads.items()}
     rows = [
-        {
-            **msgspec.structs.asdict(workloads[row.workload]),
-            "run": row.run,
-            "times_ns": row.times_ns,
-            "capture": path.name,
-        }
-        for row in observed
+        {**planned[row.workload], "run": row.run, "times_ns": row.times_ns, "capture": path.name} for row in observed
     ]
     for row in rows:
         _check_row(path.name, row)
     table = pl.DataFrame(rows, schema={k: v for k, v in OBSERVATIONS.items() if k != "time_ns"}, orient="row")
     table = table.with_columns(time_ns=pl.col("times_ns").list.median()).select(list(OBSERVATIONS)).cast(OBSERVATIONS)
-    return Capture(path.name, path, manifest, table)
+    return Capture(path.name, path, manifest, table, _calibrations(path), _left_out(path))
 
 
-def _manifest(file: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{file.parent.name}/{file.name} is not a capture manifest: no JSON object with a schema"
-        ) from None
-    if schema != SCHEMA:
-        raise InputError(f"capture {file.parent.name!r} has schema {schema!r}, this version reads schema {SCHEMA}")
-    missing = {"machine", "software", "settings", "calibration", "kernel"} - set(manifest)
-    if missing:
-        raise InputError(f"capture {file.parent.name!r}: capture.json lacks {', '.join(sorted(missing))}")
-    try:
-        msgspec.convert(manifest, _Manifest)
-    except msgspec.ValidationError as error:
-        raise InputError(f"capture {file.parent.name!r}: capture.json is damaged: {error}") from None
-    return manifest
+def _calibrations(path: Path) -> pl.DataFrame:
+    lines = read_lines(path / CALIBRATION, CalibrationLine, optional=True)
+    rows = [{**msgspec.structs.asdict(line), "params": _params(line.params), "capture": path.name} for line in lines]
+    return pl.DataFrame([{key: row[key] for key in CALIBRATIONS} for row in rows], schema=CALIBRATIONS)
 
 
-def _lines(file: Path, row_type: type[Row]) -> list[Row]:
-    """Decode JSON lines; a last line cut short by a killed sweep is left out, a broken one elsewhere is refused."""
-    if not file.is_file():
-        raise InputError(f"capture {file.parent.name!r} has no {file.name}")
-    content = file.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    try:
-        return msgspec.json.Decoder(row_type).decode_lines(complete)
-    except msgspec.MsgspecError as error:
-        raise InputError(f"capture {file.parent.name!r}: {file.name} is damaged: {error}") from None
+def _left_out(path: Path) -> pl.DataFrame:
+    lines = read_lines(path / LEFT_OUT, LeftOutLine, optional=True)
+    rows = [
+        {
+            **msgspec.structs.asdict(line),
+            "params": _params(line.params),
+            "run": line.run if isinstance(line.run, int) else None,
+        }
+        for line in lines
+    ]
+    return pl.DataFrame([{key: row[key] for key in LEFT_OUT_TABLE} for row in rows], schema=LEFT_OUT_TABLE)
+
+
+def _params(params: Mapping[str, Any] | None) -> str | None:
+    return None if params is None else json.dumps(params, sort_keys=True)
 
 
 def _check_row(capture: str, row: Mapping[str, Any]) -> None:
     counts = row["tokens_per_expert"]
     if row["op"] not in OPS:
         raise InputError(f"capture {capture!r}: op {row['op']!r} is unknown; known: {', '.join(OPS)}")
+    if row["access"] not in ACCESS:
+        raise InputError(
+            f"capture {capture!r}: workload {row['workload']} has access {row['access']!r}; known: {', '.join(ACCESS)}"
+        )
     total = row["n_tokens"] * row["top_k"]
     if (
-        len(counts) != row["n_experts"]
+        not counts
+        or len(counts) != row["n_experts"]
         or sum(counts) != total
         or not 0 <= min(counts) <= max(counts) <= row["n_tokens"]
     ):
@@ -228,6 +236,29 @@ def per_workload(observations: pl.DataFrame) -> pl.DataFrame:
     return observations.group_by("workload", maintain_order=True).agg(
         *[pl.col(c).first() for c in columns], pl.col("time_ns").median(), n_runs=pl.col("run").n_unique()
     )
+
+
+def fitted_rows(observations: pl.DataFrame, dtype: str) -> tuple[pl.DataFrame, dict[str, int]]:
+    """The rows that one model of resident experts may pool, and how many are not among them, by the reason.
+
+    Left out are other dtypes, offloaded experts, and the rarer kind of launch: calls that the host launches and calls
+    replayed from a CUDA graph cost the host differently.
+    """
+    mine = observations.filter(pl.col("dtype") == dtype, pl.col("access") == RESIDENT, pl.col("offload_frac") == 0)
+    launch = GRAPH if 2 * mine["launch"].is_not_null().sum() > mine.height else None
+    other = pl.col("launch").is_null() if launch == GRAPH else pl.col("launch").is_not_null()
+    reasons = {
+        f"of a dtype other than {dtype}": pl.col("dtype") != dtype,
+        "with offloaded experts": (pl.col("access") != RESIDENT) | (pl.col("offload_frac") > 0),
+        "launched by the host, not replayed" if launch == GRAPH else "replayed from a CUDA graph": other,
+    }
+    n_left_out = {}
+    for reason, condition in reasons.items():
+        kept = observations.filter(~condition)
+        if kept.height < observations.height:
+            n_left_out[reason] = observations.height - kept.height
+        observations = kept
+    return observations, n_left_out
 
 
 def profile_of(capture: Capture) -> HardwareProfile:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from perfmodel.capture import Capture, fingerprint_differences
+from perfmodel.capture_lines import RESIDENT
 from perfmodel.errors import InputError, NotComparableError
 
 DEFAULT_MARGIN_FRAC = 0.03
@@ -190,6 +191,9 @@ def _labels(capture: Capture) -> dict[str, str]:
         row["workload"]: f"{row['op']} {row['shape']}"
         + (f" {row['gemm_k']}x{row['gemm_n']}" if row["gemm_k"] else "")
         + f", {row['n_tokens']} tokens, {row['routing']}"
+        + (f", {100 * row['offload_frac']:g} % {row['access']}" if row["access"] != RESIDENT else "")
+        + "".join(f", {word}" for word in (row["residency"], row["launch"]) if word)
+        + (f", {row['dtype']}" if row["dtype"] != capture.dtype else "")
         for row in rows.iter_rows(named=True)
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perfmodel.capture import Capture, load_capture, per_workload, profile_of, shipped_captures
+from perfmodel.capture import Capture, fitted_rows, load_capture, per_workload, profile_of, shipped_captures
 from perfmodel.fitting import fit_captures
 from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
@@ -56,7 +56,7 @@ def test_the_shipped_model_is_fitted_on_this_capture(capture: Capture) -> None:
     model = load_model(capture.name)
     assert [c["digest"] for c in model.evidence_["captures"]] == [capture.digest], "run `python docs/regenerate.py`"
     again, _ = fit_captures([str(capture.path)])
-    observations = per_workload(capture.observations)
+    observations, _ = fitted_rows(per_workload(capture.observations), model.dtype)
     assert again.predict(observations) == pytest.approx(model.predict(observations), rel=0.02)
 
 

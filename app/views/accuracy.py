@@ -7,7 +7,7 @@ import polars as pl
 import streamlit as st
 
 from perfmodel import figures, roofline, text
-from perfmodel.capture import per_workload
+from perfmodel.capture import fitted_rows, per_workload
 
 st.header("Predicted vs measured")
 st.caption("Every point was predicted by a model that had never seen its shape.")
@@ -21,7 +21,8 @@ left, right = st.columns(2)
 with left:
     loading.chart(figures.parity(model.held_out_, model.errors_["model"]["all"]), "Predicted against measured latency")
 with right:
-    points = roofline.points(per_workload(capture.observations), model.profile)
+    measured, _ = fitted_rows(per_workload(capture.observations), model.dtype)
+    points = roofline.points(measured, model.profile)
     loading.chart(figures.roofline(model.profile, model.dtype, points), "Roofline of the measured machine")
 st.caption(f"A prediction's 90 % interval is a factor of {math.exp(model.log_half_width_):.2f} either way.")
 table = pl.DataFrame(

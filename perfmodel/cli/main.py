@@ -14,6 +14,9 @@ from perfmodel.cli import traces  # noqa: F401  its commands join the applicatio
 
 # isort: split
 from perfmodel.cli import models  # noqa: F401
+
+# isort: split
+from perfmodel.cli import captures  # noqa: F401
 from perfmodel.cli.shell import app, note
 from perfmodel.errors import InputError
 

@@ -1,6 +1,7 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
 from perfmodel.report.captures import check_page, fit_page, schedule_page
+from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.traces import findings_text, trace_page
@@ -9,8 +10,11 @@ from perfmodel.report.words import N_TOP, WIDTH, table
 __all__ = [
     "N_TOP",
     "WIDTH",
+    "capture_page",
+    "captures_page",
     "check_page",
     "diff_page",
+    "findings_page",
     "findings_text",
     "fit_page",
     "fusion_page",
