@@ -318,15 +318,14 @@ def test_the_granules_of_a_process_are_opened_once(taken_for_cuda, monkeypatch):
 
 def test_what_a_device_can_is_tried_one_by_one(taken_for_cuda, monkeypatch):
     monkeypatch.setattr(points, "support", lambda device: None)
-    found = points.capabilities("cuda")
-    assert list(found) == list(points.WAYS)
+    found = {way: points.capability("cuda", way) for way in points.WAYS}
     # A CPU taken for CUDA maps (one ordinary tensor) and splits; it records no graphs and multiplies no fp8.
     assert found["mapped"] is None and found["split"] is None
     assert "graph" in found["graph"] and "does not run" in found["fp8"] and "CUDA" in found["system"]
     monkeypatch.setattr(points, "support", lambda device: "no such memory")
-    assert points.capabilities("cuda")["mapped"] == "no such memory"
+    assert points.capability("cuda", "mapped") == "no such memory"
     monkeypatch.setattr(points, "check", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error: sticky\nmore")))
-    assert points.capabilities("cuda")["split"] == "CUDA error: sticky"
+    assert points.capability("cuda", "split") == "CUDA error: sticky"
 
 
 def test_a_point_that_finds_no_memory_is_tried_once_more_after_idle_memory_was_given_back(monkeypatch):
