@@ -31,6 +31,8 @@ def _refuse_waiting(call: Callable[[], object]) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
+        except torch.cuda.OutOfMemoryError:
+            raise  # the same may fit when others have given back what they hold
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"this work waits for the device, so it cannot be recorded: {reason}") from None
@@ -79,6 +81,9 @@ def record(calls: Sequence[Callable[[], object]]) -> Recorded:
                     last = None  # so that its memory serves the next call
                     last = call()
             graphs.append(graph)
+    except torch.cuda.OutOfMemoryError:
+        graphs.clear()
+        raise
     except RuntimeError as error:
         graphs.clear()
         reason = str(error).splitlines()[0]

@@ -5,7 +5,7 @@ layer. Each call takes other weights: another copy, or the same experts shifted 
 counts as a multiset and therefore the work. Offloaded experts are where they are, so there only copies rotate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
-from .access import Arranged, activation_dtype, arrange, router_of
-from .graphs import record
+from .access import Arranged, activation_dtype, arrange, late, router_of
+from .graphs import Recorded, record
 from .lanes import HOST
 from .layer import (
     Layer,
@@ -28,7 +28,7 @@ from .layer import (
     grouped_mm,
     moe_layer,
     no_mark,
-    quantise,
+    quantised,
     route,
     slow_grouped_mm,
     slow_moe_layer,
@@ -40,7 +40,9 @@ from .workloads import Workload, choices, rotation, workload_seed
 
 WEIGHT_SCALE = 0.02  # keeps activations of order one at the widths of real models
 FP8_DRAW_SCALE = 16.0  # the scales of fp8 weights undo it (modes.FP8_WEIGHT_SCALE)
-FILL_ELEMENTS = 1 << 24  # random numbers drawn once; the rest of the pool repeats them
+# Random numbers drawn once; the rest of the pool repeats them. Not a power of two, or experts of one would repeat too
+# and a check would not see one taken for another; a multiple of 1024, so that copying them stays quick.
+FILL_ELEMENTS = (1 << 24) - 3072
 # Largest difference over largest magnitude: from the slow twin in fp32, and from the same weights all on the device,
 # where only the order of sums differs.
 TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2, "fp8": 1e-1}
@@ -107,7 +109,7 @@ def _resident(
     device, dtype = pool.flat.device, activation_dtype(workload.dtype)
     n_rows, n_positions = workload.n_tokens * workload.top_k, n_copies * n_shifts
     if workload.op == "moe_layer":
-        x = torch.randn(workload.n_tokens, workload.hidden, device=device).to(dtype)
+        x = torch.randn(workload.n_tokens, workload.hidden, device=device, dtype=dtype)
         return lambda n: moe_layer(copies[n % n_copies], x, rolled[n // n_copies % n_shifts], mark), n_positions
     offs = [
         torch.bincount(c.reshape(-1), minlength=workload.n_experts)
@@ -118,14 +120,34 @@ def _resident(
     is_up = (workload.gemm_k, workload.gemm_n) == workload.moe_shape.gemms[0]
     weights = [copy.gate_up if is_up else copy.down for copy in copies]
     assert workload.gemm_k is not None
-    rows: Matrix = torch.randn(n_rows, workload.gemm_k, device=device).to(dtype)
+    rows: Matrix = torch.randn(n_rows, workload.gemm_k, device=device, dtype=dtype)  # in fp32 they may not fit
     if workload.dtype == "fp8":  # quantised by what comes before, which is not timed
-        rows = quantise(rows)
+        rows = quantised(rows)
     return lambda n: grouped_mm(rows, weights[n % n_copies], offs[n // n_copies % n_shifts]), n_positions
 
 
 def _nothing() -> None:
     """There is nothing to give back."""
+
+
+def _replay_difference(recorded: Recorded, arranged: Arranged | None, call: Callable[[], object]) -> float:
+    """How far the last call of the last graph is from the same call as it is launched.
+
+    What the graph writes is not-a-number before: memory may still hold the result of a call that was launched.
+    """
+
+    def result(returned: object) -> Tensor:
+        found = arranged.result() if arranged is not None else returned
+        assert isinstance(found, Tensor)
+        return found
+
+    outs = [recorded.last] if arranged is None else [arranged.slate.result, *arranged.slate.outs.values()]
+    for out in outs:
+        if isinstance(out, Tensor):
+            out.fill_(torch.nan)
+    recorded.replay(recorded.n_graphs - 1)
+    found = result(recorded.last).clone()
+    return _difference(found, result(call()))
 
 
 def _replayed(
@@ -148,11 +170,12 @@ def _replayed(
         eager.close()
 
     if is_checked:
-        found = arranged.result().clone() if arranged is not None else recorded.last
-        expected = calls[recorded.n_inner * recorded.n_graphs - 1]()
-        expected = arranged.result() if arranged is not None else expected
-        assert isinstance(found, Tensor) and isinstance(expected, Tensor)
-        if not (difference := _difference(found, expected)) < TOLERANCE[workload.dtype]:
+        try:
+            difference = _replay_difference(recorded, arranged, calls[recorded.n_inner * recorded.n_graphs - 1])
+        except BaseException:
+            close()
+            raise
+        if not difference < TOLERANCE[workload.dtype]:
             close()
             raise InputError(f"a replayed graph differs from the same call by {difference:.2g} of its largest value")
     facts = {**eager.facts, "calls_per_graph": recorded.n_inner, "n_graphs": recorded.n_graphs}
@@ -261,6 +284,39 @@ def _expected(arranged: Arranged, experts: list[list[Matrix]]) -> tuple[Tensor, 
         return slow, None
 
 
+def _spoil(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Not-a-number into the first and the last row of each, so that what is not written again cannot pass for right.
+
+    Returns the places and what was there.
+    """
+    kept = []
+    for part in (part for tensor in tensors for part in (tensor[:1], tensor[-1:])):
+        kept.append((part, part.clone()))
+        part.view(torch.uint8).fill_(0xFF)  # in each of the dtypes that is one
+    return kept
+
+
+def _in_a_row(arranged: Arranged, calls: Sequence[tuple[int, Callable[[], object]]]) -> list[Tensor]:
+    """Results of calls that follow each other at once, begun with nothing of earlier calls in their buffers."""
+    is_cuda = arranged.problem.device.type == "cuda"
+    kept = [pair for position, _ in calls for pair in _spoil(arranged.written(position))]
+    if is_cuda:
+        torch.cuda.synchronize()
+    found = []
+    try:
+        for _, call in calls:
+            arranged.slate.outs.clear()
+            arranged.slate.result = None
+            call()
+            found.append(arranged.result().clone())
+    finally:
+        if is_cuda:
+            torch.cuda.synchronize()  # copies from the host may still read what is put back here
+        for part, before in reversed(kept):
+            part.copy_(before)
+    return found
+
+
 def _offloaded_differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
     arranged = arrange(pool, workload, shares, 0)
     what = f"{workload.op} with {workload.access} {workload.residency or ''}".rstrip()
@@ -268,15 +324,18 @@ def _offloaded_differences(pool: Pool, workload: Workload, shares: Shares | None
     # Where the host computes, or parts of a layer are summed in another order, more than the order within sums differs.
     is_same = workload.access != "cpu" and not arranged.problem.is_layer
     same_limit = (SAME_TOLERANCE if is_same else TOLERANCE)[workload.dtype]
+    positions = (0, 1 % len(arranged.calls))  # two calls in a row, since the second meets the buffers of the first
     try:
-        # Two calls in a row, since the second meets the buffers of the first.
-        for position in (0, 1 % len(arranged.calls)):
-            arranged.calls[position]()
-            found = arranged.result().clone()
-            slow, same = _expected(arranged, arranged.experts(position))
-            parts.append(Difference(what, SLOW, _difference(found, slow), TOLERANCE[workload.dtype]))
-            if same is not None:
-                parts.append(Difference(what, SAME, _difference(found, same), same_limit))
+        expected = [_expected(arranged, arranged.experts(position)) for position in positions]
+        rows = {"": [(p, arranged.calls[p]) for p in positions]}
+        lanes = {step.lane for step in arranged.steps[0]} if arranged.steps else set()
+        for lane in sorted(lanes - {HOST}) if pool.flat.is_cuda and len(lanes) > 1 else ():
+            rows[f", {lane} held up,"] = [(p, late(arranged, p, lane)) for p in positions]
+        for words, calls in rows.items():
+            for found, (slow, same) in zip(_in_a_row(arranged, calls), expected, strict=True):
+                parts.append(Difference(what + words, SLOW, _difference(found, slow), TOLERANCE[workload.dtype]))
+                if same is not None:
+                    parts.append(Difference(what + words, SAME, _difference(found, same), same_limit))
     finally:
         arranged.close()
         if pool.flat.is_cuda:

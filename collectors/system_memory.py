@@ -25,7 +25,7 @@ from .driver import (
     Driver,
     load_library,
 )
-from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, fill, free_host_bytes, matrices, n_positions
+from .memory import DEVICE_RESERVE_BYTES, FILL_ELEMENTS, FREE_SHARE, Pool, fill, free_host_bytes, matrices, n_positions
 from .workloads import Workload
 
 SYSCALLS = {"x86_64": (237, 279), "aarch64": (235, 239)}  # mbind, move_pages
@@ -105,7 +105,8 @@ def _one_matrix(pool: Pool, workload: Workload, n: int, k: int, where: Nodes) ->
     for expert in range(workload.n_experts):
         bind(base + first + expert * stride, stride, where.host if expert in away else where.gpu)
     on_host = torch.frombuffer(memory, dtype=torch.uint8)[first : first + workload.n_experts * stride]
-    fill(on_host.view(pool.flat.dtype), pool.flat[: min(1 << 24, pool.flat.numel())].cpu())
+    # Not a block of a power of two: experts begin at multiples of one and would all be alike.
+    fill(on_host.view(pool.flat.dtype), pool.flat[: min(FILL_ELEMENTS, pool.flat.numel())].cpu())
     starts = [base + first + expert * stride for expert in range(workload.n_experts)]
     wanted = [where.host if expert in away else where.gpu for expert in range(workload.n_experts)]
     if (found := nodes_of(starts)) != wanted:
