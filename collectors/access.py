@@ -43,7 +43,7 @@ from .modes import (
 from .workloads import Workload, choices, workload_seed
 
 IDLE_DEVICE_BYTES = 6 << 30
-HOLD_UP_CYCLES = 1_000_000  # more than half a millisecond
+HOLD_UP_CYCLES = 2_000_000  # about a millisecond
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ layer. Each call takes other weights: another copy, or the same experts shifted 
 counts as a multiset and therefore the work. Offloaded experts are where they are, so there only copies rotate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,21 +16,18 @@ from torch import Tensor
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
-from .access import Arranged, activation_dtype, arrange, late, router_of
+from .access import Arranged, activation_dtype, arrange, router_of
+from .checks import SLOW, TOLERANCE, Difference, difference, offloaded_differences
 from .graphs import Recorded, record
 from .lanes import HOST
 from .layer import (
     Layer,
     Mark,
     Matrix,
-    Scaled,
-    apply_experts,
-    dispatch,
     grouped_mm,
     moe_layer,
     no_mark,
     quantised,
-    route,
     slow_grouped_mm,
     slow_moe_layer,
 )
@@ -43,12 +41,7 @@ FP8_DRAW_SCALE = 16.0  # the scales of fp8 weights undo it (modes.FP8_WEIGHT_SCA
 # Random numbers drawn once; the rest of the pool repeats them. Not a power of two, or experts of one would repeat too
 # and a check would not see one taken for another; a multiple of 1024, so that copying them stays quick.
 FILL_ELEMENTS = (1 << 24) - 3072
-# Largest difference over largest magnitude: from the slow twin in fp32, and from the same weights all on the device,
-# where only the order of sums differs.
-TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2, "fp8": 1e-1}
-SAME_TOLERANCE = {"fp32": 1e-5, "bf16": 1.6e-2, "fp8": 1.6e-2}
-
-SLOW, SAME = "the slow reference", "the same weights all on the device"
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -147,7 +140,7 @@ def _replay_difference(recorded: Recorded, arranged: Arranged | None, call: Call
             out.fill_(torch.nan)
     recorded.replay(recorded.n_graphs - 1)
     found = result(recorded.last).clone()
-    return _difference(found, result(call()))
+    return difference(found, result(call()))
 
 
 def _replayed(
@@ -188,12 +181,17 @@ def prepare(pool: Pool, workload: Workload, shares: Shares | None, run: int, mar
     Raises InputError where the machine or torch cannot do it in the way the workload says, and CudaDriverError (an
     OSError) where the driver refuses to map memory.
     """
+    return _with_room(pool, lambda: _prepare(pool, workload, shares, run, mark))
+
+
+def _with_room(pool: Pool, make: Callable[[], Made]) -> Made:
+    """What is made, a second time without what other points left when the device has no memory for it at first."""
     try:
-        return _prepare(pool, workload, shares, run, mark)
+        return make()
     except torch.cuda.OutOfMemoryError:
         pass  # what was begun is held by the error until here
-    trim(pool)  # granules and blocks that other points left
-    return _prepare(pool, workload, shares, run, mark)
+    trim(pool)  # granules and blocks
+    return make()
 
 
 def _prepare(
@@ -213,133 +211,28 @@ def _prepare(
     return _replayed(pool, workload, arranged, eager, n_positions, is_checked)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What was compared with what, the largest difference over the largest value, and how large it may be."""
-
-    name: str
-    reference: str
-    difference: float
-    limit: float
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
-
-
 def _resident_differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
     layer = layers(pool, workload, 1)[0]
     device, dtype = pool.flat.device, activation_dtype(workload.dtype)
     limit = TOLERANCE[workload.dtype]
     chosen = torch.from_numpy(choices(workload, shares)).to(device)
     x = torch.randn(workload.n_tokens, workload.hidden, device=device).to(dtype)
-    difference = _difference(moe_layer(layer, x, chosen), slow_moe_layer(layer, x, chosen))
-    parts = [Difference("the MoE layer", SLOW, difference, limit)]
+    apart = difference(moe_layer(layer, x, chosen), slow_moe_layer(layer, x, chosen))
+    parts = [Difference("the MoE layer", SLOW, apart, limit)]
     offs = torch.bincount(chosen.reshape(-1), minlength=workload.n_experts).cumsum(0).to(torch.int32)
     for name, weights in (("gate and up", layer.gate_up), ("down", layer.down)):
         rows = torch.randn(chosen.numel(), weights.shape[2], device=device).to(dtype)
         expected = slow_grouped_mm(rows, weights, offs)
-        difference = _difference(grouped_mm(rows, weights, offs), expected)
-        parts.append(Difference(f"the grouped GEMM of {name}", SLOW, difference, limit))
+        apart = difference(grouped_mm(rows, weights, offs), expected)
+        parts.append(Difference(f"the grouped GEMM of {name}", SLOW, apart, limit))
     return parts
 
 
-def _gathered(experts: list[Matrix], device: torch.device) -> Matrix:
-    """All experts of one matrix in one tensor on the device."""
-    if isinstance(experts[0], Scaled):
-        parts = [e for e in experts if isinstance(e, Scaled)]
-        bits = torch.stack([e.values.view(torch.uint8).to(device) for e in parts])
-        return Scaled(bits.view(parts[0].values.dtype), torch.stack([e.scale.to(device) for e in parts]))
-    return torch.stack([e.to(device) for e in experts if isinstance(e, Tensor)])
-
-
-def _expected(arranged: Arranged, experts: list[list[Matrix]]) -> tuple[Tensor, Tensor | None]:
-    """What a call must give: by the slow twin, and by the ordinary kernel over all experts with rows, on the device.
-
-    The second is null when the device has no memory for them.
-    """
-    problem = arranged.problem
-    offs = problem.offs(range(len(problem.ends)), 0)
-    if problem.is_layer:
-        assert problem.router is not None and problem.x is not None and problem.chosen is not None
-        far = Layer(problem.router, experts[0], experts[1], problem.workload.top_k, problem.is_gated)
-        slow = slow_moe_layer(far, problem.x, problem.chosen)
-    else:
-        assert problem.rows is not None
-        slow = slow_grouped_mm(problem.rows, experts[0], offs)
-    firsts = (0, *problem.ends)
-    busy = [slot for slot, end in enumerate(problem.ends) if end > firsts[slot]]
-    try:
-        near = [_gathered([matrix[slot] for slot in busy], problem.device) for matrix in experts]
-        out = problem.rows
-        weights = None
-        if problem.is_layer:
-            weights = route(problem.router, problem.x, problem.workload.top_k).reshape(-1)
-            out, _, order, token = dispatch(problem.x, problem.chosen, len(problem.ends))
-        out = apply_experts(out, near, problem.offs(busy, 0), problem.is_gated)
-        if weights is not None:
-            out = torch.zeros_like(problem.x).index_add_(0, token, out.mul_(weights[order].unsqueeze(1)))
-        return slow, out
-    except torch.cuda.OutOfMemoryError:
-        return slow, None
-
-
-def _spoil(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Not-a-number into the first and the last row of each, so that what is not written again cannot pass for right.
-
-    Returns the places and what was there.
-    """
-    kept = []
-    for part in (part for tensor in tensors for part in (tensor[:1], tensor[-1:])):
-        kept.append((part, part.clone()))
-        part.view(torch.uint8).fill_(0xFF)  # in each of the dtypes that is one
-    return kept
-
-
-def _in_a_row(arranged: Arranged, calls: Sequence[tuple[int, Callable[[], object]]]) -> list[Tensor]:
-    """Results of calls that follow each other at once, begun with nothing of earlier calls in their buffers."""
-    is_cuda = arranged.problem.device.type == "cuda"
-    kept = [pair for position, _ in calls for pair in _spoil(arranged.written(position))]
-    if is_cuda:
-        torch.cuda.synchronize()
-    found = []
-    try:
-        for _, call in calls:
-            arranged.slate.outs.clear()
-            arranged.slate.result = None
-            call()
-            found.append(arranged.result().clone())
-    finally:
-        if is_cuda:
-            torch.cuda.synchronize()  # copies from the host may still read what is put back here
-        for part, before in reversed(kept):
-            part.copy_(before)
-    return found
-
-
-def _offloaded_differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
-    arranged = arrange(pool, workload, shares, 0)
-    what = f"{workload.op} with {workload.access} {workload.residency or ''}".rstrip()
-    parts = []
-    # Where the host computes, or parts of a layer are summed in another order, more than the order within sums differs.
-    is_same = workload.access != "cpu" and not arranged.problem.is_layer
-    same_limit = (SAME_TOLERANCE if is_same else TOLERANCE)[workload.dtype]
-    positions = (0, 1 % len(arranged.calls))  # two calls in a row, since the second meets the buffers of the first
-    try:
-        expected = [_expected(arranged, arranged.experts(position)) for position in positions]
-        rows = {"": [(p, arranged.calls[p]) for p in positions]}
-        lanes = {step.lane for step in arranged.steps[0]} if arranged.steps else set()
-        for lane in sorted(lanes - {HOST}) if pool.flat.is_cuda and len(lanes) > 1 else ():
-            rows[f", {lane} held up,"] = [(p, late(arranged, p, lane)) for p in positions]
-        for words, calls in rows.items():
-            for found, (slow, same) in zip(_in_a_row(arranged, calls), expected, strict=True):
-                parts.append(Difference(what + words, SLOW, _difference(found, slow), TOLERANCE[workload.dtype]))
-                if same is not None:
-                    parts.append(Difference(what + words, SAME, _difference(found, same), same_limit))
-    finally:
-        arranged.close()
-        if pool.flat.is_cuda:
-            torch.cuda.empty_cache()  # the gathered experts were large
+def _differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
+    find = _resident_differences if workload.access == "resident" else offloaded_differences
+    parts = find(pool, workload, shares)
+    if workload.launch is not None:
+        _prepare(pool, workload, shares, 0, no_mark, is_checked=True).close()
     return parts
 
 
@@ -351,14 +244,9 @@ def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
     """
     where = f"{workload.shape} in {workload.dtype} on {workload.device}"
     try:
-        if workload.access == "resident":
-            parts = _resident_differences(pool, workload, shares)
-        else:
-            parts = _offloaded_differences(pool, workload, shares)
-        if workload.launch is not None:
-            _prepare(pool, workload, shares, 0, no_mark, is_checked=True).close()
+        parts = _with_room(pool, lambda: _differences(pool, workload, shares))
     except torch.cuda.OutOfMemoryError:
-        raise
+        raise InputError(f"{where} with {workload.access} access finds no memory to be checked in") from None
     except (RuntimeError, OSError) as error:  # a dtype this grouped GEMM does not know on this device, a driver's no
         reason = str(error).splitlines()[0]
         raise InputError(f"{where} does not run with {workload.access} access: {reason}") from None

@@ -16,7 +16,7 @@ from tests.lanes_made import MadeCuda, pickers, run_adversarially
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import access, graphs, lanes, layer, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
+from collectors import access, checks, graphs, lanes, layer, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
 from collectors.lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Step  # noqa: E402
 
 WAYS = (
@@ -196,7 +196,7 @@ def test_any_placement_of_any_routing_is_computed_right(data):
 
 
 def expected_of(arranged, position):
-    return points._expected(arranged, arranged.experts(position))[0]
+    return checks.expected_of(arranged, arranged.experts(position))[0]
 
 
 def snapshots(arranged, n_calls):
@@ -212,7 +212,7 @@ def snapshots(arranged, n_calls):
 
 def are_right(arranged, kept):
     n = len(arranged.steps)
-    return all(points._difference(found, expected_of(arranged, call % n)) < 1e-4 for call, found in enumerate(kept))
+    return all(checks.difference(found, expected_of(arranged, call % n)) < 1e-4 for call, found in enumerate(kept))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -396,13 +396,14 @@ def test_a_call_with_one_lane_held_up_gives_the_same_numbers(monkeypatch, way):
         monkeypatch.setattr(torch.cuda, "_sleep", held_up.append)
         steps = [
             tuple(
-                s if s.lane == HOST else replace(s, run=lambda cuda=cuda, run=s.run: cuda.enqueue(run)) for s in position
+                s if s.lane == HOST else replace(s, run=lambda cuda=cuda, run=s.run: cuda.enqueue(run))
+                for s in position
             )
             for position in arranged.steps
         ]
         access.late(replace(arranged, steps=tuple(steps)), 0, lane)()
         cuda.drain()
-        assert points._difference(arranged.result(), expected_of(arranged, 0)) < 1e-4
+        assert checks.difference(arranged.result(), expected_of(arranged, 0)) < 1e-4
         assert held_up == [access.HOLD_UP_CYCLES] * sum(step.lane == lane for step in arranged.steps[0])
 
 
