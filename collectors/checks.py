@@ -104,8 +104,7 @@ def _in_a_row(arranged: Arranged, calls: Sequence[tuple[int, Callable[[], object
     found = []
     try:
         for _, call in calls:
-            arranged.slate.outs.clear()
-            arranged.slate.result = None
+            arranged.slate.forget()
             call()
             found.append(arranged.result().clone())
     finally:

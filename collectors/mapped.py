@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+from perfmodel.moe import ACTIVATION_BYTES
+
 from .driver import CudaDriverError, Driver, Range, VirtualMemory, load_library, open_virtual_memory
 from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, free_host_bytes, matrices, n_positions
 from .workloads import Workload
 
 FILL_SHIFT = 10_007
+SMALL_RESERVE_BYTES = 1 << 30  # beside the result of the largest batches
 MAX_COPIES = 16  # mapping takes a driver call for each granule
 
 
@@ -87,7 +90,12 @@ def n_mapped_copies(pool: Pool, workload: Workload) -> int:
     )
     host_one = n_away * n_granules * memory.granule_bytes
     torch.cuda.empty_cache()  # what torch holds back is room too
-    device_room = memory.idle_bytes(False) + max(0, torch.cuda.mem_get_info()[0] - DEVICE_RESERVE_BYTES)
+    row_bytes = matrices(workload)[-1][0] * ACTIVATION_BYTES.get(workload.dtype, 2.0)
+    result_bytes = workload.n_tokens * workload.top_k * row_bytes
+        workload.n_tokens * workload.top_k * matrices(workload)[-1][0] * ACTIVATION_BYTES.get(workload.dtype, 2.0)
+    )
+    reserve = max(DEVICE_RESERVE_BYTES, result_bytes + SMALL_RESERVE_BYTES)
+    device_room = memory.idle_bytes(False) + max(0, torch.cuda.mem_get_info()[0] - reserve)
     host_room = memory.idle_bytes(True) + FREE_SHARE * free_host_bytes()
     if pool.host.limit_bytes is not None:
         host_room = min(host_room, memory.idle_bytes(True) + pool.host.limit_bytes - memory.made_bytes(True))

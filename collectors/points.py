@@ -153,7 +153,7 @@ def _replayed(
         if arranged is not None and any(step.lane == HOST for step in (arranged.steps or ((),))[0]):
             raise InputError("a call in which the host takes part cannot be replayed from a graph")
         calls = [partial(eager.call, n) for n in range(min(n_positions, MAX_POSITIONS))]
-        recorded = record(calls)
+        recorded = record(calls, arranged.slate.forget if arranged is not None else _nothing)
     except BaseException:
         eager.close()
         raise
