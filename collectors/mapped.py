@@ -92,8 +92,6 @@ def n_mapped_copies(pool: Pool, workload: Workload) -> int:
     torch.cuda.empty_cache()  # what torch holds back is room too
     row_bytes = matrices(workload)[-1][0] * ACTIVATION_BYTES.get(workload.dtype, 2.0)
     result_bytes = workload.n_tokens * workload.top_k * row_bytes
-        workload.n_tokens * workload.top_k * matrices(workload)[-1][0] * ACTIVATION_BYTES.get(workload.dtype, 2.0)
-    )
     reserve = max(DEVICE_RESERVE_BYTES, result_bytes + SMALL_RESERVE_BYTES)
     device_room = memory.idle_bytes(False) + max(0, torch.cuda.mem_get_info()[0] - reserve)
     host_room = memory.idle_bytes(True) + FREE_SHARE * free_host_bytes()
