@@ -246,7 +246,7 @@ def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
     try:
         parts = _with_room(pool, lambda: _differences(pool, workload, shares))
     except torch.cuda.OutOfMemoryError:
-        raise InputError(f"{where} with {workload.access} access finds no memory to be checked in") from None
+        raise  # this says nothing of the way: it was not checked
     except (RuntimeError, OSError) as error:  # a dtype this grouped GEMM does not know on this device, a driver's no
         reason = str(error).splitlines()[0]
         raise InputError(f"{where} does not run with {workload.access} access: {reason}") from None
