@@ -18,6 +18,7 @@ ACCESS_READ_WRITE = 3
 GRANULARITY_RECOMMENDED = 1
 HAS_VIRTUAL_MEMORY, NUMA_CONFIG, NUMA_ID, HOST_NUMA_ID = 102, 130, 131, 134
 PAGEABLE_MEMORY_ACCESS = 88
+SET_PREFERRED_LOCATION, DEVICE_CPU = 3, -1
 LARGEST_GRANULE_BYTES = 1 << 26  # larger pages would put several experts into one
 
 
@@ -131,6 +132,11 @@ class Driver:
     def unmap(self, address: int, n_bytes: int) -> None:
         """Take the physical memory away from addresses."""
         self._do("cuMemUnmap", ctypes.c_uint64(address), ctypes.c_size_t(n_bytes))
+
+    def keep_on_host(self, address: int, n_bytes: int) -> None:
+        """Ask the driver not to move plain system memory to the device, however often kernels read it."""
+        advice, place = ctypes.c_int(SET_PREFERRED_LOCATION), ctypes.c_int(DEVICE_CPU)
+        self._do("cuMemAdvise", ctypes.c_uint64(address), ctypes.c_size_t(n_bytes), advice, place)
 
     def allow(self, address: int, n_bytes: int, device: int) -> None:
         """Let a device read and write a mapped range."""

@@ -164,13 +164,13 @@ def _replayed(
 
     if is_checked:
         try:
-            difference = _replay_difference(recorded, arranged, calls[recorded.n_inner * recorded.n_graphs - 1])
+            apart = _replay_difference(recorded, arranged, calls[recorded.n_inner * recorded.n_graphs - 1])
         except BaseException:
             close()
             raise
-        if not difference < TOLERANCE[workload.dtype]:
+        if not apart < TOLERANCE[workload.dtype]:
             close()
-            raise InputError(f"a replayed graph differs from the same call by {difference:.2g} of its largest value")
+            raise InputError(f"a replayed graph differs from the same call by {apart:.2g} of its largest value")
     facts = {**eager.facts, "calls_per_graph": recorded.n_inner, "n_graphs": recorded.n_graphs}
     return Prepared(recorded.replay, recorded.n_inner, facts, close)
 
