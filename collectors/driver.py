@@ -247,14 +247,20 @@ class VirtualMemory:
                 self._n_made[is_host] -= 1
 
 
-def memory_nodes(path: Path = Path("/sys/devices/system/node/has_memory")) -> list[int]:
-    """The host's memory nodes, such as `0-1,3`; none where the system does not tell."""
+def _node_numbers(path: Path) -> list[int]:
+    """Numbers such as `0-1,3`; none where the system does not tell."""
     try:
         words = path.read_text(encoding="utf-8").strip()
         ends = [part.partition("-") for part in words.split(",") if part]
         return [node for first, _, last in ends for node in range(int(first), int(last or first) + 1)]
     except (OSError, ValueError):
         return []
+
+
+def memory_nodes(folder: Path = Path("/sys/devices/system/node")) -> list[int]:
+    """The host's memory nodes: those with memory and processors, since on coherent machines the GPU's is a node too."""
+    with_processors = _node_numbers(folder / "has_cpu")
+    return [node for node in _node_numbers(folder / "has_memory") if node in with_processors or not with_processors]
 
 
 def open_virtual_memory(driver: Driver, device: int) -> VirtualMemory:

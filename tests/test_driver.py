@@ -199,12 +199,13 @@ def test_the_kind_of_host_memory_that_works_is_taken():
 
 
 def test_other_nodes_are_tried_where_the_nearest_is_forbidden(monkeypatch, tmp_path):
-    nodes = tmp_path / "has_memory"
-    nodes.write_text("0-1,3\n")
-    assert memory_nodes(nodes) == [0, 1, 3]
+    (tmp_path / "has_memory").write_text("0-1,3\n")
+    assert memory_nodes(tmp_path) == [0, 1, 3]
+    (tmp_path / "has_cpu").write_text("0-1\n")
+    assert memory_nodes(tmp_path) == [0, 1]  # node 3 is a GPU's memory
     assert memory_nodes(tmp_path / "none") == []
-    nodes.write_text("what\n")
-    assert memory_nodes(nodes) == []
+    (tmp_path / "has_memory").write_text("what\n")
+    assert memory_nodes(tmp_path) == []
     monkeypatch.setattr("collectors.driver.memory_nodes", lambda: [0, 1, 3])
     library = MadeLibrary()
     library.refuse["cuMemCreate"] = (0, 801)
