@@ -15,7 +15,7 @@ from typing import Any
 PINNED_ALLOCATION = 1
 LOCATION_DEVICE, LOCATION_HOST, LOCATION_HOST_NUMA = 1, 2, 3
 ACCESS_READ_WRITE = 3
-GRANULARITY_RECOMMENDED = 1
+GRANULARITY_MINIMUM, GRANULARITY_RECOMMENDED = 0, 1
 HAS_VIRTUAL_MEMORY, NUMA_CONFIG, NUMA_ID, HOST_NUMA_ID = 102, 130, 131, 134
 PAGEABLE_MEMORY_ACCESS = 88
 SET_PREFERRED_LOCATION, DEVICE_CPU = 3, -1
@@ -93,10 +93,10 @@ class Driver:
     def _properties(location: Location) -> Properties:
         return Properties(PINNED_ALLOCATION, 0, location, None, _Flags())
 
-    def granule_bytes(self, location: Location) -> int:
-        """The unit in which physical memory is made and mapped there."""
+    def granule_bytes(self, location: Location, which: int = GRANULARITY_RECOMMENDED) -> int:
+        """The unit in which physical memory is made and mapped there, recommended or the smallest."""
         size, properties = ctypes.c_size_t(), self._properties(location)
-        option = ctypes.c_int(GRANULARITY_RECOMMENDED)
+        option = ctypes.c_int(which)
         self._do("cuMemGetAllocationGranularity", ctypes.byref(size), ctypes.byref(properties), option)
         return size.value
 
@@ -279,7 +279,10 @@ def open_virtual_memory(driver: Driver, device: int) -> VirtualMemory:
     nodes = [nearest, *(node for node in memory_nodes() if node != nearest)]
     for host in (*(Location(LOCATION_HOST_NUMA, node) for node in nodes), Location(LOCATION_HOST, 0)):
         try:
-            sizes = [driver.granule_bytes(place) for place in (Location(LOCATION_DEVICE, device), host)]
+            places = (Location(LOCATION_DEVICE, device), host)
+            sizes = [driver.granule_bytes(place) for place in places]
+            if max(sizes) > LARGEST_GRANULE_BYTES:
+                sizes = [driver.granule_bytes(place, GRANULARITY_MINIMUM) for place in places]
             if max(sizes) > LARGEST_GRANULE_BYTES:
                 raise CudaDriverError(f"memory comes in pieces of {max(sizes)} bytes")
             driver.release(driver.create(max(sizes), host))

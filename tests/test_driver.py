@@ -29,6 +29,7 @@ class MadeLibrary:
     def __init__(self, attributes=None, granule_bytes=GRANULE, host_kinds=(LOCATION_HOST_NUMA,)):
         self.granule_bytes, self.host_kinds = granule_bytes, host_kinds
         self.attributes = {HAS_VIRTUAL_MEMORY: 1, HOST_NUMA_ID: 1, **(attributes or {})}
+        self.smallest_bytes: int | None = None  # of a granule; null: as recommended
         self.forbidden: set[int] = set()  # memory nodes
         self.refuse: dict[str, tuple[int, int]] = {}
         self.handles: dict[int, tuple[int, int]] = {}  # handle: (kind, id) of its place
@@ -65,7 +66,7 @@ class MadeLibrary:
         kind, _ = self._made_at(properties._obj)
         if kind != LOCATION_DEVICE and kind not in self.host_kinds:
             return 1
-        size._obj.value = self.granule_bytes
+        size._obj.value = self.granule_bytes if option.value == 1 else self.smallest_bytes or self.granule_bytes
         return 0
 
     def cuMemCreate(self, handle, size, properties, flags):
@@ -74,7 +75,7 @@ class MadeLibrary:
             return code
         if kind != LOCATION_DEVICE and (kind not in self.host_kinds or number in self.forbidden):
             return 801
-        assert size.value == self.granule_bytes and flags.value == 0
+        assert size.value == (self.smallest_bytes or self.granule_bytes) and flags.value == 0
         self.next += 1
         self.handles[self.next] = kind, number
         handle._obj.value = self.next
@@ -222,6 +223,9 @@ def test_what_a_device_cannot_is_said():
         open_virtual_memory(Driver(MadeLibrary({HAS_VIRTUAL_MEMORY: 0})), 0)
     with pytest.raises(CudaDriverError, match="pieces of 536870912 bytes"):
         open_virtual_memory(Driver(MadeLibrary(granule_bytes=1 << 29)), 0)
+    library = MadeLibrary(granule_bytes=1 << 29)
+    library.smallest_bytes = GRANULE
+    assert open_virtual_memory(Driver(library), 0).granule_bytes == GRANULE
     library = MadeLibrary()
     del library.attributes[HOST_NUMA_ID]  # an older driver does not know the number
     assert isinstance(open_virtual_memory(Driver(library), 0), VirtualMemory)
