@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +29,7 @@ FAST_BF16 = {"avx512_bf16", "amx_bf16", "svebf16", "bf16"}
 INTERRUPTED = 130
 RUNS = {"quick": 1, "standard": 3, "full": 5}
 LONGEST_MINUTES = 24 * 60
+STARTED = time.monotonic()
 
 
 class Parser(argparse.ArgumentParser):
@@ -194,7 +196,7 @@ def _campaign(args: argparse.Namespace) -> int:
         "campaign", device=device, dtypes=dtypes, threads=args.threads or machine.n_physical_cores(), runs=runs,
         seed=args.seed, preset=args.preset, minutes=args.minutes, limits=limits, routing_files=args.routing_file,
     )  # fmt: skip
-    return _collect(args, settings, Order(settings, limits, tuple(args.routing_file)))
+    return _collect(args, settings, Order(settings, limits, tuple(args.routing_file), started=STARTED))
 
 
 def _sweep(args: argparse.Namespace) -> int:

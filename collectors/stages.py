@@ -7,6 +7,7 @@ what it has done; when nobody reads that any more, the collection was killed and
 import json
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,13 @@ import torch
 
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
+from perfmodel.text import NS_PER_S
 
 from . import calibration, machine, nsys, probes, store
-from .design import point_s
+from .design import LONGEST_CALL_S, point_s
 from .facts import facts_of
 from .layer import Mark, grouped_mm_name
-from .memory import HostSide, Pool, host_pool_bytes
+from .memory import HostSide, Pool, free_host_bytes, host_pool_bytes
 from .plan import run_order
 from .points import WAYS, Prepared, capability, check, make_pool, prepare
 from .profile_points import file_name, points_of, range_name
@@ -34,6 +36,12 @@ from .workloads import Workload, file_shares, pool_bytes
 COLD_CACHES = 4  # weights are read again after this many last-level caches of other weights
 ORDER_BLOCK = 24  # points that are shuffled among themselves: the plan's order still decides what comes first
 CHECK_TOKENS = 16
+POOL_SHARE_OF_FREE = 0.8  # the rest is for activations and for other dtypes
+MOST_FATAL = 2  # points of a way that end their process, before the way is given up
+CALL_OVER_PLAN = 4.0  # a call may take so much longer than the longest that was planned
+PACE_GAIN = 0.2  # of how wrong the last guess was, into how wrong the next is taken to be
+FIRST_POINT_S = 10.0  # of a dtype: its pool is made
+MOST_CORE_SHARE = 0.15  # of a run's time, for the calibration at its end
 PATIENCE_SHARE = 0.1  # of a run's time, for waiting until others are quiet
 
 
@@ -63,10 +71,14 @@ class Stage:
     def leave_out(self, entry: store.Json, error: BaseException) -> None:
         """Write down what could not be measured, and why; a device that no longer answers ends the process."""
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        store.append(self.folder, store.LEFT_OUT, {**entry, "reason": reason, "started": _now()})
+        if not isinstance(error, InputError | RuntimeError | OSError | MemoryError):
+            reason = f"{type(error).__name__}: {reason}"  # another torch, another driver
+        is_fatal = self.settings["device"] == "cuda" and not device_answers()
+        fatal = {"is_fatal": True} if is_fatal else {}
+        store.append(self.folder, store.LEFT_OUT, {**entry, "reason": reason, **fatal, "started": _now()})
         print(f"left out: {' '.join(f'{k} {v}' for k, v in entry.items() if k != 'params')}: {reason}", file=sys.stderr)
         say(left=entry)
-        if self.settings["device"] == "cuda" and not device_answers():
+        if is_fatal:
             raise SystemExit(RESTART)
 
 
@@ -89,7 +101,7 @@ def describe(stage: Stage) -> None:
     # A way that took its process with it is known from the journal and not tried again.
     found = {e["capability"]: e["reason"] for e in store.left_out(stage.folder) if "capability" in e}
     for way in (way for way in WAYS if way not in found):
-        say(begin={"capability": way}, seconds=10)
+        say(begin={"capability": way}, seconds=5)
         found[way] = capability(device, way)
         say(capability=way)
         if device == "cuda" and not device_answers():
@@ -124,7 +136,7 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
         if stage.left_s <= 0:
             break
         entry = {"probe": probe.name, "params": dict(probe.params), "run": run}
-        say(begin=entry, seconds=10)
+        say(begin=entry, seconds=5)
         began = _now()
         try:
             line = probes.run_probe(probe, stage.limits, run)
@@ -137,21 +149,58 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
         say(end={"machine": {"under_load": calibration.seen_under_load(store.calibrations(stage.folder))}})
 
 
+def core_reserve_s(stage: Stage) -> float:
+    """Seconds of a run to keep for the calibration at its end: what its probes took before, at most a small share."""
+    if stage.seconds is None or stage.settings["preset"] == "quick":
+        return 0.0
+    todo = probes.probes(stage.settings["device"], stage.facts.dtypes, torch.get_num_threads(), stage.settings["preset"])
+    core = {probe.key for probe in todo if probe.core}
+    took_s = {calibration.key(line): line.get("took_s", 0.0) for line in store.calibrations(stage.folder)}
+    return min(MOST_CORE_SHARE * stage.seconds, sum(took_s[key] for key in core & set(took_s)))
+
+
 # --- a run ---
 
 
 def the_pool(stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
-    """The weights of all workloads of a dtype."""
+    """The weights of all workloads of a dtype whose layer fits in what is free; `refuse_large` tells of the others."""
     cold_bytes = COLD_CACHES * stage.facts.cache_bytes
-    mine = [w for w in workloads if w.dtype == dtype]
-    n_bytes = pool_bytes(mine, cold_bytes, stage.facts.pool_limit_bytes)
     device = stage.settings["device"]
-    free = machine.available_bytes() if device == "cpu" else 0.95 * torch.cuda.mem_get_info()[0]
-    if free is not None and n_bytes > 0.9 * free:
-        raise InputError(f"the weights need {n_bytes} bytes and {free} are free; name fewer --shapes or free memory")
+    free = free_host_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    most = min(stage.facts.pool_limit_bytes, POOL_SHARE_OF_FREE * free)
+    mine = [w for w in workloads if w.dtype == dtype and w.moe_shape.layer_bytes <= most]
+    if not mine:
+        raise InputError(f"no layer fits in the {free} bytes of memory that are free; name smaller shapes or free some")
+    n_bytes = pool_bytes(mine, cold_bytes, most)
     limit = int(stage.facts.host_limit_bytes)
     host = HostSide(limit, host_pool_bytes(mine, limit))
     return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
+
+
+def refuse_large(pool: Pool, w: Workload) -> None:
+    """Raise InputError when the pool, made to what memory was free, holds not one copy of a layer."""
+    layer_bytes, held_bytes = w.moe_shape.layer_bytes, pool.flat.numel() * pool.flat.element_size()
+    if layer_bytes > held_bytes:
+        raise InputError(f"the layer takes {layer_bytes:.0f} bytes, and memory was free for {held_bytes}")
+
+
+def refuse_slow(call: Callable[[int], object], device: str, longest_s: float) -> None:
+    """Make one call; raises InputError when it is so slow that its repeats would take the time of many other points."""
+    took_s = clock_of(device)(partial(call, 0)) / NS_PER_S
+    if took_s > longest_s:
+        raise InputError(f"a call takes {took_s:.2g} s, more than {longest_s:g}: its repeats would cost too much time")
+
+
+def way_of(w: Workload) -> tuple[object, ...]:
+    """What workloads have in common of which each may end its process: how they are run, resident ones by shape."""
+    return (w.dtype, w.op, w.access, w.residency, w.launch, w.shape if w.access == "resident" else None)
+
+
+def tired_ways(stage: Stage, planned: Sequence[Workload]) -> set[tuple[object, ...]]:
+    """The ways of which several points have ended their process, by a crash, by silence or by a broken device."""
+    fatal = {entry.get("workload") for entry in store.left_out(stage.folder) if entry.get("is_fatal")}
+    counts = Counter(way_of(w) for w in planned if w.id in fatal)
+    return {way for way, n in counts.items() if n >= MOST_FATAL}
 
 
 def kind_of(w: Workload) -> tuple[object, ...]:
@@ -178,6 +227,8 @@ class Checked:
                 check(pool, small, stage.files.get(small.routing))
             except InputError as error:
                 self.kinds[kind] = str(error)
+            except Exception as error:  # such as no memory for the twin: what nobody has checked is not timed
+                self.kinds[kind] = f"was not compared with its slow twin: {(str(error).splitlines() or [''])[0][:200]}"
         if self.kinds[kind] is not None:
             raise InputError(self.kinds[kind] or "")
 
@@ -202,31 +253,37 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
     record = {"run": run, "started": _now(), "load_before": machine.load_average(), "n_resumed": n_before}
     counts, waited_s = {"n_left_out": 0, "n_disturbed": 0, "n_todo": 0}, 0.0
     pools: dict[str, Pool] = {}
-    checked, pace = Checked(stage, planned), 1.0
+    checked, tired, core_s = Checked(stage, planned), tired_ways(stage, planned), core_reserve_s(stage)
+    pace: dict[str, float] = defaultdict(lambda: 1.0)  # how wrong guesses are on this machine, by access
     with torch.inference_mode():
         for order, w in enumerate(todo):
             guess_s = point_s(w, stage.facts, stage.limits)
-            if stage.left_s < pace * guess_s:
+            if stage.left_s - core_s < pace[w.access] * guess_s:
                 counts["n_todo"] += 1
                 continue
             entry, began, clock_s = {"workload": w.id, "run": run}, _now(), time.monotonic()
-            say(begin=entry, seconds=guess_s)
+            more_s = 0.0 if w.dtype in pools else FIRST_POINT_S
+            say(begin=entry, seconds=guess_s + more_s, waits_s=stage.limits.patience_s)
             try:
+                if way_of(w) in tired:
+                    raise InputError(f"{MOST_FATAL} other points run in this way have ended their process")
                 if w.dtype not in pools:
                     pools[w.dtype] = the_pool(stage, planned, w.dtype)
+                refuse_large(pools[w.dtype], w)
                 checked.refuse_wrong(stage, pools[w.dtype], w, planned)
+                timed_s = time.monotonic()
                 times, facts, was_disturbed, point_waited_s = _timed(stage, pools[w.dtype], w, run, waited_s)
-            except (InputError, RuntimeError, OSError, MemoryError) as error:
+            except Exception as error:
                 counts["n_left_out"] += 1
                 stage.leave_out(entry, error)
                 continue
-            took_s = time.monotonic() - clock_s
+            ended_s = time.monotonic()
             waited_s += point_waited_s
-            # How wrong guesses are on this machine, from what was just seen.
-            pace = 0.9 * pace + 0.1 * min(10.0, took_s / guess_s)
+            wrong = min(30.0, (ended_s - timed_s - point_waited_s) / guess_s)
+            pace[w.access] += PACE_GAIN * (wrong - pace[w.access])
             point = {
                 **entry, "times_ns": [round(t) for t in times], "started": began, "order": n_before + order,
-                "took_s": round(took_s, 3), **({"facts": facts} if facts else {}),
+                "took_s": round(ended_s - clock_s, 3), **({"facts": facts} if facts else {}),
             }  # fmt: skip
             store.append(stage.folder, store.OBSERVATIONS, point)
             counts["n_disturbed"] += was_disturbed
@@ -244,6 +301,9 @@ def _timed(
     limits = stage.limits
     prepared = prepare(pool, w, stage.files.get(w.routing), run)
     try:
+        if stage.settings["minutes"] is not None:
+            longest_s = CALL_OVER_PLAN * LONGEST_CALL_S[stage.settings["preset"]] * prepared.n_inner
+            refuse_slow(prepared.call, w.device, longest_s)
         attempt = partial(measure, prepared.call, clock_of(w.device), limits)
         patience_s = limits.patience_s if stage.seconds is None else PATIENCE_SHARE * stage.seconds
         left_s = max(0.0, min(patience_s, limits.patience_s) - waited_s)
@@ -274,11 +334,13 @@ def profile_stage(stage: Stage) -> None:
             try:
                 if w.dtype not in pools:
                     pools[w.dtype] = the_pool(stage, points, w.dtype)
+                refuse_large(pools[w.dtype], w)
                 write_profile(path.parent, partial(prepare, pools[w.dtype], w, stage.files.get(w.routing), 0), w)
-            except (InputError, RuntimeError, OSError, MemoryError) as error:
+            except Exception as error:
                 stage.leave_out(entry, error)
                 continue
             say(profile=path.name)
+    say(end={})
 
 
 def record_stage(stage: Stage) -> None:

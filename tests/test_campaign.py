@@ -45,7 +45,7 @@ class FakeProcesses:
 
     def run(self, stage, on_word):
         words = list(stage.arguments)
-        limit = float(words[words.index("--seconds") + 1]) if "--seconds" in words else None
+        limit = stage.seconds
         self.stages.append((" ".join(words[:2]) if words[0] == "run" else words[0], limit))
         self.now += 2.0
         if words[0] == "describe":

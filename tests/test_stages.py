@@ -82,7 +82,7 @@ def test_a_process_that_has_said_why_is_believed(tmp_path, code):
 
 def test_a_machine_on_which_everything_dies_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "N_RESTARTS", 3)
-    with pytest.raises(StageError, match="3 measuring processes in a row died"):
+    with pytest.raises(StageError, match="3 measuring processes of one stage died"):
         run(tmp_path, "say(begin={'workload': 'a'}); sys.exit(1)")
     assert len(store.left_out(tmp_path)) == 3
 
