@@ -249,7 +249,7 @@ def _stage(args: argparse.Namespace) -> int:
     from .stages import work
 
     try:
-        work(args.out, args.arguments, args.routing_file, args.seconds)
+        work(args.out, args.arguments, args.routing_file, args.seconds, STARTED)
     except BrokenPipeError:  # the collection was killed: leave as quietly, the point at hand is on disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -259,8 +259,8 @@ def grouped_gemm_burst(dtype: str) -> Probe:
 
 def by_turns(*lists: Sequence[Probe]) -> list[Probe]:
     """Lists as one, so that any beginning holds about the same part of each; their own orders stay."""
-    placed = [((at + 0.5) / len(one), number, probe) for number, one in enumerate(lists) for at, probe in enumerate(one)]
-    return [probe for _, _, probe in sorted(placed, key=lambda place: place[:2])]
+    places = [((at + 0.5) / len(one), number, at) for number, one in enumerate(lists) for at in range(len(one))]
+    return [lists[number][at] for _, number, at in sorted(places)]
 
 
 def _gemms(dtypes: Sequence[str], preset: str) -> list[Probe]:

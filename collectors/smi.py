@@ -133,9 +133,9 @@ def seen(samples: Sequence[Answer]) -> Answer:
 
 
 @functools.cache
-def known_seen(gpu_id: str) -> dict[str, str]:
+def known_seen(gpu_id: str, asker: Ask) -> dict[str, str]:
     """The fields of `SEEN` that nvidia-smi answers, asked once: where it is missing or hangs, it costs that once."""
-    return known(gpu_id, SEEN)
+    return known(gpu_id, SEEN, asker)
 
 
 class Sampler:
@@ -147,7 +147,7 @@ class Sampler:
     def __init__(self, gpu_id: str, asker: Ask = ask) -> None:
         self.samples: list[Answer] = []
         self._gpu_id, self._asker, self._stop = gpu_id, asker, threading.Event()
-        self._fields = known_seen(gpu_id) if asker is ask else known(gpu_id, SEEN, asker)
+        self._fields = known_seen(gpu_id, asker)
         self.failed = not self._fields
         self._thread = threading.Thread(target=self._work, daemon=True)
 

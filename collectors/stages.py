@@ -7,7 +7,7 @@ what it has done; when nobody reads that any more, the collection was killed and
 import json
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,6 @@ import torch
 
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
-from perfmodel.text import NS_PER_S
 
 from . import calibration, machine, nsys, probes, store
 from .design import LONGEST_CALL_S, point_s
@@ -25,9 +24,10 @@ from .facts import facts_of
 from .layer import Mark, grouped_mm_name
 from .memory import HostSide, Pool, free_host_bytes, host_pool_bytes
 from .plan import run_order
-from .points import WAYS, Prepared, capability, check, make_pool, prepare
+from .points import WAYS, Prepared, capability, make_pool, prepare
 from .profile_points import file_name, points_of, range_name
 from .profiling import nsys_stage, write_profile
+from .refusals import MOST_FATAL, Checked, refuse_large, refuse_slow, tired_ways, way_of
 from .studies import Facts
 from .timing import Limits, clock_of, measure, measure_undisturbed
 from .workers import RESTART
@@ -35,10 +35,8 @@ from .workloads import Workload, file_shares, pool_bytes
 
 COLD_CACHES = 4  # weights are read again after this many last-level caches of other weights
 ORDER_BLOCK = 24  # points that are shuffled among themselves: the plan's order still decides what comes first
-CHECK_TOKENS = 16
 POOL_SHARE_OF_FREE = 0.8  # the rest is for activations and for other dtypes
-MOST_FATAL = 2  # points of a way that end their process, before the way is given up
-CALL_OVER_PLAN = 4.0  # a call may take so much longer than the longest that was planned
+CALL_OVER_PLAN, LEAST_REFUSED_S = 4.0, 1.0  # a call may take so much longer than the longest that was planned
 PACE_GAIN = 0.2  # of how wrong the last guess was, into how wrong the next is taken to be
 FIRST_POINT_S = 10.0  # of a dtype: its pool is made
 MOST_CORE_SHARE = 0.15  # of a run's time, for the calibration at its end
@@ -153,7 +151,9 @@ def core_reserve_s(stage: Stage) -> float:
     """Seconds of a run to keep for the calibration at its end: what its probes took before, at most a small share."""
     if stage.seconds is None or stage.settings["preset"] == "quick":
         return 0.0
-    todo = probes.probes(stage.settings["device"], stage.facts.dtypes, torch.get_num_threads(), stage.settings["preset"])
+    todo = probes.probes(
+        stage.settings["device"], stage.facts.dtypes, torch.get_num_threads(), stage.settings["preset"]
+    )
     core = {probe.key for probe in todo if probe.core}
     took_s = {calibration.key(line): line.get("took_s", 0.0) for line in store.calibrations(stage.folder)}
     return min(MOST_CORE_SHARE * stage.seconds, sum(took_s[key] for key in core & set(took_s)))
@@ -177,62 +177,6 @@ def the_pool(stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
     return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
 
 
-def refuse_large(pool: Pool, w: Workload) -> None:
-    """Raise InputError when the pool, made to what memory was free, holds not one copy of a layer."""
-    layer_bytes, held_bytes = w.moe_shape.layer_bytes, pool.flat.numel() * pool.flat.element_size()
-    if layer_bytes > held_bytes:
-        raise InputError(f"the layer takes {layer_bytes:.0f} bytes, and memory was free for {held_bytes}")
-
-
-def refuse_slow(call: Callable[[int], object], device: str, longest_s: float) -> None:
-    """Make one call; raises InputError when it is so slow that its repeats would take the time of many other points."""
-    took_s = clock_of(device)(partial(call, 0)) / NS_PER_S
-    if took_s > longest_s:
-        raise InputError(f"a call takes {took_s:.2g} s, more than {longest_s:g}: its repeats would cost too much time")
-
-
-def way_of(w: Workload) -> tuple[object, ...]:
-    """What workloads have in common of which each may end its process: how they are run, resident ones by shape."""
-    return (w.dtype, w.op, w.access, w.residency, w.launch, w.shape if w.access == "resident" else None)
-
-
-def tired_ways(stage: Stage, planned: Sequence[Workload]) -> set[tuple[object, ...]]:
-    """The ways of which several points have ended their process, by a crash, by silence or by a broken device."""
-    fatal = {entry.get("workload") for entry in store.left_out(stage.folder) if entry.get("is_fatal")}
-    counts = Counter(way_of(w) for w in planned if w.id in fatal)
-    return {way for way, n in counts.items() if n >= MOST_FATAL}
-
-
-def kind_of(w: Workload) -> tuple[object, ...]:
-    """What workloads that run the same code over the same weights have in common."""
-    return (w.shape, w.dtype, w.op, w.access, w.residency, w.launch)
-
-
-class Checked:
-    """Which kinds of workload were compared with slow twins, and how they fared; each is, before it is first timed."""
-
-    def __init__(self, stage: Stage, planned: Sequence[Workload]) -> None:
-        timed = {point["workload"] for point in store.points(stage.folder)}
-        self.kinds: dict[tuple[object, ...], str | None] = {kind_of(w): None for w in planned if w.id in timed}
-
-    def refuse_wrong(self, stage: Stage, pool: Pool, w: Workload, planned: Sequence[Workload]) -> None:
-        """Raise InputError when workloads of this kind compute something else than the reference."""
-        kind = kind_of(w)
-        if kind not in self.kinds:
-            # A small batch is enough to see it, and the slow twin takes long.
-            alike = [other for other in planned if kind_of(other) == kind]
-            small = min(alike, key=lambda o: (abs(o.n_tokens - CHECK_TOKENS), o.routing == "uniform"))
-            self.kinds[kind] = None
-            try:
-                check(pool, small, stage.files.get(small.routing))
-            except InputError as error:
-                self.kinds[kind] = str(error)
-            except Exception as error:  # such as no memory for the twin: what nobody has checked is not timed
-                self.kinds[kind] = f"was not compared with its slow twin: {(str(error).splitlines() or [''])[0][:200]}"
-        if self.kinds[kind] is not None:
-            raise InputError(self.kinds[kind] or "")
-
-
 def todo_of(stage: Stage, planned: Sequence[Workload], run: int) -> list[Workload]:
     """What a run has to measure, in its order: the first whatever time allows, later ones what the first measured."""
     points = store.points(stage.folder)
@@ -253,7 +197,11 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
     record = {"run": run, "started": _now(), "load_before": machine.load_average(), "n_resumed": n_before}
     counts, waited_s = {"n_left_out": 0, "n_disturbed": 0, "n_todo": 0}, 0.0
     pools: dict[str, Pool] = {}
-    checked, tired, core_s = Checked(stage, planned), tired_ways(stage, planned), core_reserve_s(stage)
+    checked, tired, core_s = (
+        Checked(stage.folder, planned, stage.files),
+        tired_ways(stage.folder, planned),
+        core_reserve_s(stage),
+    )
     pace: dict[str, float] = defaultdict(lambda: 1.0)  # how wrong guesses are on this machine, by access
     with torch.inference_mode():
         for order, w in enumerate(todo):
@@ -270,7 +218,7 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
                 if w.dtype not in pools:
                     pools[w.dtype] = the_pool(stage, planned, w.dtype)
                 refuse_large(pools[w.dtype], w)
-                checked.refuse_wrong(stage, pools[w.dtype], w, planned)
+                checked.refuse_wrong(pools[w.dtype], w)
                 timed_s = time.monotonic()
                 times, facts, was_disturbed, point_waited_s = _timed(stage, pools[w.dtype], w, run, waited_s)
             except Exception as error:
@@ -302,8 +250,8 @@ def _timed(
     prepared = prepare(pool, w, stage.files.get(w.routing), run)
     try:
         if stage.settings["minutes"] is not None:
-            longest_s = CALL_OVER_PLAN * LONGEST_CALL_S[stage.settings["preset"]] * prepared.n_inner
-            refuse_slow(prepared.call, w.device, longest_s)
+            longest_s = max(LEAST_REFUSED_S, CALL_OVER_PLAN * LONGEST_CALL_S[stage.settings["preset"]])
+            refuse_slow(prepared.call, w.device, longest_s * prepared.n_inner)
         attempt = partial(measure, prepared.call, clock_of(w.device), limits)
         patience_s = limits.patience_s if stage.seconds is None else PATIENCE_SHARE * stage.seconds
         left_s = max(0.0, min(patience_s, limits.patience_s) - waited_s)
@@ -362,9 +310,13 @@ def record_stage(stage: Stage) -> None:
         )
 
 
-def work(folder: Path, arguments: Sequence[str], routing_files: Sequence[str], seconds: float | None) -> None:
-    """Do one stage of a collection: `describe`, `calibrate`, `run N`, `profile` or `nsys`."""
-    started = time.monotonic()
+def work(
+    folder: Path, arguments: Sequence[str], routing_files: Sequence[str], seconds: float | None, started: float
+) -> None:
+    """Do one stage of a collection: `describe`, `calibrate`, `run N`, `profile` or `nsys`.
+
+    The process began at `started` (monotonic seconds): loading torch is part of its time.
+    """
     capture = store.read_capture(folder)
     settings = capture["settings"]
     if (node := capture["machine"].get("gpu_numa_node")) is not None:

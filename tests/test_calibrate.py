@@ -236,7 +236,7 @@ def test_buffers_are_random_finite_and_refused_when_memory_is_short(monkeypatch)
     numbers = found.view(torch.float32)
     assert torch.isfinite(numbers).all() and numbers.std() > 0.5
     assert len(found.unique()) > 200
-    monkeypatch.setattr(probes.machine, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(probes, "free_host_bytes", lambda: 1000)
     probes.need_free(500, "cpu")
     with pytest.raises(InputError, match="501 bytes of host memory are needed, more than half of the 1000"):
         probes.random_bytes(501)
