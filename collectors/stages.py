@@ -254,7 +254,7 @@ def _timed(
             refuse_slow(prepared.call, w.device, longest_s * prepared.n_inner)
         attempt = partial(measure, prepared.call, clock_of(w.device), limits)
         patience_s = limits.patience_s if stage.seconds is None else PATIENCE_SHARE * stage.seconds
-        left_s = max(0.0, min(patience_s, limits.patience_s) - waited_s)
+        left_s = max(0.0, min(min(patience_s, limits.patience_s) - waited_s, stage.left_s))
         times, was_disturbed, took_s = measure_undisturbed(attempt, machine.others_busy_s, limits.n_tries, left_s)
     finally:
         prepared.close()

@@ -24,6 +24,7 @@ N_RESTARTS = 12  # of one stage, before something is wrong with the machine rath
 LEAST_PATIENCE_S, PATIENCE_FACTOR = 90.0, 20.0  # silence after which a process counts as hanging
 START_PATIENCE_S, END_PATIENCE_S = 180.0, 20.0  # the same while it starts, and once it has said its last word
 GRACE_S = 20.0  # a process has so much more than its time, for the point it is at
+SIGNAL_PATIENCE_S = 5.0  # after SIGTERM, and after SIGKILL
 
 
 class StageError(Exception):
@@ -131,7 +132,7 @@ def end(process: subprocess.Popen[str]) -> None:
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
-            process.wait(timeout=10)
+            process.wait(timeout=SIGNAL_PATIENCE_S)
         except ProcessLookupError:
             break
         except subprocess.TimeoutExpired:
