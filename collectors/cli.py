@@ -248,11 +248,7 @@ def _rehearse(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     from .stages import work
 
-    try:
-        work(args.out, args.arguments, args.routing_file, args.seconds, STARTED)
-    except BrokenPipeError:  # the collection was killed: leave as quietly, the point at hand is on disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    work(args.out, args.arguments, args.routing_file, args.seconds, STARTED)
     return 0
 
 
@@ -277,6 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.exit_code not in (2, 3):
             print(f"collectors: {error}; the same command continues from the last point", file=sys.stderr)
         return error.exit_code if error.exit_code > 0 else 1
+    except BrokenPipeError:  # nobody reads on: the collection of a measuring process was killed, or `--plan` was piped
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"\ncollectors: interrupted; the same command continues {args.out}", file=sys.stderr)
         return INTERRUPTED

@@ -41,6 +41,7 @@ def cpu_list() -> list[int]:
 
 
 CPUS_AT_START = tuple(cpu_list())
+ENOUGH_NEAR = 16  # processors of a memory node, or half of all
 
 
 def _read(path: Path) -> str | None:
@@ -129,11 +130,13 @@ def cpus_of_node(node: int) -> list[int]:
 
 
 def stay_near(node: int) -> None:
-    """Keep this process, threads to come included, on the processors of a memory node, where there are any.
+    """Keep this process, threads to come included, on the processors of a memory node, where it has enough of them.
 
-    Pinned memory then lies where the GPU hangs, and not on a node of chance.
+    Pinned memory then lies where the GPU hangs, and not on a node of chance. A container may have a few processors
+    there and most elsewhere: experts that the host computes need those more.
     """
-    if hasattr(os, "sched_setaffinity") and (near := cpus_of_node(node)):
+    near = cpus_of_node(node)
+    if hasattr(os, "sched_setaffinity") and len(near) >= min(ENOUGH_NEAR, len(CPUS_AT_START) / 2) and near:
         os.sched_setaffinity(0, near)
 
 

@@ -23,6 +23,7 @@ STREAM_BYTES = {"quick": 1 << 28, "standard": 1 << 29, "full": 1 << 30}
 ALL_DTYPES = ("bf16", "fp8", "fp16", "tf32", "fp32")
 FP8_CAPABILITY = (8, 9)
 SAMPLE_S, LEAST_SAMPLES = 3.0, 3  # a GEMM runs on so long, or until so many samples of the clocks are there
+WARM_S = 0.2  # an idle GPU has low clocks
 EXPERT_K, EXPERT_N, N_EXPERTS = 4096, 14336, 5  # weights streamed by a GEMM: 117 MB in bf16, 587 MB in turn
 STREAM_ROWS = {"quick": (1,), "standard": (1, 4, 16, 64), "full": (1, 2, 4, 8, 16, 32, 64)}
 BURST = 256  # launches in a row: a stream takes about a thousand before a launch call has to wait
@@ -91,6 +92,7 @@ def device_gemm(dtype: str, side: int, quantity: str | None, core: bool) -> Prob
                     call(number)
                 torch.cuda.synchronize()
 
+            hold(tenfold, lambda: False, WARM_S)
             with smi.Sampler(gpu.smi_id()) as sampler:
                 times = measure(call, cuda_clock, limits)
                 hold(tenfold, lambda: sampler.failed or len(sampler.samples) >= LEAST_SAMPLES, SAMPLE_S)

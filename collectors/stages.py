@@ -168,13 +168,17 @@ def the_pool(stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
     device = stage.settings["device"]
     free = free_host_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
     most = min(stage.facts.pool_limit_bytes, POOL_SHARE_OF_FREE * free)
-    mine = [w for w in workloads if w.dtype == dtype and w.moe_shape.layer_bytes <= most]
-    if not mine:
-        raise InputError(f"no layer fits in the {free} bytes of memory that are free; name smaller shapes or free some")
-    n_bytes = pool_bytes(mine, cold_bytes, most)
     limit = int(stage.facts.host_limit_bytes)
-    host = HostSide(limit, host_pool_bytes(mine, limit))
-    return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
+    refused = InputError(f"no layer fits in the {free} bytes of memory that are free")
+    while mine := [w for w in workloads if w.dtype == dtype and w.moe_shape.layer_bytes <= most]:
+        n_bytes = pool_bytes(mine, cold_bytes, most)
+        try:
+            host = HostSide(limit, host_pool_bytes(mine, limit))
+            return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
+        except (RuntimeError, MemoryError) as error:  # less is free than is told, or a limit stands that nobody tells
+            # Of the error only its words: it holds on to what it had begun.
+            refused, most = InputError((str(error).splitlines() or ["no memory"])[0]), n_bytes / 2
+    raise refused
 
 
 def todo_of(stage: Stage, planned: Sequence[Workload], run: int) -> list[Workload]:

@@ -324,6 +324,17 @@ assert cli.main(["campaign", "--plan", "--device", "cuda"]) == 0
     assert "workloads are planned" in done.stdout and "zero-copy (mapped)" in done.stdout
 
 
+def test_a_plan_that_nobody_reads_to_its_end_is_no_traceback():
+    command = [sys.executable, "-m", "collectors", "campaign", "--plan", "--device", "cpu", "--preset", "quick"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(command, cwd=REPO, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

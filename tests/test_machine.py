@@ -65,6 +65,21 @@ def test_nodes_in_use_are_those_with_processors_of_ours(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("near", "n_all", "stays"),
+    [("0-7", 16, True), ("0-2", 16, False), ("0-15", 128, True), ("0-7", 128, False), ("", 16, False), ("0", 1, True)],
+)
+def test_a_process_stays_near_where_it_has_enough_processors(tmp_path, monkeypatch, near, n_all, stays):
+    (tmp_path / "node0").mkdir()
+    (tmp_path / "node0" / "cpulist").write_text(near + "\n")
+    monkeypatch.setattr(machine, "NODE_DIR", tmp_path)
+    monkeypatch.setattr(machine, "CPUS_AT_START", tuple(range(n_all)))
+    kept: list[list[int]] = []
+    monkeypatch.setattr(machine.os, "sched_setaffinity", lambda pid, cpus: kept.append(cpus), raising=False)
+    machine.stay_near(0)
+    assert kept == ([machine.cpus_of(near)] if stays else [])
+
+
+@pytest.mark.parametrize(
     ("files", "cores", "n_cores"),
     [
         ({"cpu.max": "1600000 100000"}, 16.0, 16),

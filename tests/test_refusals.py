@@ -1,6 +1,7 @@
 """What a run refuses to time: the reasons, and that one refusal says enough."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -9,10 +10,12 @@ from perfmodel.errors import InputError
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import refusals  # noqa: E402
+from collectors import refusals, stages  # noqa: E402
+from collectors.facts import assumed_facts  # noqa: E402
 from collectors.plan import Request, plan  # noqa: E402
 from collectors.points import make_pool  # noqa: E402
 from collectors.refusals import Checked, refuse_large, refuse_slow, tired_ways, way_of  # noqa: E402
+from collectors.timing import QUICK  # noqa: E402
 
 PLANNED = plan(Request("cpu", "float32", ("olmoe/32", "mixtral-8x7b/64"), (1, 8)), None).workloads
 
@@ -39,6 +42,31 @@ def test_a_layer_larger_than_the_pool_is_told_so():
     refuse_large(make_pool(layer_bytes, 0.0, "fp32", "cpu", 0), workload)
     with pytest.raises(InputError, match=f"the layer takes {layer_bytes} bytes, and memory was free for"):
         refuse_large(make_pool(layer_bytes - 4, 0.0, "fp32", "cpu", 0), workload)
+
+
+def test_a_pool_is_made_smaller_until_there_is_memory_for_it(tmp_path, monkeypatch):
+    facts = dataclasses.replace(assumed_facts("cpu", ("float32",)), pool_limit_bytes=1e9)
+    stage = stages.Stage(tmp_path, {"device": "cpu", "seed": 0}, facts, QUICK, {}, None, 0.0)
+    sizes: list[int] = []
+    free_bytes = 10_000_000
+
+    def make(n_bytes, *_):
+        sizes.append(n_bytes)
+        if n_bytes > free_bytes:
+            raise RuntimeError("can't allocate memory\nmade up")
+        return n_bytes
+
+    monkeypatch.setattr(stages, "make_pool", make)
+    monkeypatch.setattr(stages, "free_host_bytes", lambda: 10**12)
+    least = min(w.moe_shape.layer_bytes for w in PLANNED)
+    assert least <= stages.the_pool(stage, PLANNED, "fp32") <= free_bytes < sizes[0]
+    assert all(later <= before / 2 for before, later in itertools.pairwise(sizes))
+    free_bytes = 0
+    with pytest.raises(InputError, match=r"^can't allocate memory$"):
+        stages.the_pool(stage, PLANNED, "fp32")
+    monkeypatch.setattr(stages, "free_host_bytes", lambda: 1000)
+    with pytest.raises(InputError, match="no layer fits in the 1000 bytes of memory that are free"):
+        stages.the_pool(stage, PLANNED, "fp32")
 
 
 def test_a_way_is_given_up_when_it_has_ended_several_processes(tmp_path):
