@@ -153,7 +153,11 @@ def collect(folder: Path, order: Order) -> None:
     if order.request is not None:
         grid(order.request, None)  # a plan that cannot be is refused before anything is made
     open_folder(folder)
-    lock = store.lock(folder)
+    try:
+        lock = store.lock(folder, 0.0)
+    except InputError:
+        print(f"note: {folder} is in use; waiting for a process that may be at its last point", file=sys.stderr)
+        lock = store.lock(folder)
     try:
         if open_folder(folder):  # asked again: another command may have begun it while this one waited for the lock
             refuse_other(folder, order.settings)

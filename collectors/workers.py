@@ -145,9 +145,10 @@ def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
     """Run one stage to its end, in as many processes as it takes. Each holds the folder's lock as long as it lives.
 
     A process that is not done when time and grace are over is ended, and nothing is left out: more time may do it.
-    Raises StageError when a process says why it cannot go on, dies outside of any point, or too many die; ends the
-    process when this one is interrupted.
+    Raises StageError when a process says why it cannot go on, ends outside of any point, or too many die; one that a
+    signal ended there, such as for want of memory, is tried once more. Ends the process when this one is interrupted.
     """
+    is_first_time = True
     until = None if stage.seconds is None else time.monotonic() + stage.seconds
     for _ in range(N_RESTARTS):
         step = Step()
@@ -171,6 +172,8 @@ def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
             entry = {**step.entry, "reason": failure or how_it_ended(code), "is_fatal": True}
             store.append(stage.folder, store.LEFT_OUT, {**entry, "started": int(time.time())})
             print(f"left out: {words_of(step.entry)}: {entry['reason']}", file=sys.stderr)
+        elif code < 0 and failure is None and is_first_time:
+            is_first_time = False
         elif code != RESTART:
             raise StageError(code if code > 0 else 1, f"a measuring process {failure or how_it_ended(code)}")
         if until is not None and time.monotonic() >= until:

@@ -238,7 +238,7 @@ def test_profiles_between_runs_leave_time_for_the_repeats(tmp_path, monkeypatch)
 
 
 def test_a_capture_that_another_command_began_meanwhile_is_kept(tmp_path, monkeypatch):
-    def lock(folder):
+    def lock(folder, wait_s):
         campaign.begin(folder, settings(seed=5))
 
     monkeypatch.setattr(store, "lock", lock)
