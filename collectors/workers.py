@@ -21,7 +21,7 @@ from . import store
 RESTART = 75  # a process asks for a successor: its device no longer answers
 SAID_WHY = (2, 3)  # bad input, missing package: the process has printed a sentence
 N_RESTARTS = 12  # of one stage, before something is wrong with the machine rather than with a point
-LEAST_PATIENCE_S, PATIENCE_FACTOR = 90.0, 20.0  # silence after which a process counts as hanging
+LEAST_PATIENCE_S, PATIENCE_FACTOR = 60.0, 20.0  # silence after which a process counts as hanging
 START_PATIENCE_S, END_PATIENCE_S = 180.0, 20.0  # the same while it starts, and once it has said its last word
 GRACE_S = 20.0  # a process has so much more than its time, for the point it is at
 SIGNAL_PATIENCE_S = 5.0  # after SIGTERM, and after SIGKILL
