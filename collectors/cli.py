@@ -155,7 +155,8 @@ def _device(asked: str, is_plan: bool) -> str:
     # Minutes on a GPU machine are dear: they must not go to its CPU because torch and driver do not fit together.
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not is_plan and not is_hidden and any(DEVICE_FILES.glob("nvidia[0-9]*")):
-        why = str(said[-1].message).splitlines()[0] if said else f"it is built for CUDA {torch.version.cuda}"
+        built = f"it is built for CUDA {torch.version.cuda}" if torch.version.cuda else "it is built without CUDA"
+        why = str(said[-1].message).splitlines()[0] if said else built
         words = f"torch {torch.__version__} cannot use the GPU of this machine ({why})"
         raise InputError(f"{words}; --device cpu measures the CPU")
     return "cpu"
