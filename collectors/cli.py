@@ -5,6 +5,8 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +30,8 @@ FAST_BF16 = {"avx512_bf16", "amx_bf16", "svebf16", "bf16"}
 INTERRUPTED = 130
 RUNS = {"quick": 1, "standard": 3, "full": 5}
 LONGEST_MINUTES = 24 * 60
+STARTED = time.monotonic()
+DEVICE_FILES = Path("/dev")
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,7 +148,18 @@ def _device(asked: str, is_plan: bool) -> str:
     _require_torch("cpu")
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return "cuda"
+    # Minutes on a GPU machine are dear: they must not go to its CPU because torch and driver do not fit together.
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not is_plan and not is_hidden and any(DEVICE_FILES.glob("nvidia[0-9]*")):
+        built = f"it is built for CUDA {torch.version.cuda}" if torch.version.cuda else "it is built without CUDA"
+        why = str(said[-1].message).splitlines()[0] if said else built
+        words = f"torch {torch.__version__} cannot use the GPU of this machine ({why})"
+        raise InputError(f"{words}; --device cpu measures the CPU")
+    return "cpu"
 
 
 def _require_torch(device: str) -> None:
@@ -194,7 +209,7 @@ def _campaign(args: argparse.Namespace) -> int:
         "campaign", device=device, dtypes=dtypes, threads=args.threads or machine.n_physical_cores(), runs=runs,
         seed=args.seed, preset=args.preset, minutes=args.minutes, limits=limits, routing_files=args.routing_file,
     )  # fmt: skip
-    return _collect(args, settings, Order(settings, limits, tuple(args.routing_file)))
+    return _collect(args, settings, Order(settings, limits, tuple(args.routing_file), started=STARTED))
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -246,11 +261,7 @@ def _rehearse(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     from .stages import work
 
-    try:
-        work(args.out, args.arguments, args.routing_file, args.seconds)
-    except BrokenPipeError:  # the collection was killed: leave as quietly, the point at hand is on disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    work(args.out, args.arguments, args.routing_file, args.seconds, STARTED)
     return 0
 
 
@@ -275,6 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.exit_code not in (2, 3):
             print(f"collectors: {error}; the same command continues from the last point", file=sys.stderr)
         return error.exit_code if error.exit_code > 0 else 1
+    except BrokenPipeError:  # nobody reads on: the collection of a measuring process was killed, or `--plan` was piped
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"\ncollectors: interrupted; the same command continues {args.out}", file=sys.stderr)
         return INTERRUPTED

@@ -24,6 +24,7 @@ FLAGS_OF_INTEREST = (
 )  # fmt: skip
 CPU_DIR, NODE_DIR = Path("/sys/devices/system/cpu"), Path("/sys/devices/system/node")
 DMI_DIR, DMI_TABLE = Path("/sys/class/dmi/id"), Path("/sys/firmware/dmi/tables/DMI")
+GROUP_DIR, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 EDAC_DIR = Path("/sys/devices/system/edac/mc")
 # What /proc/cpuinfo of an Arm processor calls (implementer, part); Arm's own names.
 ARM_CORES = {
@@ -40,6 +41,7 @@ def cpu_list() -> list[int]:
 
 
 CPUS_AT_START = tuple(cpu_list())
+ENOUGH_NEAR = 16  # processors of a memory node, or half of all
 
 
 def _read(path: Path) -> str | None:
@@ -57,10 +59,13 @@ def _cpuinfo() -> Mapping[str, str]:
 
 
 def n_physical_cores() -> int:
-    """Cores this process may use, hardware threads of one core counted once."""
+    """Cores this process may use, hardware threads of one core counted once; no more than its group's processor time.
+
+    A group of 16 cores' time on a machine of 112 sees all of them, and that many threads would wait for their turns.
+    """
     cpus = cpu_list()
     siblings = {_read(CPU_DIR / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
-    return max(1, len(siblings))
+    return max(1, min(len(siblings), int(cpu_quota_cores() or len(siblings))))
 
 
 def cache_bytes(level: int) -> int | None:
@@ -79,13 +84,34 @@ def last_level_cache_bytes() -> int | None:
     return cache_bytes(3) or cache_bytes(2)
 
 
+def _of_groups(controller: str, name: str, name_v1: str) -> list[tuple[Path, str]]:
+    """Folder and text of a file of this process's control group and of those around it, of either kind of group.
+
+    A container sees its own group as the root; a batch job does not, and finds its limits further down.
+    """
+    bases = {GROUP_DIR: name, GROUP_DIR / controller: name_v1}
+    places = [(GROUP_DIR, ""), (GROUP_DIR / controller, "")]
+    for line in (_read(OWN_GROUPS) or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            places.append((GROUP_DIR, path))
+        elif controller in controllers.split(","):
+            places.append((GROUP_DIR / controller, path))
+    folders = {
+        base / part: bases[base]
+        for base, path in places
+        for part in (Path(path.strip("/")), *Path(path.strip("/")).parents)
+    }
+    return [(folder, words) for folder, file in folders.items() if (words := _read(folder / file))]
+
+
 def memory_bytes() -> int | None:
     """Memory of the machine, or the limit of the control group when that is lower; null when unknown."""
     total = re.search(r"MemTotal:\s*(\d+) kB", _read(Path("/proc/meminfo")) or "")
     sizes = [int(total[1]) * 1024] if total else []
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        words = _read(Path("/sys/fs/cgroup") / limit) or ""
-        sizes += [int(words)] if words.isdecimal() else []
+    limits = _of_groups("memory", "memory.max", "memory.limit_in_bytes")
+    sizes += [int(words) for _, words in limits if words.isdecimal()]
     return min(sizes, default=None)
 
 
@@ -125,11 +151,13 @@ def cpus_of_node(node: int) -> list[int]:
 
 
 def stay_near(node: int) -> None:
-    """Keep this process, threads to come included, on the processors of a memory node, where there are any.
+    """Keep this process, threads to come included, on the processors of a memory node, where it has enough of them.
 
-    Pinned memory then lies where the GPU hangs, and not on a node of chance.
+    Pinned memory then lies where the GPU hangs, and not on a node of chance. A container may have a few processors
+    there and most elsewhere: experts that the host computes need those more.
     """
-    if hasattr(os, "sched_setaffinity") and (near := cpus_of_node(node)):
+    near = cpus_of_node(node)
+    if hasattr(os, "sched_setaffinity") and len(near) >= min(ENOUGH_NEAR, len(CPUS_AT_START) / 2) and near:
         os.sched_setaffinity(0, near)
 
 
@@ -150,6 +178,13 @@ def numa_nodes() -> list[dict[str, object]]:
     return found
 
 
+def n_nodes_in_use() -> int:
+    """Memory nodes with processors that this process may use now; 1 when the system does not tell."""
+    mine = set(cpu_list())
+    lists = (_read(folder / "cpulist") or "" for folder in NODE_DIR.glob("node[0-9]*"))
+    return max(1, sum(bool(mine & set(cpus_of(words))) for words in lists))
+
+
 def pci_link(domain: int, bus: int, device: int) -> dict[str, object]:
     """The memory node a PCI device hangs on and its widest link, from sysfs; null: not told. The id is not kept."""
     folder = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0")
@@ -164,8 +199,13 @@ def pci_link(domain: int, bus: int, device: int) -> dict[str, object]:
 
 def cpu_quota_cores() -> float | None:
     """Processor time of the control group in cores, or null when it has no limit or does not tell."""
-    quota, _, period = (_read(Path("/sys/fs/cgroup/cpu.max")) or "").partition(" ")
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+    found = []
+    for folder, words in _of_groups("cpu", "cpu.max", "cpu.cfs_quota_us"):
+        quota, _, period = words.partition(" ")
+        period = period or _read(folder / "cpu.cfs_period_us") or ""
+        if quota.isdecimal() and period.isdecimal():  # `max` and -1 are no limit
+            found.append(int(quota) / int(period))
+    return min(found, default=None)
 
 
 def _cpu_model(info: Mapping[str, str]) -> str:
