@@ -116,9 +116,16 @@ def memory_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Memory that new allocations can take now, or null when unknown."""
+    """Memory that new allocations can take now, or less where a control group limits it; null when unknown."""
     found = re.search(r"MemAvailable:\s*(\d+) kB", _read(Path("/proc/meminfo")) or "")
-    return int(found[1]) * 1024 if found else None
+    sizes = [int(found[1]) * 1024] if found else []
+    for folder, limit in _of_groups("memory", "memory.max", "memory.limit_in_bytes"):
+        used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes") or ""
+        if limit.isdecimal() and used.isdecimal():
+            # Cached files count as used there and give way.
+            cached = re.search(r"^inactive_file (\d+)", _read(folder / "memory.stat") or "", re.M)
+            sizes.append(max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
+    return min(sizes, default=None)
 
 
 def load_average() -> float | None:

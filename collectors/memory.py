@@ -7,13 +7,13 @@ reads other copies, so that caches stay cold. One range over both memories is in
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from perfmodel.errors import InputError
 
+from . import machine
 from .alias import check_alias, device_alias
 from .driver import VirtualMemory
 from .workloads import Workload
@@ -132,29 +132,9 @@ def host_pool_bytes(workloads: Sequence[Workload], limit_bytes: float) -> int:
 
 
 def free_host_bytes() -> int:
-    """Host memory that may still be taken: what the system has free, or less where a control group limits it."""
-    found = [1 << 62]
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    for limit, used, stat in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        root = Path("/sys/fs/cgroup")
-        words = [*_lines(root / limit)[:1], *_lines(root / used)[:1]]
-        if len(words) == 2 and all(word.isdecimal() for word in words):
-            # Cached files count as used there and give way.
-            cached = [int(line.split()[1]) for line in _lines(root / stat) if line.startswith("inactive_file ")]
-            found.append(int(words[0]) - int(words[1]) + sum(cached))
-    return max(0, min(found))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []
+    """Host memory that may still be taken; without end where the system does not tell."""
+    free = machine.available_bytes()
+    return 1 << 62 if free is None else free
 
 
 def fill(flat: Tensor, block: Tensor) -> None:

@@ -16,7 +16,21 @@ from tests.lanes_made import MadeCuda, pickers, run_adversarially
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import access, checks, graphs, lanes, layer, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
+from collectors import (  # noqa: E402
+    access,
+    checks,
+    graphs,
+    lanes,
+    layer,
+    machine,
+    mapped,
+    memory,
+    modes,
+    plan,
+    points,
+    rehearse,
+    workloads,
+)
 from collectors.lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Step  # noqa: E402
 
 WAYS = (
@@ -538,7 +552,7 @@ def test_free_memory_minds_the_control_group(monkeypatch, tmp_path):
         "/sys/fs/cgroup/memory.current": ["900000"],
         "/sys/fs/cgroup/memory.stat": ["anon 5", "inactive_file 40000"],
     }
-    monkeypatch.setattr(memory, "_lines", lambda path: files.get(str(path), []))
+    monkeypatch.setattr(machine, "_read", lambda path: "\n".join(files[str(path)]) if str(path) in files else None)
     assert memory.free_host_bytes() == 140000
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert memory.free_host_bytes() == 2048 * 1024
