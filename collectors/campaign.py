@@ -242,6 +242,8 @@ class Collection:
             self.progress.close()
         for line in summary_words(self.folder, spent_s(self.folder)):
             print(line, file=sys.stderr)
+        if not store.points(self.folder):
+            raise StageError(1, f"no point was measured; {store.LEFT_OUT} says why, unless time was too short")
 
     def describe(self) -> None:
         """What the machine is and can do, as its own process finds."""

@@ -184,6 +184,13 @@ def test_nsys_that_is_missing_costs_one_sentence(tmp_path, monkeypatch, capsys):
     assert len(store.points(tmp_path)) == 3 * store.read_capture(tmp_path)["n_workloads"]
 
 
+def test_a_campaign_without_a_point_is_an_error(tmp_path, monkeypatch):
+    FakeProcesses(monkeypatch, per_point_s=1e6)
+    order = begun(tmp_path, minutes=2.0)
+    with pytest.raises(StageError, match="no point was measured"):
+        collected(tmp_path, order)
+
+
 def test_other_options_are_refused_and_a_failed_stage_is_an_error(tmp_path, monkeypatch):
     order = begun(tmp_path)
     with pytest.raises(InputError, match="holds another plan \\(seed was 0 and is 5\\)"):
