@@ -1,0 +1,118 @@
+"""A whole campaign on the made-up CUDA device: tiny shapes, tiny probes, and measuring processes that are calls."""
+
+import contextlib
+import gc
+import io
+import json
+import queue
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from collectors import cli, machine, modes, probes_cuda, probes_host, probes_link, studies, workers
+from collectors.timing import Limits
+from collectors.workloads import scaled_shape
+from tests import pretend_cuda
+
+TINY = studies.Scale(
+    shapes=("e8-k2-h2048-i1024", "e16-k4-h2048-i1024"), tokens=(1, 16, 64), routings=studies.SKEWS[:2], rows=(1, 8, 9),
+    n_experts=(8, 16), offload_shapes=("e8-k2-h2048-i1024",), offload_tokens=(1, 16, 64), fracs=(1 / 8, 1 / 2, 1.0),
+    layer_shapes=("e8-k2-h2048-i1024",), layer_tokens=(1, 16),
+)  # fmt: skip
+DIVISOR = 32  # of all widths
+
+
+class Died(BaseException):
+    """A measuring process is ended by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
+def tiny_shape(name: str, dtype: str):
+    """A shape with the experts of the real one and narrow."""
+    whole = scaled_shape(name, dtype)
+    hidden, inter = (max(16, round(n / DIVISOR / 16) * 16) for n in (whole.hidden, whole.inter))
+    return scaled_shape(f"e{whole.n_experts}-k{whole.top_k}-h{hidden}-i{inter}", dtype)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans and probes that take seconds on a CPU."""
+    monkeypatch.setitem(studies.CUDA_SCALES, "quick", TINY)
+    monkeypatch.setattr(studies, "scaled_shape", tiny_shape)
+    monkeypatch.setattr(machine, "last_level_cache_bytes", lambda: 1 << 18)
+    small = {
+        probes_cuda: {"SIDES": {"quick": (64,)}, "STREAM_BYTES": {"quick": 1 << 16}, "BURST": 8, "N_GRAPH": 8,
+                      "EXPERT_K": 64, "EXPERT_N": 64},
+        probes_link: {"CORE_BYTES": 1 << 16, "COVER_BYTES": 1 << 17, "SIZES": {"quick": (1 << 12, 1 << 16)},
+                      "BOTH_SIZES": {"quick": (1 << 16,)}, "READ_SIZES": {"quick": (1 << 16,)},
+                      "BESIDE_EXPERT": (64, 64), "LEAST_WINDOW_NS": 2_000_000},
+        probes_host: {"LEAST_STREAM_BYTES": 1 << 16, "PROBE_SIDE": 64, "GEMM_SIDES": (128, 64),
+                      "EXPERTS": ((64, 64),), "EXPERT_NS": {"quick": 100_000_000}},
+    }  # fmt: skip
+    small |= {modes: {"CHUNK_BYTES": 1 << 14}, cli: {"QUICK": Limits(min_repeat_ns=50_000, point_ns=1_000_000)}}
+    for module, names in small.items():
+        for name, value in names.items():
+            monkeypatch.setattr(module, name, value)
+
+
+@dataclass
+class Processes:
+    """Measuring processes that run in this one, one after another, as the real supervisor starts them.
+
+    `now` is the last thing begun, `codes` are the stages so far with their exit codes, `leaks` what they left behind
+    that outlives their points. `on_begin` is called with each thing as it begins.
+    """
+
+    device: pretend_cuda.PretendedCuda
+    now: dict = field(default_factory=dict)
+    codes: list = field(default_factory=list)
+    leaks: list = field(default_factory=list)
+    on_begin: Callable[[dict], None] = lambda word: None
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Processes":
+        monkeypatch.setattr(workers, "_started", self._started)
+        monkeypatch.setattr(workers, "end", lambda process: None)
+        return self
+
+    def _started(self, stage):
+        said, words, n_threads = queue.Queue(), _Said(self), torch.get_num_threads()
+        assert stage.wrap(["program"])[-1] == "program"
+        try:
+            with contextlib.redirect_stdout(words):
+                code = cli.main(["stage", *stage.arguments, "--out", str(stage.folder)])
+        except SystemExit as ended:
+            code = ended.code
+        except Died as death:
+            code = -death.signal
+        finally:
+            torch.set_num_threads(n_threads)
+        if not self.device.is_lost:
+            gc.collect()
+            self.leaks += [words for words in self.device.driver.leaks() if "held" not in words]  # idle ones are kept
+            self.leaks += [f"{n} bytes pinned" for n in self.device.pinned.values()]
+        pretend_cuda.forget(self.device)
+        self.codes.append((stage.arguments[0], code))
+        for line in words.getvalue().splitlines():
+            said.put(line)
+        said.put(None)
+        return types.SimpleNamespace(returncode=code, wait=lambda: code), said
+
+
+class _Said(io.StringIO):
+    """The stdout of a process."""
+
+    def __init__(self, processes: Processes) -> None:
+        super().__init__()
+        self.processes = processes
+
+    def write(self, words: str) -> int:
+        n = super().write(words)
+        if words.startswith('{"begin"'):
+            self.processes.now = json.loads(words)["begin"]
+            self.processes.on_begin(self.processes.now)
+        return n

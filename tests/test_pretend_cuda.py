@@ -1,0 +1,350 @@
+"""The CUDA path of a campaign on a made-up device that computes: nothing crosses devices, nothing is lost or twice.
+
+Times are those of a CPU and mean nothing, so what the check of captures finds in their physics does not count here.
+"""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from collectors import cli, design, modes, points, store, studies
+from collectors.calibration import key
+from perfmodel.capture import load_capture
+from perfmodel.plausible import check_capture
+from tests import pretend_campaign, pretend_cuda
+
+OPTIONS = ("--device", "cuda", "--preset", "quick", "--minutes", "8", "--threads", "1")
+FEW = ("layer",)  # studies that have every way and both launches in few points
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with pretend_cuda.installed(monkeypatch) as made:
+        yield made
+
+
+@pytest.fixture
+def processes(monkeypatch, device):
+    pretend_campaign.shrink(monkeypatch)
+    monkeypatch.setattr(design, "STUDIES", {name: studies.STUDIES[name] for name in FEW})
+    return pretend_campaign.Processes(device).install(monkeypatch)
+
+
+def counted(folder):
+    """How often each point and each probe of a run is on disk."""
+    seen = Counter((p["workload"], p["run"]) for p in store.points(folder))
+    return seen + Counter((key(line), line["run"]) for line in store.calibrations(folder))
+
+
+def planned(folder):
+    return {line["workload"]: line for line in store.read_workloads(folder)}
+
+
+def reasons(folder, *keys):
+    """Reasons of what was left out, of the entries with one of these keys."""
+    return [entry["reason"] for entry in store.left_out(folder) if any(k in entry for k in keys)]
+
+
+def collect(folder, *more):
+    return cli.main(["campaign", "--out", str(folder), *OPTIONS, *more])
+
+
+# --- the made-up device itself ---
+
+
+def test_devices_are_kept_apart(device):
+    here, there = torch.ones(2, 3), torch.ones(2, 3, device="cuda")
+    assert there.is_cuda and there.device == torch.device("cuda:0") and not here.is_cuda
+    with pytest.raises(RuntimeError, match="same device"):
+        _ = here + there
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.cat([there, here])
+    assert (there + torch.tensor(1.0)).is_cuda  # a number may come from the host
+    assert not (there.cpu() + here).is_cuda and here.to("cuda").is_cuda and here.cuda()[0].is_cuda
+    there.copy_(here * 5)
+    assert there.sum().item() == 30 and here.sum().item() == 6
+    assert here.to(there).is_cuda and there.to(torch.bfloat16).is_cuda
+
+
+def test_what_is_mapped_or_pinned_is_seen_in_place(device):
+    pinned = torch.empty(4, dtype=torch.float32, pin_memory=True).fill_(1)
+    assert pinned[1:].is_pinned() and not torch.ones(4).is_pinned()
+    from collectors.alias import check_alias, device_alias
+
+    alias = device_alias(pinned)
+    check_alias(pinned, alias)
+    alias.mul_(3)
+    assert alias.is_cuda and pinned.tolist() == [3.0] * 4
+    with pytest.raises(ValueError, match="not registered"):
+        torch.as_tensor(type("Plain", (), {"__cuda_array_interface__": {
+            "shape": (4,), "typestr": "|u1", "data": (torch.ones(4).data_ptr(), False), "version": 2}})(), device="cuda")  # fmt: skip
+
+
+def test_a_capture_refuses_to_wait_and_replays_what_it_held(device):
+    x, graph = torch.ones(4, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x * 2
+        y.add_(1)
+    x.fill_(10)
+    assert y.tolist() == [3.0] * 4
+    graph.replay()
+    assert y.tolist() == [21.0] * 4
+    with pytest.raises(RuntimeError, match="not permitted"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.sum().item()
+    with pytest.raises(RuntimeError, match="not permitted"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.copy_(torch.ones(4))
+    with pytest.raises(AssertionError, match="not forked"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            pass
+
+
+def test_a_lost_device_stays_lost(device):
+    x = torch.ones(4, device="cuda")
+    device.is_lost = True
+    for call in (lambda: x + 1, torch.cuda.synchronize, torch.cuda.empty_cache, x.cpu):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            call()
+
+
+@pytest.mark.parametrize("way", points.WAYS)
+def test_every_way_works_on_the_made_up_device(device, way):
+    reason = points.capability("cuda", way)
+    assert (reason is None) == (way != "system") and device.driver.leaks() == []
+    assert way != "mapped" or device.driver.n_mapped_ever > 2
+    assert way != "graph" or device.n_replays
+
+
+def test_plain_memory_is_read_in_place_on_a_coherent_machine(monkeypatch):
+    with pretend_cuda.installed(monkeypatch, is_coherent=True):
+        assert points.capability("cuda", "system") is None
+
+
+# --- a whole campaign ---
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A capture of the scaled-down plan, with a routing file, and what its processes left behind."""
+    folder = tmp_path_factory.mktemp("whole")
+    routing = folder / "measured.npz"
+    rng = np.random.default_rng(0)
+    np.savez(routing, counts=rng.integers(1, 100, size=(1, 8)))
+    out = folder / "capture"
+    with pytest.MonkeyPatch.context() as monkeypatch, pretend_cuda.installed(monkeypatch) as device:
+        pretend_campaign.shrink(monkeypatch)
+        processes = pretend_campaign.Processes(device).install(monkeypatch)
+        code = collect(out, "--nsys", "--routing-file", str(routing))
+        yield out, processes, code
+
+
+def test_every_study_and_way_is_measured(whole):
+    folder, processes, code = whole
+    assert code == 0 and [c for c in processes.codes if c[1] != 0] == [] and processes.device.n_mixed == 0
+    capture, lines, measured = store.read_capture(folder), planned(folder), store.points(folder)
+    assert {way: capture["capabilities"][way] for way in ("mapped", "split", "graph", "fp8")} == dict.fromkeys(
+        ("mapped", "split", "graph", "fp8")
+    )
+    assert "plain system memory" in capture["capabilities"]["system"]
+    assert {p["workload"] for p in measured} == set(lines) and set(counted(folder).values()) == {1}
+    assert {line["study"] for line in lines.values()} == set(studies.STUDIES)
+    ways = {(w["access"], w.get("residency"), w["op"], w.get("launch")) for w in lines.values()}
+    for access, residency in (("zero-copy", "mapped"), ("zero-copy", "split"), ("copy", None), ("copy-overlap", None),
+                              ("cpu", None)):  # fmt: skip
+        of_way = [way for way in ways if way[:2] == (access, residency)]
+        assert {way[2] for way in of_way} == {"grouped_gemm", "moe_layer"}
+        assert access != "zero-copy" or ("graph" in {way[3] for way in of_way})
+    assert {w["dtype"] for w in lines.values()} == {"bf16", "fp8"}
+    for point in measured:
+        line, facts = lines[point["workload"]], point["facts"]
+        assert min(point["times_ns"]) > 0 and facts["n_positions"] >= 1
+        assert ("calls_per_graph" in facts) == (line.get("launch") == "graph")
+        assert ("n_active_offloaded" in facts) == (line["access"] != "resident")
+        if line.get("residency") == "mapped":
+            assert facts["granule_bytes"] == processes.device.driver.granule_bytes
+        if line["access"] != "resident" and line["op"] == "moe_layer" and line.get("residency") != "mapped":
+            assert facts["counts"] == "read back in each call"
+
+
+def test_buffers_were_used_again(whole):
+    folder, _, _ = whole
+    launches = [p["facts"].get("n_expert_launches", 0) for p in store.points(folder)]
+    assert max(launches) > 3  # residents and more chunks than buffers
+
+
+def test_only_what_cannot_be_is_left_out(whole):
+    folder, _, _ = whole
+    assert reasons(folder, "workload") == []
+    assert reasons(folder, "probe") == ["this GPU does not read plain system memory through the host's page tables"]
+    profiles = reasons(folder, "profile")
+    assert profiles and all(reason.startswith("the profiler saw no CUDA kernel; ") for reason in profiles)
+    assert all("\n" not in reason for reason in reasons(folder, "workload", "probe", "profile", "capability", "nsys"))
+
+
+def test_every_number_of_the_machine_is_measured(whole):
+    folder, _, _ = whole
+    found = store.read_capture(folder)["calibration"]
+    expected = ["bf16_gemm_flops_per_s", "fp8_gemm_flops_per_s", "memory_stream_bytes_per_s", "memory_copy_bytes_per_s", "memory_triad_bytes_per_s", "link_h2d_copy_bytes_per_s", "link_d2h_copy_bytes_per_s", "link_h2d_pageable_bytes_per_s", "link_d2h_pageable_bytes_per_s", "link_both_copy_bytes_per_s", "link_kernel_read_bytes_per_s", "launch_overhead_ns", "null_kernel_ns", "graph_launch_ns", "graph_kernel_ns", "call_overhead_ns", "link_h2d_contended_bytes_per_s", "host_capacity_bytes", "memory_capacity_bytes", "l2_capacity_bytes", "n_cores_count"]
+    assert [name for name in expected if name not in found] == []
+
+
+def test_the_capture_is_whole_and_says_who_it_is(whole):
+    folder, _, _ = whole
+    capture = load_capture(folder)
+    assert capture is not None
+    wrong = [f for f in check_capture(folder) if f.severity == "error" and f.group != "physics"]
+    assert wrong == []
+
+
+def test_nothing_stays_behind(whole):
+    _, processes, _ = whole
+    assert processes.leaks == [] and processes.device.pinned == {} and processes.device.driver.leaks() == []
+
+
+# --- what goes wrong ---
+
+
+def test_a_point_without_memory_is_left_out_and_the_rest_goes_on(processes, device, tmp_path):
+    unlucky = []
+
+    def on_product(name):
+        current = processes.now.get("workload")
+        if current and not unlucky and planned(tmp_path / "c")[current]["access"] == "copy":
+            unlucky.append(current)
+        if current and current in unlucky:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nmade up")
+
+    device.before = on_product
+    assert collect(tmp_path / "c") == 0
+    folder = tmp_path / "c"
+    assert reasons(folder, "workload") == ["CUDA out of memory. Tried to allocate 20.00 GiB"]
+    assert {p["workload"] for p in store.points(folder)} == set(planned(folder)) - set(unlucky)
+    assert ("run", 75) not in processes.codes and processes.leaks == []
+
+
+def test_a_check_without_memory_is_made_again(processes, device, tmp_path, monkeypatch):
+    """A kind that was never compared is not timed."""
+    def spoiled(pairs):
+        """A copy that never happens: what is computed then is wrong."""
+
+    failed = []
+
+    def on_product(name):
+        current = processes.now.get("workload")
+        if current and not failed and planned(tmp_path / "c")[current]["access"] == "copy":
+            failed.append(current)
+            monkeypatch.setattr(modes, "_copy", spoiled)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    device.before = on_product
+    assert collect(tmp_path / "c") == 0
+    lines = planned(tmp_path / "c")
+    timed = [lines[p["workload"]]["access"] for p in store.points(tmp_path / "c")]
+    assert len(failed) == 1 and "copy" not in timed and timed.count("cpu") > 0
+
+
+def test_what_computes_wrongly_is_not_timed(processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(modes, "_copy", lambda pairs: None)
+    assert collect(tmp_path / "c") == 0
+    lines = planned(tmp_path / "c")
+    timed = {lines[p["workload"]]["access"] for p in store.points(tmp_path / "c")}
+    assert timed == {"resident", "zero-copy", "cpu"}
+    assert all("differs from" in reason for reason in reasons(tmp_path / "c", "workload"))
+
+
+def test_a_lost_device_ends_its_process_and_the_next_goes_on(processes, device, tmp_path):
+    unlucky = []
+
+    def on_product(name):
+        current = processes.now.get("workload")
+        if current and len(unlucky) < 2 and planned(tmp_path / "c")[current]["access"] in ("cpu", "zero-copy"):
+            unlucky.append(current)
+            device.is_lost = True
+            raise RuntimeError(pretend_cuda.STICKY)
+
+    device.before = on_product
+    assert collect(tmp_path / "c") == 0
+    folder = tmp_path / "c"
+    assert [code for stage, code in processes.codes if stage == "run"] == [75, 75, 0]
+    assert sorted(e["workload"] for e in store.left_out(folder) if "workload" in e) == sorted(unlucky)
+    assert {p["workload"] for p in store.points(folder)} == set(planned(folder)) - set(unlucky)
+    assert set(counted(folder).values()) == {1}
+    assert all("illegal memory access" in reason for reason in reasons(folder, "workload"))
+
+
+def test_a_device_lost_while_ways_are_tried_costs_that_way_alone(processes, device, tmp_path):
+    def on_product(name):
+        if processes.now.get("capability") == "mapped":
+            device.is_lost = True
+            raise RuntimeError(pretend_cuda.STICKY)
+
+    device.before = on_product
+    assert collect(tmp_path / "c") == 0
+    found = store.read_capture(tmp_path / "c")["capabilities"]
+    assert "illegal memory access" in found["mapped"] and found["split"] is None and found["graph"] is None
+    assert not any(w.get("residency") == "mapped" for w in planned(tmp_path / "c").values())
+    assert [code for stage, code in processes.codes if stage == "describe"] == [75, 0]
+
+
+def test_a_process_that_dies_leaves_its_point_out(processes, tmp_path):
+    died = []
+
+    def on_begin(word):
+        if ("workload" in word or "probe" in word) and len(died) < 2 and list(word)[0] not in died:
+            died.append(list(word)[0])
+            raise pretend_campaign.Died(11)
+
+    processes.on_begin = on_begin
+    assert collect(tmp_path / "c") == 0
+    assert reasons(tmp_path / "c", "probe", "workload").count("was ended by signal SIGSEGV") == 2
+    assert set(counted(tmp_path / "c").values()) == {1}
+    assert len(store.points(tmp_path / "c")) == len(planned(tmp_path / "c")) - 1
+
+
+def test_a_kill_at_any_moment_loses_and_repeats_nothing(processes, tmp_path):
+    """Folders as a kill would have left them, each with half a line behind, are continued."""
+    kept = {}
+
+    def on_begin(word):
+        name = next(iter(word))
+        seen[name] += 1
+        if (name, seen[name]) in (("capability", 3), ("probe", 9), ("workload", 1), ("workload", 8), ("profile", 1)):
+            shutil.copytree(tmp_path / "c", tmp_path / f"{name}{seen[name]}")
+            kept[f"{name}{seen[name]}"] = seen[name]
+
+    seen = Counter()
+    processes.on_begin = on_begin
+    assert collect(tmp_path / "c") == 0
+    processes.on_begin = lambda word: None
+    assert len(kept) == 5
+    for name in kept:
+        folder = tmp_path / name
+        for journal in (store.OBSERVATIONS, store.CALIBRATION, store.LEFT_OUT):
+            with (folder / journal).open("a", encoding="utf-8") as file:
+                file.write('{"workload":"half a l')
+        before = counted(folder)
+        assert collect(folder) == 0
+        after = counted(folder)
+        assert set(after.values()) == {1} and set(before) <= set(after)
+        assert {p["workload"] for p in store.points(folder)} == set(planned(folder))
+        assert set(after) == set(counted(tmp_path / "c"))
+        assert not [f for f in check_capture(folder) if f.severity == "error" and f.group != "physics"]
+
+
+def test_an_interrupt_is_one_sentence_and_the_same_command_goes_on(processes, tmp_path, capsys):
+    n_points = []
+
+    def on_begin(word):
+        n_points.append(word)
+        if sum("workload" in w for w in n_points) == 5:
+            raise KeyboardInterrupt
+
+    processes.on_begin = on_begin
+    code = collect(tmp_path / "c")
+    assert code != 0
+    processes.on_begin = lambda word: None
+    assert collect(tmp_path / "c") == 0
+    assert set(counted(tmp_path / "c").values()) == {1}
+    assert {p["workload"] for p in store.points(tmp_path / "c")} == set(planned(tmp_path / "c"))
