@@ -12,17 +12,33 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from collectors import cli, machine, modes, probes_cuda, probes_host, probes_link, studies, workers
+from collectors import (
+    cli,
+    machine,
+    memory,
+    modes,
+    points,
+    probes,
+    probes_cuda,
+    probes_host,
+    probes_link,
+    studies,
+    workers,
+)
 from collectors.timing import Limits
 from collectors.workloads import scaled_shape
 from tests import pretend_cuda
 
 TINY = studies.Scale(
-    shapes=("e8-k2-h2048-i1024", "e16-k4-h2048-i1024"), tokens=(1, 16, 64), routings=studies.SKEWS[:2], rows=(1, 8, 9),
-    n_experts=(8, 16), offload_shapes=("e8-k2-h2048-i1024",), offload_tokens=(1, 16, 64), fracs=(1 / 8, 1 / 2, 1.0),
+    shapes=("e8-k2-h2048-i1024", "e16-k4-h2048-i1024"), tokens=(1, 16, 32), routings=studies.SKEWS[:2], rows=(1, 9),
+    n_experts=(8,), offload_shapes=("e8-k2-h2048-i1024",), offload_tokens=(1, 16, 32), fracs=(1 / 8, 1 / 2, 1.0),
     layer_shapes=("e8-k2-h2048-i1024",), layer_tokens=(1, 16),
 )  # fmt: skip
 DIVISOR = 32  # of all widths
+
+
+class Interrupted(BaseException):
+    """The command is interrupted while a process works."""
 
 
 class Died(BaseException):
@@ -43,18 +59,28 @@ def tiny_shape(name: str, dtype: str):
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans and probes that take seconds on a CPU."""
     monkeypatch.setitem(studies.CUDA_SCALES, "quick", TINY)
+    monkeypatch.setitem(studies.CUDA_SCALES, "standard", TINY)
     monkeypatch.setattr(studies, "scaled_shape", tiny_shape)
     monkeypatch.setattr(machine, "last_level_cache_bytes", lambda: 1 << 18)
+
+    def both(value: object) -> dict[str, object]:
+        return dict.fromkeys(("quick", "standard"), value)
+
+    limits = Limits(min_repeat_ns=50_000, point_ns=1_000_000)
     small = {
-        probes_cuda: {"SIDES": {"quick": (64,)}, "STREAM_BYTES": {"quick": 1 << 16}, "BURST": 8, "N_GRAPH": 8,
+        probes_cuda: {"SIDES": both((64,)), "STREAM_BYTES": both(1 << 16), "BURST": 8, "N_GRAPH": 8,
                       "EXPERT_K": 64, "EXPERT_N": 64},
-        probes_link: {"CORE_BYTES": 1 << 16, "COVER_BYTES": 1 << 17, "SIZES": {"quick": (1 << 12, 1 << 16)},
-                      "BOTH_SIZES": {"quick": (1 << 16,)}, "READ_SIZES": {"quick": (1 << 16,)},
-                      "BESIDE_EXPERT": (64, 64), "LEAST_WINDOW_NS": 2_000_000},
+        probes_link: {"CORE_BYTES": 1 << 16, "COVER_BYTES": 1 << 17, "SIZES": both((1 << 12, 1 << 16)),
+                      "BOTH_SIZES": both((1 << 16,)), "READ_SIZES": both((1 << 16,)), "BESIDE_EXPERT": (64, 64),
+                      "LEAST_WINDOW_NS": 2_000_000},
         probes_host: {"LEAST_STREAM_BYTES": 1 << 16, "PROBE_SIDE": 64, "GEMM_SIDES": (128, 64),
-                      "EXPERTS": ((64, 64),), "EXPERT_NS": {"quick": 100_000_000}},
+                      "EXPERTS": ((64, 64),), "EXPERT_NS": both(100_000_000)},
+        probes: {"BLOCK_BYTES": 1 << 14},
+        memory: {"MAX_POSITIONS": 32},
+        points: {"MAX_POSITIONS": 32},
+        modes: {"CHUNK_BYTES": 1 << 14},
+        cli: {"QUICK": limits, "CUDA": limits},
     }  # fmt: skip
-    small |= {modes: {"CHUNK_BYTES": 1 << 14}, cli: {"QUICK": Limits(min_repeat_ns=50_000, point_ns=1_000_000)}}
     for module, names in small.items():
         for name, value in names.items():
             monkeypatch.setattr(module, name, value)
@@ -89,10 +115,12 @@ class Processes:
             code = ended.code
         except Died as death:
             code = -death.signal
+        except Interrupted:
+            raise KeyboardInterrupt from None
         finally:
             torch.set_num_threads(n_threads)
+        gc.collect()
         if not self.device.is_lost:
-            gc.collect()
             self.leaks += [words for words in self.device.driver.leaks() if "held" not in words]  # idle ones are kept
             self.leaks += [f"{n} bytes pinned" for n in self.device.pinned.values()]
         pretend_cuda.forget(self.device)

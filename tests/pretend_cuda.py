@@ -14,6 +14,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -50,14 +51,20 @@ GROUPED = {torch.nn.functional.grouped_mm, torch._grouped_mm, torch._scaled_grou
 PRODUCTS = GROUPED | {torch.mm, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch._scaled_mm}
 
 
-def _tensors(found: object) -> Iterator[Tensor]:
+def _tensors(found: object) -> list[Tensor]:
     if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, list | tuple):
-        for part in found:
-            yield from _tensors(part)
-    elif isinstance(found, dict):
-        yield from _tensors(list(found.values()))
+        return [found]
+    if isinstance(found, dict):
+        found = found.values()
+    elif not isinstance(found, list | tuple):
+        return []
+    tensors = []
+    for part in found:
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        elif isinstance(part, list | tuple | dict):
+            tensors += _tensors(part)
+    return tensors
 
 
 def _mapped(found: object, change: Callable[[Tensor], object]) -> object:
@@ -75,6 +82,8 @@ def _is_device(word: object) -> bool:
 class PretendedCuda(TorchFunctionMode):
     """The device. `driver` is its driver library, `before` is called with the name of each matrix product."""
 
+    _shapes_seen: ClassVar[set[str]] = set()
+
     def __init__(self, total_bytes: int, driver: pretend_driver.Driver) -> None:
         super().__init__()
         self.total_bytes, self.driver = total_bytes, driver
@@ -86,7 +95,6 @@ class PretendedCuda(TorchFunctionMode):
         self.stream: object = None
         self.captured_streams: set = set()
         self.refuses_waiting = False
-        self._shapes_seen: set = set()
 
     # --- torch's functions ---
 
@@ -100,7 +108,7 @@ class PretendedCuda(TorchFunctionMode):
             return self._run(func, args, kwargs)
 
     def _run(self, func, args, kwargs):
-        found = [t for t in _tensors([args, kwargs]) if t is not None]
+        found = _tensors(args) + _tensors(kwargs) if kwargs else _tensors(args)
         on_cuda = [isinstance(t, CudaTensor) for t in found]
         target = kwargs.pop("device", None)
         if func in (Tensor.to, Tensor.cuda) and target is None:
@@ -316,7 +324,7 @@ def _stand_ins(device: PretendedCuda) -> dict[str, object]:
                 raise RuntimeError(STICKY)
             device.n_replays += 1
             for func, args, kwargs, result in self.done:
-                again = list(_tensors(func(*args, **kwargs)))
+                again = _tensors(func(*args, **kwargs))
                 for before, now in zip(_tensors(result), again, strict=True):
                     if before.data_ptr() != now.data_ptr():
                         before.copy_(now)
@@ -357,7 +365,7 @@ def _stand_ins(device: PretendedCuda) -> dict[str, object]:
     device.stream = Stream()
     properties = types.SimpleNamespace(
         name="made up", major=9, minor=0, multi_processor_count=132, total_memory=device.total_bytes,
-        L2_cache_size=1 << 20, uuid="0-0", pci_domain_id=0, pci_bus_id=1, pci_device_id=0,
+        L2_cache_size=1 << 18, uuid="0-0", pci_domain_id=0, pci_bus_id=1, pci_device_id=0,
     )  # fmt: skip
     return {
         "Event": Event, "Stream": Stream, "CUDAGraph": CUDAGraph, "graph": graph, "stream": stream_of,
@@ -375,7 +383,6 @@ def forget(device: PretendedCuda) -> None:
 
     for kept in (access.streams, graphs.capture_stream, modes._scales):
         kept.cache_clear()
-    gc.collect()
     device.driver.lose_all()
     device.is_lost = False
 
@@ -404,4 +411,5 @@ def installed(
     monkeypatch.setattr(gpu, "driver_library", lambda: device.driver)
     with device:
         yield device
+    gc.collect()  # views of mapped memory go before it does
     forget(device)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from collectors import cli, design, modes, points, store, studies
+from collectors import cli, design, modes, nsys, points, store, studies
+from collectors.alias import check_alias, device_alias
 from collectors.calibration import key
+from collectors.mapped import tensor_at
 from perfmodel.capture import load_capture
 from perfmodel.plausible import check_capture
 from tests import pretend_campaign, pretend_cuda
@@ -72,15 +74,13 @@ def test_devices_are_kept_apart(device):
 def test_what_is_mapped_or_pinned_is_seen_in_place(device):
     pinned = torch.empty(4, dtype=torch.float32, pin_memory=True).fill_(1)
     assert pinned[1:].is_pinned() and not torch.ones(4).is_pinned()
-    from collectors.alias import check_alias, device_alias
-
     alias = device_alias(pinned)
     check_alias(pinned, alias)
     alias.mul_(3)
     assert alias.is_cuda and pinned.tolist() == [3.0] * 4
+    plain = torch.ones(4)
     with pytest.raises(ValueError, match="not registered"):
-        torch.as_tensor(type("Plain", (), {"__cuda_array_interface__": {
-            "shape": (4,), "typestr": "|u1", "data": (torch.ones(4).data_ptr(), False), "version": 2}})(), device="cuda")  # fmt: skip
+        tensor_at(plain.data_ptr(), 16)
 
 
 def test_a_capture_refuses_to_wait_and_replays_what_it_held(device):
@@ -96,9 +96,9 @@ def test_a_capture_refuses_to_wait_and_replays_what_it_held(device):
         x.sum().item()
     with pytest.raises(RuntimeError, match="not permitted"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         x.copy_(torch.ones(4))
-    with pytest.raises(AssertionError, match="not forked"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            pass
+    unforked = torch.cuda.stream(torch.cuda.Stream())
+    with pytest.raises(AssertionError, match="not forked"), torch.cuda.graph(torch.cuda.CUDAGraph()), unforked:
+        pass
 
 
 def test_a_lost_device_stays_lost(device):
@@ -137,7 +137,7 @@ def whole(tmp_path_factory):
         pretend_campaign.shrink(monkeypatch)
         processes = pretend_campaign.Processes(device).install(monkeypatch)
         code = collect(out, "--nsys", "--routing-file", str(routing))
-        yield out, processes, code
+    return out, processes, code
 
 
 def test_every_study_and_way_is_measured(whole):
@@ -186,7 +186,29 @@ def test_only_what_cannot_be_is_left_out(whole):
 def test_every_number_of_the_machine_is_measured(whole):
     folder, _, _ = whole
     found = store.read_capture(folder)["calibration"]
-    expected = ["bf16_gemm_flops_per_s", "fp8_gemm_flops_per_s", "memory_stream_bytes_per_s", "memory_copy_bytes_per_s", "memory_triad_bytes_per_s", "link_h2d_copy_bytes_per_s", "link_d2h_copy_bytes_per_s", "link_h2d_pageable_bytes_per_s", "link_d2h_pageable_bytes_per_s", "link_both_copy_bytes_per_s", "link_kernel_read_bytes_per_s", "launch_overhead_ns", "null_kernel_ns", "graph_launch_ns", "graph_kernel_ns", "call_overhead_ns", "link_h2d_contended_bytes_per_s", "host_capacity_bytes", "memory_capacity_bytes", "l2_capacity_bytes", "n_cores_count"]
+    expected = [
+        "bf16_gemm_flops_per_s",
+        "fp8_gemm_flops_per_s",
+        "memory_stream_bytes_per_s",
+        "memory_copy_bytes_per_s",
+        "memory_triad_bytes_per_s",
+        "link_h2d_copy_bytes_per_s",
+        "link_d2h_copy_bytes_per_s",
+        "link_h2d_pageable_bytes_per_s",
+        "link_d2h_pageable_bytes_per_s",
+        "link_both_copy_bytes_per_s",
+        "link_kernel_read_bytes_per_s",
+        "launch_overhead_ns",
+        "null_kernel_ns",
+        "graph_launch_ns",
+        "graph_kernel_ns",
+        "call_overhead_ns",
+        "link_h2d_contended_bytes_per_s",
+        "host_capacity_bytes",
+        "memory_capacity_bytes",
+        "l2_capacity_bytes",
+        "n_cores_count",
+    ]
     assert [name for name in expected if name not in found] == []
 
 
@@ -226,6 +248,7 @@ def test_a_point_without_memory_is_left_out_and_the_rest_goes_on(processes, devi
 
 def test_a_check_without_memory_is_made_again(processes, device, tmp_path, monkeypatch):
     """A kind that was never compared is not timed."""
+
     def spoiled(pairs):
         """A copy that never happens: what is computed then is wrong."""
 
@@ -292,8 +315,8 @@ def test_a_process_that_dies_leaves_its_point_out(processes, tmp_path):
     died = []
 
     def on_begin(word):
-        if ("workload" in word or "probe" in word) and len(died) < 2 and list(word)[0] not in died:
-            died.append(list(word)[0])
+        if ("workload" in word or "probe" in word) and len(died) < 2 and next(iter(word)) not in died:
+            died.append(next(iter(word)))
             raise pretend_campaign.Died(11)
 
     processes.on_begin = on_begin
@@ -310,7 +333,7 @@ def test_a_kill_at_any_moment_loses_and_repeats_nothing(processes, tmp_path):
     def on_begin(word):
         name = next(iter(word))
         seen[name] += 1
-        if (name, seen[name]) in (("capability", 3), ("probe", 9), ("workload", 1), ("workload", 8), ("profile", 1)):
+        if (name, seen[name]) in (("capability", 3), ("probe", 9), ("workload", 8), ("profile", 1)):
             shutil.copytree(tmp_path / "c", tmp_path / f"{name}{seen[name]}")
             kept[f"{name}{seen[name]}"] = seen[name]
 
@@ -318,7 +341,7 @@ def test_a_kill_at_any_moment_loses_and_repeats_nothing(processes, tmp_path):
     processes.on_begin = on_begin
     assert collect(tmp_path / "c") == 0
     processes.on_begin = lambda word: None
-    assert len(kept) == 5
+    assert len(kept) == 4
     for name in kept:
         folder = tmp_path / name
         for journal in (store.OBSERVATIONS, store.CALIBRATION, store.LEFT_OUT):
@@ -334,17 +357,49 @@ def test_a_kill_at_any_moment_loses_and_repeats_nothing(processes, tmp_path):
 
 
 def test_an_interrupt_is_one_sentence_and_the_same_command_goes_on(processes, tmp_path, capsys):
-    n_points = []
+    begun = []
 
     def on_begin(word):
-        n_points.append(word)
-        if sum("workload" in w for w in n_points) == 5:
-            raise KeyboardInterrupt
+        begun.append(word)
+        if sum("workload" in w for w in begun) == 5:
+            raise pretend_campaign.Interrupted
 
     processes.on_begin = on_begin
-    code = collect(tmp_path / "c")
-    assert code != 0
+    assert collect(tmp_path / "c") == 130
+    assert capsys.readouterr().err.endswith(f"interrupted; the same command continues {tmp_path / 'c'}\n")
+    assert len(store.points(tmp_path / "c")) == 4
     processes.on_begin = lambda word: None
     assert collect(tmp_path / "c") == 0
     assert set(counted(tmp_path / "c").values()) == {1}
     assert {p["workload"] for p in store.points(tmp_path / "c")} == set(planned(tmp_path / "c"))
+
+
+def test_three_runs_repeat_the_points_and_see_the_machine_drift(processes, tmp_path):
+    """The standard preset: calibration again after each run, profiles of batch sizes and of replayed graphs."""
+    assert collect(tmp_path / "c", "--preset", "standard", "--dtype", "bfloat16") == 0
+    folder = tmp_path / "c"
+    assert {p["run"] for p in store.points(folder)} == {0, 1, 2} and set(counted(folder).values()) == {1}
+    assert len(store.points(folder)) == 3 * len(planned(folder))
+    runs = Counter(line["run"] for line in store.calibrations(folder))
+    assert set(runs) == {0, 1, 2, 3} and runs[1] == runs[2] == runs[3] > 3
+    profiled = {e["profile"] for e in store.left_out(folder) if "profile" in e}
+    assert any("graph" in name for name in profiled) and any("copy-overlap" in name for name in profiled)
+
+
+def test_a_coherent_machine_has_one_more_way(monkeypatch, tmp_path):
+    with pretend_cuda.installed(monkeypatch, is_coherent=True) as device:
+        pretend_campaign.shrink(monkeypatch)
+        monkeypatch.setattr(design, "STUDIES", {name: studies.STUDIES[name] for name in FEW})
+        processes = pretend_campaign.Processes(device).install(monkeypatch)
+        assert collect(tmp_path / "c", "--dtype", "bfloat16") == 0
+        assert reasons(tmp_path / "c", "probe", "workload") == [] and processes.leaks == []
+        assert "system" in {w.get("residency") for w in planned(tmp_path / "c").values()}
+        assert store.read_capture(tmp_path / "c")["calibration"]["link_system_read_bytes_per_s"]["value"] > 0
+
+
+def test_under_nsys_the_points_run_and_a_missing_report_is_one_sentence(processes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nsys, "find", lambda: tmp_path / "nsys")
+    assert collect(tmp_path / "c", "--nsys", "--dtype", "bfloat16") == 0
+    assert ("nsys", 0) in processes.codes and reasons(tmp_path / "c", "nsys") == []
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no Nsight Systems profile: ")]
+    assert len(said) == 1 and "wrote no report" in said[0]
