@@ -26,7 +26,7 @@ GOLDEN_CASES = (
     ("h100-sxm", "gpt-oss-120b", "mmlu-like", 16, "zero-copy"),
     ("h100-sxm", "glm-4.5-air", "power-law:0.6", 262_144, "copy"),
 )
-N_SHOWN = 30  # lines of one command's output
+N_SHOWN = 40  # lines of one command's output
 
 
 def output_of(command: str) -> list[str]:

@@ -327,19 +327,6 @@ def test_cuda_without_a_device_is_refused(tmp_path):
 # --- the layer ---
 
 
-def test_calibrations_of_processes_pool_to_the_middle_one():
-    pytest.importorskip("torch", reason="torch is not installed")
-    from collectors.calibration import pooled
-
-    def of(value, spread):
-        return {"call_overhead_ns": {"value": value, "spread_frac": spread, "n": 5, "how": "so"}}
-
-    assert pooled([of(1.0, 0.5)]) == of(1.0, 0.5)
-    found = pooled([of(4000.0, 0.01), of(8000.0, 0.02), of(4100.0, 0.03)])["call_overhead_ns"]
-    assert (found["value"], found["n"], found["how"]) == (4100.0, 3, "so")
-    assert found["spread_frac"] == pytest.approx(1.4826 * 100 / 4100, abs=1e-4)
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("routing", ["uniform", "power-law:1.2"])
 def test_layer_and_grouped_gemm_equal_their_slow_twins(dtype, routing):
@@ -480,21 +467,6 @@ def test_no_identity_in_any_file(capture):
         for folder in (str(REPO), str(capture), *({str(Path.home())} - {"/"})):
             assert folder not in text, (file.name, folder)
         assert ".part" not in file.name
-
-
-def test_interrupt_says_how_to_continue(tmp_path):
-    pytest.importorskip("torch", reason="torch is not installed")
-    folder = tmp_path / "x"
-    command = [sys.executable, "-m", "collectors", "sweep", "--out", str(folder), *TINY]
-    running = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    give_up = time.monotonic() + 30
-    while not (folder / store.CAPTURE).exists() and time.monotonic() < give_up:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    os.killpg(running.pid, signal.SIGINT)  # what a terminal does
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert "the same command continues" in said and "Traceback" not in said
 
 
 @pytest.mark.gpu

@@ -341,7 +341,7 @@ def test_a_broken_field_never_ends_in_a_traceback(
 
 
 def test_collectors_can_import_it_with_nothing_but_numpy() -> None:
-    for module in ("hf_config", "moe", "routing"):
+    for module in ("hf_config", "moe"):
         tree = ast.parse((Path(moe.__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
         names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]

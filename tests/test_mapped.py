@@ -229,3 +229,150 @@ def test_a_replay_that_computes_something_else_is_refused(made_graphs, monkeypat
     out["graph"] = torch.zeros(3)
     with pytest.raises(InputError, match="a replayed graph differs"):
         points._replayed(on_device, workload, None, eager, 2, True)
+
+
+# --- the lines that only a CUDA device reaches, on a CPU that is taken for one ---
+
+
+@pytest.fixture
+def taken_for_cuda(monkeypatch):
+    """torch makes CPU tensors where CUDA ones are asked for."""
+
+    def on_cpu(make):
+        def made_here(*arguments, device=None, pin_memory=False, **more):
+            return make(*arguments, **more)
+
+        return made_here
+
+    for name in ("empty", "arange", "randn", "full", "tensor"):
+        monkeypatch.setattr(torch, name, on_cpu(getattr(torch, name)))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+
+
+class Flat:
+    """A pool's buffer that says it is on CUDA."""
+
+    is_cuda = True
+
+    def __init__(self, flat):
+        self.flat, self.dtype = flat, flat.dtype
+
+    def __getitem__(self, part):
+        return self.flat[part]
+
+    def __getattr__(self, name):
+        return getattr(self.flat, name)
+
+
+def test_the_pinned_buffer_is_aliased_and_its_alias_tried(taken_for_cuda, monkeypatch):
+    tried = []
+    monkeypatch.setattr(memory, "device_alias", lambda host: host)
+    monkeypatch.setattr(memory, "check_alias", lambda host, alias: tried.append((host.dtype, alias.dtype)))
+    pool = points.make_pool(1 << 16, 0.0, "bf16", "cuda", 0, memory.HostSide(1 << 20))
+    pool = points.Pool(Flat(pool.flat), 0.0, pool.host)
+    buffer = memory.host_buffer(pool, 1000)
+    assert (buffer.numel(), buffer.dtype) == (1024, torch.bfloat16)
+    assert (pool.host.alias.numel(), pool.host.alias.dtype) == (1024, torch.bfloat16)
+    assert tried == [(torch.uint8, torch.uint8)]
+    assert memory.host_buffer(pool, 1024) is buffer
+    assert memory.host_buffer(pool, 1025).numel() == 2048 and len(tried) == 2  # made anew
+    part = pool.host.flat[1024:1088].view(1, 8, 8)
+    assert torch.equal(memory.seen_by_device(pool, part), part)
+
+
+def test_support_is_tried_and_reasons_are_said(taken_for_cuda, monkeypatch):
+    library = MadeLibrary(granule_bytes=GRANULE)
+    monkeypatch.setattr(mapped, "load_library", lambda: library)
+    monkeypatch.setattr(mapped, "tensor_at", lambda address, n_bytes: torch.zeros(n_bytes, dtype=torch.uint8))
+    assert mapped.support("cuda") is None
+    assert not library.handles and not library.ranges
+
+    class Forgetful(torch.Tensor):
+        __hash__ = torch.Tensor.__hash__
+
+        def __eq__(self, other):
+            return torch.zeros(1, dtype=torch.bool)
+
+    bad = torch.zeros(GRANULE * 3, dtype=torch.uint8).as_subclass(Forgetful)
+    monkeypatch.setattr(mapped, "tensor_at", lambda address, n_bytes: bad)
+    assert "did not come back" in mapped.support("cuda")
+    library.refuse["cuMemCreate"] = (0, 801)
+    assert "CUDA_ERROR_NOT_SUPPORTED" in mapped.support("cuda")
+
+    def no_library():
+        raise CudaDriverError("there is no CUDA driver library")
+
+    monkeypatch.setattr(mapped, "load_library", no_library)
+    assert "no CUDA driver library" in mapped.support("cuda")
+
+
+def test_the_granules_of_a_process_are_opened_once(taken_for_cuda, monkeypatch):
+    monkeypatch.setattr(mapped, "load_library", lambda: MadeLibrary(granule_bytes=GRANULE))
+    pool = points.make_pool(1 << 16, 0.0, "bf16", "cuda", 0)
+    first = mapped.virtual_memory(pool)
+    assert mapped.virtual_memory(pool) is first and first.granule_bytes == GRANULE
+
+
+def test_what_a_device_can_is_tried_one_by_one(taken_for_cuda, monkeypatch):
+    monkeypatch.setattr(points, "support", lambda device: None)
+    found = {way: points.capability("cuda", way) for way in points.WAYS}
+    # A CPU taken for CUDA maps (one ordinary tensor) and splits; it records no graphs and multiplies no fp8.
+    assert found["mapped"] is None and found["split"] is None
+    assert "graph" in found["graph"] and "does not run" in found["fp8"] and "CUDA" in found["system"]
+    monkeypatch.setattr(points, "support", lambda device: "no such memory")
+    assert points.capability("cuda", "mapped") == "no such memory"
+    monkeypatch.setattr(points, "check", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error: sticky\nmore")))
+    assert points.capability("cuda", "split") == "CUDA error: sticky"
+
+
+def test_a_point_that_finds_no_memory_is_tried_once_more_after_idle_memory_was_given_back(monkeypatch):
+    workload, shares = made()
+    pool, tries, trimmed = pool_for(workload), [], []
+    right = points._prepare
+
+    def at_first_full(*arguments):
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.cuda.OutOfMemoryError("full")
+        return right(*arguments)
+
+    monkeypatch.setattr(points, "_prepare", at_first_full)
+    monkeypatch.setattr(points, "trim", trimmed.append)
+    assert points.prepare(pool, workload, shares, 0).n_inner == 1
+    assert len(tries) == 2 and trimmed == [pool]
+
+
+def test_experts_in_system_memory_are_placed_filled_and_computed(taken_for_cuda, monkeypatch):
+    from collectors import system_memory
+
+    def here(address, n_bytes):
+        storage = torch._C._construct_storage_from_data_pointer(address, torch.device("cpu"), n_bytes)
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,))
+
+    monkeypatch.setattr(system_memory, "nodes", lambda: system_memory.Nodes(0, 0))
+    monkeypatch.setattr(system_memory, "device_tensor", here)
+    workload, _ = made(op="moe_layer", way=("zero-copy", "system"), dtype="bf16")
+    pool = pool_for(workload, cold_bytes=1.0)
+    on_device = points.Pool(Flat(pool.flat), 1.0)
+    try:
+        copies, close, facts = system_memory.system_experts(on_device, workload)
+    except InputError as error:  # a container may forbid placing
+        pytest.skip(str(error))
+    assert len(copies) == 2 and facts["expert_stride_bytes"] == [1 << 21, 1 << 21]
+    for matrix, (n, k) in zip(copies[1], memory.matrices(workload), strict=True):
+        assert tuple(matrix.shape) == (8, n, k) and matrix.stride() == (1 << 20, k, 1)
+        assert matrix.data_ptr() % (1 << 21) == 0
+        assert all(float(expert.float().std()) > 0.01 for expert in matrix)
+        rows, offs = torch.randn(16, k).to(matrix.dtype), torch.arange(1, 9).to(torch.int32) * 2
+        found, slow = layer.grouped_mm(rows, matrix, offs), layer.slow_grouped_mm(rows, matrix, offs)
+        assert points._difference(found, slow) < points.TOLERANCE["bf16"]
+    close()
+    with pytest.raises(InputError, match="lie on another memory node"):
+        monkeypatch.setattr(system_memory, "nodes_of", lambda addresses: [5] * len(addresses))
+        system_memory.system_experts(on_device, workload)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory.DEVICE_RESERVE_BYTES, 80 << 30))
+    with pytest.raises(InputError, match="does not fit into the free memory of both nodes"):
+        system_memory.system_experts(on_device, workload)
