@@ -173,12 +173,11 @@ class Checked:
             # A small batch is enough to see it, and the slow twin takes long.
             alike = [other for other in planned if kind_of(other) == kind]
             small = min(alike, key=lambda o: (abs(o.n_tokens - CHECK_TOKENS), o.routing == "uniform"))
-            reason = None
+            self.kinds[kind] = None
             try:
                 check(pool, small, stage.files.get(small.routing))
             except InputError as error:
-                reason = str(error)
-            self.kinds[kind] = reason  # a check that memory or the device broke off has shown nothing: not noted
+                self.kinds[kind] = str(error)
         if self.kinds[kind] is not None:
             raise InputError(self.kinds[kind] or "")
 
