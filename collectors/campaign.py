@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from perfmodel import __version__
 from perfmodel.errors import InputError
@@ -26,7 +27,7 @@ from .profile_points import file_name, points_of
 from .progress import Progress
 from .timing import Limits
 from .words import summary_words
-from .workers import Stage, StageError, run_stage
+from .workers import SAID_WHY, Stage, StageError, run_stage
 from .workloads import Workload, file_shares, routing_name
 
 # What may differ between the command that began a capture and the one that continues it.
@@ -37,6 +38,7 @@ BUSY_LOAD = 0.5
 MEMORY_DRIFT_FRAC = 1e-3
 CALIBRATION_SHARE = 0.3  # of the time budget, at most
 PROFILE_SHARE = 0.1
+MOST_PROFILE_SHARE = 0.15  # between two runs, so that slow profiles do not take the place of repeats
 LEAST_SLICE_S = 5.0  # a process that starts with less has no time to measure
 
 
@@ -44,13 +46,15 @@ LEAST_SLICE_S = 5.0  # a process that starts with less has no time to measure
 class Order:
     """What the user asked for: the settings of the capture, the limits of timing, and where routing files lie.
 
-    `request` is the grid of a sweep, null for a campaign, which plans by itself.
+    `request` is the grid of a sweep, null for a campaign, which plans by itself. `started` is when the command began
+    (monotonic seconds), since loading torch is part of the minutes; null: now.
     """
 
     settings: store.Json
     limits: Limits
     routing_files: tuple[str, ...] = ()
     request: Request | None = None
+    started: float | None = None
 
 
 def settings_of(kind: str, *, device: str, dtypes: Sequence[str], threads: int, runs: int, seed: int, preset: str,
@@ -148,10 +152,10 @@ def collect(folder: Path, order: Order) -> None:
     """
     if order.request is not None:
         grid(order.request, None)  # a plan that cannot be is refused before anything is made
-    exists = open_folder(folder)
+    open_folder(folder)
     lock = store.lock(folder)
     try:
-        if exists:
+        if open_folder(folder):  # asked again: another command may have begun it while this one waited for the lock
             refuse_other(folder, order.settings)
             _reopen(folder, order.settings)
         else:
@@ -172,8 +176,10 @@ def _reopen(folder: Path, settings: store.Json) -> None:
     now["runs"] = max(before["runs"], now["runs"])
     runs = capture["runs"]
     if now["minutes"] is not None:
-        if now["minutes"] > before["minutes"] and any(run["n_todo"] for run in runs):
-            runs = []  # later runs repeat what the first will have measured
+        if now["minutes"] > before["minutes"]:
+            if any(run["n_todo"] for run in runs):
+                runs = []  # later runs repeat what the first will have measured
+            store.update_capture(folder, calibrated=False)  # what time had cut off of it
         now["minutes"] = max(before["minutes"], now["minutes"])
     store.update_capture(folder, settings={**before, **now}, runs=runs)
 
@@ -185,7 +191,8 @@ class Collection:
         self.folder, self.order, self.lock = folder, order, lock
         capture = store.read_capture(folder)
         self.n_runs, minutes = capture["settings"]["runs"], capture["settings"]["minutes"]
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes - spent_s(folder)
+        started = time.monotonic() if order.started is None else order.started
+        self.deadline = None if minutes is None else started + 60 * minutes - spent_s(folder)
         self.progress = Progress(0, 0, deadline=self.deadline)
 
     @property
@@ -197,7 +204,7 @@ class Collection:
         """Run one stage, showing progress and keeping the clock; returns the last words of its processes."""
         ends: list[store.Json] = []
         routing = [word for source in self.order.routing_files for word in ("--routing-file", source)]
-        limit = [] if seconds is None or seconds == float("inf") else ["--seconds", f"{max(0.0, seconds):.1f}"]
+        limit = None if seconds is None or seconds == float("inf") else max(0.0, seconds)
 
         def on_word(word: store.Json) -> None:
             self.progress.n_done += "point" in word
@@ -207,7 +214,7 @@ class Collection:
 
         self.progress.show(label, force=True)
         settings = self.order.settings
-        stage = Stage(self.folder, [*arguments, *limit, *routing], settings["threads"], self.lock, **more)  # type: ignore[arg-type]
+        stage = Stage(self.folder, [*arguments, *routing], settings["threads"], self.lock, seconds=limit, **more)  # type: ignore[arg-type]
         before = spent_s(self.folder)
         started = time.monotonic()
         try:
@@ -234,7 +241,7 @@ class Collection:
         """What the machine is and can do, as its own process finds."""
         if store.read_capture(self.folder)["capabilities"] is not None:
             return
-        for found in self.stage("looking at the machine", "describe"):
+        for found in self.stage("looking at the machine", "describe", seconds=self.left_s):
             capture = store.read_capture(self.folder)
             parts = {part: {**capture[part], **found[part]} for part in ("machine", "software")}
             more = {name: found[name] for name in ("kernel", "capabilities", "stated")}
@@ -244,11 +251,24 @@ class Collection:
         """The machine's numbers, once before the first run."""
         if store.read_capture(self.folder).get("calibrated"):
             return
-        seconds = min(self.left_s, CALIBRATION_SHARE * 60 * (self.order.settings["minutes"] or float("inf")))
-        for found in self.stage("calibrating", "calibrate", seconds=seconds):
-            seen = store.read_capture(self.folder)["machine"]
-            store.update_capture(self.folder, machine={**seen, **found.get("machine", {})})
+        minutes = store.read_capture(self.folder)["settings"]["minutes"]
+        done_s = sum(line.get("took_s", 0.0) for line in store.calibrations(self.folder) if line["run"] == 0)
+        seconds = min(self.left_s, CALIBRATION_SHARE * 60 * (minutes or float("inf")) - done_s)
+        if seconds > 0:
+            for found in self.optional("calibrating", "calibrate", seconds=seconds):
+                seen = store.read_capture(self.folder)["machine"]
+                store.update_capture(self.folder, machine={**seen, **found.get("machine", {})})
         self.pool(calibrated=True)
+
+    def optional(self, label: str, *arguments: str, **more: Any) -> list[store.Json]:
+        """A stage without which the others still are worth their time: that it failed is one sentence."""
+        try:
+            return self.stage(label, *arguments, **more)
+        except StageError as error:
+            if error.exit_code in SAID_WHY:
+                raise
+            print(f"{label} ended early: {error}", file=sys.stderr)
+            return []
 
     def pool(self, **more: object) -> None:
         """One calibration of all processes so far into capture.json."""
@@ -280,9 +300,10 @@ class Collection:
         self.progress.n_before = len(store.points(self.folder))
         for run in range(self.n_runs):
             if run == 1:
-                self.profile()
+                most = MOST_PROFILE_SHARE * 60 * (self.order.settings["minutes"] or float("inf"))
+                self.profile(min(self.left_s, most))
             self.one_run(run)
-        self.profile()
+        self.profile(self.left_s)
 
     def one_run(self, run: int) -> None:
         """What is missing of a run, within its part of the time."""
@@ -298,10 +319,10 @@ class Collection:
             store.update_capture(self.folder, runs=[*runs, record])
         self.pool()
 
-    def profile(self) -> None:
+    def profile(self, seconds: float) -> None:
         """Structure of a few points as traces; what cannot be profiled is said and left out."""
-        if profiles_missing(self.folder) and self.left_s > 0:
-            self.stage("profiling", "profile", seconds=self.left_s, wrap=nsys.uninjected)
+        if seconds > 0 and profiles_missing(self.folder):
+            self.optional("profiling", "profile", seconds=seconds, wrap=nsys.uninjected)
         if self.order.settings["nsys"] and not any((self.folder / store.PROFILES).glob("*.sqlite")):
             nsys_profile(self)
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +29,7 @@ FAST_BF16 = {"avx512_bf16", "amx_bf16", "svebf16", "bf16"}
 INTERRUPTED = 130
 RUNS = {"quick": 1, "standard": 3, "full": 5}
 LONGEST_MINUTES = 24 * 60
+STARTED = time.monotonic()
 
 
 class Parser(argparse.ArgumentParser):
@@ -194,7 +196,7 @@ def _campaign(args: argparse.Namespace) -> int:
         "campaign", device=device, dtypes=dtypes, threads=args.threads or machine.n_physical_cores(), runs=runs,
         seed=args.seed, preset=args.preset, minutes=args.minutes, limits=limits, routing_files=args.routing_file,
     )  # fmt: skip
-    return _collect(args, settings, Order(settings, limits, tuple(args.routing_file)))
+    return _collect(args, settings, Order(settings, limits, tuple(args.routing_file), started=STARTED))
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -246,11 +248,7 @@ def _rehearse(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     from .stages import work
 
-    try:
-        work(args.out, args.arguments, args.routing_file, args.seconds)
-    except BrokenPipeError:  # the collection was killed: leave as quietly, the point at hand is on disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    work(args.out, args.arguments, args.routing_file, args.seconds, STARTED)
     return 0
 
 
@@ -275,6 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.exit_code not in (2, 3):
             print(f"collectors: {error}; the same command continues from the last point", file=sys.stderr)
         return error.exit_code if error.exit_code > 0 else 1
+    except BrokenPipeError:  # nobody reads on: the collection of a measuring process was killed, or `--plan` was piped
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"\ncollectors: interrupted; the same command continues {args.out}", file=sys.stderr)
         return INTERRUPTED

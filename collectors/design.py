@@ -21,7 +21,6 @@ from .workloads import Workload
 SETUP_S = {"cpu": 0.05, "cuda": 0.06}  # making inputs, capturing a graph; what a point costs beside its calls
 LONGEST_CALL_S = {"quick": 0.05, "standard": 0.5, "full": 2.0}
 GUESS_OF_REPEATS = 6
-HOST_GUESS_FLOPS_PER_S = 1e12  # of a server CPU, for guessing durations only
 SHARE_OF_LENGTH = 0.5  # a study's part of any beginning grows with the root of its points: small ones end early
 # A launch per expert, and host work per call of an eager layer: only for guessing how long a point takes.
 EXPERT_NS, LAYER_NS = {"cpu": 3_000.0, "cuda": 100.0}, {"cpu": 150_000.0, "cuda": 200_000.0}
@@ -47,7 +46,7 @@ def call_s(w: Workload, facts: Facts) -> float:
         seconds += LAYER_NS[facts.device] / NS_PER_S
     if far and w.access == "cpu":
         moved = sum(w.tokens_per_expert[e] for e in w.offloaded or ()) / rows
-        seconds += moved * w.gemm_flops / HOST_GUESS_FLOPS_PER_S
+        seconds += max(moved * w.gemm_flops / facts.host_flops_per_s, far / facts.host_bytes_per_s)
     elif far and facts.link_bytes_per_s:
         seconds += far / facts.link_bytes_per_s * (2 if w.access == "zero-copy" else 1)
     return seconds

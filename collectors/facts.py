@@ -18,6 +18,7 @@ ASSUMED = {
     "cuda": {"flops_per_s": 5e14, "bytes_per_s": 3e12, "link_bytes_per_s": 5e10},
 }
 ASSUMED_GPU_BYTES = 80e9
+HOST_FLOPS_PER_S, HOST_BYTES_PER_S = 1e12, 1e11  # of a server's CPU beside a GPU
 
 
 def _value(calibration: Mapping[str, Any], *names: str) -> float | None:
@@ -45,6 +46,8 @@ def facts_of(capture: Mapping[str, Any]) -> Facts:
         memory_limit_bytes=MEMORY_FRAC[device] * float(device_bytes or FALLBACK_BYTES),
         host_limit_bytes=min(PINNED_FRAC * host_bytes, MOST_PINNED_BYTES),
         can=frozenset(can),
+        host_flops_per_s=_value(calibration, "host_gemm_flops_per_s") or HOST_FLOPS_PER_S,
+        host_bytes_per_s=_value(calibration, "host_stream_bytes_per_s") or HOST_BYTES_PER_S,
     )
 
 

@@ -24,6 +24,7 @@ FLAGS_OF_INTEREST = (
 )  # fmt: skip
 CPU_DIR, NODE_DIR = Path("/sys/devices/system/cpu"), Path("/sys/devices/system/node")
 DMI_DIR, DMI_TABLE = Path("/sys/class/dmi/id"), Path("/sys/firmware/dmi/tables/DMI")
+GROUP_DIR = Path("/sys/fs/cgroup")
 EDAC_DIR = Path("/sys/devices/system/edac/mc")
 # What /proc/cpuinfo of an Arm processor calls (implementer, part); Arm's own names.
 ARM_CORES = {
@@ -40,6 +41,7 @@ def cpu_list() -> list[int]:
 
 
 CPUS_AT_START = tuple(cpu_list())
+ENOUGH_NEAR = 16  # processors of a memory node, or half of all
 
 
 def _read(path: Path) -> str | None:
@@ -57,10 +59,13 @@ def _cpuinfo() -> Mapping[str, str]:
 
 
 def n_physical_cores() -> int:
-    """Cores this process may use, hardware threads of one core counted once."""
+    """Cores this process may use, hardware threads of one core counted once; no more than its group's processor time.
+
+    A group of 16 cores' time on a machine of 112 sees all of them, and that many threads would wait for their turns.
+    """
     cpus = cpu_list()
     siblings = {_read(CPU_DIR / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
-    return max(1, len(siblings))
+    return max(1, min(len(siblings), int(cpu_quota_cores() or len(siblings))))
 
 
 def cache_bytes(level: int) -> int | None:
@@ -84,7 +89,7 @@ def memory_bytes() -> int | None:
     total = re.search(r"MemTotal:\s*(\d+) kB", _read(Path("/proc/meminfo")) or "")
     sizes = [int(total[1]) * 1024] if total else []
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        words = _read(Path("/sys/fs/cgroup") / limit) or ""
+        words = _read(GROUP_DIR / limit) or ""
         sizes += [int(words)] if words.isdecimal() else []
     return min(sizes, default=None)
 
@@ -125,11 +130,13 @@ def cpus_of_node(node: int) -> list[int]:
 
 
 def stay_near(node: int) -> None:
-    """Keep this process, threads to come included, on the processors of a memory node, where there are any.
+    """Keep this process, threads to come included, on the processors of a memory node, where it has enough of them.
 
-    Pinned memory then lies where the GPU hangs, and not on a node of chance.
+    Pinned memory then lies where the GPU hangs, and not on a node of chance. A container may have a few processors
+    there and most elsewhere: experts that the host computes need those more.
     """
-    if hasattr(os, "sched_setaffinity") and (near := cpus_of_node(node)):
+    near = cpus_of_node(node)
+    if hasattr(os, "sched_setaffinity") and len(near) >= min(ENOUGH_NEAR, len(CPUS_AT_START) / 2) and near:
         os.sched_setaffinity(0, near)
 
 
@@ -150,6 +157,13 @@ def numa_nodes() -> list[dict[str, object]]:
     return found
 
 
+def n_nodes_in_use() -> int:
+    """Memory nodes with processors that this process may use now; 1 when the system does not tell."""
+    mine = set(cpu_list())
+    lists = (_read(folder / "cpulist") or "" for folder in NODE_DIR.glob("node[0-9]*"))
+    return max(1, sum(bool(mine & set(cpus_of(words))) for words in lists))
+
+
 def pci_link(domain: int, bus: int, device: int) -> dict[str, object]:
     """The memory node a PCI device hangs on and its widest link, from sysfs; null: not told. The id is not kept."""
     folder = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0")
@@ -164,7 +178,9 @@ def pci_link(domain: int, bus: int, device: int) -> dict[str, object]:
 
 def cpu_quota_cores() -> float | None:
     """Processor time of the control group in cores, or null when it has no limit or does not tell."""
-    quota, _, period = (_read(Path("/sys/fs/cgroup/cpu.max")) or "").partition(" ")
+    quota, _, period = (_read(GROUP_DIR / "cpu.max") or "").partition(" ")
+    if not quota:  # control groups of the first kind; -1 is no limit
+        quota, period = (_read(GROUP_DIR / f"cpu/cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
 
 

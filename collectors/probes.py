@@ -16,6 +16,7 @@ from perfmodel.errors import InputError
 
 from . import machine
 from .calibration import Entry, Scalar, line, probe_key, stated
+from .memory import free_host_bytes
 from .timing import Limits, host_clock
 
 PRESETS = ("quick", "standard", "full")
@@ -159,12 +160,8 @@ def waited_clock(work: Callable[[], object]) -> float:
 
 def need_free(n_bytes: int, device: str) -> None:
     """Raise InputError when so many bytes are more than a probe may take of what is free on the host or the device."""
-    if device == "cuda":
-        free: int | None = torch.cuda.mem_get_info()[0]
-    else:
-        sizes = [size for size in (machine.available_bytes(), machine.memory_bytes()) if size is not None]
-        free = min(sizes, default=None)
-    if free is not None and n_bytes > MEMORY_FRAC * free:
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_host_bytes()
+    if n_bytes > MEMORY_FRAC * free:
         where = "device" if device == "cuda" else "host"
         raise InputError(f"{n_bytes} bytes of {where} memory are needed, more than half of the {free} that are free")
 

@@ -23,6 +23,7 @@ STREAM_BYTES = {"quick": 1 << 28, "standard": 1 << 29, "full": 1 << 30}
 ALL_DTYPES = ("bf16", "fp8", "fp16", "tf32", "fp32")
 FP8_CAPABILITY = (8, 9)
 SAMPLE_S, LEAST_SAMPLES = 3.0, 3  # a GEMM runs on so long, or until so many samples of the clocks are there
+WARM_S = 0.2  # an idle GPU has low clocks
 EXPERT_K, EXPERT_N, N_EXPERTS = 4096, 14336, 5  # weights streamed by a GEMM: 117 MB in bf16, 587 MB in turn
 STREAM_ROWS = {"quick": (1,), "standard": (1, 4, 16, 64), "full": (1, 2, 4, 8, 16, 32, 64)}
 BURST = 256  # launches in a row: a stream takes about a thousand before a launch call has to wait
@@ -91,6 +92,7 @@ def device_gemm(dtype: str, side: int, quantity: str | None, core: bool) -> Prob
                     call(number)
                 torch.cuda.synchronize()
 
+            hold(tenfold, lambda: False, WARM_S)
             with smi.Sampler(gpu.smi_id()) as sampler:
                 times = measure(call, cuda_clock, limits)
                 hold(tenfold, lambda: sampler.failed or len(sampler.samples) >= LEAST_SAMPLES, SAMPLE_S)
@@ -257,6 +259,12 @@ def grouped_gemm_burst(dtype: str) -> Probe:
     return Probe("grouped_gemm_burst", {"dtype": dtype}, None, "ns", False, run)
 
 
+def by_turns(*lists: Sequence[Probe]) -> list[Probe]:
+    """Lists as one, so that any beginning holds about the same part of each; their own orders stay."""
+    places = [((at + 0.5) / len(one), number, at) for number, one in enumerate(lists) for at in range(len(one))]
+    return [lists[number][at] for _, number, at in sorted(places)]
+
+
 def _gemms(dtypes: Sequence[str], preset: str) -> list[Probe]:
     wanted = [*dtypes, *(d for d in ALL_DTYPES if d not in dtypes and preset != "quick")]
     return [
@@ -292,12 +300,15 @@ def cuda_probes(dtypes: Sequence[str], threads: int, preset: str) -> list[Probe]
         graph_kernel(),
         *overheads,
         launch_round_trip(),
+        *gemms[1 : len(dtypes)],
         *host[:3],
         *probes_link.beside_probes(threads, preset),
-        *gemms[1:],
-        *host[3:],
-        *more_link,
-        *[weight_stream(n_rows) for n_rows in STREAM_ROWS[preset]],
-        graph_launch(N_GRAPH),
-        *[grouped_gemm_burst(dtype) for dtype in callable_dtypes],
+        # What explains: cut anywhere, it leaves something of each.
+        *by_turns(
+            more_link,
+            host[3:],
+            gemms[len(dtypes) :],
+            [weight_stream(n_rows) for n_rows in STREAM_ROWS[preset]],
+            [graph_launch(N_GRAPH), *[grouped_gemm_burst(dtype) for dtype in callable_dtypes]],
+        ),
     ]

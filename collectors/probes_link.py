@@ -326,6 +326,14 @@ def by_node(preset: str) -> list[Probe]:
     return [link_copy(way, "pinned", CORE_BYTES, None, False, node) for node in nodes for way in ("h2d", "d2h")]
 
 
+def _spread(sizes: Sequence[int]) -> list[int]:
+    """Sizes in an order of which every beginning spans them: that of the machine's number, both ends, then between."""
+    rest = [size for size in sizes if size != CORE_BYTES]
+    ends = [rest[0], rest[-1]] if len(rest) > 1 else rest
+    between = rest[1:-1]
+    return [CORE_BYTES, *ends, *between[::2], *between[1::2]]
+
+
 def link_probes(preset: str) -> tuple[list[Probe], list[Probe]]:
     """What models need of the link, then how it depends on size and on where host memory lies.
 
@@ -342,7 +350,7 @@ def link_probes(preset: str) -> tuple[list[Probe], list[Probe]]:
     more = [
         *[
             link_copy(way, memory, n_bytes, quantity if n_bytes == CORE_BYTES else None, core=False)
-            for n_bytes in reversed(SIZES[preset])
+            for n_bytes in _spread(SIZES[preset])
             for (way, memory), quantity in COPIES.items()
         ],
         *by_node(preset),

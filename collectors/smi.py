@@ -3,6 +3,7 @@
 A field that a driver does not know makes nvidia-smi refuse the whole question, so fields are then asked one by one.
 """
 
+import functools
 import re
 import statistics
 import subprocess
@@ -131,6 +132,12 @@ def seen(samples: Sequence[Answer]) -> Answer:
     return found
 
 
+@functools.cache
+def known_seen(gpu_id: str, asker: Ask) -> dict[str, str]:
+    """The fields of `SEEN` that nvidia-smi answers, asked once: where it is missing or hangs, it costs that once."""
+    return known(gpu_id, SEEN, asker)
+
+
 class Sampler:
     """Asks nvidia-smi again and again in a thread, from entering to leaving; `samples` grows meanwhile.
 
@@ -140,7 +147,7 @@ class Sampler:
     def __init__(self, gpu_id: str, asker: Ask = ask) -> None:
         self.samples: list[Answer] = []
         self._gpu_id, self._asker, self._stop = gpu_id, asker, threading.Event()
-        self._fields = known(gpu_id, SEEN, asker)
+        self._fields = known_seen(gpu_id, asker)
         self.failed = not self._fields
         self._thread = threading.Thread(target=self._work, daemon=True)
 

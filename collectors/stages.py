@@ -7,6 +7,7 @@ what it has done; when nobody reads that any more, the collection was killed and
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +19,15 @@ from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
 from . import calibration, machine, nsys, probes, store
-from .design import point_s
+from .design import LONGEST_CALL_S, point_s
 from .facts import facts_of
 from .layer import Mark, grouped_mm_name
-from .memory import HostSide, Pool, host_pool_bytes
+from .memory import HostSide, Pool, free_host_bytes, host_pool_bytes
 from .plan import run_order
-from .points import WAYS, Prepared, capability, check, make_pool, prepare
+from .points import WAYS, Prepared, capability, make_pool, prepare
 from .profile_points import file_name, points_of, range_name
 from .profiling import nsys_stage, write_profile
+from .refusals import MOST_FATAL, Checked, refuse_large, refuse_slow, tired_ways, way_of
 from .studies import Facts
 from .timing import Limits, clock_of, measure, measure_undisturbed
 from .workers import RESTART
@@ -33,7 +35,11 @@ from .workloads import Workload, file_shares, pool_bytes
 
 COLD_CACHES = 4  # weights are read again after this many last-level caches of other weights
 ORDER_BLOCK = 24  # points that are shuffled among themselves: the plan's order still decides what comes first
-CHECK_TOKENS = 16
+POOL_SHARE_OF_FREE = 0.8  # the rest is for activations and for other dtypes
+CALL_OVER_PLAN, LEAST_REFUSED_S = 4.0, 1.0  # a call may take so much longer than the longest that was planned
+PACE_GAIN = 0.2  # of how wrong the last guess was, into how wrong the next is taken to be
+FIRST_POINT_S = 10.0  # of a dtype: its pool is made
+MOST_CORE_SHARE = 0.15  # of a run's time, for the calibration at its end
 PATIENCE_SHARE = 0.1  # of a run's time, for waiting until others are quiet
 
 
@@ -63,10 +69,14 @@ class Stage:
     def leave_out(self, entry: store.Json, error: BaseException) -> None:
         """Write down what could not be measured, and why; a device that no longer answers ends the process."""
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        store.append(self.folder, store.LEFT_OUT, {**entry, "reason": reason, "started": _now()})
+        if not isinstance(error, InputError | RuntimeError | OSError | MemoryError):
+            reason = f"{type(error).__name__}: {reason}"  # another torch, another driver
+        is_fatal = self.settings["device"] == "cuda" and not device_answers()
+        fatal = {"is_fatal": True} if is_fatal else {}
+        store.append(self.folder, store.LEFT_OUT, {**entry, "reason": reason, **fatal, "started": _now()})
         print(f"left out: {' '.join(f'{k} {v}' for k, v in entry.items() if k != 'params')}: {reason}", file=sys.stderr)
         say(left=entry)
-        if self.settings["device"] == "cuda" and not device_answers():
+        if is_fatal:
             raise SystemExit(RESTART)
 
 
@@ -89,7 +99,7 @@ def describe(stage: Stage) -> None:
     # A way that took its process with it is known from the journal and not tried again.
     found = {e["capability"]: e["reason"] for e in store.left_out(stage.folder) if "capability" in e}
     for way in (way for way in WAYS if way not in found):
-        say(begin={"capability": way}, seconds=10)
+        say(begin={"capability": way}, seconds=5)
         found[way] = capability(device, way)
         say(capability=way)
         if device == "cuda" and not device_answers():
@@ -124,7 +134,7 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
         if stage.left_s <= 0:
             break
         entry = {"probe": probe.name, "params": dict(probe.params), "run": run}
-        say(begin=entry, seconds=10)
+        say(begin=entry, seconds=5)
         began = _now()
         try:
             line = probes.run_probe(probe, stage.limits, run)
@@ -137,49 +147,38 @@ def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
         say(end={"machine": {"under_load": calibration.seen_under_load(store.calibrations(stage.folder))}})
 
 
+def core_reserve_s(stage: Stage) -> float:
+    """Seconds of a run to keep for the calibration at its end: what its probes took before, at most a small share."""
+    if stage.seconds is None or stage.settings["preset"] == "quick":
+        return 0.0
+    todo = probes.probes(
+        stage.settings["device"], stage.facts.dtypes, torch.get_num_threads(), stage.settings["preset"]
+    )
+    core = {probe.key for probe in todo if probe.core}
+    took_s = {calibration.key(line): line.get("took_s", 0.0) for line in store.calibrations(stage.folder)}
+    return min(MOST_CORE_SHARE * stage.seconds, sum(took_s[key] for key in core & set(took_s)))
+
+
 # --- a run ---
 
 
 def the_pool(stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
-    """The weights of all workloads of a dtype."""
+    """The weights of all workloads of a dtype whose layer fits in what is free; `refuse_large` tells of the others."""
     cold_bytes = COLD_CACHES * stage.facts.cache_bytes
-    mine = [w for w in workloads if w.dtype == dtype]
-    n_bytes = pool_bytes(mine, cold_bytes, stage.facts.pool_limit_bytes)
     device = stage.settings["device"]
-    free = machine.available_bytes() if device == "cpu" else 0.95 * torch.cuda.mem_get_info()[0]
-    if free is not None and n_bytes > 0.9 * free:
-        raise InputError(f"the weights need {n_bytes} bytes and {free} are free; name fewer --shapes or free memory")
+    free = free_host_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    most = min(stage.facts.pool_limit_bytes, POOL_SHARE_OF_FREE * free)
     limit = int(stage.facts.host_limit_bytes)
-    host = HostSide(limit, host_pool_bytes(mine, limit))
-    return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
-
-
-def kind_of(w: Workload) -> tuple[object, ...]:
-    """What workloads that run the same code over the same weights have in common."""
-    return (w.shape, w.dtype, w.op, w.access, w.residency, w.launch)
-
-
-class Checked:
-    """Which kinds of workload were compared with slow twins, and how they fared; each is, before it is first timed."""
-
-    def __init__(self, stage: Stage, planned: Sequence[Workload]) -> None:
-        timed = {point["workload"] for point in store.points(stage.folder)}
-        self.kinds: dict[tuple[object, ...], str | None] = {kind_of(w): None for w in planned if w.id in timed}
-
-    def refuse_wrong(self, stage: Stage, pool: Pool, w: Workload, planned: Sequence[Workload]) -> None:
-        """Raise InputError when workloads of this kind compute something else than the reference."""
-        kind = kind_of(w)
-        if kind not in self.kinds:
-            # A small batch is enough to see it, and the slow twin takes long.
-            alike = [other for other in planned if kind_of(other) == kind]
-            small = min(alike, key=lambda o: (abs(o.n_tokens - CHECK_TOKENS), o.routing == "uniform"))
-            self.kinds[kind] = None
-            try:
-                check(pool, small, stage.files.get(small.routing))
-            except InputError as error:
-                self.kinds[kind] = str(error)
-        if self.kinds[kind] is not None:
-            raise InputError(self.kinds[kind] or "")
+    refused = InputError(f"no layer fits in the {free} bytes of memory that are free")
+    while mine := [w for w in workloads if w.dtype == dtype and w.moe_shape.layer_bytes <= most]:
+        n_bytes = pool_bytes(mine, cold_bytes, most)
+        try:
+            host = HostSide(limit, host_pool_bytes(mine, limit))
+            return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
+        except (RuntimeError, MemoryError) as error:  # less is free than is told, or a limit stands that nobody tells
+            # Of the error only its words: it holds on to what it had begun.
+            refused, most = InputError((str(error).splitlines() or ["no memory"])[0]), n_bytes / 2
+    raise refused
 
 
 def todo_of(stage: Stage, planned: Sequence[Workload], run: int) -> list[Workload]:
@@ -202,31 +201,41 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
     record = {"run": run, "started": _now(), "load_before": machine.load_average(), "n_resumed": n_before}
     counts, waited_s = {"n_left_out": 0, "n_disturbed": 0, "n_todo": 0}, 0.0
     pools: dict[str, Pool] = {}
-    checked, pace = Checked(stage, planned), 1.0
+    checked, tired, core_s = (
+        Checked(stage.folder, planned, stage.files),
+        tired_ways(stage.folder, planned),
+        core_reserve_s(stage),
+    )
+    pace: dict[str, float] = defaultdict(lambda: 1.0)  # how wrong guesses are on this machine, by access
     with torch.inference_mode():
         for order, w in enumerate(todo):
             guess_s = point_s(w, stage.facts, stage.limits)
-            if stage.left_s < pace * guess_s:
+            if stage.left_s - core_s < pace[w.access] * guess_s:
                 counts["n_todo"] += 1
                 continue
             entry, began, clock_s = {"workload": w.id, "run": run}, _now(), time.monotonic()
-            say(begin=entry, seconds=guess_s)
+            more_s = 0.0 if w.dtype in pools else FIRST_POINT_S
+            say(begin=entry, seconds=guess_s + more_s, waits_s=stage.limits.patience_s)
             try:
+                if way_of(w) in tired:
+                    raise InputError(f"{MOST_FATAL} other points run in this way have ended their process")
                 if w.dtype not in pools:
                     pools[w.dtype] = the_pool(stage, planned, w.dtype)
-                checked.refuse_wrong(stage, pools[w.dtype], w, planned)
+                refuse_large(pools[w.dtype], w)
+                checked.refuse_wrong(pools[w.dtype], w)
+                timed_s = time.monotonic()
                 times, facts, was_disturbed, point_waited_s = _timed(stage, pools[w.dtype], w, run, waited_s)
-            except (InputError, RuntimeError, OSError, MemoryError) as error:
+            except Exception as error:
                 counts["n_left_out"] += 1
                 stage.leave_out(entry, error)
                 continue
-            took_s = time.monotonic() - clock_s
+            ended_s = time.monotonic()
             waited_s += point_waited_s
-            # How wrong guesses are on this machine, from what was just seen.
-            pace = 0.9 * pace + 0.1 * min(10.0, took_s / guess_s)
+            wrong = min(30.0, (ended_s - timed_s - point_waited_s) / guess_s)
+            pace[w.access] += PACE_GAIN * (wrong - pace[w.access])
             point = {
                 **entry, "times_ns": [round(t) for t in times], "started": began, "order": n_before + order,
-                "took_s": round(took_s, 3), **({"facts": facts} if facts else {}),
+                "took_s": round(ended_s - clock_s, 3), **({"facts": facts} if facts else {}),
             }  # fmt: skip
             store.append(stage.folder, store.OBSERVATIONS, point)
             counts["n_disturbed"] += was_disturbed
@@ -244,9 +253,12 @@ def _timed(
     limits = stage.limits
     prepared = prepare(pool, w, stage.files.get(w.routing), run)
     try:
+        if stage.settings["minutes"] is not None:
+            longest_s = max(LEAST_REFUSED_S, CALL_OVER_PLAN * LONGEST_CALL_S[stage.settings["preset"]])
+            refuse_slow(prepared.call, w.device, longest_s * prepared.n_inner)
         attempt = partial(measure, prepared.call, clock_of(w.device), limits)
         patience_s = limits.patience_s if stage.seconds is None else PATIENCE_SHARE * stage.seconds
-        left_s = max(0.0, min(patience_s, limits.patience_s) - waited_s)
+        left_s = max(0.0, min(min(patience_s, limits.patience_s) - waited_s, stage.left_s))
         times, was_disturbed, took_s = measure_undisturbed(attempt, machine.others_busy_s, limits.n_tries, left_s)
     finally:
         prepared.close()
@@ -274,11 +286,13 @@ def profile_stage(stage: Stage) -> None:
             try:
                 if w.dtype not in pools:
                     pools[w.dtype] = the_pool(stage, points, w.dtype)
+                refuse_large(pools[w.dtype], w)
                 write_profile(path.parent, partial(prepare, pools[w.dtype], w, stage.files.get(w.routing), 0), w)
-            except (InputError, RuntimeError, OSError, MemoryError) as error:
+            except Exception as error:
                 stage.leave_out(entry, error)
                 continue
             say(profile=path.name)
+    say(end={})
 
 
 def record_stage(stage: Stage) -> None:
@@ -300,9 +314,13 @@ def record_stage(stage: Stage) -> None:
         )
 
 
-def work(folder: Path, arguments: Sequence[str], routing_files: Sequence[str], seconds: float | None) -> None:
-    """Do one stage of a collection: `describe`, `calibrate`, `run N`, `profile` or `nsys`."""
-    started = time.monotonic()
+def work(
+    folder: Path, arguments: Sequence[str], routing_files: Sequence[str], seconds: float | None, started: float
+) -> None:
+    """Do one stage of a collection: `describe`, `calibrate`, `run N`, `profile` or `nsys`.
+
+    The process began at `started` (monotonic seconds): loading torch is part of its time.
+    """
     capture = store.read_capture(folder)
     settings = capture["settings"]
     if (node := capture["machine"].get("gpu_numa_node")) is not None:

@@ -5,6 +5,7 @@ Needs no torch. `capture.json` and `workloads.jsonl` are written beside and rena
 off when the measurement continues.
 """
 
+import errno
 import json
 import os
 import time
@@ -28,13 +29,19 @@ def to_line(record: Mapping[str, object]) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises InputError when it cannot be written, such as on a full disk.
+    """
     beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def write_capture(folder: Path, capture: Mapping[str, object]) -> None:
@@ -102,11 +109,24 @@ def mend(folder: Path, name: str, keys: Sequence[str]) -> list[Json]:
 
 
 def append(folder: Path, name: str, record: Mapping[str, object]) -> None:
-    """Add one line to a journal and wait until it is on disk."""
-    with (folder / name).open("a", encoding="utf-8") as file:
-        file.write(to_line(record))
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line to a journal and wait until it is on disk.
+
+    Raises InputError when it cannot be written, such as on a full disk, and takes back what was written of it.
+    """
+    path, line = folder / name, to_line(record).encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                n_written = file.write(line)
+                if n_written != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def points(folder: Path) -> list[Json]:

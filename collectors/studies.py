@@ -30,6 +30,8 @@ class Facts:
     memory_limit_bytes: float
     host_limit_bytes: float
     can: frozenset[str] = frozenset()
+    host_flops_per_s: float = 1e12  # of a server's CPU beside a GPU
+    host_bytes_per_s: float = 1e11
 
     @property
     def skew_ratio(self) -> float:

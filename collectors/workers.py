@@ -21,7 +21,10 @@ from . import store
 RESTART = 75  # a process asks for a successor: its device no longer answers
 SAID_WHY = (2, 3)  # bad input, missing package: the process has printed a sentence
 N_RESTARTS = 12  # of one stage, before something is wrong with the machine rather than with a point
-LEAST_PATIENCE_S, PATIENCE_FACTOR = 180.0, 20.0  # silence after which a process counts as hanging
+LEAST_PATIENCE_S, PATIENCE_FACTOR = 90.0, 20.0  # silence after which a process counts as hanging
+START_PATIENCE_S, END_PATIENCE_S = 180.0, 20.0  # the same while it starts, and once it has said its last word
+GRACE_S = 20.0  # a process has so much more than its time, for the point it is at
+SIGNAL_PATIENCE_S = 5.0  # after SIGTERM, and after SIGKILL
 
 
 class StageError(Exception):
@@ -34,26 +37,33 @@ class StageError(Exception):
 
 @dataclass
 class Step:
-    """What a process is at: the journal entry to write should it die, and how long it may be silent."""
+    """What a process is at: the journal entry to write should it die, how long it may be silent, whether it is done."""
 
     entry: store.Json | None = None
-    patience_s: float = LEAST_PATIENCE_S
+    patience_s: float = START_PATIENCE_S
+    is_done: bool = False
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a measurement: its arguments on the command line, its threads, the folder's lock to hold."""
+    """One stage of a measurement: its arguments on the command line, its threads, the folder's lock to hold.
+
+    `seconds` is the time for all its processes together, null for as much as it takes.
+    """
 
     folder: Path
     arguments: Sequence[str]
     threads: int
     lock: int | None = None
     wrap: Callable[[list[str]], list[str]] = field(default=lambda command: command)  # such as: under a profiler
+    seconds: float | None = None
 
 
-def _command(stage: Stage) -> list[str]:
+def _command(stage: Stage, left_s: float | None) -> list[str]:
     package = (__package__ or "collectors").split(".")
-    return stage.wrap([sys.executable, "-m", ".".join(package), "stage", *stage.arguments, "--out", str(stage.folder)])
+    limit = [] if left_s is None else ["--seconds", f"{max(0.0, left_s):.1f}"]
+    command = [sys.executable, "-m", ".".join(package), "stage", *stage.arguments, *limit, "--out", str(stage.folder)]
+    return stage.wrap(command)
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -64,11 +74,12 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
 
 
-def _started(stage: Stage) -> tuple[subprocess.Popen[str], queue.Queue[str | None]]:
+def _started(stage: Stage, left_s: float | None) -> tuple[subprocess.Popen[str], queue.Queue[str | None]]:
     process = subprocess.Popen(
-        _command(stage),
+        _command(stage, left_s),
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # a library that prints
         env=_environment(stage.threads),
         pass_fds=() if stage.lock is None else (stage.lock,),
         start_new_session=True,  # Ctrl-C is for this process, which ends the other
@@ -87,16 +98,19 @@ def _started(stage: Stage) -> tuple[subprocess.Popen[str], queue.Queue[str | Non
 
 
 def _follow(process: subprocess.Popen[str], said: queue.Queue[str | None], on_word: Callable[[store.Json], None],
-            step: Step) -> bool:  # fmt: skip
-    """Hand on what a process says until it ends; false when it was silent too long."""
+            step: Step, give_up: float) -> str | None:  # fmt: skip
+    """Hand on what a process says until it ends; why it has to be ended when it does not, `` when time is up."""
     while True:
+        left_s = give_up - time.monotonic()
         try:
-            line = said.get(timeout=step.patience_s)
+            line = said.get(timeout=max(0.0, min(step.patience_s, left_s)))
+            if line is None:
+                process.wait(timeout=END_PATIENCE_S)
+                return None
         except queue.Empty:
-            return False
-        if line is None:
-            process.wait()
-            return True
+            return f"no answer in {step.patience_s:.0f} s" if step.patience_s < left_s else ""
+        except subprocess.TimeoutExpired:
+            return "closed its output and went on"
         try:
             word = json.loads(line)
         except ValueError:
@@ -105,51 +119,63 @@ def _follow(process: subprocess.Popen[str], said: queue.Queue[str | None], on_wo
             continue
         if "begin" in word:
             step.entry, seconds = word["begin"], float(word.get("seconds", 0.0))
-            step.patience_s = max(LEAST_PATIENCE_S, PATIENCE_FACTOR * seconds)
+            step.patience_s = max(LEAST_PATIENCE_S, PATIENCE_FACTOR * seconds) + float(word.get("waits_s", 0.0))
         else:
             step.entry = None
+        if "end" in word:
+            step.is_done, step.patience_s = True, END_PATIENCE_S
         on_word(word)
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started."""
+    """End a process and all that it started; gives up on one that hangs in a driver, `returncode` is then null."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
-            process.wait(timeout=10)
+            process.wait(timeout=SIGNAL_PATIENCE_S)
         except ProcessLookupError:
             break
         except subprocess.TimeoutExpired:
             continue
         break
-    process.wait()
+    process.poll()
 
 
 def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
     """Run one stage to its end, in as many processes as it takes. Each holds the folder's lock as long as it lives.
 
+    A process that is not done when time and grace are over is ended, and nothing is left out: more time may do it.
     Raises StageError when a process says why it cannot go on, dies outside of any point, or too many die; ends the
     process when this one is interrupted.
     """
+    until = None if stage.seconds is None else time.monotonic() + stage.seconds
     for _ in range(N_RESTARTS):
         step = Step()
-        process, said = _started(stage)
+        process, said = _started(stage, None if until is None else until - time.monotonic())
         try:
-            answered = _follow(process, said, on_word, step)
+            failure = _follow(process, said, on_word, step, float("inf") if until is None else until + GRACE_S)
         finally:
             end(process)
         code = process.returncode
-        if answered and code == 0:
+        if code is None:
+            raise StageError(1, "a measuring process cannot be ended: it hangs in the system or a driver")
+        if (failure is None and code == 0) or step.is_done:  # what goes wrong after the last word harms nothing
             return
-        if answered and code in SAID_WHY:
+        if failure == "":
+            at = f" at {words_of(step.entry)}" if step.entry is not None else ""
+            print(f"a measuring process was ended{at}: its time was up", file=sys.stderr)
+            return
+        if failure is None and code in SAID_WHY:
             raise StageError(code)
         if step.entry is not None:
-            reason = how_it_ended(code) if answered else f"no answer in {step.patience_s:.0f} s"
-            store.append(stage.folder, store.LEFT_OUT, {**step.entry, "reason": reason, "started": int(time.time())})
-            print(f"left out: {words_of(step.entry)}: {reason}", file=sys.stderr)
+            entry = {**step.entry, "reason": failure or how_it_ended(code), "is_fatal": True}
+            store.append(stage.folder, store.LEFT_OUT, {**entry, "started": int(time.time())})
+            print(f"left out: {words_of(step.entry)}: {entry['reason']}", file=sys.stderr)
         elif code != RESTART:
-            raise StageError(code, f"a measuring process {how_it_ended(code)}")
-    raise StageError(1, f"{N_RESTARTS} measuring processes in a row died")
+            raise StageError(code if code > 0 else 1, f"a measuring process {failure or how_it_ended(code)}")
+        if until is not None and time.monotonic() >= until:
+            return
+    raise StageError(1, f"{N_RESTARTS} measuring processes of one stage died")
 
 
 def how_it_ended(code: int) -> str:

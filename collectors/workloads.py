@@ -228,8 +228,11 @@ def rotation(workload: Workload, cold_bytes: float, max_copies: int) -> tuple[in
     """Weight copies and shifts within a copy, so that calls read `cold_bytes` of weights before any is read again.
 
     Shifting the experts by the span of the active ones reaches fresh weights in the same copy; copies do the rest.
-    Offloaded experts are where they are, so there only copies rotate.
+    Offloaded experts are where they are, so there only copies rotate. A call that reads twice as much by itself has
+    pushed out its own first weights: one copy serves, and the largest layers leave memory for activations.
     """
+    if workload.touched_bytes >= 2 * cold_bytes:
+        return 1, 1
     n_shifts = 1 if workload.offloaded else max(1, workload.n_experts // span(workload.tokens_per_expert))
     n_positions = int(-(-cold_bytes // workload.touched_bytes)) + 1
     n_copies = max(1, min(max_copies, -(-n_positions // n_shifts)))

@@ -1,5 +1,6 @@
 """Calibration: the arithmetic of lines and summaries by hand, probes on false clocks, host probes for real."""
 
+import itertools
 import json
 import os
 import statistics
@@ -236,7 +237,7 @@ def test_buffers_are_random_finite_and_refused_when_memory_is_short(monkeypatch)
     numbers = found.view(torch.float32)
     assert torch.isfinite(numbers).all() and numbers.std() > 0.5
     assert len(found.unique()) > 200
-    monkeypatch.setattr(probes.machine, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(probes, "free_host_bytes", lambda: 1000)
     probes.need_free(500, "cpu")
     with pytest.raises(InputError, match="501 bytes of host memory are needed, more than half of the 1000"):
         probes.random_bytes(501)
@@ -623,3 +624,20 @@ def test_pinned_memory_is_shared_with_the_device(dtype):
     alias.check_alias(host, shared)
     assert shared.is_cuda and shared.shape == host.shape and shared.dtype == dtype
     assert torch.equal(shared.float().cpu(), host.float())
+
+
+def test_probes_by_turns_leave_something_of_each_wherever_they_are_cut():
+    made = [[f"{name}{at}" for at in range(n)] for name, n in (("a", 12), ("b", 4), ("c", 2))]
+    mixed = probes_cuda.by_turns(*made)
+    assert sorted(mixed) == sorted(itertools.chain(*made))
+    for n_first in range(len(mixed) + 1):
+        for one in made:
+            found = [word for word in mixed[:n_first] if word in one]
+            assert found == one[: len(found)] and abs(len(found) / len(one) - n_first / len(mixed)) <= 0.5
+
+
+def test_sizes_of_copies_are_spread_over_the_range_from_the_first():
+    sizes = probes_link._spread(probes_link.SIZES["standard"])
+    assert sorted(sizes) == sorted(probes_link.SIZES["standard"])
+    assert sizes[:3] == [probes_link.CORE_BYTES, 1 << 16, 1 << 30]
+    assert probes_link._spread(probes_link.SIZES["quick"]) == [probes_link.CORE_BYTES, 1 << 20]

@@ -1,5 +1,6 @@
 """A campaign from outside: its time budget, what a kill leaves, and what the same command does afterwards."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -45,7 +46,7 @@ class FakeProcesses:
 
     def run(self, stage, on_word):
         words = list(stage.arguments)
-        limit = float(words[words.index("--seconds") + 1]) if "--seconds" in words else None
+        limit = stage.seconds
         self.stages.append((" ".join(words[:2]) if words[0] == "run" else words[0], limit))
         self.now += 2.0
         if words[0] == "describe":
@@ -196,6 +197,63 @@ def test_other_options_are_refused_and_a_failed_stage_is_an_error(tmp_path, monk
         collected(tmp_path, order)
 
 
+def test_calibration_goes_on_where_time_had_cut_it(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch)
+    order = begun(tmp_path, minutes=4.0)
+    line = {"probe": "made up", "params": {}, "run": 0, "value": 1.0, "quantity": None, "took_s": 30.0, "started": 0}
+    store.append(tmp_path, store.CALIBRATION, line)  # measured before a kill
+    collected(tmp_path, order)
+    assert dict(fake.stages)["calibrate"] == pytest.approx(0.3 * 240 - 30)
+    more = Order(settings(minutes=8.0), QUICK)
+    _reopen(tmp_path, more.settings)
+    fake.stages.clear()
+    collected(tmp_path, more)
+    assert dict(fake.stages)["calibrate"] == pytest.approx(0.3 * 480 - 30)
+
+
+@pytest.mark.parametrize("lost", ["calibrate", "profile"])
+def test_a_campaign_outlives_what_others_do_not_need(tmp_path, monkeypatch, capsys, lost):
+    fake = FakeProcesses(monkeypatch)
+    order = begun(tmp_path, minutes=2.0)
+
+    def fails(stage, on_word):
+        if stage.arguments[0] == lost:
+            raise StageError(1, "a measuring process was ended by signal SIGSEGV")
+        fake.run(stage, on_word)
+
+    monkeypatch.setattr(campaign, "run_stage", fails)
+    monkeypatch.setattr(campaign, "profiles_missing", lambda folder: ["made up"])
+    collected(tmp_path, order)
+    assert {p["run"] for p in store.points(tmp_path)} == {0, 1, 2}
+    assert "ended early: a measuring process was ended by signal SIGSEGV" in capsys.readouterr().err
+
+
+def test_profiles_between_runs_leave_time_for_the_repeats(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch)
+    monkeypatch.setattr(campaign, "profiles_missing", lambda folder: ["made up"])
+    collected(tmp_path, begun(tmp_path, minutes=8.0))
+    names = [name for name, _ in fake.stages]
+    assert names == ["describe", "calibrate", "run 0", "profile", "run 1", "run 2", "profile"]
+    assert fake.stages[3][1] == pytest.approx(0.15 * 480)
+
+
+def test_a_capture_that_another_command_began_meanwhile_is_kept(tmp_path, monkeypatch):
+    def lock(folder):
+        campaign.begin(folder, settings(seed=5))
+
+    monkeypatch.setattr(store, "lock", lock)
+    with pytest.raises(InputError, match="seed was 5 and is 0"):
+        campaign.collect(tmp_path / "new", Order(settings(), QUICK))
+    assert store.read_capture(tmp_path / "new")["settings"]["seed"] == 5
+
+
+def test_loading_counts_as_spent(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch)
+    order = begun(tmp_path, minutes=2.0)
+    fake.now = 100.0
+    assert Collection(tmp_path, dataclasses.replace(order, started=85.0), None).left_s == pytest.approx(105.0)
+
+
 # --- for real ---
 
 
@@ -264,6 +322,17 @@ assert cli.main(["campaign", "--plan", "--device", "cuda"]) == 0
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "workloads are planned" in done.stdout and "zero-copy (mapped)" in done.stdout
+
+
+def test_a_plan_that_nobody_reads_to_its_end_is_no_traceback():
+    command = [sys.executable, "-m", "collectors", "campaign", "--plan", "--device", "cpu", "--preset", "quick"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(command, cwd=REPO, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_rotation_reads_enough_other_weights_and_never_more_copies_than_there_ar
     cold_bytes = 128 * 2**20
     for w in plan.plan(FULL, None).workloads:
         n_copies, n_shifts = workloads.rotation(w, cold_bytes, max_copies=1000)
-        assert (n_copies * n_shifts - 1) * w.touched_bytes >= cold_bytes
+        assert (n_copies * n_shifts - 1) * w.touched_bytes >= cold_bytes or w.touched_bytes >= 2 * cold_bytes
         step = w.n_experts // n_shifts
         assert n_shifts == 1 or step >= workloads.span(w.tokens_per_expert)  # shifted experts are fresh ones
         assert workloads.rotation(w, cold_bytes, max_copies=1)[0] == 1

@@ -244,6 +244,37 @@ def test_plan_words_say_what_time_buys(on_cuda):
     assert lines[-1] == "left out: 3 points of the study x: too large"
 
 
+def test_one_copy_serves_a_layer_that_pushes_itself_out():
+    (large,) = (w for w in (design_point("deepseek-v3", 4096),))
+    cold_bytes = 4 * 50 * 2**20
+    assert large.touched_bytes > 2 * cold_bytes
+    assert workloads.rotation(large, cold_bytes, 9) == (1, 1)
+    assert workloads.pool_bytes([large], cold_bytes, 48e9) == large.moe_shape.layer_bytes
+    assert workloads.rotation(large, large.touched_bytes, 9) == (2, 1)
+
+
+def design_point(name: str, n_tokens: int) -> Workload:
+    """The gate-and-up GEMM of a shape, all experts awake."""
+    shape = scaled_shape(name, "bf16")
+    return workloads.workload(shape, "grouped_gemm", shape.gemms[0], n_tokens, "uniform", "cuda", 0, {})
+
+
+def test_what_a_gpu_plans_leaves_room_for_activations(on_cuda):
+    """80 GB hold the pools of both dtypes and the activations, in and out, of the largest point."""
+    points = [point.workload for point in on_cuda]
+    pools = [
+        workloads.pool_bytes([w for w in points if w.dtype == dtype], 4 * 50 * 2**20, CUDA_FACTS.pool_limit_bytes)
+        for dtype in ("bf16", "fp8")
+    ]
+    assert sum(pools) + max(w.activation_bytes for w in points) < 0.9 * 80e9
+
+
+def test_host_rates_that_were_measured_guide_the_guesses(on_cuda):
+    on_host = next(p.workload for p in on_cuda if p.workload.access == "cpu" and p.workload.n_tokens >= 256)
+    slow = dataclasses.replace(CUDA_FACTS, host_flops_per_s=1e9)
+    assert design.call_s(on_host, slow) > 10 * design.call_s(on_host, CUDA_FACTS)
+
+
 def test_guesses_grow_with_the_work():
     shape = scaled_shape("olmoe/4", DTYPES["float32"])
     costs = [

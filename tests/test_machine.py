@@ -54,6 +54,52 @@ def test_memory_nodes_count_their_processors_and_those_we_may_use(tmp_path, monk
     assert machine.cpus_of_node(0) == [2, 3] and machine.cpus_of_node(2) == machine.cpus_of_node(9) == []
 
 
+def test_nodes_in_use_are_those_with_processors_of_ours(tmp_path, monkeypatch):
+    for node, cpus in enumerate(("0-3", "4-7", "")):  # the last is memory alone, as on a GH200
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cpus + "\n")
+    monkeypatch.setattr(machine, "NODE_DIR", tmp_path)
+    for cpus, n_nodes in (([1, 2], 1), ([3, 4], 2), ([99], 1)):
+        monkeypatch.setattr(machine, "cpu_list", lambda cpus=cpus: cpus)
+        assert machine.n_nodes_in_use() == n_nodes
+
+
+@pytest.mark.parametrize(
+    ("near", "n_all", "stays"),
+    [("0-7", 16, True), ("0-2", 16, False), ("0-15", 128, True), ("0-7", 128, False), ("", 16, False), ("0", 1, True)],
+)
+def test_a_process_stays_near_where_it_has_enough_processors(tmp_path, monkeypatch, near, n_all, stays):
+    (tmp_path / "node0").mkdir()
+    (tmp_path / "node0" / "cpulist").write_text(near + "\n")
+    monkeypatch.setattr(machine, "NODE_DIR", tmp_path)
+    monkeypatch.setattr(machine, "CPUS_AT_START", tuple(range(n_all)))
+    kept: list[list[int]] = []
+    monkeypatch.setattr(machine.os, "sched_setaffinity", lambda pid, cpus: kept.append(cpus), raising=False)
+    machine.stay_near(0)
+    assert kept == ([machine.cpus_of(near)] if stays else [])
+
+
+@pytest.mark.parametrize(
+    ("files", "cores", "n_cores"),
+    [
+        ({"cpu.max": "1600000 100000"}, 16.0, 16),
+        ({"cpu.max": "max 100000"}, None, 112),
+        ({"cpu.max": "50000 100000"}, 0.5, 1),
+        ({"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 2.5, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, 112),
+        ({}, None, 112),
+    ],
+)
+def test_cores_are_no_more_than_the_group_has_time_for(tmp_path, monkeypatch, files, cores, n_cores):
+    (tmp_path / "cpu").mkdir()
+    for name, words in files.items():
+        (tmp_path / name).write_text(words + "\n")
+    monkeypatch.setattr(machine, "GROUP_DIR", tmp_path)
+    monkeypatch.setattr(machine, "CPU_DIR", tmp_path)  # tells no siblings: each processor is a core
+    monkeypatch.setattr(machine, "cpu_list", lambda: list(range(112)))
+    assert machine.cpu_quota_cores() == cores and machine.n_physical_cores() == n_cores
+
+
 def test_an_arm_processor_is_called_by_its_name():
     assert machine._cpu_model({"CPU implementer": "0x41", "CPU part": "0xd4f"}) == "Arm Neoverse V2"
     assert machine._cpu_model({"model name": "Made Up 9"}) == "Made Up 9"
