@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import queue
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ class Processes:
     """Measuring processes that run in this one, one after another, as the real supervisor starts them.
 
     `now` is the last thing begun, `codes` are the stages so far with their exit codes, `leaks` what they left behind
-    that outlives their points. `on_begin` is called with each thing as it begins.
+    that outlives their points. `on_begin` is called with each thing as it begins. `dies_of` is the signal that ends a
+    process as it gives back what it has on a lost device, null when it leaves as it should.
     """
 
     device: pretend_cuda.PretendedCuda
@@ -99,18 +101,26 @@ class Processes:
     codes: list = field(default_factory=list)
     leaks: list = field(default_factory=list)
     on_begin: Callable[[dict], None] = lambda word: None
+    dies_of: int | None = None
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "Processes":
         monkeypatch.setattr(workers, "_started", self._started)
+        monkeypatch.setattr(cli, "_leave_at_once", self._leave)
         monkeypatch.setattr(workers, "end", lambda process: None)
+        monkeypatch.setattr(cli, "STARTED", time.monotonic())
         return self
 
-    def _started(self, stage):
+    def _leave(self, asked):
+        raise asked if self.dies_of is None else Died(self.dies_of)
+
+    def _started(self, stage, left_s):
         said, words, n_threads = queue.Queue(), _Said(self), torch.get_num_threads()
         assert stage.wrap(["program"])[-1] == "program"
         try:
+            limit = [] if left_s is None else ["--seconds", str(max(0.0, left_s))]
+            cli.STARTED = time.monotonic()
             with contextlib.redirect_stdout(words):
-                code = cli.main(["stage", *stage.arguments, "--out", str(stage.folder)])
+                code = cli.main(["stage", *stage.arguments, *limit, "--out", str(stage.folder)])
         except SystemExit as ended:
             code = ended.code
         except Died as death:
@@ -128,7 +138,7 @@ class Processes:
         for line in words.getvalue().splitlines():
             said.put(line)
         said.put(None)
-        return types.SimpleNamespace(returncode=code, wait=lambda: code), said
+        return types.SimpleNamespace(returncode=code, wait=lambda timeout: code), said
 
 
 class _Said(io.StringIO):
