@@ -24,6 +24,7 @@ from collectors import (
     probes_host,
     probes_link,
     studies,
+    system_memory,
     workers,
 )
 from collectors.timing import Limits
@@ -32,7 +33,7 @@ from tests import pretend_cuda
 
 TINY = studies.Scale(
     shapes=("e8-k2-h2048-i1024", "e16-k4-h2048-i1024"), tokens=(1, 16, 32), routings=studies.SKEWS[:2], rows=(1, 9),
-    n_experts=(8,), offload_shapes=("e8-k2-h2048-i1024",), offload_tokens=(1, 16, 32), fracs=(1 / 8, 1 / 2, 1.0),
+    n_experts=(8,), offload_shapes=("e8-k2-h2048-i1024",), offload_tokens=(1, 16), fracs=(1.0, 1 / 2),
     layer_shapes=("e8-k2-h2048-i1024",), layer_tokens=(1, 16),
 )  # fmt: skip
 DIVISOR = 32  # of all widths
@@ -79,6 +80,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         probes: {"BLOCK_BYTES": 1 << 14},
         memory: {"MAX_POSITIONS": 32},
         points: {"MAX_POSITIONS": 32},
+        system_memory: {"STRIDE_BYTES": 1 << 16},
         modes: {"CHUNK_BYTES": 1 << 14},
         cli: {"QUICK": limits, "CUDA": limits},
     }  # fmt: skip

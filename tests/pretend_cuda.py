@@ -209,8 +209,11 @@ class PretendedCuda(TorchFunctionMode):
         def hollow(tensor: Tensor) -> Tensor:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
-        with FakeTensorMode():
-            func(*_mapped(args, hollow), **{name: _mapped(word, hollow) for name, word in kwargs.items()})
+        with pytest.MonkeyPatch.context() as without:
+            # A torch with CUDA would set up a device first, which may not be there.
+            without.setattr(torch.cuda, "is_available", lambda: False)
+            with FakeTensorMode():
+                func(*_mapped(args, hollow), **{name: _mapped(word, hollow) for name, word in kwargs.items()})
 
     # --- memory ---
 
@@ -372,7 +375,7 @@ def _stand_ins(device: PretendedCuda) -> dict[str, object]:
         "current_stream": lambda: device.stream, "current_device": lambda: 0, "device_count": lambda: 1,
         "is_available": lambda: True, "is_initialized": lambda: True, "synchronize": device.synchronize,
         "empty_cache": device.empty_cache, "mem_get_info": lambda: (int(0.9 * device.total_bytes), device.total_bytes),
-        "get_device_properties": lambda _device: properties, "get_device_capability": lambda: (9, 0),
+        "get_device_properties": lambda _device: properties, "get_device_capability": lambda _device=0: (9, 0),
         "_sleep": sleep, "graph_pool_handle": lambda: (0, 0), "set_sync_debug_mode": set_sync_debug_mode,
     }  # fmt: skip
 
