@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,11 @@ def collect(folder: Path, order: Order) -> None:
     if order.request is not None:
         grid(order.request, None)  # a plan that cannot be is refused before anything is made
     open_folder(folder)
-    lock = store.lock(folder)
+    try:
+        lock = store.lock(folder, 0.0)
+    except InputError:
+        print(f"note: {folder} is in use; waiting for a process that may be at its last point", file=sys.stderr)
+        lock = store.lock(folder)
     try:
         if open_folder(folder):  # asked again: another command may have begun it while this one waited for the lock
             refuse_other(folder, order.settings)
@@ -194,6 +199,7 @@ class Collection:
         started = time.monotonic() if order.started is None else order.started
         self.deadline = None if minutes is None else started + 60 * minutes - spent_s(folder)
         self.progress = Progress(0, 0, deadline=self.deadline)
+        self.has_tried_nsys = False
 
     @property
     def left_s(self) -> float:
@@ -323,8 +329,10 @@ class Collection:
         """Structure of a few points as traces; what cannot be profiled is said and left out."""
         if seconds > 0 and profiles_missing(self.folder):
             self.optional("profiling", "profile", seconds=seconds, wrap=nsys.uninjected)
-        if self.order.settings["nsys"] and not any((self.folder / store.PROFILES).glob("*.sqlite")):
-            nsys_profile(self)
+        wants_nsys = self.order.settings["nsys"] and not self.has_tried_nsys and self.left_s > 0
+        if wants_nsys and not any((self.folder / store.PROFILES).glob("*.sqlite")):
+            self.has_tried_nsys = True
+            nsys_profile(self, min(seconds, self.left_s))
 
 
 def profiles_missing(folder: Path) -> list[Workload]:
@@ -334,10 +342,10 @@ def profiles_missing(folder: Path) -> list[Workload]:
     return [w for w in points_of(folder) if file_name(w) not in there | failed]
 
 
-def nsys_profile(collection: Collection) -> None:
+def nsys_profile(collection: Collection, seconds: float) -> None:
     """The same points under Nsight Systems; what is missing for that is one sentence, and the capture is whole."""
     try:
-        nsys.collect(collection.folder, collection.stage)
+        nsys.collect(collection.folder, partial(collection.stage, seconds=seconds))
     except (InputError, StageError) as error:
         print(f"no Nsight Systems profile: {error}", file=sys.stderr)
 

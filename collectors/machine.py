@@ -24,7 +24,7 @@ FLAGS_OF_INTEREST = (
 )  # fmt: skip
 CPU_DIR, NODE_DIR = Path("/sys/devices/system/cpu"), Path("/sys/devices/system/node")
 DMI_DIR, DMI_TABLE = Path("/sys/class/dmi/id"), Path("/sys/firmware/dmi/tables/DMI")
-GROUP_DIR = Path("/sys/fs/cgroup")
+GROUP_DIR, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 EDAC_DIR = Path("/sys/devices/system/edac/mc")
 # What /proc/cpuinfo of an Arm processor calls (implementer, part); Arm's own names.
 ARM_CORES = {
@@ -84,13 +84,34 @@ def last_level_cache_bytes() -> int | None:
     return cache_bytes(3) or cache_bytes(2)
 
 
+def _of_groups(controller: str, name: str, name_v1: str) -> list[tuple[Path, str]]:
+    """Folder and text of a file of this process's control group and of those around it, of either kind of group.
+
+    A container sees its own group as the root; a batch job does not, and finds its limits further down.
+    """
+    bases = {GROUP_DIR: name, GROUP_DIR / controller: name_v1}
+    places = [(GROUP_DIR, ""), (GROUP_DIR / controller, "")]
+    for line in (_read(OWN_GROUPS) or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            places.append((GROUP_DIR, path))
+        elif controller in controllers.split(","):
+            places.append((GROUP_DIR / controller, path))
+    folders = {
+        base / part: bases[base]
+        for base, path in places
+        for part in (Path(path.strip("/")), *Path(path.strip("/")).parents)
+    }
+    return [(folder, words) for folder, file in folders.items() if (words := _read(folder / file))]
+
+
 def memory_bytes() -> int | None:
     """Memory of the machine, or the limit of the control group when that is lower; null when unknown."""
     total = re.search(r"MemTotal:\s*(\d+) kB", _read(Path("/proc/meminfo")) or "")
     sizes = [int(total[1]) * 1024] if total else []
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        words = _read(GROUP_DIR / limit) or ""
-        sizes += [int(words)] if words.isdecimal() else []
+    limits = _of_groups("memory", "memory.max", "memory.limit_in_bytes")
+    sizes += [int(words) for _, words in limits if words.isdecimal()]
     return min(sizes, default=None)
 
 
@@ -178,10 +199,13 @@ def pci_link(domain: int, bus: int, device: int) -> dict[str, object]:
 
 def cpu_quota_cores() -> float | None:
     """Processor time of the control group in cores, or null when it has no limit or does not tell."""
-    quota, _, period = (_read(GROUP_DIR / "cpu.max") or "").partition(" ")
-    if not quota:  # control groups of the first kind; -1 is no limit
-        quota, period = (_read(GROUP_DIR / f"cpu/cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+    found = []
+    for folder, words in _of_groups("cpu", "cpu.max", "cpu.cfs_quota_us"):
+        quota, _, period = words.partition(" ")
+        period = period or _read(folder / "cpu.cfs_period_us") or ""
+        if quota.isdecimal() and period.isdecimal():  # `max` and -1 are no limit
+            found.append(int(quota) / int(period))
+    return min(found, default=None)
 
 
 def _cpu_model(info: Mapping[str, str]) -> str:

@@ -99,7 +99,7 @@ def describe(stage: Stage) -> None:
     # A way that took its process with it is known from the journal and not tried again.
     found = {e["capability"]: e["reason"] for e in store.left_out(stage.folder) if "capability" in e}
     for way in (way for way in WAYS if way not in found):
-        say(begin={"capability": way}, seconds=5)
+        say(begin={"capability": way}, seconds=2)
         found[way] = capability(device, way)
         say(capability=way)
         if device == "cuda" and not device_answers():

@@ -21,7 +21,7 @@ from . import store
 RESTART = 75  # a process asks for a successor: its device no longer answers
 SAID_WHY = (2, 3)  # bad input, missing package: the process has printed a sentence
 N_RESTARTS = 12  # of one stage, before something is wrong with the machine rather than with a point
-LEAST_PATIENCE_S, PATIENCE_FACTOR = 90.0, 20.0  # silence after which a process counts as hanging
+LEAST_PATIENCE_S, PATIENCE_FACTOR = 60.0, 20.0  # silence after which a process counts as hanging
 START_PATIENCE_S, END_PATIENCE_S = 180.0, 20.0  # the same while it starts, and once it has said its last word
 GRACE_S = 20.0  # a process has so much more than its time, for the point it is at
 SIGNAL_PATIENCE_S = 5.0  # after SIGTERM, and after SIGKILL
@@ -150,9 +150,10 @@ def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
     """Run one stage to its end, in as many processes as it takes. Each holds the folder's lock as long as it lives.
 
     A process that is not done when time and grace are over is ended, and nothing is left out: more time may do it.
-    Raises StageError when a process says why it cannot go on, dies outside of any point, or too many die; ends the
-    process when this one is interrupted.
+    Raises StageError when a process says why it cannot go on, ends outside of any point, or too many die; one that a
+    signal ended there, such as for want of memory, is tried once more. Ends the process when this one is interrupted.
     """
+    is_first_time = True
     until = None if stage.seconds is None else time.monotonic() + stage.seconds
     for _ in range(N_RESTARTS):
         step = Step()
@@ -176,6 +177,8 @@ def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
             entry = {**step.entry, "reason": failure or how_it_ended(code), "is_fatal": True}
             store.append(stage.folder, store.LEFT_OUT, {**entry, "started": int(time.time())})
             print(f"left out: {words_of(step.entry)}: {entry['reason']}", file=sys.stderr)
+        elif code < 0 and failure is None and is_first_time:
+            is_first_time = False
         elif code != RESTART and not step.has_left_out:
             raise StageError(code if code > 0 else 1, f"a measuring process {failure or how_it_ended(code)}")
         if until is not None and time.monotonic() >= until:

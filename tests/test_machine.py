@@ -88,16 +88,35 @@ def test_a_process_stays_near_where_it_has_enough_processors(tmp_path, monkeypat
         ({"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 2.5, 2),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, 112),
         ({}, None, 112),
+        # A batch job: its step has no limit, the job has; and of the first kind of groups.
+        ({"own": "0::/jobs/job_7/step", "jobs/job_7/cpu.max": "800000 100000", "cpu.max": "max 100000"}, 8.0, 8),
+        ({"own": "3:cpu,cpuacct:/job", "cpu/job/cpu.cfs_quota_us": "400000",
+          "cpu/job/cpu.cfs_period_us": "100000"}, 4.0, 4),
     ],
-)
+)  # fmt: skip
 def test_cores_are_no_more_than_the_group_has_time_for(tmp_path, monkeypatch, files, cores, n_cores):
-    (tmp_path / "cpu").mkdir()
     for name, words in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(words + "\n")
     monkeypatch.setattr(machine, "GROUP_DIR", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(machine, "CPU_DIR", tmp_path)  # tells no siblings: each processor is a core
     monkeypatch.setattr(machine, "cpu_list", lambda: list(range(112)))
     assert machine.cpu_quota_cores() == cores and machine.n_physical_cores() == n_cores
+
+
+def test_memory_is_that_of_the_narrowest_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "GROUP_DIR", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
+    whole = machine.memory_bytes()
+    (tmp_path / "own").write_text("0::/jobs/job_7/step\n")
+    (tmp_path / "jobs/job_7/step").mkdir(parents=True)
+    (tmp_path / "jobs/memory.max").write_text("9000000\n")
+    (tmp_path / "jobs/job_7/memory.max").write_text("7000000\n")
+    (tmp_path / "jobs/job_7/step/memory.max").write_text("max\n")
+    assert machine.memory_bytes() == 7_000_000 < whole
+    (tmp_path / "own").write_text("0::/\n")
+    assert machine.memory_bytes() == whole
 
 
 def test_an_arm_processor_is_called_by_its_name():

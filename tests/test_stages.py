@@ -76,6 +76,14 @@ def test_a_process_that_dies_outside_of_any_point_is_an_error(tmp_path):
         run(tmp_path, "say(begin={'workload': 'a'}); say(point='a'); sys.exit(7)")
 
 
+def test_a_process_that_a_signal_ends_outside_of_any_point_is_tried_once_more(tmp_path):
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    assert run(tmp_path, f"if first(): {kill}\nsay(point='after')") == [{"point": "after"}]
+    with pytest.raises(StageError, match="was ended by signal SIGKILL"):
+        run(tmp_path, f"open(seen, 'a').write('x'); {kill}")
+    assert (tmp_path / "seen").read_text() == "xx"
+
+
 @pytest.mark.parametrize("code", workers.SAID_WHY)
 def test_a_process_that_has_said_why_is_believed(tmp_path, code):
     with pytest.raises(StageError) as raised:
