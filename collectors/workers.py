@@ -178,7 +178,7 @@ def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
             store.append(stage.folder, store.LEFT_OUT, {**entry, "started": int(time.time())})
             print(f"left out: {words_of(step.entry)}: {entry['reason']}", file=sys.stderr)
         elif code < 0 and failure is None and is_first_time:
-            is_first_time = False
+            is_first_time = step.has_left_out
         elif code != RESTART and not step.has_left_out:
             raise StageError(code if code > 0 else 1, f"a measuring process {failure or how_it_ended(code)}")
         if until is not None and time.monotonic() >= until:

@@ -68,7 +68,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     def both(value: object) -> dict[str, object]:
         return dict.fromkeys(("quick", "standard"), value)
 
-    limits = Limits(min_repeat_ns=50_000, point_ns=1_000_000)
+    limits = Limits(min_repeat_ns=50_000, point_ns=1_000_000, min_repeats=3, max_repeats=3)
     small = {
         probes_cuda: {"SIDES": both((64,)), "STREAM_BYTES": both(1 << 16), "BURST": 8, "N_GRAPH": 8,
                       "EXPERT_K": 64, "EXPERT_N": 64},
@@ -78,8 +78,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         probes_host: {"LEAST_STREAM_BYTES": 1 << 16, "PROBE_SIDE": 64, "GEMM_SIDES": (128, 64),
                       "EXPERTS": ((64, 64),), "EXPERT_NS": both(100_000_000)},
         probes: {"BLOCK_BYTES": 1 << 14},
-        memory: {"MAX_POSITIONS": 32},
-        points: {"MAX_POSITIONS": 32},
+        memory: {"MAX_POSITIONS": 18},
+        points: {"MAX_POSITIONS": 18},
         system_memory: {"STRIDE_BYTES": 1 << 16},
         modes: {"CHUNK_BYTES": 1 << 14},
         cli: {"QUICK": limits, "CUDA": limits},

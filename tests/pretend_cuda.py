@@ -412,7 +412,11 @@ def installed(
     for module in (driver, mapped, system_memory):
         monkeypatch.setattr(module, "load_library", lambda: device.driver)
     monkeypatch.setattr(gpu, "driver_library", lambda: device.driver)
-    with device:
-        yield device
-    gc.collect()  # views of mapped memory go before it does
-    forget(device)
+    gc.freeze()  # looking for what is left behind is then quick
+    try:
+        with device:
+            yield device
+        gc.collect()  # views of mapped memory go before it does
+        forget(device)
+    finally:
+        gc.unfreeze()
