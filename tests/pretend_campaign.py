@@ -70,7 +70,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
 
     limits = Limits(min_repeat_ns=50_000, point_ns=1_000_000, min_repeats=3, max_repeats=3)
     small = {
-        probes_cuda: {"SIDES": both((64,)), "STREAM_BYTES": both(1 << 16), "BURST": 8, "N_GRAPH": 8,
+        probes_cuda: {"SIDES": both((64,)), "STREAM_BYTES": both(1 << 16), "BURST": 8, "N_GRAPH": 8, "WARM_S": 0.01,
                       "EXPERT_K": 64, "EXPERT_N": 64},
         probes_link: {"CORE_BYTES": 1 << 16, "COVER_BYTES": 1 << 17, "SIZES": both((1 << 12, 1 << 16)),
                       "BOTH_SIZES": both((1 << 16,)), "READ_SIZES": both((1 << 16,)), "BESIDE_EXPERT": (64, 64),

@@ -302,6 +302,26 @@ def test_a_lost_device_ends_its_process_and_the_next_goes_on(processes, device, 
     assert all("illegal memory access" in reason for reason in reasons(folder, "workload"))
 
 
+def test_a_driver_that_runs_out_of_granules_costs_those_points_alone(processes, device, tmp_path):
+    def on_begin(word):
+        device.driver.most_bytes = (1 << 18) if "workload" in word else (1 << 30)  # four granules in each memory
+
+    processes.on_begin = on_begin
+    assert collect(tmp_path / "c") == 0
+    lines = planned(tmp_path / "c")
+    left = {e["workload"]: e["reason"] for e in store.left_out(tmp_path / "c") if "workload" in e}
+    assert left and {lines[w].get("residency") for w in left} == {"mapped"}
+    assert all("cuMemCreate failed: CUDA_ERROR_OUT_OF_MEMORY (2)" in reason for reason in left.values())
+    assert {p["workload"] for p in store.points(tmp_path / "c")} == set(lines) - set(left) and processes.leaks == []
+
+
+def test_a_sweep_runs_to_its_end(processes, tmp_path):
+    command = ("sweep", "--out", str(tmp_path / "c"), "--device", "cuda", "--quick", "--shapes", "e8-k2-h64-i32")
+    assert cli.main([*command, "--tokens", "1,16", "--threads", "1"]) == 0
+    assert {p["workload"] for p in store.points(tmp_path / "c")} == set(planned(tmp_path / "c"))
+    assert reasons(tmp_path / "c", "workload") == []
+
+
 def test_a_process_that_leaves_at_once_takes_nothing_apart():
     words = "import atexit\nfrom collectors import cli\natexit.register(print, 'taken apart')\nprint('said')\n"
     done = subprocess.run(
