@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -30,6 +31,7 @@ INTERRUPTED = 130
 RUNS = {"quick": 1, "standard": 3, "full": 5}
 LONGEST_MINUTES = 24 * 60
 STARTED = time.monotonic()
+DEVICE_FILES = Path("/dev")
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,7 +148,18 @@ def _device(asked: str, is_plan: bool) -> str:
     _require_torch("cpu")
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return "cuda"
+    # Minutes on a GPU machine are dear: they must not go to its CPU because torch and driver do not fit together.
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not is_plan and not is_hidden and any(DEVICE_FILES.glob("nvidia[0-9]*")):
+        built = f"it is built for CUDA {torch.version.cuda}" if torch.version.cuda else "it is built without CUDA"
+        why = str(said[-1].message).splitlines()[0] if said else built
+        words = f"torch {torch.__version__} cannot use the GPU of this machine ({why})"
+        raise InputError(f"{words}; --device cpu measures the CPU")
+    return "cpu"
 
 
 def _require_torch(device: str) -> None:

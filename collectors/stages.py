@@ -66,6 +66,12 @@ class Stage:
         """Seconds left of this stage's time."""
         return float("inf") if self.seconds is None else self.started + self.seconds - time.monotonic()
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds this stage may wait altogether until others are quiet."""
+        most = self.limits.patience_s
+        return most if self.seconds is None else min(most, PATIENCE_SHARE * self.seconds)
+
     def leave_out(self, entry: store.Json, error: BaseException) -> None:
         """Write down what could not be measured, and why; a device that no longer answers ends the process."""
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
@@ -156,7 +162,7 @@ def core_reserve_s(stage: Stage) -> float:
     )
     core = {probe.key for probe in todo if probe.core}
     took_s = {calibration.key(line): line.get("took_s", 0.0) for line in store.calibrations(stage.folder)}
-    return min(MOST_CORE_SHARE * stage.seconds, sum(took_s[key] for key in core & set(took_s)))
+    return min(MOST_CORE_SHARE * stage.seconds, float(sum(took_s[key] for key in core & set(took_s))))
 
 
 # --- a run ---
@@ -215,7 +221,7 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
                 continue
             entry, began, clock_s = {"workload": w.id, "run": run}, _now(), time.monotonic()
             more_s = 0.0 if w.dtype in pools else FIRST_POINT_S
-            say(begin=entry, seconds=guess_s + more_s, waits_s=stage.limits.patience_s)
+            say(begin=entry, seconds=guess_s + more_s, waits_s=stage.patience_s - waited_s)
             try:
                 if way_of(w) in tired:
                     raise InputError(f"{MOST_FATAL} other points run in this way have ended their process")
@@ -257,8 +263,7 @@ def _timed(
             longest_s = max(LEAST_REFUSED_S, CALL_OVER_PLAN * LONGEST_CALL_S[stage.settings["preset"]])
             refuse_slow(prepared.call, w.device, longest_s * prepared.n_inner)
         attempt = partial(measure, prepared.call, clock_of(w.device), limits)
-        patience_s = limits.patience_s if stage.seconds is None else PATIENCE_SHARE * stage.seconds
-        left_s = max(0.0, min(min(patience_s, limits.patience_s) - waited_s, stage.left_s))
+        left_s = max(0.0, min(stage.patience_s - waited_s, stage.left_s))
         times, was_disturbed, took_s = measure_undisturbed(attempt, machine.others_busy_s, limits.n_tries, left_s)
     finally:
         prepared.close()

@@ -123,7 +123,8 @@ def _follow(process: subprocess.Popen[str], said: queue.Queue[str | None], on_wo
             continue
         if "begin" in word:
             step.entry, seconds = word["begin"], float(word.get("seconds", 0.0))
-            step.patience_s = max(LEAST_PATIENCE_S, PATIENCE_FACTOR * seconds) + float(word.get("waits_s", 0.0))
+            waits_s = max(0.0, float(word.get("waits_s", 0.0)))
+            step.patience_s = max(LEAST_PATIENCE_S, PATIENCE_FACTOR * seconds) + waits_s
         else:
             step.entry = None
         step.has_left_out = "left" in word

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -322,6 +323,25 @@ assert cli.main(["campaign", "--plan", "--device", "cuda"]) == 0
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "workloads are planned" in done.stdout and "zero-copy (mapped)" in done.stdout
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    def is_available():
+        warnings.warn("the driver is too old\nmade up", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(cli, "DEVICE_FILES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cli._device("auto", False) == "cpu"
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(InputError, match=r"cannot use the GPU of this machine \(the driver is too old\); --device cpu"):
+        cli._device("auto", False)
+    assert cli._device("auto", True) == cli._device("cpu", False) == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cli._device("auto", False) == "cpu"
 
 
 def test_a_plan_that_nobody_reads_to_its_end_is_no_traceback():

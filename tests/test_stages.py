@@ -71,6 +71,12 @@ say(point="after")
     assert [entry["reason"] for entry in store.left_out(tmp_path)] == ["no answer in 0 s"]
 
 
+def test_a_process_that_waits_for_quiet_does_not_count_as_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "LEAST_PATIENCE_S", 0.0)
+    script = "say(begin={'workload': 'a', 'run': 0}, seconds=0, waits_s=30); time.sleep(0.3); say(point='a')"
+    assert run(tmp_path, script)[-1] == {"point": "a"} and store.left_out(tmp_path) == []
+
+
 def test_a_process_that_dies_outside_of_any_point_is_an_error(tmp_path):
     with pytest.raises(StageError, match="ended with exit code 7"):
         run(tmp_path, "say(begin={'workload': 'a'}); say(point='a'); sys.exit(7)")
