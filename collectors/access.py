@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ from perfmodel.routing import Shares
 
 from .driver import LOCATION_HOST_NUMA
 from .lanes import COPY_IN, COPY_OUT, Run, Step, in_order, on_cuda
-from .layer import Layer, Mark, Matrix, grouped_mm, moe_layer, no_mark, quantise
+from .layer import Layer, Mark, Matrix, grouped_mm, moe_layer, no_mark, quantised
 from .mapped import map_experts, n_mapped_copies, virtual_memory
 from .memory import (
     Pool,
     active_offloaded,
     expert_elements,
+    fill,
     hosted,
     matrices,
     place,
@@ -42,6 +43,7 @@ from .modes import (
 from .workloads import Workload, choices, workload_seed
 
 IDLE_DEVICE_BYTES = 6 << 30
+HOLD_UP_CYCLES = 2_000_000  # about a millisecond
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Arranged:
     """A workload ready to be called: a call for each rotation position, its result, and where its weights lie.
 
     `steps` are those of each position, empty where a call is one launch. `experts(position)` gives for each matrix
-    `[N, K]` of every slot.
+    `[N, K]` of every slot, `written(position)` what a call writes before it reads it.
     """
 
     problem: Problem
@@ -57,6 +59,7 @@ class Arranged:
     steps: tuple[tuple[Step, ...], ...]
     slate: Slate
     experts: Callable[[int], list[list[Matrix]]]
+    written: Callable[[int], list[Tensor]]
     facts: dict[str, object]
     close: Callable[[], None]
 
@@ -65,6 +68,19 @@ class Arranged:
         if self.slate.result is not None:
             return self.slate.result
         return torch.cat([self.slate.outs[name] for name in self.slate.parts])
+
+
+def late(arranged: Arranged, position: int, lane: str) -> Run:
+    """The call of a position on CUDA with the work of one lane held up: what should wait for it and does not, shows."""
+
+    def held_up(step: Step) -> Step:
+        def run() -> None:
+            torch.cuda._sleep(HOLD_UP_CYCLES)
+            step.run()
+
+        return replace(step, run=run) if step.lane == lane else step
+
+    return on_cuda([held_up(step) for step in arranged.steps[position]], streams())
 
 
 def activation_dtype(dtype: str) -> torch.dtype:
@@ -93,7 +109,7 @@ def problem_of(pool: Pool, workload: Workload, shares: Shares | None, run: int, 
     if workload.op != "moe_layer":
         rows: Matrix = torch.randn(ends[-1], matrices(workload)[0][1], device=device, dtype=dtype)
         if workload.dtype == "fp8":  # quantised by what comes before, which is not timed
-            rows = quantise(rows)
+            rows = quantised(rows)
         return Problem(workload, device, slots, ends, is_gated, None, None, None, rows, mark)
     x = torch.randn(workload.n_tokens, workload.hidden, device=device, dtype=dtype)
     slot_of = np.empty(workload.n_experts, dtype=np.int64)
@@ -159,14 +175,18 @@ def _arrange_whole(pool: Pool, problem: Problem) -> Arranged:
         resident = replace(workload, offloaded=None)
         found = [placed.device for placed in place(pool, resident, workload.n_experts)[0]]
         facts = {"emulated": "one ordinary tensor stands for a range over two memories"}
-    positions = [tuple(scaled(m) for m in weights) for weights in found]
-    calls = tuple(_whole(problem, slate, weights) for weights in positions)
+    try:
+        positions = [tuple(scaled(m) for m in weights) for weights in found]
+        calls = tuple(_whole(problem, slate, weights) for weights in positions)
+    except BaseException:
+        close()
+        raise
 
     def experts(position: int) -> list[list[Matrix]]:
         return [[matrix[slot] for slot in range(len(problem.slots))] for matrix in positions[position]]
 
     facts = {**facts, "n_device_copies": len(found), "n_expert_launches": 1}
-    return Arranged(problem, calls, (), slate, experts, facts, close)
+    return Arranged(problem, calls, (), slate, experts, lambda _position: [], facts, close)
 
 
 def _mapped(pool: Pool, workload: Workload) -> tuple[list[tuple[Tensor, ...]], Callable[[], None], dict[str, object]]:
@@ -201,11 +221,20 @@ def _mapped(pool: Pool, workload: Workload) -> tuple[list[tuple[Tensor, ...]], C
     return found, close, {"expert_stride_bytes": strides, "granule_bytes": memory.granule_bytes, "host_node": node}
 
 
+def _weights_again(staged: Tensor, weights: Tensor, device: torch.device) -> None:
+    """Weights where activations were staged in the host buffer: other workloads have experts there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    fill(staged, weights.reshape(-1))
+
+
 def _arrange_steps(pool: Pool, problem: Problem) -> Arranged:
     workload = problem.workload
     n_on_device = workload.n_experts if workload.access == "copy" else len(residents(workload))
     placed, rest, (n_device, n_host) = place(pool, workload, n_on_device)
     slate = Slate(rows=problem.rows)
+    close: Callable[[], None] = _nothing
+    scratch: list[Tensor] = []
     facts: dict[str, object] = {"n_device_copies": n_device, "n_host_copies": n_host}
     if workload.access == "copy":
         steps = [copy_steps(slate, problem, p.device, p.host) for p in placed]
@@ -214,12 +243,16 @@ def _arrange_steps(pool: Pool, problem: Problem) -> Arranged:
         one = torch.empty(2, size * expert_elements(workload), dtype=pool.flat.dtype, device=problem.device)
         buffers = [views(half, 0, size, matrices(workload)) for half in one]
         steps = [overlap_steps(slate, problem, p.device, p.host, buffers) for p in placed]
+        scratch = [expert for buffer in buffers for matrix in buffer for expert in matrix]
         facts["chunk_experts"] = size
     elif workload.access == "cpu":
         (_, k), (n, _) = matrices(workload)[0], matrices(workload)[-1]
         n_rows = staging_elements(workload) // (k + n)
         pinned = rest[: n_rows * k].view(n_rows, k), rest[n_rows * k : n_rows * (k + n)].view(n_rows, n)
         target = torch.empty_like(pinned[1], device=problem.device)
+        if n_rows:
+            scratch = [*pinned, target]
+            close = partial(_weights_again, rest[: n_rows * (k + n)], placed[0].host[0], problem.device)
         steps = [cpu_steps(slate, problem, p.device, p.host, pinned, target) for p in placed]
         facts["host_kernel"] = "one mm per expert"
         facts["host_threads"] = torch.get_num_threads()
@@ -242,10 +275,15 @@ def _arrange_steps(pool: Pool, problem: Problem) -> Arranged:
             found.append([scaled(matrix) for matrix in lie])
         return found
 
+    def written(position: int) -> list[Tensor]:
+        if workload.access != "copy":
+            return scratch
+        return [matrix[expert] for matrix in placed[position].device for expert in hosted(workload)]
+
     launching = ("resident", "offloaded", "experts", "chunk")
     n_launches = sum(step.name.partition(" ")[0] in launching for step in steps[0])
     facts |= {"n_expert_launches": n_launches, "counts": "read back in each call" if problem.is_layer else "known"}
-    return Arranged(problem, calls, tuple(steps), slate, experts, facts, _nothing)
+    return Arranged(problem, calls, tuple(steps), slate, experts, written, facts, close)
 
 
 def arrange(pool: Pool, workload: Workload, shares: Shares | None, run: int, mark: Mark = no_mark) -> Arranged:

@@ -15,9 +15,10 @@ from typing import Any
 PINNED_ALLOCATION = 1
 LOCATION_DEVICE, LOCATION_HOST, LOCATION_HOST_NUMA = 1, 2, 3
 ACCESS_READ_WRITE = 3
-GRANULARITY_RECOMMENDED = 1
+GRANULARITY_MINIMUM, GRANULARITY_RECOMMENDED = 0, 1
 HAS_VIRTUAL_MEMORY, NUMA_CONFIG, NUMA_ID, HOST_NUMA_ID = 102, 130, 131, 134
 PAGEABLE_MEMORY_ACCESS = 88
+SET_PREFERRED_LOCATION, DEVICE_CPU = 3, -1
 LARGEST_GRANULE_BYTES = 1 << 26  # larger pages would put several experts into one
 
 
@@ -92,10 +93,10 @@ class Driver:
     def _properties(location: Location) -> Properties:
         return Properties(PINNED_ALLOCATION, 0, location, None, _Flags())
 
-    def granule_bytes(self, location: Location) -> int:
-        """The unit in which physical memory is made and mapped there."""
+    def granule_bytes(self, location: Location, which: int = GRANULARITY_RECOMMENDED) -> int:
+        """The unit in which physical memory is made and mapped there, recommended or the smallest."""
         size, properties = ctypes.c_size_t(), self._properties(location)
-        option = ctypes.c_int(GRANULARITY_RECOMMENDED)
+        option = ctypes.c_int(which)
         self._do("cuMemGetAllocationGranularity", ctypes.byref(size), ctypes.byref(properties), option)
         return size.value
 
@@ -131,6 +132,11 @@ class Driver:
     def unmap(self, address: int, n_bytes: int) -> None:
         """Take the physical memory away from addresses."""
         self._do("cuMemUnmap", ctypes.c_uint64(address), ctypes.c_size_t(n_bytes))
+
+    def keep_on_host(self, address: int, n_bytes: int) -> None:
+        """Ask the driver not to move plain system memory to the device, however often kernels read it."""
+        advice, place = ctypes.c_int(SET_PREFERRED_LOCATION), ctypes.c_int(DEVICE_CPU)
+        self._do("cuMemAdvise", ctypes.c_uint64(address), ctypes.c_size_t(n_bytes), advice, place)
 
     def allow(self, address: int, n_bytes: int, device: int) -> None:
         """Let a device read and write a mapped range."""
@@ -241,14 +247,20 @@ class VirtualMemory:
                 self._n_made[is_host] -= 1
 
 
-def memory_nodes(path: Path = Path("/sys/devices/system/node/has_memory")) -> list[int]:
-    """The host's memory nodes, such as `0-1,3`; none where the system does not tell."""
+def _node_numbers(path: Path) -> list[int]:
+    """Numbers such as `0-1,3`; none where the system does not tell."""
     try:
         words = path.read_text(encoding="utf-8").strip()
         ends = [part.partition("-") for part in words.split(",") if part]
         return [node for first, _, last in ends for node in range(int(first), int(last or first) + 1)]
     except (OSError, ValueError):
         return []
+
+
+def memory_nodes(folder: Path = Path("/sys/devices/system/node")) -> list[int]:
+    """The host's memory nodes: those with memory and processors, since on coherent machines the GPU's is a node too."""
+    with_processors = _node_numbers(folder / "has_cpu")
+    return [node for node in _node_numbers(folder / "has_memory") if node in with_processors or not with_processors]
 
 
 def open_virtual_memory(driver: Driver, device: int) -> VirtualMemory:
@@ -267,7 +279,10 @@ def open_virtual_memory(driver: Driver, device: int) -> VirtualMemory:
     nodes = [nearest, *(node for node in memory_nodes() if node != nearest)]
     for host in (*(Location(LOCATION_HOST_NUMA, node) for node in nodes), Location(LOCATION_HOST, 0)):
         try:
-            sizes = [driver.granule_bytes(place) for place in (Location(LOCATION_DEVICE, device), host)]
+            places = (Location(LOCATION_DEVICE, device), host)
+            sizes = [driver.granule_bytes(place) for place in places]
+            if max(sizes) > LARGEST_GRANULE_BYTES:
+                sizes = [driver.granule_bytes(place, GRANULARITY_MINIMUM) for place in places]
             if max(sizes) > LARGEST_GRANULE_BYTES:
                 raise CudaDriverError(f"memory comes in pieces of {max(sizes)} bytes")
             driver.release(driver.create(max(sizes), host))

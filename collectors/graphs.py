@@ -31,6 +31,8 @@ def _refuse_waiting(call: Callable[[], object]) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
+        except torch.cuda.OutOfMemoryError:
+            raise  # the same may fit when others have given back what they hold
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"this work waits for the device, so it cannot be recorded: {reason}") from None
@@ -52,11 +54,11 @@ class Recorded:
     close: Callable[[], None]
 
 
-def record(calls: Sequence[Callable[[], object]]) -> Recorded:
+def record(calls: Sequence[Callable[[], object]], forget: Callable[[], None] = lambda: None) -> Recorded:
     """The calls as graphs, replayed once, the last one last.
 
-    The first and the last call run before, so that libraries are set up. Raises InputError when the work cannot be
-    recorded.
+    The first and the last call run before, so that libraries are set up; `forget` lets go of what calls keep, since a
+    recording cannot use memory that was in use when it began. Raises InputError when the work cannot be recorded.
     """
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -65,6 +67,7 @@ def record(calls: Sequence[Callable[[], object]]) -> Recorded:
         _refuse_waiting(calls[-1])
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    forget()
     size = per_graph(len(calls))
     graphs: list[torch.cuda.CUDAGraph] = []
     pool = torch.cuda.graph_pool_handle()
@@ -79,6 +82,9 @@ def record(calls: Sequence[Callable[[], object]]) -> Recorded:
                     last = None  # so that its memory serves the next call
                     last = call()
             graphs.append(graph)
+    except torch.cuda.OutOfMemoryError:
+        graphs.clear()
+        raise
     except RuntimeError as error:
         graphs.clear()
         reason = str(error).splitlines()[0]

@@ -16,6 +16,7 @@ Mark = Callable[[str], AbstractContextManager[object]]
 
 
 E4M3_LARGEST = 448.0
+ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,17 @@ def quantise(rows_RK: Tensor) -> Scaled:
     """Rows in fp8, each with the scale that takes its largest magnitude to the largest number of e4m3."""
     scale = rows_RK.abs().amax(dim=-1).float().div_(E4M3_LARGEST).clamp_(min=1e-12)
     return Scaled((rows_RK.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale)
+
+
+def quantised(rows_RK: Tensor) -> Scaled:
+    """`quantise` for inputs made beforehand, piece by piece: in fp32 all of them may not fit on the device."""
+    values = torch.empty_like(rows_RK, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(rows_RK.shape[:1], dtype=torch.float32, device=rows_RK.device)
+    for first in range(0, len(rows_RK), ROWS_AT_ONCE):
+        part = quantise(rows_RK[first : first + ROWS_AT_ONCE])
+        values[first : first + ROWS_AT_ONCE].copy_(part.values)
+        scale[first : first + ROWS_AT_ONCE].copy_(part.scale)
+    return Scaled(values, scale)
 
 
 def plain(matrix: Matrix, device: torch.device) -> Tensor:

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from perfmodel.moe import ACTIVATION_BYTES
+
 from .driver import CudaDriverError, Driver, Range, VirtualMemory, load_library, open_virtual_memory
 from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, free_host_bytes, matrices, n_positions
 from .workloads import Workload
 
-FILL_SHIFT = 10_007
+SMALL_RESERVE_BYTES = 1 << 30  # beside the result of the largest batches
 MAX_COPIES = 16  # mapping takes a driver call for each granule
 
 
@@ -48,9 +50,10 @@ def _fill_range(mapped: Range, pool: Pool, whole: Tensor) -> None:
     bits = whole.view(torch.int32)
     source = pool.flat[: pool.flat.numel() // 4 * 4].view(torch.int32)
     n_block = min(source.numel(), step // 4)
-    for place in sorted(mapped.fresh):
-        # Not the same numbers in every granule, or experts could be mixed up and nobody would see it.
-        first = place * FILL_SHIFT % (source.numel() - n_block + 1)
+    # Other numbers in every granule, also of other ranges since granules are reused: or experts could be mixed up and
+    # nobody would see it.
+    starts = torch.randint(source.numel() - n_block + 1, (len(mapped.fresh),)).tolist()
+    for place, first in zip(sorted(mapped.fresh), starts, strict=True):
         for part in bits[place * step // 4 : (place + 1) * step // 4].split(n_block):
             torch.bitwise_or(source[first : first + part.numel()], 0, out=part)
     torch.cuda.synchronize()
@@ -87,7 +90,10 @@ def n_mapped_copies(pool: Pool, workload: Workload) -> int:
     )
     host_one = n_away * n_granules * memory.granule_bytes
     torch.cuda.empty_cache()  # what torch holds back is room too
-    device_room = memory.idle_bytes(False) + max(0, torch.cuda.mem_get_info()[0] - DEVICE_RESERVE_BYTES)
+    row_bytes = matrices(workload)[-1][0] * ACTIVATION_BYTES.get(workload.dtype, 2.0)
+    result_bytes = workload.n_tokens * workload.top_k * row_bytes
+    reserve = max(DEVICE_RESERVE_BYTES, result_bytes + SMALL_RESERVE_BYTES)
+    device_room = memory.idle_bytes(False) + max(0, torch.cuda.mem_get_info()[0] - reserve)
     host_room = memory.idle_bytes(True) + FREE_SHARE * free_host_bytes()
     if pool.host.limit_bytes is not None:
         host_room = min(host_room, memory.idle_bytes(True) + pool.host.limit_bytes - memory.made_bytes(True))

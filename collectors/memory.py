@@ -22,7 +22,9 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.floa
 # Host weights pass this many bytes before they are read again: the last-level caches of servers hold less.
 HOST_COLD_BYTES = 1 << 29
 MAX_HOST_COPIES, MAX_POSITIONS = 64, 64
-MAX_SPLIT_COPIES = 4  # these hold idle experts too, and a GPU does not keep what it reads of host memory
+# One launch over host memory has idle experts there too: this many copies, and more as long as they are small, since
+# the GPU's cache may keep what it reads of host memory.
+FEW_COPIES, FEW_COPIES_BYTES = 4, 1 << 31
 DEVICE_RESERVE_BYTES = 4 << 30  # for activations, while granules are mapped
 FILL_ELEMENTS = (1 << 24) - 10_007
 FREE_SHARE = 0.8  # of free host memory that may be pinned
@@ -97,9 +99,11 @@ def host_bytes(workload: Workload, n_copies: int = 1) -> int:
 def n_host_copies(workload: Workload, limit_bytes: float) -> int:
     """Copies of the offloaded experts that keep the host's caches cold, as far as the limit allows; 0: none fits."""
     touched = len(active_offloaded(workload)) * expert_elements(workload) * TORCH_DTYPES[workload.dtype].itemsize
-    most = MAX_SPLIT_COPIES if workload.residency == "split" else MAX_HOST_COPIES
-    wanted = min(most, math.ceil(HOST_COLD_BYTES / touched)) if touched else 1
     one = host_bytes(workload, 1) - host_bytes(workload, 0)
+    most = MAX_HOST_COPIES
+    if workload.residency == "split" and one:
+        most = min(most, max(FEW_COPIES, FEW_COPIES_BYTES // one))
+    wanted = min(most, math.ceil(HOST_COLD_BYTES / touched)) if touched else 1
     room = int((limit_bytes - host_bytes(workload, 0)) // one) if one else wanted
     return max(0, min(wanted, room))
 
@@ -179,8 +183,11 @@ def host_buffer(pool: Pool, n_elements: int) -> Tensor:
         torch._C._host_emptyCache()  # torch keeps freed pinned memory otherwise
     flat = torch.empty(size, dtype=torch.uint8, pin_memory=pool.flat.is_cuda).view(pool.flat.dtype)
     # The buffer is written by the host, so that its pages lie where the host's threads are.
-    # A block of odd length: experts of a power of two then differ from each other and from those of the pool.
-    fill(flat, pool.flat[: min(FILL_ELEMENTS, pool.flat.numel())].cpu())
+    # A block of odd length: experts of a power of two then differ from each other and from those of the pool. And
+    # turned by half, or the beginning would equal the pool's, and experts copied there in vain would look copied.
+    bits = pool.flat[: min(FILL_ELEMENTS, pool.flat.numel())].cpu().view(torch.uint8)
+    half = bits.numel() // 2 // element_bytes * element_bytes
+    fill(flat, torch.cat([bits[half:], bits[:half]]).view(flat.dtype))
     side.flat = flat
     if pool.flat.is_cuda:
         alias = device_alias(flat.view(torch.uint8))

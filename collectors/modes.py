@@ -33,6 +33,11 @@ class Slate:
     result: Tensor | None = None
     parts: tuple[str, ...] = ()  # names of `outs` in the order of their rows
 
+    def forget(self) -> None:
+        """Let go of results."""
+        self.result = None
+        self.outs.clear()
+
 
 @dataclass(frozen=True)
 class Part:

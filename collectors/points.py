@@ -8,6 +8,7 @@ counts as a multiset and therefore the work. Offloaded experts are where they ar
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,20 +17,17 @@ from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
 from .access import Arranged, activation_dtype, arrange, router_of
-from .graphs import record
+from .checks import SLOW, TOLERANCE, Difference, difference, offloaded_differences
+from .graphs import Recorded, record
 from .lanes import HOST
 from .layer import (
     Layer,
     Mark,
     Matrix,
-    Scaled,
-    apply_experts,
-    dispatch,
     grouped_mm,
     moe_layer,
     no_mark,
-    quantise,
-    route,
+    quantised,
     slow_grouped_mm,
     slow_moe_layer,
 )
@@ -40,13 +38,10 @@ from .workloads import Workload, choices, rotation, workload_seed
 
 WEIGHT_SCALE = 0.02  # keeps activations of order one at the widths of real models
 FP8_DRAW_SCALE = 16.0  # the scales of fp8 weights undo it (modes.FP8_WEIGHT_SCALE)
-FILL_ELEMENTS = 1 << 24  # random numbers drawn once; the rest of the pool repeats them
-# Largest difference over largest magnitude: from the slow twin in fp32, and from the same weights all on the device,
-# where only the order of sums differs.
-TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2, "fp8": 1e-1}
-SAME_TOLERANCE = {"fp32": 1e-5, "bf16": 1.6e-2, "fp8": 1.6e-2}
-
-SLOW, SAME = "the slow reference", "the same weights all on the device"
+# Random numbers drawn once; the rest of the pool repeats them. Not a power of two, or experts of one would repeat too
+# and a check would not see one taken for another; a multiple of 1024, so that copying them stays quick.
+FILL_ELEMENTS = (1 << 24) - 3072
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def _resident(
     device, dtype = pool.flat.device, activation_dtype(workload.dtype)
     n_rows, n_positions = workload.n_tokens * workload.top_k, n_copies * n_shifts
     if workload.op == "moe_layer":
-        x = torch.randn(workload.n_tokens, workload.hidden, device=device).to(dtype)
+        x = torch.randn(workload.n_tokens, workload.hidden, device=device, dtype=dtype)
         return lambda n: moe_layer(copies[n % n_copies], x, rolled[n // n_copies % n_shifts], mark), n_positions
     offs = [
         torch.bincount(c.reshape(-1), minlength=workload.n_experts)
@@ -118,14 +113,34 @@ def _resident(
     is_up = (workload.gemm_k, workload.gemm_n) == workload.moe_shape.gemms[0]
     weights = [copy.gate_up if is_up else copy.down for copy in copies]
     assert workload.gemm_k is not None
-    rows: Matrix = torch.randn(n_rows, workload.gemm_k, device=device).to(dtype)
+    rows: Matrix = torch.randn(n_rows, workload.gemm_k, device=device, dtype=dtype)  # in fp32 they may not fit
     if workload.dtype == "fp8":  # quantised by what comes before, which is not timed
-        rows = quantise(rows)
+        rows = quantised(rows)
     return lambda n: grouped_mm(rows, weights[n % n_copies], offs[n // n_copies % n_shifts]), n_positions
 
 
 def _nothing() -> None:
     """There is nothing to give back."""
+
+
+def _replay_difference(recorded: Recorded, arranged: Arranged | None, call: Callable[[], object]) -> float:
+    """How far the last call of the last graph is from the same call as it is launched.
+
+    What the graph writes is not-a-number before: memory may still hold the result of a call that was launched.
+    """
+
+    def result(returned: object) -> Tensor:
+        found = arranged.result() if arranged is not None else returned
+        assert isinstance(found, Tensor)
+        return found
+
+    outs = [recorded.last] if arranged is None else [arranged.slate.result, *arranged.slate.outs.values()]
+    for out in outs:
+        if isinstance(out, Tensor):
+            out.fill_(torch.nan)
+    recorded.replay(recorded.n_graphs - 1)
+    found = result(recorded.last).clone()
+    return difference(found, result(call()))
 
 
 def _replayed(
@@ -138,7 +153,7 @@ def _replayed(
         if arranged is not None and any(step.lane == HOST for step in (arranged.steps or ((),))[0]):
             raise InputError("a call in which the host takes part cannot be replayed from a graph")
         calls = [partial(eager.call, n) for n in range(min(n_positions, MAX_POSITIONS))]
-        recorded = record(calls)
+        recorded = record(calls, arranged.slate.forget if arranged is not None else _nothing)
     except BaseException:
         eager.close()
         raise
@@ -148,13 +163,14 @@ def _replayed(
         eager.close()
 
     if is_checked:
-        found = arranged.result().clone() if arranged is not None else recorded.last
-        expected = calls[recorded.n_inner * recorded.n_graphs - 1]()
-        expected = arranged.result() if arranged is not None else expected
-        assert isinstance(found, Tensor) and isinstance(expected, Tensor)
-        if not (difference := _difference(found, expected)) < TOLERANCE[workload.dtype]:
+        try:
+            apart = _replay_difference(recorded, arranged, calls[recorded.n_inner * recorded.n_graphs - 1])
+        except BaseException:
             close()
-            raise InputError(f"a replayed graph differs from the same call by {difference:.2g} of its largest value")
+            raise
+        if not apart < TOLERANCE[workload.dtype]:
+            close()
+            raise InputError(f"a replayed graph differs from the same call by {apart:.2g} of its largest value")
     facts = {**eager.facts, "calls_per_graph": recorded.n_inner, "n_graphs": recorded.n_graphs}
     return Prepared(recorded.replay, recorded.n_inner, facts, close)
 
@@ -165,12 +181,17 @@ def prepare(pool: Pool, workload: Workload, shares: Shares | None, run: int, mar
     Raises InputError where the machine or torch cannot do it in the way the workload says, and CudaDriverError (an
     OSError) where the driver refuses to map memory.
     """
+    return _with_room(pool, lambda: _prepare(pool, workload, shares, run, mark))
+
+
+def _with_room(pool: Pool, make: Callable[[], Made]) -> Made:
+    """What is made, a second time without what other points left when the device has no memory for it at first."""
     try:
-        return _prepare(pool, workload, shares, run, mark)
+        return make()
     except torch.cuda.OutOfMemoryError:
         pass  # what was begun is held by the error until here
-    trim(pool)  # granules and blocks that other points left
-    return _prepare(pool, workload, shares, run, mark)
+    trim(pool)  # granules and blocks
+    return make()
 
 
 def _prepare(
@@ -190,97 +211,28 @@ def _prepare(
     return _replayed(pool, workload, arranged, eager, n_positions, is_checked)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What was compared with what, the largest difference over the largest value, and how large it may be."""
-
-    name: str
-    reference: str
-    difference: float
-    limit: float
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
-
-
 def _resident_differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
     layer = layers(pool, workload, 1)[0]
     device, dtype = pool.flat.device, activation_dtype(workload.dtype)
     limit = TOLERANCE[workload.dtype]
     chosen = torch.from_numpy(choices(workload, shares)).to(device)
     x = torch.randn(workload.n_tokens, workload.hidden, device=device).to(dtype)
-    difference = _difference(moe_layer(layer, x, chosen), slow_moe_layer(layer, x, chosen))
-    parts = [Difference("the MoE layer", SLOW, difference, limit)]
+    apart = difference(moe_layer(layer, x, chosen), slow_moe_layer(layer, x, chosen))
+    parts = [Difference("the MoE layer", SLOW, apart, limit)]
     offs = torch.bincount(chosen.reshape(-1), minlength=workload.n_experts).cumsum(0).to(torch.int32)
     for name, weights in (("gate and up", layer.gate_up), ("down", layer.down)):
         rows = torch.randn(chosen.numel(), weights.shape[2], device=device).to(dtype)
         expected = slow_grouped_mm(rows, weights, offs)
-        difference = _difference(grouped_mm(rows, weights, offs), expected)
-        parts.append(Difference(f"the grouped GEMM of {name}", SLOW, difference, limit))
+        apart = difference(grouped_mm(rows, weights, offs), expected)
+        parts.append(Difference(f"the grouped GEMM of {name}", SLOW, apart, limit))
     return parts
 
 
-def _gathered(experts: list[Matrix], device: torch.device) -> Matrix:
-    """All experts of one matrix in one tensor on the device."""
-    if isinstance(experts[0], Scaled):
-        parts = [e for e in experts if isinstance(e, Scaled)]
-        bits = torch.stack([e.values.view(torch.uint8).to(device) for e in parts])
-        return Scaled(bits.view(parts[0].values.dtype), torch.stack([e.scale.to(device) for e in parts]))
-    return torch.stack([e.to(device) for e in experts if isinstance(e, Tensor)])
-
-
-def _expected(arranged: Arranged, experts: list[list[Matrix]]) -> tuple[Tensor, Tensor | None]:
-    """What a call must give: by the slow twin, and by the ordinary kernel over all experts with rows, on the device.
-
-    The second is null when the device has no memory for them.
-    """
-    problem = arranged.problem
-    offs = problem.offs(range(len(problem.ends)), 0)
-    if problem.is_layer:
-        assert problem.router is not None and problem.x is not None and problem.chosen is not None
-        far = Layer(problem.router, experts[0], experts[1], problem.workload.top_k, problem.is_gated)
-        slow = slow_moe_layer(far, problem.x, problem.chosen)
-    else:
-        assert problem.rows is not None
-        slow = slow_grouped_mm(problem.rows, experts[0], offs)
-    firsts = (0, *problem.ends)
-    busy = [slot for slot, end in enumerate(problem.ends) if end > firsts[slot]]
-    try:
-        near = [_gathered([matrix[slot] for slot in busy], problem.device) for matrix in experts]
-        out = problem.rows
-        weights = None
-        if problem.is_layer:
-            weights = route(problem.router, problem.x, problem.workload.top_k).reshape(-1)
-            out, _, order, token = dispatch(problem.x, problem.chosen, len(problem.ends))
-        out = apply_experts(out, near, problem.offs(busy, 0), problem.is_gated)
-        if weights is not None:
-            out = torch.zeros_like(problem.x).index_add_(0, token, out.mul_(weights[order].unsqueeze(1)))
-        return slow, out
-    except torch.cuda.OutOfMemoryError:
-        return slow, None
-
-
-def _offloaded_differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
-    arranged = arrange(pool, workload, shares, 0)
-    what = f"{workload.op} with {workload.access} {workload.residency or ''}".rstrip()
-    parts = []
-    # Where the host computes, or parts of a layer are summed in another order, more than the order within sums differs.
-    is_same = workload.access != "cpu" and not arranged.problem.is_layer
-    same_limit = (SAME_TOLERANCE if is_same else TOLERANCE)[workload.dtype]
-    try:
-        # Two calls in a row, since the second meets the buffers of the first.
-        for position in (0, 1 % len(arranged.calls)):
-            arranged.calls[position]()
-            found = arranged.result().clone()
-            slow, same = _expected(arranged, arranged.experts(position))
-            parts.append(Difference(what, SLOW, _difference(found, slow), TOLERANCE[workload.dtype]))
-            if same is not None:
-                parts.append(Difference(what, SAME, _difference(found, same), same_limit))
-    finally:
-        arranged.close()
-        if pool.flat.is_cuda:
-            torch.cuda.empty_cache()  # the gathered experts were large
+def _differences(pool: Pool, workload: Workload, shares: Shares | None) -> list[Difference]:
+    find = _resident_differences if workload.access == "resident" else offloaded_differences
+    parts = find(pool, workload, shares)
+    if workload.launch is not None:
+        _prepare(pool, workload, shares, 0, no_mark, is_checked=True).close()
     return parts
 
 
@@ -292,14 +244,9 @@ def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
     """
     where = f"{workload.shape} in {workload.dtype} on {workload.device}"
     try:
-        if workload.access == "resident":
-            parts = _resident_differences(pool, workload, shares)
-        else:
-            parts = _offloaded_differences(pool, workload, shares)
-        if workload.launch is not None:
-            _prepare(pool, workload, shares, 0, no_mark, is_checked=True).close()
+        parts = _with_room(pool, lambda: _differences(pool, workload, shares))
     except torch.cuda.OutOfMemoryError:
-        raise
+        raise  # this says nothing of the way: it was not checked
     except (RuntimeError, OSError) as error:  # a dtype this grouped GEMM does not know on this device, a driver's no
         reason = str(error).splitlines()[0]
         raise InputError(f"{where} does not run with {workload.access} access: {reason}") from None

@@ -114,6 +114,9 @@ def without_profiler_chatter() -> Iterator[None]:
 def _session(is_cuda: bool) -> profile:
     # The first session of a process decides whether CUDA is ever traced in it: never one of the CPU alone before.
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_cuda else [])
+    # Tracing stays loaded between sessions: newer versions take it down, and graphs captured meanwhile may then replay
+    # without their kernels in the trace, or crash.
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     return profile(activities=activities, record_shapes=True, acc_events=True)
 
 

@@ -19,6 +19,7 @@ from .workloads import Workload
 
 CHECK_TOKENS = 16
 MOST_FATAL = 2  # points of a way that end their process, before the way is given up
+FAR_ELEMENTS = 1 << 31  # activations so large that kernels which count in 32 bits write elsewhere
 
 
 def refuse_large(pool: Pool, w: Workload) -> None:
@@ -42,7 +43,13 @@ def refuse_slow(call: Callable[[int], object], device: str, longest_s: float) ->
 
 
 def way_of(w: Workload) -> tuple[object, ...]:
-    """What workloads have in common of which each may end its process: how they are run, resident ones by shape."""
+    """What workloads have in common of which each may end its process: how they are run, resident ones by shape.
+
+    Those with activations of 2^31 elements or more are one way, however they are run.
+    """
+    widest = max(w.hidden if w.gemm_k is None else w.gemm_k, w.gemm_n or (w.n_gemms - 1) * w.inter)
+    if w.n_tokens * w.top_k * widest >= FAR_ELEMENTS:
+        return ("far", w.device)
     return (w.dtype, w.op, w.access, w.residency, w.launch, w.shape if w.access == "resident" else None)
 
 

@@ -9,6 +9,7 @@ import mmap
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from .driver import (
     Driver,
     load_library,
 )
-from .memory import DEVICE_RESERVE_BYTES, FREE_SHARE, Pool, fill, free_host_bytes, matrices, n_positions
+from .memory import DEVICE_RESERVE_BYTES, FILL_ELEMENTS, FREE_SHARE, Pool, fill, free_host_bytes, matrices, n_positions
 from .workloads import Workload
 
 SYSCALLS = {"x86_64": (237, 279), "aarch64": (235, 239)}  # mbind, move_pages
@@ -94,10 +95,25 @@ def device_tensor(address: int, n_bytes: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (n_bytes,), (1,))
 
 
-def _one_matrix(pool: Pool, workload: Workload, n: int, k: int, where: Nodes) -> tuple[Tensor, mmap.mmap]:
+@dataclass(frozen=True)
+class Held:
+    """One mapping with the experts of one matrix: some addresses in it and the nodes they were placed on."""
+
+    memory: mmap.mmap
+    addresses: list[int]
+    placed: list[int]
+
+    @property
+    def n_moved(self) -> int:
+        """How many of the pages looked at are on another node now."""
+        return sum(a != b for a, b in zip(nodes_of(self.addresses), self.placed, strict=True))
+
+
+def _one_matrix(pool: Pool, workload: Workload, n: int, k: int, where: Nodes, driver: Driver) -> tuple[Tensor, Held]:
     element_bytes, away = pool.flat.element_size(), set(workload.offloaded or ())
     stride = -(-n * k * element_bytes // STRIDE_BYTES) * STRIDE_BYTES
-    memory = mmap.mmap(-1, (workload.n_experts + 1) * stride)
+    # Private, as malloc gives it: shared memory is another kind to the kernel and has small pages.
+    memory = mmap.mmap(-1, (workload.n_experts + 1) * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     handle = ctypes.c_char.from_buffer(memory)
     base = ctypes.addressof(handle)
     del handle  # it would keep the mapping from being closed
@@ -105,14 +121,22 @@ def _one_matrix(pool: Pool, workload: Workload, n: int, k: int, where: Nodes) ->
     for expert in range(workload.n_experts):
         bind(base + first + expert * stride, stride, where.host if expert in away else where.gpu)
     on_host = torch.frombuffer(memory, dtype=torch.uint8)[first : first + workload.n_experts * stride]
-    fill(on_host.view(pool.flat.dtype), pool.flat[: min(1 << 24, pool.flat.numel())].cpu())
+    # Not a block of a power of two: experts begin at multiples of one and would all be alike.
+    fill(on_host.view(pool.flat.dtype), pool.flat[: min(FILL_ELEMENTS, pool.flat.numel())].cpu())
+    n_bytes = n * k * element_bytes
     starts = [base + first + expert * stride for expert in range(workload.n_experts)]
-    wanted = [where.host if expert in away else where.gpu for expert in range(workload.n_experts)]
-    if (found := nodes_of(starts)) != wanted:
-        n_wrong = sum(a != b for a, b in zip(found, wanted, strict=True))
-        raise InputError(f"{n_wrong} of {workload.n_experts} experts lie on another memory node than asked for")
+    for expert in away:
+        with suppress(CudaDriverError):  # where the driver knows no such advice pages are looked up again all the same
+            driver.keep_on_host(starts[expert], stride)
+    held = Held(
+        memory,
+        [(start + at) // mmap.PAGESIZE * mmap.PAGESIZE for start in starts for at in (0, n_bytes // 2, n_bytes - 1)],
+        [where.host if expert in away else where.gpu for expert in range(workload.n_experts) for _ in range(3)],
+    )
+    if n_wrong := held.n_moved:
+        raise InputError(f"{n_wrong} of {len(held.placed)} pages lie on another memory node than asked for")
     flat = device_tensor(base + first, workload.n_experts * stride).view(pool.flat.dtype)
-    return flat.as_strided((workload.n_experts, n, k), (stride // element_bytes, k, 1)), memory
+    return flat.as_strided((workload.n_experts, n, k), (stride // element_bytes, k, 1)), held
 
 
 def system_experts(
@@ -130,18 +154,23 @@ def system_experts(
     n_copies = min(n_positions(workload, pool.cold_bytes), room, host_room)
     if n_copies < 1:
         raise InputError(f"{workload.shape} does not fit into the free memory of both nodes")
-    held: list[mmap.mmap] = []
+    held: list[Held] = []
     found = []
+    driver = Driver(load_library())
     for _ in range(n_copies):
         copy = []
         for n, k in matrices(workload):
-            tensor, memory = _one_matrix(pool, workload, n, k, where)
-            held.append(memory)
+            tensor, one = _one_matrix(pool, workload, n, k, where, driver)
+            held.append(one)
             copy.append(tensor)
         found.append(tuple(copy))
 
     def close() -> None:
         torch.cuda.synchronize()
+        # A driver may move what kernels read often; such times would be those of another placement.
+        n_moved, n_pages = sum(one.n_moved for one in held), sum(len(one.placed) for one in held)
         held.clear()  # the mapping goes with its last view
+        if n_moved:
+            raise InputError(f"{n_moved} of {n_pages} pages of experts were moved to another memory node meanwhile")
 
     return found, close, {"expert_stride_bytes": strides, "host_node": where.host, "gpu_node": where.gpu}

@@ -16,7 +16,7 @@ from tests.lanes_made import MadeCuda, pickers, run_adversarially
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import access, graphs, lanes, layer, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
+from collectors import access, checks, graphs, lanes, layer, mapped, memory, modes, plan, points, rehearse, workloads  # noqa: E402
 from collectors.lanes import COMPUTE, COPY_IN, COPY_OUT, HOST, Step  # noqa: E402
 
 WAYS = (
@@ -196,7 +196,7 @@ def test_any_placement_of_any_routing_is_computed_right(data):
 
 
 def expected_of(arranged, position):
-    return points._expected(arranged, arranged.experts(position))[0]
+    return checks.expected_of(arranged, arranged.experts(position))[0]
 
 
 def snapshots(arranged, n_calls):
@@ -212,7 +212,7 @@ def snapshots(arranged, n_calls):
 
 def are_right(arranged, kept):
     n = len(arranged.steps)
-    return all(points._difference(found, expected_of(arranged, call % n)) < 1e-4 for call, found in enumerate(kept))
+    return all(checks.difference(found, expected_of(arranged, call % n)) < 1e-4 for call, found in enumerate(kept))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -323,6 +323,99 @@ def test_a_way_that_computes_wrongly_is_named_and_not_timed(monkeypatch):
         points.check(pool_for(workload), workload, shares)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("way", "part"), [("copy", "_copy"), ("copy-overlap", "_copy"), ("cpu", "_send"), ("cpu", "_receive")]
+)
+def test_a_copy_that_never_happens_is_seen_even_where_the_right_numbers_already_lie(monkeypatch, op, way, part):
+    workload, shares = made(op=op, way=(way, None), n_tokens=40)
+    monkeypatch.setattr(access.torch, "empty", kept_memory(torch.empty))
+    pool = pool_for(workload)
+    for call in access.arrange(pool, workload, shares, 0).calls:
+        call()  # after this all weights and results lie where copies would put them
+    points.check(pool, workload, shares)
+
+    def skipped(slate, *_):
+        if part == "_receive":
+            slate.outs["host"] = _[0]
+
+    monkeypatch.setattr(modes, part, skipped)
+    with pytest.raises(InputError, match="differs from the slow reference by nan"):
+        points.check(pool, workload, shares)
+
+
+def kept_memory(empty):
+    """torch.empty that gives the same memory again for the same size, as an allocator may."""
+    held = {}
+
+    def again(*size, **more):
+        return held.setdefault((size, str(more)), empty(*size, **more))
+
+    return again
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("way", STEPPED, ids=lambda way: "-".join(filter(None, way)))
+def test_a_check_leaves_no_mark_in_weights(op, way):
+    workload, shares = made(op=op, way=way, n_tokens=40)
+    pool = pool_for(workload)
+    points.prepare(pool, workload, shares, 0).close()
+    before = pool.host.flat.clone()
+    points.check(pool, workload, shares)
+    points.prepare(pool, workload, shares, 0).call(0)
+    assert bool(torch.isfinite(pool.flat).all())
+    if way[0] != "cpu":
+        assert torch.equal(pool.host.flat, before)
+    else:  # activations were staged there, and weights are there again
+        assert float(pool.host.flat[: before.numel() // 2].abs().max()) < 0.2
+
+
+def test_host_weights_and_experts_differ_wherever_one_could_stand_for_another():
+    workload, shares = made()
+    pool = pool_for(workload)
+    points.prepare(pool, workload, shares, 0)
+    n = min(pool.flat.numel(), pool.host.flat.numel())
+    assert float((pool.flat[:n] == pool.host.flat[:n]).float().mean()) < 0.01
+    # Experts so many elements apart hold the same block from another place of it on.
+    strides = [2**i * odd for i in range(12, 29) for odd in (1, 3, 7, 45)]
+    for block in (points.FILL_ELEMENTS, memory.FILL_ELEMENTS):
+        assert all(stride * between % block for stride in strides for between in range(1, 512))
+    assert points.FILL_ELEMENTS % 1024 == 0
+
+
+@pytest.mark.parametrize("way", STEPPED[1:], ids=lambda way: way[0])
+def test_a_call_with_one_lane_held_up_gives_the_same_numbers(monkeypatch, way):
+    workload, shares = made(op="moe_layer", way=way, n_tokens=40, offloaded=(0, 2, 3, 4, 6, 7))
+    small_chunks(monkeypatch, workload)
+    arranged = access.arrange(pool_for(workload), workload, shares, 0)
+    for lane in {step.lane for step in arranged.steps[0]} - {HOST}:
+        cuda, _ = on_made_cuda(monkeypatch, 1)
+        side = {name: cuda.streams[name] for name in (COPY_IN, COPY_OUT)}
+        held_up = []
+        monkeypatch.setattr(access, "streams", lambda side=side: side)
+        monkeypatch.setattr(torch.cuda, "_sleep", held_up.append)
+        steps = [
+            tuple(
+                s if s.lane == HOST else replace(s, run=lambda cuda=cuda, run=s.run: cuda.enqueue(run))
+                for s in position
+            )
+            for position in arranged.steps
+        ]
+        access.late(replace(arranged, steps=tuple(steps)), 0, lane)()
+        cuda.drain()
+        assert checks.difference(arranged.result(), expected_of(arranged, 0)) < 1e-4
+        assert held_up == [access.HOLD_UP_CYCLES] * sum(step.lane == lane for step in arranged.steps[0])
+
+
+def test_inputs_are_quantised_alike_piece_by_piece(monkeypatch):
+    rows = torch.randn(37, 64, dtype=torch.bfloat16)
+    whole = layer.quantise(rows)
+    monkeypatch.setattr(layer, "ROWS_AT_ONCE", 10)
+    pieces = layer.quantised(rows)
+    assert torch.equal(pieces.values.view(torch.uint8), whole.values.view(torch.uint8))
+    assert torch.equal(pieces.scale, whole.scale)
+
+
 def test_what_cannot_be_is_said():
     workload, shares = made(way=("cpu", None), dtype="fp8")
     with pytest.raises(InputError, match="not in fp8"):
@@ -378,7 +471,14 @@ def test_the_pinned_buffer_is_a_power_of_two_that_serves_all():
     assert memory.n_host_copies(copy, one - 1) == 0
     assert memory.host_pool_bytes([copy], 1e12) == 64 * one
     split, _ = made(n_experts=4, top_k=4, n_tokens=2, offloaded=(0, 3), way=("zero-copy", "split"))
-    assert memory.host_pool_bytes([split], 1e12) == 4 * one
+    assert memory.host_pool_bytes([split], 1e12) == 64 * one
+    # Of one active expert of 2 MiB each copy holds 31 idle ones too: 64 MiB, of which 2 GiB hold 32 copies.
+    idle, _ = made(
+        n_experts=32, top_k=1, n_tokens=2, offloaded=tuple(range(32)), way=("zero-copy", "split"), dtype="bf16",
+        hidden=1024, inter=512, shares=[1.0] + [0.0] * 31,
+    )  # fmt: skip
+    assert memory.n_host_copies(idle, 1e12) == 32
+    assert memory.n_host_copies(replace(idle, hidden=8192, gemm_k=8192, gemm_n=8192), 1e12) == 4  # 4 GiB each
     large, _ = made(n_experts=4, top_k=4, n_tokens=2, offloaded=(0, 3), hidden=4096, inter=4096)
     assert memory.n_host_copies(large, 1e12) == 2  # 268 MB each, and 537 MB are to be read
     assert memory.host_pool_bytes([copy, large], 1e12) == 2**29

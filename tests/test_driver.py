@@ -29,6 +29,7 @@ class MadeLibrary:
     def __init__(self, attributes=None, granule_bytes=GRANULE, host_kinds=(LOCATION_HOST_NUMA,)):
         self.granule_bytes, self.host_kinds = granule_bytes, host_kinds
         self.attributes = {HAS_VIRTUAL_MEMORY: 1, HOST_NUMA_ID: 1, **(attributes or {})}
+        self.smallest_bytes: int | None = None  # of a granule; null: as recommended
         self.forbidden: set[int] = set()  # memory nodes
         self.refuse: dict[str, tuple[int, int]] = {}
         self.handles: dict[int, tuple[int, int]] = {}  # handle: (kind, id) of its place
@@ -65,7 +66,7 @@ class MadeLibrary:
         kind, _ = self._made_at(properties._obj)
         if kind != LOCATION_DEVICE and kind not in self.host_kinds:
             return 1
-        size._obj.value = self.granule_bytes
+        size._obj.value = self.granule_bytes if option.value == 1 else self.smallest_bytes or self.granule_bytes
         return 0
 
     def cuMemCreate(self, handle, size, properties, flags):
@@ -74,7 +75,7 @@ class MadeLibrary:
             return code
         if kind != LOCATION_DEVICE and (kind not in self.host_kinds or number in self.forbidden):
             return 801
-        assert size.value == self.granule_bytes and flags.value == 0
+        assert size.value == (self.smallest_bytes or self.granule_bytes) and flags.value == 0
         self.next += 1
         self.handles[self.next] = kind, number
         handle._obj.value = self.next
@@ -199,12 +200,13 @@ def test_the_kind_of_host_memory_that_works_is_taken():
 
 
 def test_other_nodes_are_tried_where_the_nearest_is_forbidden(monkeypatch, tmp_path):
-    nodes = tmp_path / "has_memory"
-    nodes.write_text("0-1,3\n")
-    assert memory_nodes(nodes) == [0, 1, 3]
+    (tmp_path / "has_memory").write_text("0-1,3\n")
+    assert memory_nodes(tmp_path) == [0, 1, 3]
+    (tmp_path / "has_cpu").write_text("0-1\n")
+    assert memory_nodes(tmp_path) == [0, 1]  # node 3 is a GPU's memory
     assert memory_nodes(tmp_path / "none") == []
-    nodes.write_text("what\n")
-    assert memory_nodes(nodes) == []
+    (tmp_path / "has_memory").write_text("what\n")
+    assert memory_nodes(tmp_path) == []
     monkeypatch.setattr("collectors.driver.memory_nodes", lambda: [0, 1, 3])
     library = MadeLibrary()
     library.refuse["cuMemCreate"] = (0, 801)
@@ -221,6 +223,9 @@ def test_what_a_device_cannot_is_said():
         open_virtual_memory(Driver(MadeLibrary({HAS_VIRTUAL_MEMORY: 0})), 0)
     with pytest.raises(CudaDriverError, match="pieces of 536870912 bytes"):
         open_virtual_memory(Driver(MadeLibrary(granule_bytes=1 << 29)), 0)
+    library = MadeLibrary(granule_bytes=1 << 29)
+    library.smallest_bytes = GRANULE
+    assert open_virtual_memory(Driver(library), 0).granule_bytes == GRANULE
     library = MadeLibrary()
     del library.attributes[HOST_NUMA_ID]  # an older driver does not know the number
     assert isinstance(open_virtual_memory(Driver(library), 0), VirtualMemory)

@@ -11,7 +11,7 @@ from tests.test_driver import MadeLibrary
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from collectors import access, graphs, layer, mapped, memory, points  # noqa: E402
+from collectors import access, checks, graphs, layer, mapped, memory, points  # noqa: E402
 from tests.test_access import OPS, made, pool_for  # noqa: E402
 
 GRANULE = 1 << 14
@@ -58,7 +58,7 @@ def test_mapped_experts_are_strided_filled_computed_and_given_back(library, op, 
         offs = torch.arange(1, 9, dtype=torch.int32) * 2
         rows = torch.randn(16, k).to(matrix.dtype)
         found, slow = layer.grouped_mm(rows, matrix, offs), layer.slow_grouped_mm(rows, matrix, offs)
-        assert points._difference(found, slow) < points.TOLERANCE[dtype]
+        assert checks.difference(found, slow) < checks.TOLERANCE[dtype]
     n_handles = len(library.handles)
     assert library.memory.made_bytes(True) > 0
     close()
@@ -218,17 +218,23 @@ def test_a_host_lane_is_no_work_for_a_graph(monkeypatch):
 def test_a_replay_that_computes_something_else_is_refused(made_graphs, monkeypatch):
     workload, _ = made()
     on_device = points.Pool(type("Flat", (), {"is_cuda": True})(), 0.0)
-    out = {"eager": torch.ones(3), "graph": torch.ones(3)}
+    numbers = {"eager": 1.0, "graph": 1.0}
 
     def call(n):
-        return out["eager" if made_graphs.recording is None else "graph"]
+        if made_graphs.recording is None:
+            return torch.full((3,), numbers["eager"])
+        out = torch.ones(3)  # as if memory held the right result before any replay
+        if numbers["graph"] is not None:
+            made_graphs.recording.calls.append(lambda: out.fill_(numbers["graph"]))
+        return out
 
     eager = points.Prepared(call, 1, {"n_positions": 2}, lambda: None)
     prepared = points._replayed(on_device, workload, None, eager, 2, True)
     assert (prepared.n_inner, prepared.facts["calls_per_graph"]) == (2, 2)
-    out["graph"] = torch.zeros(3)
-    with pytest.raises(InputError, match="a replayed graph differs"):
-        points._replayed(on_device, workload, None, eager, 2, True)
+    for wrong in (0.0, None):  # other numbers, or a replay that does nothing
+        numbers["graph"] = wrong
+        with pytest.raises(InputError, match="a replayed graph differs"):
+            points._replayed(on_device, workload, None, eager, 2, True)
 
 
 # --- the lines that only a CUDA device reaches, on a CPU that is taken for one ---
@@ -352,6 +358,12 @@ def test_experts_in_system_memory_are_placed_filled_and_computed(taken_for_cuda,
         storage = torch._C._construct_storage_from_data_pointer(address, torch.device("cpu"), n_bytes)
         return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,))
 
+    library = MadeLibrary()
+    library.advised = []
+    library.cuMemAdvise = lambda address, n_bytes, advice, place: library.advised.append(
+        (address.value, n_bytes.value, advice.value, place.value)
+    )
+    monkeypatch.setattr(system_memory, "load_library", lambda: library)
     monkeypatch.setattr(system_memory, "nodes", lambda: system_memory.Nodes(0, 0))
     monkeypatch.setattr(system_memory, "device_tensor", here)
     workload, _ = made(op="moe_layer", way=("zero-copy", "system"), dtype="bf16")
@@ -368,8 +380,18 @@ def test_experts_in_system_memory_are_placed_filled_and_computed(taken_for_cuda,
         assert all(float(expert.float().std()) > 0.01 for expert in matrix)
         rows, offs = torch.randn(16, k).to(matrix.dtype), torch.arange(1, 9).to(torch.int32) * 2
         found, slow = layer.grouped_mm(rows, matrix, offs), layer.slow_grouped_mm(rows, matrix, offs)
-        assert points._difference(found, slow) < points.TOLERANCE["bf16"]
+        assert checks.difference(found, slow) < checks.TOLERANCE["bf16"]
+    # The driver is asked to leave each offloaded expert of both matrices of both copies on the host: 3 is the advice to
+    # prefer a place, -1 the host.
+    starts = {m.data_ptr() + expert * (1 << 21) for copy in copies for m in copy for expert in workload.offloaded}
+    assert set(library.advised) == {(start, 1 << 21, 3, -1) for start in starts} and len(library.advised) == 12
     close()
+    _, close, _ = system_memory.system_experts(on_device, workload)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="96 of 96 pages of experts were moved"):
+        patch.setattr(system_memory, "nodes_of", lambda addresses: [5] * len(addresses))
+        close()  # two copies, two matrices, eight experts, three pages each
+    del library.cuMemAdvise  # an older driver has no such call
+    system_memory.system_experts(on_device, workload)[1]()
     with pytest.raises(InputError, match="lie on another memory node"):
         monkeypatch.setattr(system_memory, "nodes_of", lambda addresses: [5] * len(addresses))
         system_memory.system_experts(on_device, workload)

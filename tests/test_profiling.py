@@ -6,6 +6,7 @@ Traces of CUDA and exports of nsys are made up here unless they come from the re
 import dataclasses
 import gzip
 import json
+import os
 import sqlite3
 import stat
 import subprocess
@@ -345,6 +346,18 @@ def test_a_cuda_profile_without_kernels_is_refused_before_it_is_written(tmp_path
         profiling.write_profile(tmp_path, lambda _mark: Made(), workload)
     assert not list(tmp_path.iterdir())
     assert "note: CUDA_INJECTION64_PATH is set" in capsys.readouterr().err
+
+
+def test_tracing_stays_loaded_between_sessions_unless_told_otherwise(monkeypatch):
+    pytest.importorskip("torch", reason="torch is not installed")
+    from collectors import profiling
+
+    monkeypatch.setenv("TEARDOWN_CUPTI", "1")
+    profiling._session(is_cuda=True)
+    assert os.environ["TEARDOWN_CUPTI"] == "1"
+    monkeypatch.delenv("TEARDOWN_CUPTI")
+    profiling._session(is_cuda=True)
+    assert os.environ.pop("TEARDOWN_CUPTI") == "0"
 
 
 def test_ranges_reach_nvtx_by_whatever_there_is(monkeypatch):

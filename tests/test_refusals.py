@@ -94,3 +94,12 @@ def test_what_could_not_be_checked_is_not_timed(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"^was not compared with its slow twin: CUDA out of memory. made up$"):
             checked.refuse_wrong(None, PLANNED[0])
     assert n_checks == 1
+
+
+def test_activations_that_overflow_32_bits_are_one_way_however_they_are_run():
+    w = dataclasses.replace(PLANNED[0], op="grouped_gemm", gemm_k=4096, gemm_n=1024, n_tokens=2**18, top_k=2)
+    assert way_of(w) == ("far", "cpu")  # 2^18 x 2 x 4096 = 2^31
+    assert way_of(dataclasses.replace(w, access="copy", shape="other")) == way_of(w)
+    assert way_of(dataclasses.replace(w, n_tokens=2**18 - 1)) != way_of(w)
+    layer = dataclasses.replace(w, op="moe_layer", gemm_k=None, gemm_n=None, hidden=1024, inter=2048, n_gemms=3)
+    assert way_of(layer) == ("far", "cpu")  # gate and up together are 4,096 wide
