@@ -207,11 +207,8 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
     record = {"run": run, "started": _now(), "load_before": machine.load_average(), "n_resumed": n_before}
     counts, waited_s = {"n_left_out": 0, "n_disturbed": 0, "n_todo": 0}, 0.0
     pools: dict[str, Pool] = {}
-    checked, tired, core_s = (
-        Checked(stage.folder, planned, stage.files),
-        tired_ways(stage.folder, planned),
-        core_reserve_s(stage),
-    )
+    checked, tired = Checked(stage.folder, planned, stage.files), tired_ways(stage.folder, planned)
+    core_s = core_reserve_s(stage)
     pace: dict[str, float] = defaultdict(lambda: 1.0)  # how wrong guesses are on this machine, by access
     with torch.inference_mode():
         for order, w in enumerate(todo):
