@@ -261,8 +261,18 @@ def _rehearse(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     from .stages import work
 
-    work(args.out, args.arguments, args.routing_file, args.seconds, STARTED)
+    try:
+        work(args.out, args.arguments, args.routing_file, args.seconds, STARTED)
+    except SystemExit as asked:  # the device is lost: what torch gives back then may abort the process
+        _leave_at_once(asked)
     return 0
+
+
+def _leave_at_once(asked: SystemExit) -> None:
+    """End this process with the exit code that was asked for, and let nothing be taken apart."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(asked.code if isinstance(asked.code, int) else 1)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

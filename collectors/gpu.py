@@ -95,7 +95,10 @@ def cuda_software() -> dict[str, object]:
     if torch.version.cuda is None:
         return {"torch_cuda": None, "cublas": None, "cudnn": None}
     major = torch.version.cuda.partition(".")[0]
-    n = torch.backends.cudnn.version()
+    try:
+        n = torch.backends.cudnn.version()
+    except RuntimeError:  # torch refuses a cuDNN of another version than its own; nothing here needs one
+        n = None
     return {
         "torch_cuda": torch.version.cuda,
         "cublas": _library_version(f"libcublas.so.{major}", "cublasGetProperty"),

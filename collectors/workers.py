@@ -37,11 +37,15 @@ class StageError(Exception):
 
 @dataclass
 class Step:
-    """What a process is at: the journal entry to write should it die, how long it may be silent, whether it is done."""
+    """What a process is at: the journal entry to write should it die, how long it may be silent, whether it is done.
+
+    `has_left_out`: the last it said was that something failed. The device may be in disorder then, of which it may die.
+    """
 
     entry: store.Json | None = None
     patience_s: float = START_PATIENCE_S
     is_done: bool = False
+    has_left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def _follow(process: subprocess.Popen[str], said: queue.Queue[str | None], on_wo
             step.patience_s = max(LEAST_PATIENCE_S, PATIENCE_FACTOR * seconds) + waits_s
         else:
             step.entry = None
+        step.has_left_out = "left" in word
         if "end" in word:
             step.is_done, step.patience_s = True, END_PATIENCE_S
         on_word(word)
@@ -174,8 +179,8 @@ def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
             store.append(stage.folder, store.LEFT_OUT, {**entry, "started": int(time.time())})
             print(f"left out: {words_of(step.entry)}: {entry['reason']}", file=sys.stderr)
         elif code < 0 and failure is None and is_first_time:
-            is_first_time = False
-        elif code != RESTART:
+            is_first_time = step.has_left_out
+        elif code != RESTART and not step.has_left_out:
             raise StageError(code if code > 0 else 1, f"a measuring process {failure or how_it_ended(code)}")
         if until is not None and time.monotonic() >= until:
             return
