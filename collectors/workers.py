@@ -174,6 +174,8 @@ def run_stage(stage: Stage, on_word: Callable[[store.Json], None]) -> None:
             return
         if failure is None and code in SAID_WHY:
             raise StageError(code)
+        if failure is None and code == -signal.SIGTERM:  # somebody stops all processes: no fault of the point
+            raise StageError(1, f"a measuring process {how_it_ended(code)}")
         if step.entry is not None:
             entry = {**step.entry, "reason": failure or how_it_ended(code), "is_fatal": True}
             store.append(stage.folder, store.LEFT_OUT, {**entry, "started": int(time.time())})

@@ -77,6 +77,12 @@ def test_a_process_that_waits_for_quiet_does_not_count_as_silent(tmp_path, monke
     assert run(tmp_path, script)[-1] == {"point": "a"} and store.left_out(tmp_path) == []
 
 
+def test_a_process_that_somebody_stops_leaves_nothing_out(tmp_path):
+    with pytest.raises(StageError, match="was ended by signal SIGTERM"):
+        run(tmp_path, "say(begin={'workload': 'a'}); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+    assert store.left_out(tmp_path) == []
+
+
 def test_a_process_that_dies_outside_of_any_point_is_an_error(tmp_path):
     with pytest.raises(StageError, match="ended with exit code 7"):
         run(tmp_path, "say(begin={'workload': 'a'}); say(point='a'); sys.exit(7)")
