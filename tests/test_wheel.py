@@ -50,7 +50,7 @@ def test_a_fresh_installation_works_without_torch_streamlit_or_plotly(wheel: Pat
     predicted = run("predict", "--hardware", "gh200", "--shape", "poster", "--tokens", "65536", "--offload", "0.5")
     assert predicted.returncode == 0, predicted.stderr
     assert "slowdown" in predicted.stdout
-    (shipped,) = environment.glob("**/perfmodel/traces/*/profiles/moe_layer-olmoe-4-4-power-law-1.2.trace.json.gz")
+    shipped, *_ = environment.glob("**/perfmodel/traces/*/profiles/moe_layer-olmoe-4-4-power-law-1.2.trace.json.gz")
     export = write_nsys(foreign / "export.sqlite", {"KERNEL": [(20, 30, 0, 7, 1, pid(5), None, None)]})
     for trace, said in ((shipped, "aten::_grouped_mm"), (export, "1 kernels, 0 joined")):
         analysed = run("analyze", str(trace))
