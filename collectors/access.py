@@ -12,7 +12,7 @@ from torch import Tensor
 from perfmodel.errors import InputError
 from perfmodel.routing import Shares
 
-from .driver import LOCATION_HOST_NUMA
+from .driver import LOCATION_HOST_NUMA, Range
 from .lanes import COPY_IN, COPY_OUT, Run, Step, in_order, on_cuda
 from .layer import Layer, Mark, Matrix, grouped_mm, moe_layer, no_mark, quantised
 from .mapped import map_experts, n_mapped_copies, virtual_memory
@@ -107,9 +107,9 @@ def problem_of(pool: Pool, workload: Workload, shares: Shares | None, run: int, 
     torch.manual_seed(workload_seed(workload.moe_shape, run, workload.id, 0))
     is_gated = workload.n_gemms == 3
     if workload.op != "moe_layer":
-        rows: Matrix = torch.randn(ends[-1], matrices(workload)[0][1], device=device, dtype=dtype)
-        if workload.dtype == "fp8":  # quantised by what comes before, which is not timed
-            rows = quantised(rows)
+        drawn = torch.randn(ends[-1], matrices(workload)[0][1], device=device, dtype=dtype)
+        # fp8 is quantised by what comes before, which is not timed.
+        rows: Matrix = quantised(drawn) if workload.dtype == "fp8" else drawn
         return Problem(workload, device, slots, ends, is_gated, None, None, None, rows, mark)
     x = torch.randn(workload.n_tokens, workload.hidden, device=device, dtype=dtype)
     slot_of = np.empty(workload.n_experts, dtype=np.int64)
@@ -194,7 +194,7 @@ def _mapped(pool: Pool, workload: Workload) -> tuple[list[tuple[Tensor, ...]], C
     n_copies = n_mapped_copies(pool, workload)
     if n_copies < 1:
         raise InputError(f"{workload.shape} does not fit into the device and host memory that can be mapped")
-    ranges = []
+    ranges: list[Range] = []
     found: list[tuple[Tensor, ...]] = []
 
     def close() -> None:

@@ -70,15 +70,14 @@ def expected_of(arranged: Arranged, experts: list[list[Matrix]]) -> tuple[Tensor
     busy = [slot for slot, end in enumerate(problem.ends) if end > firsts[slot]]
     try:
         near = [_gathered([matrix[slot] for slot in busy], problem.device) for matrix in experts]
-        out = problem.rows
-        weights = None
-        if problem.is_layer:
-            weights = route(problem.router, problem.x, problem.workload.top_k).reshape(-1)
-            out, _, order, token = dispatch(problem.x, problem.chosen, len(problem.ends))
-        out = apply_experts(out, near, problem.offs(busy, 0), problem.is_gated)
-        if weights is not None:
-            out = torch.zeros_like(problem.x).index_add_(0, token, out.mul_(weights[order].unsqueeze(1)))
-        return slow, out
+        offs_of_busy = problem.offs(busy, 0)
+        if problem.rows is not None:
+            return slow, apply_experts(problem.rows, near, offs_of_busy, problem.is_gated)
+        assert problem.router is not None and problem.x is not None and problem.chosen is not None
+        weights = route(problem.router, problem.x, problem.workload.top_k).reshape(-1)
+        rows, _, order, token = dispatch(problem.x, problem.chosen, len(problem.ends))
+        out = apply_experts(rows, near, offs_of_busy, problem.is_gated).mul_(weights[order].unsqueeze(1))
+        return slow, torch.zeros_like(problem.x).index_add_(0, token, out)
     except torch.cuda.OutOfMemoryError:
         return slow, None
 

@@ -13,7 +13,7 @@ PINNED_FRAC, MOST_PINNED_BYTES = 0.25, 1 << 33  # pinned memory is taken from ev
 FALLBACK_BYTES, FALLBACK_CACHE_BYTES = 4 << 30, {"cpu": 1 << 25, "cuda": 50 << 20}
 WAYS = ("mapped", "split", "system", "graph")
 # For guessing durations before anything is measured: orders of magnitude, never results.
-ASSUMED = {
+ASSUMED: dict[str, dict[str, float | None]] = {
     "cpu": {"flops_per_s": 1e11, "bytes_per_s": 2e10, "link_bytes_per_s": None},
     "cuda": {"flops_per_s": 5e14, "bytes_per_s": 3e12, "link_bytes_per_s": 5e10},
 }

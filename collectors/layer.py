@@ -74,7 +74,7 @@ def scaled_grouped_mm(rows_RK: Scaled, weights_ENK: Scaled, offs_E: Tensor) -> T
             offs=offs_E, out_dtype=torch.bfloat16, use_fast_accum=True,
         )  # fmt: skip
     by_row = functional.ScalingType.RowWise
-    return functional.scaled_grouped_mm(
+    return functional.scaled_grouped_mm(  # type: ignore[attr-defined]
         rows_RK.values, weights_EKN, rows_RK.scale, by_row, weights_ENK.scale, by_row,
         offs=offs_E, output_dtype=torch.bfloat16, use_fast_accum=True,
     )  # fmt: skip
@@ -139,6 +139,13 @@ class Layer:
     is_gated: bool
 
 
+def stacked(layer: Layer) -> tuple[Matrix, Matrix]:
+    """Gate and up, and down, as one tensor each; raises TypeError for the single experts of a slow twin."""
+    if isinstance(layer.gate_up, Sequence) or isinstance(layer.down, Sequence):
+        raise TypeError("a grouped GEMM takes the experts as one tensor")
+    return layer.gate_up, layer.down
+
+
 def activate(hidden: Tensor, is_gated: bool) -> Tensor:
     """SiLU of the gate times the up projection, or SiLU alone for plain experts."""
     if not is_gated:
@@ -190,7 +197,7 @@ def moe_layer(layer: Layer, x_TH: Tensor, chosen: Tensor, mark: Mark = no_mark) 
         weights = route(layer.router, x_TH, layer.top_k)
     with mark("dispatch"):
         rows, offs, order, token = dispatch(x_TH, chosen, layer.router.shape[0])
-    out = apply_experts(rows, (layer.gate_up, layer.down), offs, layer.is_gated, mark)
+    out = apply_experts(rows, stacked(layer), offs, layer.is_gated, mark)
     with mark("combine"):
         out.mul_(weights.reshape(-1)[order].unsqueeze(1))
         return torch.zeros_like(x_TH).index_add_(0, token, out)

@@ -30,6 +30,7 @@ from .layer import (
     quantised,
     slow_grouped_mm,
     slow_moe_layer,
+    stacked,
 )
 from .mapped import support, trim
 from .memory import MAX_POSITIONS, TORCH_DTYPES, HostSide, Pool, fill
@@ -113,9 +114,10 @@ def _resident(
     is_up = (workload.gemm_k, workload.gemm_n) == workload.moe_shape.gemms[0]
     weights = [copy.gate_up if is_up else copy.down for copy in copies]
     assert workload.gemm_k is not None
-    rows: Matrix = torch.randn(n_rows, workload.gemm_k, device=device, dtype=dtype)  # in fp32 they may not fit
-    if workload.dtype == "fp8":  # quantised by what comes before, which is not timed
-        rows = quantised(rows)
+    drawn = torch.randn(n_rows, workload.gemm_k, device=device, dtype=dtype)  # in fp32 they may not fit
+    # fp8 is quantised by what comes before, which is not timed.
+    rows: Matrix = quantised(drawn) if workload.dtype == "fp8" else drawn
+    del drawn
     return lambda n: grouped_mm(rows, weights[n % n_copies], offs[n // n_copies % n_shifts]), n_positions
 
 
@@ -220,7 +222,7 @@ def _resident_differences(pool: Pool, workload: Workload, shares: Shares | None)
     apart = difference(moe_layer(layer, x, chosen), slow_moe_layer(layer, x, chosen))
     parts = [Difference("the MoE layer", SLOW, apart, limit)]
     offs = torch.bincount(chosen.reshape(-1), minlength=workload.n_experts).cumsum(0).to(torch.int32)
-    for name, weights in (("gate and up", layer.gate_up), ("down", layer.down)):
+    for name, weights in zip(("gate and up", "down"), stacked(layer), strict=True):
         rows = torch.randn(chosen.numel(), weights.shape[2], device=device).to(dtype)
         expected = slow_grouped_mm(rows, weights, offs)
         apart = difference(grouped_mm(rows, weights, offs), expected)

@@ -223,7 +223,7 @@ def nsys_stage(
     """
     if not torch.cuda.is_available():
         raise InputError(f"nsys: torch {torch.__version__} finds no CUDA device here, so there is nothing to record")
-    if torch.autograd._profiler_enabled():
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         raise InputError("nsys: torch's profiler is on in this process; the device's tracing has one user")
     held: list[Prepared] = []
     ready: list[tuple[Workload, Prepared]] = []

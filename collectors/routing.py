@@ -22,7 +22,6 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 DEFAULT_TOKENS, DEFAULT_STEP_TOKENS, DEFAULT_STEPS = 16_384, 512, 16
 CHARACTERS_PER_TOKEN = 64  # more than a tokenizer needs: how much of a long text is read for so many tokens
@@ -214,7 +213,7 @@ def _token_ids(transformers: Any, folder: Path, text: Path, n_tokens: int, trust
     return torch.tensor(found, dtype=torch.int64)
 
 
-def _model(transformers: Any, folder: Path, device: str, dtype: str, trusted: bool) -> "nn.Module":
+def _model(transformers: Any, folder: Path, device: str, dtype: str, trusted: bool) -> Any:
     """The model on the device, in evaluation mode; InputError where it cannot be read or does not fit."""
     import torch
 

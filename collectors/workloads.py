@@ -208,10 +208,11 @@ def workload(
     # Operations, dtypes and widths of one batch share their draw.
     draw = Workload("", "", shape.n_experts, shape.top_k, 0, 0, 3, None, None, "", "", n_tokens, routing, draw_seed, ())
     shares = files.get(routing)
+    gemm_k, gemm_n = gemm or (None, None)
+    counts = _counts(draw, None if shares is None else shares.tobytes())
     return Workload(
         op, shape.name, shape.n_experts, shape.top_k, shape.hidden, shape.inter, shape.n_gemms,
-        *(gemm or (None, None)), shape.dtype, device, n_tokens, routing, draw_seed,
-        _counts(draw, None if shares is None else shares.tobytes()),
+        gemm_k, gemm_n, shape.dtype, device, n_tokens, routing, draw_seed, counts,
     )  # fmt: skip
 
 
