@@ -237,6 +237,7 @@ class Collection:
             self.calibrate()
             workloads = self.plan()
             self.measure(workloads)
+            store.pack_plan(self.folder)
             self.progress.show("done", force=True)
         finally:
             self.progress.close()
@@ -286,6 +287,7 @@ class Collection:
 
     def plan(self) -> list[Workload]:
         """The planned workloads, the most telling first; written once, so that a continued capture has the same."""
+        store.unpack_plan(self.folder)
         capture = store.read_capture(self.folder)
         if capture["n_workloads"] is None:
             facts = facts_of(capture)

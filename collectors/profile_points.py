@@ -18,7 +18,7 @@ DECODE_TOKENS, PREFILL_TOKENS = 4, 256
 MOST = {"quick": 2, "standard": 12, "full": 12}  # profiles of a preset
 N_EAGER, N_GRAPH = 5, 3  # batch sizes of the curve of launch delays, launched by the host and replayed
 # A capture folder stays below 2 MB, and its tables need most of the rest.
-PROFILES_BYTES = 1_200_000
+PROFILES_BYTES = 1_000_000
 # Bytes of one step in a packed trace: fitted to two CPU profiles (64 experts 60 kB, 8 experts 16 kB, two steps), where
 # each expert is an operator of its own; on CUDA a guess on the safe side, about 30 operators and their kernels.
 CPU_STEP_BYTES, CPU_EXPERT_BYTES = 4_000, 410

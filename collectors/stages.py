@@ -25,7 +25,7 @@ from .layer import Mark, grouped_mm_name
 from .memory import HostSide, Pool, free_host_bytes, host_pool_bytes
 from .plan import run_order
 from .points import WAYS, Prepared, capability, make_pool, prepare
-from .profile_points import file_name, points_of, range_name
+from .profile_points import PROFILES_BYTES, file_name, points_of, range_name
 from .profiling import nsys_stage, write_profile
 from .refusals import MOST_FATAL, Checked, refuse_large, refuse_slow, tired_ways, way_of
 from .studies import Facts
@@ -292,6 +292,13 @@ def profile_stage(stage: Stage) -> None:
                 write_profile(path.parent, partial(prepare, pools[w.dtype], w, stage.files.get(w.routing), 0), w)
             except Exception as error:
                 stage.leave_out(entry, error)
+                continue
+            taken = sum(file.stat().st_size for file in path.parent.glob("*.gz"))
+            if taken > PROFILES_BYTES:
+                path.unlink()
+                stage.leave_out(
+                    entry, InputError(f"with it the profiles would take {taken} bytes, too many to hand on")
+                )
                 continue
             say(profile=path.name)
     say(end={})

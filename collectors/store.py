@@ -6,9 +6,11 @@ off when the measurement continues.
 """
 
 import errno
+import gzip
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from typing import Any
 from perfmodel.errors import InputError
 
 CAPTURE, WORKLOADS, OBSERVATIONS, PROFILES = "capture.json", "workloads.jsonl", "observations.jsonl", "profiles"
+PLAN = "plan.jsonl.gz"
 CALIBRATION, LEFT_OUT = "calibration.jsonl", "left_out.jsonl"
 SCHEMA = 1
 LOCK_WAIT_S = 60.0
+MOST_TRIED_FRAC = 0.9  # of a plan: then packing it saves nothing
 
 Json = dict[str, Any]
 
@@ -82,6 +86,40 @@ def read_workloads(folder: Path) -> list[Json]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}") from None
     return lines
+
+
+def pack_plan(folder: Path) -> None:
+    """Leave in workloads.jsonl what was measured or left out; the whole plan goes packed to plan.jsonl.gz.
+
+    A plan can be much longer than what its time reaches, and captures are meant to be handed on. Nothing happens when
+    most of it was tried.
+    """
+    lines = read_workloads(folder)
+    tried = {record.get("workload") for record in (*points(folder), *left_out(folder))}
+    kept = [line for line in lines if line["workload"] in tried]
+    if len(kept) > MOST_TRIED_FRAC * len(lines):
+        return
+    # No time in the header: equal plans are equal files.
+    packed = gzip.compress("".join(map(to_line, lines)).encode(), mtime=0)
+    beside = (folder / PLAN).with_name(PLAN + ".part")
+    beside.write_bytes(packed)
+    beside.replace(folder / PLAN)
+    update_capture(folder, n_workloads=len(kept), n_planned=len(lines))
+    write_workloads(folder, kept)
+
+
+def unpack_plan(folder: Path) -> None:
+    """Put the whole plan back into workloads.jsonl, where it was packed; raises InputError when it is damaged."""
+    path = folder / PLAN
+    if not path.exists():
+        return
+    try:
+        lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+        _ = [line["workload"] for line in lines]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read: {error!r}") from None
+    write_workloads(folder, lines)
+    update_capture(folder, n_workloads=len(lines), n_planned=len(lines))
 
 
 def mend(folder: Path, name: str, keys: Sequence[str]) -> list[Json]:

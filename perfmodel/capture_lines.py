@@ -15,6 +15,7 @@ Line = TypeVar("Line")
 
 SCHEMA = 1
 MANIFEST, WORKLOADS, OBSERVATIONS_FILE = "capture.json", "workloads.jsonl", "observations.jsonl"
+PLAN = "plan.jsonl.gz"  # all that was planned, where workloads.jsonl has only what was tried
 CALIBRATION, LEFT_OUT, PROFILES = "calibration.jsonl", "left_out.jsonl", "profiles"
 OPS = ("grouped_gemm", "moe_layer")
 RESIDENT = "resident"

@@ -97,9 +97,40 @@ def test_a_campaign_keeps_to_its_minutes_and_every_run_repeats_the_same_points(t
     per_run = {run: {p["workload"] for p in points if p["run"] == run} for run in range(3)}
     assert per_run[0] and per_run[1] <= per_run[0] and per_run[2] <= per_run[0]
     assert len(per_run[1]) >= 0.9 * len(per_run[0]) and len(per_run[2]) >= 0.9 * len(per_run[0])
+    assert {line["workload"] for line in store.read_workloads(tmp_path)} == per_run[0]
+    found = store.read_capture(tmp_path)
+    assert found["n_workloads"] == len(per_run[0])
+    assert all(run["n_todo"] == found["n_planned"] - len(per_run[0]) for run in found["runs"][:1])
+    store.unpack_plan(tmp_path)
     planned = [line["workload"] for line in store.read_workloads(tmp_path)]
     assert per_run[0] == set(planned[: len(per_run[0])])  # the most telling ones
-    assert all(run["n_todo"] == len(planned) - len(per_run[0]) for run in store.read_capture(tmp_path)["runs"][:1])
+
+
+def test_a_plan_is_packed_and_comes_back_whole(tmp_path):
+    begun(tmp_path)
+    lines = [{"workload": name, "op": "made up"} for name in "abcd"]
+    store.write_workloads(tmp_path, lines)
+    point = {"workload": "c", "run": 0, "times_ns": [1]}
+    store.append(tmp_path, store.OBSERVATIONS, point)
+    store.append(tmp_path, store.LEFT_OUT, {"workload": "a", "run": 0, "reason": "made up"})
+    store.pack_plan(tmp_path)
+    assert store.read_workloads(tmp_path) == [lines[0], lines[2]]
+    assert {key: store.read_capture(tmp_path)[key] for key in ("n_workloads", "n_planned")} == {
+        "n_workloads": 2, "n_planned": 4,
+    }  # fmt: skip
+    packed = (tmp_path / store.PLAN).read_bytes()
+    store.unpack_plan(tmp_path)
+    assert store.read_workloads(tmp_path) == lines and store.read_capture(tmp_path)["n_workloads"] == 4
+    store.pack_plan(tmp_path)
+    assert (tmp_path / store.PLAN).read_bytes() == packed
+    for name in "bd":
+        store.append(tmp_path, store.OBSERVATIONS, {**point, "workload": name})
+    store.unpack_plan(tmp_path)
+    store.pack_plan(tmp_path)  # all was tried: the plan stays as it is
+    assert store.read_workloads(tmp_path) == lines
+    (tmp_path / store.PLAN).write_bytes(packed[:20])
+    with pytest.raises(InputError, match=r"plan\.jsonl\.gz cannot be read"):
+        store.unpack_plan(tmp_path)
 
 
 def test_time_that_was_spent_before_a_kill_counts(tmp_path, monkeypatch):

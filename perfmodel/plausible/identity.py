@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from perfmodel.capture_lines import CALIBRATION, LEFT_OUT, MANIFEST, OBSERVATIONS_FILE, PROFILES, WORKLOADS
+from perfmodel.capture_lines import CALIBRATION, LEFT_OUT, MANIFEST, OBSERVATIONS_FILE, PLAN, PROFILES, WORKLOADS
 from perfmodel.plausible.folder import ERROR, WARNING, Finding, Folder
 from perfmodel.text import n_bytes
 
 MAX_FOLDER_BYTES = 2_000_000  # captures travel with the project and by mail
 MAX_UNPACKED_BYTES = 400_000_000  # of one profile: beyond it is no profile of a few steps, or a bomb
-KNOWN_FILES = (MANIFEST, WORKLOADS, OBSERVATIONS_FILE, CALIBRATION, LEFT_OUT, "README.md")
+KNOWN_FILES = (MANIFEST, WORKLOADS, PLAN, OBSERVATIONS_FILE, CALIBRATION, LEFT_OUT, "README.md")
 KNOWN_PROFILES = (".trace.json.gz", ".sqlite")
 
 # A name that half the world's machines and accounts bear says nothing, and stands in many innocent words.

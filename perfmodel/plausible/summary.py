@@ -133,7 +133,7 @@ def summary(capture: Capture) -> dict[str, Any]:
     return {
         "capture": capture.name,
         "created": manifest.get("created"),
-        "n_planned": len(complete_lines(capture.path / WORKLOADS)),
+        "n_planned": capture.manifest.get("n_planned") or len(complete_lines(capture.path / WORKLOADS)),
         "n_measured": capture.observations["workload"].n_unique(),
         "machine": dict(manifest["machine"]),
         "software": dict(manifest["software"]),
