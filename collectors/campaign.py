@@ -40,6 +40,8 @@ MEMORY_DRIFT_FRAC = 1e-3
 CALIBRATION_SHARE = 0.3  # of the time budget, at most
 PROFILE_SHARE = 0.1
 MOST_PROFILE_SHARE = 0.15  # between two runs, so that slow profiles do not take the place of repeats
+ROUND_SLICE_S = 20.0  # for each run, which starts a process anew
+MOST_ROUNDS = 3
 LEAST_SLICE_S = 5.0  # a process that starts with less has no time to measure
 
 
@@ -305,15 +307,24 @@ class Collection:
         return [Workload.from_line(line) for line in store.read_workloads(self.folder)]
 
     def measure(self, workloads: Sequence[Workload]) -> None:
-        """Every run; profiles after the first, because without them a cut capture shows no structure."""
+        """Every run, and all again where they left time: later ones have no checks to make and are through sooner.
+
+        Profiles come after the first run, because without them a cut capture shows no structure.
+        """
         self.progress.n_total = len(workloads) * self.n_runs
         self.progress.n_before = len(store.points(self.folder))
-        for run in range(self.n_runs):
-            if run == 1:
-                most = MOST_PROFILE_SHARE * 60 * (self.order.settings["minutes"] or float("inf"))
-                self.profile(min(self.left_s, most))
-            self.one_run(run)
-        self.profile(self.left_s)
+        for n_rounds in range(1, MOST_ROUNDS + 1):
+            for run in range(self.n_runs):
+                if run == 1:
+                    most = MOST_PROFILE_SHARE * 60 * (self.order.settings["minutes"] or float("inf"))
+                    self.profile(min(self.left_s, most))
+                self.one_run(run)
+            self.profile(self.left_s)
+            was_cut = any(record["n_todo"] for record in store.read_capture(self.folder)["runs"])
+            has_time = self.deadline is not None and self.left_s >= ROUND_SLICE_S * self.n_runs
+            if n_rounds == MOST_ROUNDS or not was_cut or not has_time:
+                break
+            store.update_capture(self.folder, runs=[])
 
     def one_run(self, run: int) -> None:
         """What is missing of a run, within its part of the time."""

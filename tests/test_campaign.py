@@ -106,6 +106,24 @@ def test_a_campaign_keeps_to_its_minutes_and_every_run_repeats_the_same_points(t
     assert per_run[0] == set(planned[: len(per_run[0])])  # the most telling ones
 
 
+def test_time_that_quick_later_runs_leave_buys_further_points(tmp_path, monkeypatch):
+    fake = FakeProcesses(monkeypatch)
+
+    def slow_at_first(stage, on_word):
+        fake.per_point_s = 2.0 if stage.arguments[:2] == ["run", "0"] else 0.5
+        fake.run(stage, on_word)
+
+    order = begun(tmp_path, minutes=4.0)
+    monkeypatch.setattr(campaign, "run_stage", slow_at_first)
+    collected(tmp_path, order)
+    assert [name for name, _ in fake.stages].count("run 0") > 1 and fake.now <= 240
+    points = store.points(tmp_path)
+    per_run = {run: {p["workload"] for p in points if p["run"] == run} for run in range(3)}
+    assert len(points) == len({(p["workload"], p["run"]) for p in points})
+    assert per_run[1] == per_run[0] == per_run[2]
+    assert [record["run"] for record in store.read_capture(tmp_path)["runs"]] == [0, 1, 2]
+
+
 def test_a_plan_is_packed_and_comes_back_whole(tmp_path):
     begun(tmp_path)
     lines = [{"workload": name, "op": "made up"} for name in "abcd"]
