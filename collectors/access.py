@@ -88,6 +88,16 @@ def activation_dtype(dtype: str) -> torch.dtype:
     return torch.float32 if dtype == "fp32" else torch.bfloat16
 
 
+def rows_of_gemm(workload: Workload, device: torch.device) -> Matrix:
+    """Random rows of an isolated grouped GEMM `[tokens x top-k, K]`; in fp32 they may not fit.
+
+    fp8 is quantised by what comes before, which is not timed.
+    """
+    n_rows, width = workload.n_tokens * workload.top_k, matrices(workload)[0][1]
+    drawn = torch.randn(n_rows, width, device=device, dtype=activation_dtype(workload.dtype))
+    return quantised(drawn) if workload.dtype == "fp8" else drawn
+
+
 def router_of(pool: Pool, workload: Workload) -> Tensor:
     """The router's weights `[E, H]`: copied from the beginning of the pool."""
     n, hidden = workload.n_experts, workload.hidden
@@ -107,9 +117,7 @@ def problem_of(pool: Pool, workload: Workload, shares: Shares | None, run: int, 
     torch.manual_seed(workload_seed(workload.moe_shape, run, workload.id, 0))
     is_gated = workload.n_gemms == 3
     if workload.op != "moe_layer":
-        drawn = torch.randn(ends[-1], matrices(workload)[0][1], device=device, dtype=dtype)
-        # fp8 is quantised by what comes before, which is not timed.
-        rows: Matrix = quantised(drawn) if workload.dtype == "fp8" else drawn
+        rows = rows_of_gemm(workload, device)
         return Problem(workload, device, slots, ends, is_gated, None, None, None, rows, mark)
     x = torch.randn(workload.n_tokens, workload.hidden, device=device, dtype=dtype)
     slot_of = np.empty(workload.n_experts, dtype=np.int64)

@@ -4,15 +4,13 @@ A line is one probe measured once. What one machine number is made of may be man
 configurations (threads, sizes) of which the best is the machine's.
 """
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from perfmodel.errors import InputError
-from perfmodel.text import NS_PER_S
+from perfmodel.text import NS_PER_S, short_name
 
 from .timing import spread_frac
 
@@ -79,8 +77,7 @@ def line(
 
 def probe_key(name: str, params: Mapping[str, Scalar]) -> str:
     """12 hexadecimal digits that name a probe in one configuration, the same on every machine and in every run."""
-    content = json.dumps({"probe": name, "params": dict(params)}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    return short_name({"probe": name, "params": dict(params)})
 
 
 def key(measured: Line) -> str:

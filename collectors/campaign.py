@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from perfmodel import __version__
 from perfmodel.errors import InputError
+from perfmodel.hardware import same_fact
 
 from . import calibration, machine, nsys, store
 from .design import design
@@ -28,7 +28,7 @@ from .profile_points import file_name, points_of
 from .progress import Progress
 from .timing import Limits
 from .words import summary_words
-from .workers import SAID_WHY, Stage, StageError, run_stage
+from .workers import SAID_WHY, Stage, StageError, Wrap, run_stage
 from .workloads import Workload, file_shares, routing_name
 
 # What may differ between the command that began a capture and the one that continues it.
@@ -36,7 +36,6 @@ FREE_SETTINGS = ("runs", "minutes", "nsys")
 SAME_MACHINE = ("cpu_model", "cpu_flags", "n_cores", "memory_bytes")
 SAME_SOFTWARE = ("torch", "numpy")
 BUSY_LOAD = 0.5
-MEMORY_DRIFT_FRAC = 1e-3
 CALIBRATION_SHARE = 0.3  # of the time budget, at most
 PROFILE_SHARE = 0.1
 MOST_PROFILE_SHARE = 0.15  # between two runs, so that slow profiles do not take the place of repeats
@@ -115,18 +114,11 @@ def refuse_other(folder: Path, settings: store.Json) -> None:
     }
     for part, (found, keys) in now.items():
         for key in keys:
-            if not _same(key, capture[part].get(key), found[key]):
+            if not same_fact(key, capture[part].get(key), found[key]):
                 raise InputError(
                     f"{folder} was begun with {key} {capture[part].get(key)!r} and this is {found[key]!r}: "
                     f"measurements of two machines do not belong in one capture; choose another --out"
                 )
-
-
-def _same(key: str, before: object, now: object) -> bool:
-    """Whether two values of a fact are equal; how much memory a system keeps for itself differs from boot to boot."""
-    if key == "memory_bytes" and isinstance(before, int) and isinstance(now, int):
-        return abs(before - now) <= MEMORY_DRIFT_FRAC * max(before, now)
-    return before == now
 
 
 def open_folder(folder: Path) -> bool:
@@ -208,7 +200,7 @@ class Collection:
         """Seconds of the budget that are left; endless for a sweep."""
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
-    def stage(self, label: str, *arguments: str, seconds: float | None = None, **more: object) -> list[store.Json]:
+    def stage(self, label: str, *arguments: str, seconds: float | None = None, wrap: Wrap = list) -> list[store.Json]:
         """Run one stage, showing progress and keeping the clock; returns the last words of its processes."""
         ends: list[store.Json] = []
         routing = [word for source in self.order.routing_files for word in ("--routing-file", source)]
@@ -222,7 +214,7 @@ class Collection:
 
         self.progress.show(label, force=True)
         settings = self.order.settings
-        stage = Stage(self.folder, [*arguments, *routing], settings["threads"], self.lock, seconds=limit, **more)  # type: ignore[arg-type]
+        stage = Stage(self.folder, [*arguments, *routing], settings["threads"], self.lock, wrap, limit)
         before = spent_s(self.folder)
         started = time.monotonic()
         try:
@@ -271,10 +263,10 @@ class Collection:
                 store.update_capture(self.folder, machine={**seen, **found.get("machine", {})})
         self.pool(calibrated=True)
 
-    def optional(self, label: str, *arguments: str, **more: Any) -> list[store.Json]:
+    def optional(self, label: str, *arguments: str, seconds: float, wrap: Wrap = list) -> list[store.Json]:
         """A stage without which the others still are worth their time: that it failed is one sentence."""
         try:
-            return self.stage(label, *arguments, **more)
+            return self.stage(label, *arguments, seconds=seconds, wrap=wrap)
         except StageError as error:
             if error.exit_code in SAID_WHY:
                 raise

@@ -11,7 +11,6 @@ from .studies import Facts
 POOL_FRAC, MEMORY_FRAC = {"cpu": 0.25, "cuda": 0.6}, {"cpu": 0.4, "cuda": 0.85}
 PINNED_FRAC, MOST_PINNED_BYTES = 0.25, 1 << 33  # pinned memory is taken from everybody else on the machine
 FALLBACK_BYTES, FALLBACK_CACHE_BYTES = 4 << 30, {"cpu": 1 << 25, "cuda": 50 << 20}
-WAYS = ("mapped", "split", "system", "graph")
 # For guessing durations before anything is measured: orders of magnitude, never results.
 ASSUMED: dict[str, dict[str, float | None]] = {
     "cpu": {"flops_per_s": 1e11, "bytes_per_s": 2e10, "link_bytes_per_s": None},

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, first_line
 
 POSITIONS_PER_GRAPH = 16
 
@@ -34,7 +34,7 @@ def _refuse_waiting(call: Callable[[], object]) -> None:
         except torch.cuda.OutOfMemoryError:
             raise  # the same may fit when others have given back what they hold
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"this work waits for the device, so it cannot be recorded: {reason}") from None
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -87,7 +87,7 @@ def record(calls: Sequence[Callable[[], object]], forget: Callable[[], None] = l
         raise
     except RuntimeError as error:
         graphs.clear()
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"this work cannot be recorded into a CUDA graph: {reason}") from None
     for graph in graphs:  # the first replay uploads a graph
         graph.replay()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from perfmodel.errors import first_line
 from perfmodel.moe import ACTIVATION_BYTES
 
 from .driver import CudaDriverError, Driver, Range, VirtualMemory, load_library, open_virtual_memory
@@ -129,5 +130,5 @@ def support(device: str) -> str | None:
             memory.unmap(mapped)
             memory.trim()
     except (CudaDriverError, RuntimeError, ValueError, TypeError) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None if is_right else "what was written to a range over two memories did not come back"

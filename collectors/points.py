@@ -13,21 +13,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, first_line
 from perfmodel.routing import Shares
 
-from .access import Arranged, activation_dtype, arrange, router_of
+from .access import Arranged, activation_dtype, arrange, router_of, rows_of_gemm
 from .checks import SLOW, TOLERANCE, Difference, difference, offloaded_differences
 from .graphs import Recorded, record
 from .lanes import HOST
 from .layer import (
     Layer,
     Mark,
-    Matrix,
     grouped_mm,
     moe_layer,
     no_mark,
-    quantised,
     slow_grouped_mm,
     slow_moe_layer,
     stacked,
@@ -101,7 +99,7 @@ def _resident(
     step = max(1, workload.n_experts // n_shifts)
     rolled = [(chosen + start + shift * step) % workload.n_experts for shift in range(n_shifts)]
     device, dtype = pool.flat.device, activation_dtype(workload.dtype)
-    n_rows, n_positions = workload.n_tokens * workload.top_k, n_copies * n_shifts
+    n_positions = n_copies * n_shifts
     if workload.op == "moe_layer":
         x = torch.randn(workload.n_tokens, workload.hidden, device=device, dtype=dtype)
         return lambda n: moe_layer(copies[n % n_copies], x, rolled[n // n_copies % n_shifts], mark), n_positions
@@ -113,11 +111,7 @@ def _resident(
     ]
     is_up = (workload.gemm_k, workload.gemm_n) == workload.moe_shape.gemms[0]
     weights = [copy.gate_up if is_up else copy.down for copy in copies]
-    assert workload.gemm_k is not None
-    drawn = torch.randn(n_rows, workload.gemm_k, device=device, dtype=dtype)  # in fp32 they may not fit
-    # fp8 is quantised by what comes before, which is not timed.
-    rows: Matrix = quantised(drawn) if workload.dtype == "fp8" else drawn
-    del drawn
+    rows = rows_of_gemm(workload, device)
     return lambda n: grouped_mm(rows, weights[n % n_copies], offs[n // n_copies % n_shifts]), n_positions
 
 
@@ -250,7 +244,7 @@ def check(pool: Pool, workload: Workload, shares: Shares | None) -> None:
     except torch.cuda.OutOfMemoryError:
         raise  # this says nothing of the way: it was not checked
     except (RuntimeError, OSError) as error:  # a dtype this grouped GEMM does not know on this device, a driver's no
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{where} does not run with {workload.access} access: {reason}") from None
     for part in parts:
         if not part.difference < part.limit:
@@ -285,5 +279,5 @@ def capability(device: str, way: str) -> str | None:
             check(pool, trial, None)
             trim(pool)
     except (InputError, RuntimeError, OSError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None

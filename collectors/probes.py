@@ -14,19 +14,13 @@ from torch import Tensor
 
 from perfmodel.errors import InputError
 
-from . import machine
+from . import machine, memory
 from .calibration import Entry, Scalar, line, probe_key, stated
 from .memory import free_host_bytes
+from .studies import PRESETS
 from .timing import Limits, host_clock
 
-PRESETS = ("quick", "standard", "full")
-TORCH_DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.float8_e4m3fn,
-}
+TORCH_DTYPES = {**memory.TORCH_DTYPES, "tf32": torch.float32, "fp16": torch.float16}
 BLOCK_BYTES = 1 << 23  # random numbers drawn once; the rest of a buffer repeats them
 MEMORY_FRAC = 0.5  # of what is free a probe takes at most this
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perfmodel import hf_config
-from perfmodel.errors import InputError, MissingExtraError
+from perfmodel.errors import InputError, MissingExtraError, first_line
 from perfmodel.routing import family_usages, pattern_usages, synthetic_counts, synthetic_steps, write_counts
 
 from . import machine
@@ -141,7 +141,7 @@ def _recorded(args: argparse.Namespace) -> str:
     except InputError:
         raise
     except Exception as error:  # whatever a model may raise is its own affair; the user gets a sentence
-        raise InputError(f"the model cannot read {step_tokens} tokens on {device}: {_first_line(error)}") from None
+        raise InputError(f"the model cannot read {step_tokens} tokens on {device}: {first_line(error)}") from None
     finally:
         progress.close()
     write_counts(args.out, recorded.counts, recorded.layers, recorded.top_k, recorded.n_tokens)
@@ -169,16 +169,12 @@ def _device(asked: str) -> str:
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def _loaded(what: str, factory: Any, folder: Path, **settings: object) -> Any:
     """What a factory of transformers makes of a folder; InputError with the first line of its complaint."""
     try:
         return factory.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # it raises many kinds, for unknown models, missing files and packages
-        raise InputError(f"--model {folder}: no usable {what}: {_first_line(error)}") from None
+        raise InputError(f"--model {folder}: no usable {what}: {first_line(error)}") from None
 
 
 def _experts(folder: Path, config: Any) -> tuple[int, int]:
@@ -239,5 +235,5 @@ def _model(transformers: Any, folder: Path, device: str, dtype: str, trusted: bo
         try:
             model.to(device)
         except (RuntimeError, ValueError) as error:  # some quantised models refuse to be moved
-            raise InputError(f"the model cannot be moved to the GPU: {_first_line(error)}") from None
+            raise InputError(f"the model cannot be moved to the GPU: {first_line(error)}") from None
     return model

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, first_line
 from perfmodel.routing import Shares
 
 from . import calibration, machine, nsys, probes, store
@@ -74,7 +74,7 @@ class Stage:
 
     def leave_out(self, entry: store.Json, error: BaseException) -> None:
         """Write down what could not be measured, and why; a device that no longer answers ends the process."""
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        reason = first_line(error)[:300]
         if not isinstance(error, InputError | RuntimeError | OSError | MemoryError):
             reason = f"{type(error).__name__}: {reason}"  # another torch, another driver
         is_fatal = self.settings["device"] == "cuda" and not device_answers()
@@ -128,14 +128,18 @@ def _now() -> int:
     return int(time.time())
 
 
+def probes_of(stage: Stage) -> list[probes.Probe]:
+    """All that is to be measured of this machine, the important ones first."""
+    settings = stage.settings
+    return probes.probes(settings["device"], stage.facts.dtypes, torch.get_num_threads(), settings["preset"])
+
+
 def calibrate(stage: Stage, run: int, core_only: bool = False) -> None:
     """Every probe that is not on disk yet for this run, the important ones first, as long as time lasts."""
-    settings = stage.settings
     done = {calibration.key(line) for line in store.calibrations(stage.folder) if line["run"] == run}
     done |= {calibration.key(entry) for entry in store.left_out(stage.folder) if "probe" in entry}
-    todo = probes.probes(settings["device"], stage.facts.dtypes, torch.get_num_threads(), settings["preset"])
-    for probe in todo:
-        if (core_only and not probe.core) or calibration.probe_key(probe.name, probe.params) in done:
+    for probe in probes_of(stage):
+        if (core_only and not probe.core) or probe.key in done:
             continue
         if stage.left_s <= 0:
             break
@@ -157,10 +161,7 @@ def core_reserve_s(stage: Stage) -> float:
     """Seconds of a run to keep for the calibration at its end: what its probes took before, at most a small share."""
     if stage.seconds is None or stage.settings["preset"] == "quick":
         return 0.0
-    todo = probes.probes(
-        stage.settings["device"], stage.facts.dtypes, torch.get_num_threads(), stage.settings["preset"]
-    )
-    core = {probe.key for probe in todo if probe.core}
+    core = {probe.key for probe in probes_of(stage) if probe.core}
     took_s = {calibration.key(line): line.get("took_s", 0.0) for line in store.calibrations(stage.folder)}
     return min(MOST_CORE_SHARE * stage.seconds, float(sum(took_s[key] for key in core & set(took_s))))
 
@@ -183,8 +184,15 @@ def the_pool(stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
             return make_pool(n_bytes, cold_bytes, dtype, device, stage.settings["seed"], host)
         except (RuntimeError, MemoryError) as error:  # less is free than is told, or a limit stands that nobody tells
             # Of the error only its words: it holds on to what it had begun.
-            refused, most = InputError((str(error).splitlines() or ["no memory"])[0]), n_bytes / 2
+            refused, most = InputError(first_line(error)), n_bytes / 2
     raise refused
+
+
+def pool_of(pools: dict[str, Pool], stage: Stage, workloads: Sequence[Workload], dtype: str) -> Pool:
+    """The weights of a dtype, made when a workload first needs them."""
+    if dtype not in pools:
+        pools[dtype] = the_pool(stage, workloads, dtype)
+    return pools[dtype]
 
 
 def todo_of(stage: Stage, planned: Sequence[Workload], run: int) -> list[Workload]:
@@ -222,9 +230,7 @@ def run_stage(stage: Stage, planned: Sequence[Workload], run: int) -> None:
             try:
                 if way_of(w) in tired:
                     raise InputError(f"{MOST_FATAL} other points run in this way have ended their process")
-                if w.dtype not in pools:
-                    pools[w.dtype] = the_pool(stage, planned, w.dtype)
-                refuse_large(pools[w.dtype], w)
+                refuse_large(pool_of(pools, stage, planned, w.dtype), w)
                 checked.refuse_wrong(pools[w.dtype], w)
                 timed_s = time.monotonic()
                 times, facts, was_disturbed, point_waited_s = _timed(stage, pools[w.dtype], w, run, waited_s)
@@ -286,10 +292,9 @@ def profile_stage(stage: Stage) -> None:
             entry = {"profile": path.name}
             say(begin=entry, seconds=10)
             try:
-                if w.dtype not in pools:
-                    pools[w.dtype] = the_pool(stage, points, w.dtype)
-                refuse_large(pools[w.dtype], w)
-                write_profile(path.parent, partial(prepare, pools[w.dtype], w, stage.files.get(w.routing), 0), w)
+                pool = pool_of(pools, stage, points, w.dtype)
+                refuse_large(pool, w)
+                write_profile(path.parent, partial(prepare, pool, w, stage.files.get(w.routing), 0), w)
             except Exception as error:
                 stage.leave_out(entry, error)
                 continue
@@ -310,9 +315,7 @@ def record_stage(stage: Stage) -> None:
     pools: dict[str, Pool] = {}
 
     def prepare_of(w: Workload) -> Callable[[Mark], Prepared]:
-        if w.dtype not in pools:
-            pools[w.dtype] = the_pool(stage, points, w.dtype)
-        return partial(prepare, pools[w.dtype], w, stage.files.get(w.routing), 0)
+        return partial(prepare, pool_of(pools, stage, points, w.dtype), w, stage.files.get(w.routing), 0)
 
     with torch.inference_mode():
         nsys_stage(

@@ -32,15 +32,15 @@ def to_line(record: Mapping[str, object]) -> str:
     return json.dumps(record, separators=(",", ":")) + "\n"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
     Raises InputError when it cannot be written, such as on a full disk.
     """
     beside = path.with_name(path.name + ".part")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -79,11 +79,16 @@ def write_workloads(folder: Path, lines: Iterable[Mapping[str, object]]) -> None
 
 def read_workloads(folder: Path) -> list[Json]:
     """The planned workloads in file order; raises InputError when the file is missing or broken."""
-    path = folder / WORKLOADS
+    return _workload_lines(folder / WORKLOADS)
+
+
+def _workload_lines(path: Path) -> list[Json]:
     try:
-        lines: list[Json] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+        lines: list[Json] = [json.loads(line) for line in text.splitlines()]
         _ = [line["workload"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error!r}") from None
     return lines
 
@@ -100,10 +105,7 @@ def pack_plan(folder: Path) -> None:
     if len(kept) > MOST_TRIED_FRAC * len(lines):
         return
     # No time in the header: equal plans are equal files.
-    packed = gzip.compress("".join(map(to_line, lines)).encode(), mtime=0)
-    beside = (folder / PLAN).with_name(PLAN + ".part")
-    beside.write_bytes(packed)
-    beside.replace(folder / PLAN)
+    write_atomically(folder / PLAN, gzip.compress("".join(map(to_line, lines)).encode(), mtime=0))
     update_capture(folder, n_workloads=len(kept), n_planned=len(lines))
     write_workloads(folder, kept)
 
@@ -113,11 +115,7 @@ def unpack_plan(folder: Path) -> None:
     path = folder / PLAN
     if not path.exists():
         return
-    try:
-        lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
-        _ = [line["workload"] for line in lines]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error!r}") from None
+    lines = _workload_lines(path)
     write_workloads(folder, lines)
     update_capture(folder, n_workloads=len(lines), n_planned=len(lines))
 

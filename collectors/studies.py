@@ -29,9 +29,9 @@ class Facts:
     pool_limit_bytes: float
     memory_limit_bytes: float
     host_limit_bytes: float
-    can: frozenset[str] = frozenset()
-    host_flops_per_s: float = 1e12  # of a server's CPU beside a GPU
-    host_bytes_per_s: float = 1e11
+    can: frozenset[str]
+    host_flops_per_s: float  # of the CPU beside a GPU
+    host_bytes_per_s: float
 
     @property
     def skew_ratio(self) -> float:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import store
@@ -25,6 +25,9 @@ LEAST_PATIENCE_S, PATIENCE_FACTOR = 60.0, 20.0  # silence after which a process 
 START_PATIENCE_S, END_PATIENCE_S = 180.0, 20.0  # the same while it starts, and once it has said its last word
 GRACE_S = 20.0  # a process has so much more than its time, for the point it is at
 SIGNAL_PATIENCE_S = 5.0  # after SIGTERM, and after SIGKILL
+
+
+Wrap = Callable[[list[str]], list[str]]
 
 
 class StageError(Exception):
@@ -59,7 +62,7 @@ class Stage:
     arguments: Sequence[str]
     threads: int
     lock: int | None = None
-    wrap: Callable[[list[str]], list[str]] = field(default=lambda command: command)  # such as: under a profiler
+    wrap: Wrap = list  # puts the command into another, such as a profiler's; as it is, a copy
     seconds: float | None = None
 
 

@@ -4,7 +4,6 @@ Needs no torch. A workload has the same id on every machine, and its token count
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +18,7 @@ from perfmodel import moe
 from perfmodel.errors import InputError
 from perfmodel.moe import ACTIVATION_BYTES, WEIGHT_BYTES, MoEShape
 from perfmodel.routing import Shares, expected_counts, layer_shares, pattern_shares, sample_choices
+from perfmodel.text import short_name
 
 OPS = ("grouped_gemm", "moe_layer")
 # Where the weights of offloaded experts are and who reads them (docs/captures.md); `resident`: nothing is offloaded.
@@ -73,8 +73,7 @@ class Workload:
     @property
     def id(self) -> str:
         """12 hexadecimal digits of the content: equal workloads have equal ids, on any machine."""
-        content = json.dumps(self.content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
+        return short_name(self.content)
 
     @property
     def moe_shape(self) -> MoEShape:

@@ -30,7 +30,7 @@ from perfmodel.capture_lines import (
     read_manifest,
 )
 from perfmodel.errors import InputError
-from perfmodel.hardware import QUANTITIES, HardwareProfile, Quantity
+from perfmodel.hardware import QUANTITIES, HardwareProfile, Quantity, same_fact
 
 # One row: one workload measured in one run (a fresh process). `time_ns` is the median of the repeats in `times_ns`.
 # `gemm_k`, `gemm_n` are the sizes of a single grouped GEMM call, null for a whole MoE layer. `offloaded` are the
@@ -101,7 +101,6 @@ LEFT_OUT_TABLE = pl.Schema(
 
 # What was seen of a machine while it was measured (clocks, power, temperature): of the occasion, not of the machine.
 SEEN_ONCE = ("under_load",)
-MEMORY_DRIFT_FRAC = 1e-3  # what firmware and kernel keep for themselves differs from boot to boot
 
 
 @dataclass(frozen=True)
@@ -228,14 +227,7 @@ def _check_row(capture: str, row: Mapping[str, Any]) -> None:
 def fingerprint_differences(first: Capture, other: Capture) -> dict[str, tuple[object, object]]:
     """Every fact of machine, software, kernel and settings in which two captures differ, among those that both tell."""
     a, b = first.fingerprint, other.fingerprint
-    return {key: (a[key], b[key]) for key in sorted(a.keys() & b.keys()) if not _same(key, a[key], b[key])}
-
-
-def _same(key: str, one: object, other: object) -> bool:
-    """Whether two values of a fact are equal; free memory at boot moves a little, and with it the memory's size."""
-    if key.endswith("memory_bytes") and isinstance(one, int) and isinstance(other, int):
-        return abs(one - other) <= MEMORY_DRIFT_FRAC * max(one, other)
-    return one == other
+    return {key: (a[key], b[key]) for key in sorted(a.keys() & b.keys()) if not same_fact(key, a[key], b[key])}
 
 
 def per_workload(observations: pl.DataFrame) -> pl.DataFrame:

@@ -1,6 +1,5 @@
 """The files of a capture folder as typed records: what must stand in each line, and where a damaged one stands."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import msgspec
 
 from perfmodel.errors import InputError
 from perfmodel.offload import ACCESS_MODES
+from perfmodel.text import short_name
 
 Line = TypeVar("Line")
 
@@ -199,4 +199,4 @@ def content_id(line: Mapping[str, Any]) -> str:
     """The id that the content of a workload's line gives: 12 hexadecimal digits of its SHA-256 as compact JSON with
     sorted keys, without the id itself, the study, and the later keys that are null."""
     content = {k: v for k, v in line.items() if k not in NOT_CONTENT and (k not in LATER or v is not None)}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+    return short_name(content)

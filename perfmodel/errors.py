@@ -23,6 +23,11 @@ class MissingExtraError(InputError):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a sentence; the name of its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 @contextmanager
 def about(path: str | Path) -> Iterator[None]:
     """Which file is an error about: its path stands before what is said inside, and an OSError becomes an InputError.

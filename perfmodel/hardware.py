@@ -12,6 +12,7 @@ from perfmodel.errors import InputError
 from perfmodel.text import UNITS, to_base
 
 SMALLEST, LARGEST = 1e-3, 1e21  # in base units; beyond lies a slip of unit or finger
+MEMORY_DRIFT_FRAC = 1e-3  # what firmware and kernel keep of the memory differs from boot to boot
 EVIDENCE = ("datasheet", "paper", "measured")
 DEVICES = ("gpu", "cpu")
 PROFILE_DIR = Path(__file__).parent / "data" / "hardware"
@@ -87,6 +88,13 @@ class HardwareProfile:
     def first(self, *keys: str) -> tuple[str, Quantity] | None:
         """The first of several quantities that this machine has, best evidence listed first, or None."""
         return next(((key, self.quantities[key]) for key in keys if key in self.quantities), None)
+
+
+def same_fact(key: str, one: object, other: object) -> bool:
+    """Whether two values of a fact of a machine are equal; of its memory's size, whether they are of one machine."""
+    if key.endswith("memory_bytes") and isinstance(one, int) and isinstance(other, int):
+        return abs(one - other) <= MEMORY_DRIFT_FRAC * max(one, other)
+    return one == other
 
 
 def load_profile(path: str | Path) -> HardwareProfile:

@@ -1,7 +1,10 @@
 """The only place where ns, bytes and flops become words, and words become them."""
 
+import hashlib
+import json
 import math
 import re
+from collections.abc import Mapping
 
 from perfmodel.errors import InputError
 
@@ -142,3 +145,8 @@ def shortened(words: str, n_most: int) -> str:
         return shown
     n_end = (n_most - 1) // 3
     return f"{shown[: n_most - 1 - n_end]}…{shown[len(shown) - n_end :]}"
+
+
+def short_name(content: Mapping[str, object]) -> str:
+    """12 hexadecimal digits that name some content: of the SHA-256 of its compact JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]

@@ -1,7 +1,6 @@
 """A campaign from outside: its time budget, what a kill leaves, and what the same command does afterwards."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from collectors.campaign import Collection, Order, _reopen, settings_of, spent_s
 from collectors.timing import QUICK
 from collectors.workers import StageError
 from perfmodel.errors import InputError
+from tests.killed import killed_while_measuring
 
 REPO = Path(__file__).parent.parent
 TINY = ("--preset", "quick", "--minutes", "0.8", "--dtype", "float32", "--device", "cpu", "--threads", "1")
@@ -314,31 +314,16 @@ def test_loading_counts_as_spent(tmp_path, monkeypatch):
 # --- for real ---
 
 
-def points_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / store.OBSERVATIONS).read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory) -> Path:
     """A quick campaign of this machine, killed with SIGKILL while it measures and continued by the same command."""
     pytest.importorskip("torch", reason="torch is not installed")
     folder = tmp_path_factory.mktemp("campaign") / "here"
-    command = [sys.executable, "-m", "collectors", "campaign", "--out", str(folder), *TINY]
-    victim = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL, start_new_session=True)
-    seen = folder / store.OBSERVATIONS
-    try:
-        give_up = time.monotonic() + 120
-        while not seen.exists() or seen.read_bytes().count(b"\n") < 4:
-            assert time.monotonic() < give_up and victim.poll() is None, "the campaign measured nothing"
-            time.sleep(0.005)
-    finally:
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
+    command, at_kill = killed_while_measuring(folder, ["campaign", *TINY], n_points=4)
     calibrated = (folder / store.CALIBRATION).read_bytes()
-    at_kill = seen.read_bytes()
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert seen.read_bytes().startswith(at_kill[: at_kill.rfind(b"\n") + 1])  # nothing measured was lost
+    assert (folder / store.OBSERVATIONS).read_bytes().startswith(at_kill)  # nothing measured was lost
     assert (folder / store.CALIBRATION).read_bytes() == calibrated  # nor measured again
     assert "relative error of a point" in done.stderr and "Traceback" not in done.stderr
     return folder
@@ -346,7 +331,7 @@ def capture(tmp_path_factory) -> Path:
 
 def test_a_killed_campaign_continues_and_measures_nothing_twice(capture):
     planned = [line["workload"] for line in store.read_workloads(capture)]
-    seen = Counter((p["workload"], p["run"]) for p in points_of(capture))
+    seen = Counter((p["workload"], p["run"]) for p in store.points(capture))
     assert set(seen.values()) == {1} and {w for w, _ in seen} <= set(planned)
     left_out = {entry.get("workload") for entry in store.left_out(capture)}
     if store.read_capture(capture)["runs"][0]["n_todo"] == 0:
@@ -363,7 +348,7 @@ def test_a_campaign_says_what_it_found_and_spent(capture):
     studies = {line["study"] for line in store.read_workloads(capture)}
     assert {"tokens", "rows", "one-expert", "layer"} <= studies
     assert any((capture / store.PROFILES).glob("*.trace.json.gz"))
-    for point in points_of(capture):
+    for point in store.points(capture):
         assert point["took_s"] >= 0 and len(point["times_ns"]) >= 5 and min(point["times_ns"]) > 0
 
 

@@ -5,7 +5,6 @@ import getpass
 import gzip
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ from collectors.timing import Limits, measure
 from perfmodel.errors import InputError
 from perfmodel.hardware import QUANTITIES
 from tests.conftest import ROOT
+from tests.killed import killed_while_measuring
 
 REPO = Path(__file__).parent.parent
 FULL = plan.Request("cpu", "float32", plan.CPU_SHAPES, plan.CPU_TOKENS)
@@ -375,20 +375,9 @@ def capture(tmp_path_factory) -> Path:
     """A tiny capture of two runs, killed in the middle of its first run and continued."""
     pytest.importorskip("torch", reason="torch is not installed")
     folder = tmp_path_factory.mktemp("captures") / "tiny"
-    command = [sys.executable, "-m", "collectors", "sweep", "--out", str(folder), *TINY, "--runs", "2"]
-    victim = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL)
-    try:
-        seen = folder / store.OBSERVATIONS
-        give_up = time.monotonic() + 60
-        while not seen.exists() or seen.read_bytes().count(b"\n") < 3:
-            assert time.monotonic() < give_up and victim.poll() is None, "the sweep measured nothing"
-            time.sleep(0.005)
-    finally:
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
-    at_kill = seen.read_bytes()
+    _, at_kill = killed_while_measuring(folder, ["sweep", *TINY, "--runs", "2"], n_points=3)
     done = collect("sweep", "--out", str(folder), *TINY, "--runs", "2")
-    assert seen.read_bytes().startswith(at_kill[: at_kill.rfind(b"\n") + 1])  # nothing measured was lost
+    assert (folder / store.OBSERVATIONS).read_bytes().startswith(at_kill)  # nothing measured was lost
     assert "Traceback" not in done.stderr
     return folder
 
