@@ -1,6 +1,7 @@
-"""What a MoE layer costs when some experts' weights live in host memory: four access modes over the same roofs."""
+"""What a MoE layer costs when some experts' weights live in host memory: access modes over the same roofs."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,20 +12,18 @@ from perfmodel.physics import (
     PEAK_STREAM_FRAC,
     Array,
     Ceilings,
-    Constants,
-    KernelForm,
+    Counts,
+    Form,
     Parts,
     Work,
-    experts_time,
-    gemm_roofs,
-    overheads,
-    resident_gemm_parts,
-    resident_parts,
     smooth_max,
     sum_parts,
+    tiled,
     total,
 )
 from perfmodel.text import NS_PER_S
+
+from .constants import OffloadConstants
 
 # zero-copy: the kernel reads offloaded weights in place over the link. copy: active offloaded experts are copied, then
 # computed. copy-overlap: copied while resident experts compute. cpu: offloaded experts are computed on the host.
@@ -34,25 +33,17 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class ReRead:
-    """How often a kernel reads offloaded weights again: `frac` more times for each further block of `rows` rows.
-
-    The defaults agree with both published points of the GH200 study (docs/model.md 8); two points do not identify them.
-    """
-
-    frac: float = 0.25
-    rows: int = 256
-
-
-@dataclass(frozen=True)
 class Device:
-    """What computes: the machine, its ceilings for a dtype, its kernel's constants and form, and the re-reads."""
+    """What computes: the machine, its ceilings for a dtype, its kernel's form and constants, and those of offloading.
+
+    `tiled` kernels only: a machine whose experts a CPU computes has no second memory to offload to.
+    """
 
     profile: HardwareProfile
     roof: Ceilings
-    constants: Constants
-    form: KernelForm
-    reread: ReRead = ReRead()
+    form: Form
+    constants: Any
+    offload: OffloadConstants = OffloadConstants()
 
 
 def link_rate(profile: HardwareProfile, access: str) -> tuple[float, str]:
@@ -92,21 +83,27 @@ def offload_parts(work: Work, offloaded: Mask, access: str, device: Device) -> t
     row the part that binds although it overlaps others (None: the largest part binds). Model 7."""
     if access not in ACCESS_MODES:
         raise InputError(f"unknown access mode {access!r}; known: {', '.join(ACCESS_MODES)}")
-    roof, c, form = device.roof, device.constants, device.form
-    none_binds: list[str | None] = [None] * len(work.rows)
+    none_binds: list[str | None] = [None] * len(work.k)
     if not offloaded.any():
-        return resident_parts(work, roof, c, form), none_binds
+        return device.form.resident_parts(work, device.roof, device.constants), none_binds
     rate, _ = link_rate(device.profile, access)
+    other = tiled.other_parts(work, device.roof, device.constants)
     if access == "zero-copy":
-        return sum_parts(_zero_copy(work, offloaded, rate, device), overheads(work, roof, c)), none_binds
+        parts = sum_parts(_zero_copy(work, offloaded, rate, device), other)
+        return tiled.with_launch_floor(parts, work, device.constants), none_binds
     if access == "cpu":
         return _on_cpu(work, offloaded, rate, device)
-    parts = resident_parts(work, roof, c, form)
-    transfer = (np.where(offloaded & (work.rows > 0), _expert_bytes(work), 0.0)).sum(axis=1) / rate * NS_PER_S
+    o = device.offload
+    active = offloaded & (work.rows > 0)
+    parts = device.form.resident_parts(work, device.roof, device.constants)
+    per_expert = _expert_bytes(work) / (rate * o.copy_eff) * NS_PER_S + o.copy_ns
+    transfer = np.where(active, per_expert, 0.0).sum(axis=1)
     if access == "copy":
         return sum_parts(parts, {"link": transfer}), none_binds
     last = _last_expert(work, offloaded, device)
-    exposed = np.maximum(transfer + last - total(resident_gemm_parts(work, roof, c, form)), 0.0)
+    gemms = parts["compute"] + parts["memory"]
+    hidden = o.copy_overlap_frac * np.minimum(transfer, np.maximum(gemms - last, 0.0))
+    exposed = np.maximum(transfer - hidden, 0.0)
     return sum_parts(parts, {"link": exposed}), ["link" if x > 0 else None for x in exposed]
 
 
@@ -114,44 +111,72 @@ def _expert_bytes(work: Work) -> Array:
     return np.asarray((work.k * work.n).sum(axis=1, keepdims=True) * work.weight_bytes)
 
 
+def _kernel(device: Device) -> tiled.Kernel:
+    if device.form.kernel is None:
+        raise InputError(f"hardware {device.profile.name!r} computes on its CPU, so nothing can be offloaded")
+    return device.form.kernel
+
+
 def _zero_copy(work: Work, offloaded: Mask, rate: float, device: Device) -> Parts:
-    """Grouped GEMMs that read offloaded weights over the link, again for each further row block (model 7.1)."""
-    roof, c = device.roof, device.constants
-    reads = 1 + device.reread.frac * np.maximum(np.ceil(work.rows / device.reread.rows) - 1, 0)
+    """Grouped GEMMs that read offloaded weights over the link, again for each further row block (model 7.1).
+
+    Of the experts a share `link_overlap_frac` runs pooled under one maximum, the rest one after another; resident ones
+    are pooled with each other in either case, as they are when nothing is offloaded.
+    """
+    o, c = device.offload, device.constants
+    reads = 1 + o.reread_frac * np.maximum(np.ceil(work.rows / o.reread_rows) - 1, 0)
     gemms = []
-    for g in range(work.k.shape[1]):
-        roofs = gemm_roofs(work, g, roof, c, device.form)
+    for g, roofs in enumerate(tiled.expert_roofs(work, _kernel(device), device.roof, c)):
         weight_bytes = work.k[:, g, None] * work.n[:, g, None] * work.weight_bytes
-        link = np.where(offloaded & (work.rows > 0), weight_bytes * reads / rate * NS_PER_S, 0.0)
-        gemms.append(experts_time(roofs.compute, np.where(offloaded, roofs.activations, roofs.memory), link, c))
+        link = np.where(offloaded & (work.rows > 0), weight_bytes * reads / (rate * o.link_eff) * NS_PER_S, 0.0)
+        memory = np.where(offloaded, roofs.activations, roofs.weights + roofs.activations)
+        _, own = smooth_max([np.where(offloaded, x, 0.0) for x in (roofs.compute, memory, link)], c.smooth_p)
+        _, rest = smooth_max([np.where(offloaded, 0.0, x).sum(axis=1) for x in (roofs.compute, memory)], c.smooth_p)
+        _, pooled = smooth_max([x.sum(axis=1) for x in (roofs.compute, memory, link)], c.smooth_p)
+        serial = [own[0].sum(axis=1) + rest[0], own[1].sum(axis=1) + rest[1], own[2].sum(axis=1)]
+        om = o.link_overlap_frac
+        gemms.append(
+            {
+                part: (1 - om) * one + om * all_
+                for part, one, all_ in zip(("compute", "memory", "link"), serial, pooled, strict=True)
+            }
+        )
     return sum_parts(*gemms)
 
 
 def _last_expert(work: Work, offloaded: Mask, device: Device) -> Array:
     """GEMM time of the slowest offloaded expert: it can only start when its weights have arrived, `[batch]` ns."""
     times = np.zeros_like(work.rows)
-    for g in range(work.k.shape[1]):
-        roofs = gemm_roofs(work, g, device.roof, device.constants, device.form)
-        times = times + smooth_max([roofs.compute, roofs.memory], device.constants.smooth_p)[0]
+    for roofs in tiled.expert_roofs(work, _kernel(device), device.roof, device.constants):
+        memory = roofs.weights + roofs.activations
+        times = times + smooth_max([roofs.compute, memory], device.constants.smooth_p)[0]
     return np.asarray(np.where(offloaded & (work.rows > 0), times, 0.0).max(axis=1))
 
 
 def _on_cpu(work: Work, offloaded: Mask, rate: float, device: Device) -> tuple[Parts, list[str | None]]:
     """Offloaded experts on the host beside the device; activations cross the link both ways (model 7.3)."""
-    profile = device.profile
+    profile, o = device.profile, device.offload
     stream = _host_stream(profile)
-    bandwidth = stream[1].value * (PEAK_STREAM_FRAC if "_peak_" in stream[0] else 1.0)
+    bandwidth = stream[1].value * (PEAK_STREAM_FRAC if "_peak_" in stream[0] else 1.0) * o.host_eff_memory
     back = profile.first("link_d2h_copy_bytes_per_s")
     rows = np.where(offloaded, work.rows, 0.0)
     weights = (work.k * work.n).sum(axis=1, keepdims=True)
     reading = np.where(rows > 0, weights * work.weight_bytes, 0.0) / bandwidth
-    computing = 2.0 * rows * weights / profile["host_gemm_flops_per_s"]
+    computing = 2.0 * rows * weights / (profile["host_gemm_flops_per_s"] * o.host_eff_compute)
     crossing = (
         rows.sum(axis=1) * work.hidden * work.activation_bytes * (1 / rate + 1 / (back[1].value if back else rate))
     )
+    n_active = (rows > 0).sum(axis=1)
     host = (np.maximum(reading, computing).sum(axis=1) + crossing) * NS_PER_S
-    on_device = replace(work, rows=np.where(offloaded, 0.0, work.rows))
-    gemms = resident_gemm_parts(on_device, device.roof, device.constants, device.form)
+    host = host + n_active * o.host_expert_ns + np.where(n_active > 0, o.merge_ns, 0.0)
+    on_device = replace(
+        work,
+        counts=Counts(np.where(offloaded, 0.0, work.rows)),
+        routing_of=np.arange(len(work.k), dtype=np.int64),
+    )
+    prepared = device.form.prepare(on_device)
+    gemms = tiled.gemm_parts(prepared, device.roof, device.constants)
     exposed = np.maximum(host - total(gemms), 0.0)
-    parts = sum_parts(gemms, overheads(work, device.roof, device.constants), {"host": exposed})
-    return parts, ["host" if x > 0 else None for x in exposed]
+    parts = sum_parts(gemms, tiled.other_parts(work, device.roof, device.constants), {"host": exposed})
+    floor = tiled.with_launch_floor(parts, work, device.constants)
+    return floor, ["host" if x > 0 else None for x in exposed]

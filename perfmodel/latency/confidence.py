@@ -1,0 +1,167 @@
+"""How sure a prediction is: held-out errors by group give intervals, and the hull of what was fitted their limits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perfmodel.physics import Array
+
+from .trees import Trees, grow, trees_from_json
+from .work import GROWS_WITH_TOKENS, HULL
+
+COVERAGE = 0.90
+ANOMALY_LOG = 0.5  # a measurement this far (factor 1.65) from a held-out prediction is no matter of a better formula
+LEAST_FOR_SCALE = 300  # measurements below which one width serves all
+FLOOR_LOG = 0.005  # added to errors before their logarithm is taken: nothing is known to half a percent
+LEAST_IN_STEP = 20  # measurements that a step of a ladder rests on
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """How much wider intervals must be outside the hull: up to `reach[i]` octaves outside by `factor[i]`; both rise."""
+
+    reach: tuple[float, ...] = ()
+    factor: tuple[float, ...] = ()
+
+    def at(self, octaves: Array) -> Array:
+        """The factor at a distance outside, 1 inside, null (NaN) beyond the last step."""
+        steps = np.array([1.0, *self.factor, np.nan])
+        return np.asarray(steps[np.searchsorted([1e-9, *self.reach], octaves, side="left")])
+
+
+@dataclass(frozen=True, eq=False)
+class Confidence:
+    """What held-out errors said: `quantile` times the scale of an item is the half-width of its interval, log units.
+
+    `scale` is null where one width serves all. `ranges` are the fitted limits of HULL; `by_tokens` and `by_shape` the
+    ladders for more tokens and for any other axis. `n_scores` errors of `n_groups` groups were seen, `n_anomalies` more
+    were beyond ANOMALY_LOG and are not what intervals speak of.
+    """
+
+    quantile: float
+    scale: Trees | None
+    ranges: dict[str, tuple[float, float]]
+    by_tokens: Ladder
+    by_shape: Ladder
+    n_scores: int
+    n_groups: int
+    n_anomalies: int
+
+    def base_half_width(self, features: Array) -> Array:
+        """The half-width inside the hull, log units `[item]`."""
+        scale = np.ones(len(features)) if self.scale is None else np.exp(self.scale.predict(features))
+        return np.asarray(self.quantile * scale)
+
+    def half_width(self, features: Array, hull: dict[str, Array]) -> Array:
+        """The half-width of each item's interval in log units, NaN where it lies too far outside to say."""
+        tokens, shape = octaves_outside(self.ranges, hull)
+        return np.asarray(self.base_half_width(features) * self.by_tokens.at(tokens) * self.by_shape.at(shape))
+
+    def outside(self, hull: dict[str, Array]) -> list[str]:
+        """The axes along which any item lies outside, as phrases that say how far; empty when inside."""
+        found = []
+        for name in HULL:
+            low, high = self.ranges[name]
+            values = hull[name]
+            if values.max() > high * (1 + 1e-9) or values.min() < low * (1 - 1e-9):
+                worst = values.max() if values.max() > high * (1 + 1e-9) else values.min()
+                found.append(f"{name} {worst:.4g} outside the fitted {low:.4g} to {high:.4g}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {
+            "quantile": self.quantile,
+            "scale": None if self.scale is None else self.scale.to_json(),
+            "ranges": {name: list(limits) for name, limits in self.ranges.items()},
+            "by_tokens": [list(self.by_tokens.reach), list(self.by_tokens.factor)],
+            "by_shape": [list(self.by_shape.reach), list(self.by_shape.factor)],
+            "n_scores": self.n_scores,
+            "n_groups": self.n_groups,
+            "n_anomalies": self.n_anomalies,
+        }
+
+
+def confidence_from_json(content: dict[str, Any]) -> Confidence:
+    """What `to_json` gave; raises ValueError, KeyError or TypeError on what it could not have given."""
+    ranges = {name: _limits(*content["ranges"][name]) for name in HULL}
+    return Confidence(
+        quantile=_limits(0.0, content["quantile"])[1],
+        scale=None if content["scale"] is None else trees_from_json(content["scale"]),
+        ranges=ranges,
+        by_tokens=Ladder(*(tuple(float(x) for x in part) for part in content["by_tokens"])),
+        by_shape=Ladder(*(tuple(float(x) for x in part) for part in content["by_shape"])),
+        n_scores=int(content["n_scores"]),
+        n_groups=int(content["n_groups"]),
+        n_anomalies=int(content["n_anomalies"]),
+    )
+
+
+def _limits(low: float, high: float) -> tuple[float, float]:
+    if not -np.inf < low <= high < np.inf:
+        raise ValueError("limits")
+    return float(low), float(high)
+
+
+def ranges_of(hull: dict[str, Array]) -> dict[str, tuple[float, float]]:
+    """The limits of what was fitted, by axis."""
+    return {name: (float(values.min()), float(values.max())) for name, values in hull.items()}
+
+
+def octaves_outside(ranges: dict[str, tuple[float, float]], hull: dict[str, Array]) -> tuple[Array, Array]:
+    """How far each item lies outside, in factors of two, `[item]` each: beyond the most tokens, and along the worst of
+    all other axes. Axes that grow with tokens count as tokens where an item has more of these than were fitted."""
+    distance = {}
+    for name, (low, high) in ranges.items():
+        over = np.maximum(np.log2(hull[name] / high), np.log2(low / hull[name]))
+        distance[name] = np.where(over > 1e-9, over, 0.0)
+    has_more = hull["n_tokens"] > ranges["n_tokens"][1] * (1 + 1e-9)
+    along = np.maximum.reduce([distance[name] for name in GROWS_WITH_TOKENS])
+    shape = np.maximum.reduce([distance[name] for name in HULL if name not in GROWS_WITH_TOKENS])
+    tokens = np.where(has_more, distance["n_tokens"], 0.0)
+    return tokens, np.where(has_more, shape, np.maximum(shape, along))
+
+
+def conformal_quantile(scores: Array, coverage: float = COVERAGE) -> float:
+    """The score that a new one stays below with at least this probability, were it exchangeable with these."""
+    rank = min(int(np.ceil((len(scores) + 1) * coverage)), len(scores))
+    return float(np.sort(scores)[rank - 1])
+
+
+def width_of(features: Array, error: Array, groups: NDArray[np.int64]) -> tuple[float, Trees | None]:
+    """The conformal quantile of held-out absolute log errors, `error[item]`, and the trees that scale it by item.
+
+    Where there are enough errors, trees learn how large they are where; each group's errors are set in relation to a
+    scale learned from the other groups, so that the quantile is honest for new groups (locally weighted conformal
+    prediction, Lei et al., JASA 2018, with groups left out).
+    """
+    if len(error) < LEAST_FOR_SCALE or len(np.unique(groups)) < 4:
+        return conformal_quantile(error), None
+    target = np.log(error + FLOOR_LOG)
+
+    def learn(rows: NDArray[np.bool_]) -> Trees:
+        return grow(features[rows], target[rows], n_trees=50, n_leaves=6, least=max(20, len(error) // 60))
+
+    relative = np.empty(len(error))
+    for fold in np.array_split(np.unique(groups), min(8, len(np.unique(groups)))):
+        held = np.isin(groups, fold)
+        relative[held] = error[held] / np.exp(learn(~held).predict(features[held]))
+    return conformal_quantile(relative), learn(np.ones(len(error), dtype=bool))
+
+
+def ladder(octaves: Array, relative: Array, steps: Sequence[float]) -> Ladder:
+    """How errors grow outside: for each step up to so many octaves, the quantile of `relative`, the held-out error
+    over the half-width inside; at least 1, never falling. A step that too few errors reached joins the next one, and
+    the last such steps are not offered."""
+    reach, factor, low = [], [], 1e-9
+    for step in steps:
+        here = (octaves > low) & (octaves <= step + 1e-9)
+        if here.sum() < LEAST_IN_STEP:
+            continue
+        reach.append(step)
+        factor.append(max([1.0, *factor, conformal_quantile(relative[here])]))
+        low = step + 1e-9
+    return Ladder(tuple(reach), tuple(factor))

@@ -1,0 +1,266 @@
+"""Observations in, `LatencyModel` out: physical constants, a screened residual, and what held-out errors allow."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+
+from perfmodel.errors import InputError
+from perfmodel.hardware import HardwareProfile
+from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_of, total
+from perfmodel.tile_rules import TileRule, candidates
+
+from .confidence import (
+    ANOMALY_LOG,
+    Confidence,
+    Ladder,
+    ladder,
+    octaves_outside,
+    ranges_of,
+    width_of,
+)
+from .constants import fit_constants
+from .trees import Trees, grow
+from .work import hull_features, residual_features, work_of
+
+CLIP_LOG = 0.25  # a residual moves a physical prediction by no more than this, log units
+LEAST_FOR_TREES, LEAST_GROUPS = 250, 5
+GAIN_FRAC = 0.02  # held-out error that a residual must take away to be used
+MAX_FOLDS = 12
+TOKEN_REACH = 16.0  # how many times more tokens than fitted an interval is offered for, if it was tried
+TOKEN_STEPS, SHAPE_STEPS = (1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """Predicted latencies, `[item]`: `ns`, and the half-width of the interval in log units, NaN where none can be
+    given because the item lies too far outside what was fitted."""
+
+    ns: Array
+    log_half_width: Array
+
+
+class LatencyModel(BaseEstimator):  # type: ignore[misc]
+    """Predicts latency in ns of workloads on one machine and kernel from fitted physical constants.
+
+    `fit(observations)` learns `constants_`, `residual_` (trees on the log residual, null where held-out errors did not
+    say that it helps), `confidence_` (intervals and hull) and `held_out_` (each row's prediction by a model that saw
+    nothing of its shape). Nothing is pooled across kernels, dtypes or machines.
+    """
+
+    def __init__(self, profile: HardwareProfile, dtype: str, kernel: str, prior: Any = None) -> None:
+        self.profile = profile
+        self.dtype = dtype
+        self.kernel = kernel
+        self.prior = prior
+
+    @property
+    def roof(self) -> Ceilings:
+        """The ceilings the efficiencies are relative to."""
+        return ceilings(self.profile, self.dtype)
+
+    @property
+    def form(self) -> Form:
+        """The form of the physical model that the kernel has."""
+        return form_of(self.profile.device, self.kernel)
+
+    def fit(
+        self,
+        observations: pl.DataFrame,
+        y: Array | None = None,
+        *,
+        progress: Callable[[str], None] = lambda _: None,
+        n_folds: int = MAX_FOLDS,
+    ) -> Self:
+        """Fit to `time_ns` (or `y`); `n_folds` is into how many the shapes are held out in turn, at most.
+
+        With fewer than three shapes nothing can be held out: then there is no residual and no interval. Raises
+        InputError for other dtypes or offloaded experts among the rows.
+        """
+        _require_resident(observations, self.dtype)
+        measured = np.log(observations["time_ns"].to_numpy() if y is None else np.asarray(y))
+        prior = self.prior or self.form.defaults
+        self.tiles_, work, self.constants_ = self._tiles(observations, measured, prior)
+        self.ops_ = sorted(observations["op"].cast(pl.String).unique())
+        self.n_observations_ = len(measured)
+        groups = observations["shape"].rank("dense").to_numpy().astype(np.int64)
+        tried = _held_out(self, work, measured, groups, prior, progress, n_folds)
+        self.residual_, self.confidence_, self.held_out_ = None, None, None
+        if tried is not None:
+            self._conclude(work, measured, groups, prior, tried)
+        return self
+
+    def _tiles(self, observations: pl.DataFrame, measured: Array, prior: Any) -> tuple[TileRule | None, Work, Any]:
+        """The rule of launch configurations that explains the measurements best, of those the kernel may have."""
+        found = []
+        for rule in candidates(self.kernel, self.profile):
+            work = work_of(observations, rule)
+            constants = fit_constants(self.form, work, measured, self.roof, prior)
+            error = np.abs(np.log(_physical(self, work, constants)[0]) - measured)
+            found.append((float(np.minimum(error, ANOMALY_LOG).mean()), rule, work, constants))
+        return min(found, key=lambda one: one[0])[1:]
+
+    def _conclude(
+        self, work: Work, measured: Array, groups: NDArray[np.int64], prior: Any, tried: "Tried"
+    ) -> None:
+        """Decide on the residual from held-out errors, and make the intervals of what is used."""
+        physical, features = _physical(self, work, self.constants_)
+        if tried.helps(measured):
+            self.residual_ = _residual(features, measured - np.log(physical))
+        predicted = tried.hybrid if self.residual_ is not None else tried.physical
+        self.held_out_ = np.exp(predicted)
+        error = np.abs(predicted - measured)
+        normal = error < ANOMALY_LOG
+        if normal.sum() < 10:
+            return
+        quantile, scale = width_of(features[normal], error[normal], groups[normal])
+        hull = hull_features(work, self.roof)
+        inside = Confidence(
+            quantile, scale, ranges_of(hull), Ladder(), Ladder(), int(normal.sum()), tried.n_groups, int((~normal).sum())
+        )
+        relative = error / inside.base_half_width(features)
+        by_shape = ladder(tried.octaves[normal], relative[normal], SHAPE_STEPS)
+        by_tokens = self._by_tokens(work, measured, prior, inside)
+        self.confidence_ = Confidence(**{**vars(inside), "by_shape": by_shape, "by_tokens": by_tokens})
+
+    def _by_tokens(self, work: Work, measured: Array, prior: Any, inside: Confidence) -> Ladder:
+        """How errors grow with more tokens than were fitted, tried on the smaller batches of these observations."""
+        n_tokens = work.mean(work.n_tokens)
+        few = n_tokens <= n_tokens.max() / TOKEN_REACH
+        if few.sum() < LEAST_FOR_TREES // 2 or (~few).sum() < LEAST_FOR_TREES // 4:
+            return Ladder()
+        small, large = np.flatnonzero(few), np.flatnonzero(~few)
+        trained = _train(self, work.take(small), measured[small], prior, self.constants_)
+        beyond = work.take(large)
+        predicted, features = _predict(self, beyond, *trained)
+        error = np.abs(np.log(predicted) - measured[large])
+        octaves = np.log2(n_tokens[large] / n_tokens[small].max())
+        normal = error < 2 * ANOMALY_LOG
+        return ladder(octaves[normal], (error / inside.base_half_width(features))[normal], TOKEN_STEPS)
+
+    def predict(self, observations: pl.DataFrame) -> Array:
+        """Predicted latency of each row, ns `[row]`."""
+        return self.forecast(work_of(observations, self.tiles_)).ns
+
+    def forecast(self, work: Work, profile: HardwareProfile | None = None) -> Forecast:
+        """Latency of each item of work with its interval, on this model's machine or on another of the same kind."""
+        ns, features = _predict(self, work, self.constants_, self.residual_, profile)
+        if self.confidence_ is None:
+            return Forecast(ns, np.full(len(ns), np.nan))
+        return Forecast(ns, self.confidence_.half_width(features, hull_features(work, self.roof)))
+
+    def outside(self, work: Work) -> list[str]:
+        """The axes along which any item lies outside what was fitted, each as a phrase; empty when inside."""
+        asked_layer = bool(work.layer.any())
+        knows_layer = any(op != "grouped_gemm" for op in self.ops_)
+        found = ["no whole layer was among the observations"] if asked_layer and not knows_layer else []
+        if self.confidence_ is None:
+            return [*found, "no shape could be held out, so nothing is known of its errors"]
+        return found + self.confidence_.outside(hull_features(work, self.roof))
+
+
+def _require_resident(observations: pl.DataFrame, dtype: str) -> None:
+    """Refuse what would be pooled although it differs: offloaded experts, another dtype."""
+    found = set(observations["access"].unique()) - {"resident"}
+    if found or observations["offload_frac"].max():
+        raise InputError(
+            f"observations with offloaded experts ({', '.join(sorted(found))}) say nothing of resident ones; "
+            "`fit_offload` takes them"
+        )
+    if set(observations["dtype"].unique()) != {dtype}:
+        raise InputError(f"observations of {', '.join(observations['dtype'].unique())} cannot fit a model of {dtype}")
+
+
+def _physical(
+    model: LatencyModel, work: Work, constants: Any, profile: HardwareProfile | None = None
+) -> tuple[Array, Array]:
+    """Physical predictions, ns `[item]`, and the features that a residual is learned from."""
+    from perfmodel.physics import transferred_ceilings
+
+    roof = model.roof if profile is None else transferred_ceilings(profile, model.dtype, model.profile)
+    parts = model.form.resident_parts(work, roof, constants)
+    return work.mean(total(parts)), residual_features(work, parts)
+
+
+def _residual(features: Array, residual: Array) -> Trees:
+    """Trees on the log residual, from measurements that are no anomalies."""
+    kept = np.abs(residual - np.median(residual)) < ANOMALY_LOG
+    return grow(features[kept], residual[kept], least=40 if kept.sum() > 1000 else 20)
+
+
+def _train(
+    model: LatencyModel, work: Work, measured: Array, prior: Any, start: Any
+) -> tuple[Any, Trees | None]:
+    """Constants and, with enough rows, the residual, of some of the observations."""
+    constants = fit_constants(model.form, work, measured, model.roof, prior, start=start, n_steps=12)
+    if len(measured) < LEAST_FOR_TREES:
+        return constants, None
+    physical, features = _physical(model, work, constants)
+    return constants, _residual(features, measured - np.log(physical))
+
+
+def _predict(
+    model: LatencyModel,
+    work: Work,
+    constants: Any,
+    residual: Trees | None,
+    profile: HardwareProfile | None = None,
+) -> tuple[Array, Array]:
+    physical, features = _physical(model, work, constants, profile)
+    if residual is None:
+        return physical, features
+    return physical * np.exp(np.clip(residual.predict(features), -CLIP_LOG, CLIP_LOG)), features
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """Held-out predictions, log ns `[item]`, by physics alone and with the residual, and how far outside the shapes of
+    its fold's training each item lay."""
+
+    physical: Array
+    hybrid: Array
+    octaves: Array
+    n_groups: int
+
+    def helps(self, measured: Array) -> bool:
+        """Whether the residual takes away at least GAIN_FRAC of the held-out error, and none of the tail's is added."""
+        with_it, without = (np.abs(x - measured) for x in (self.hybrid, self.physical))
+        normal = without < ANOMALY_LOG
+        with_it, without = with_it[normal], without[normal]
+        tail = np.quantile(with_it, 0.9) <= (1 + GAIN_FRAC) * np.quantile(without, 0.9)
+        return bool(tail and with_it.mean() <= (1 - GAIN_FRAC) * without.mean())
+
+
+def _held_out(
+    model: LatencyModel,
+    work: Work,
+    measured: Array,
+    groups: NDArray[np.int64],
+    prior: Any,
+    progress: Callable[[str], None],
+    n_folds: int,
+) -> Tried | None:
+    """Each group predicted by a model of the others; null with fewer than three groups."""
+    names = np.random.default_rng(0).permutation(np.unique(groups))
+    if len(names) < 3:
+        return None
+    physical, hybrid, octaves = (np.zeros(len(measured)) for _ in range(3))
+    hull = hull_features(work, model.roof)
+    folds = np.array_split(names, min(n_folds, len(names)))
+    for i, fold in enumerate(folds, 1):
+        progress(f"holding out {i} of {len(folds)}")
+        held = np.isin(groups, fold)
+        train, test = np.flatnonzero(~held), np.flatnonzero(held)
+        constants, residual = _train(model, work.take(train), measured[train], prior, model.constants_)
+        if len(names) < LEAST_GROUPS:
+            residual = None
+        asked = work.take(test)
+        physical[held] = np.log(_predict(model, asked, constants, None)[0])
+        hybrid[held] = np.log(_predict(model, asked, constants, residual)[0])
+        ranges = ranges_of({name: values[~held] for name, values in hull.items()})
+        octaves[held] = octaves_outside(ranges, {name: values[held] for name, values in hull.items()})[1]
+    return Tried(physical, hybrid, octaves, len(names))

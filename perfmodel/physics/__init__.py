@@ -1,0 +1,60 @@
+"""The physical latency model: what a grouped GEMM and a MoE layer cost under named constants. Pure numpy.
+
+`work` says what is computed and on what, `tiled` is the form of kernels on GPUs, `blas` that of CPUs, `forms` chooses.
+Every formula has its number in docs/model.md. Times are ns, rates per second.
+"""
+
+from .forms import PYTORCH_KERNEL, Form, form_of
+from .priors import Prior
+from .tiled import Kernel, TiledConstants
+from .work import (
+    COMPUTES_IN,
+    PARTS,
+    PEAK_GEMM_FRAC,
+    PEAK_STREAM_FRAC,
+    TILE_FIELDS,
+    TILE_ROWS,
+    Array,
+    Ceilings,
+    Counts,
+    Index,
+    Parts,
+    Work,
+    attainable_flops_per_s,
+    ceilings,
+    element_bytes,
+    ideal_work,
+    smooth_max,
+    sum_parts,
+    total,
+    transferred_ceilings,
+)
+
+__all__ = [
+    "COMPUTES_IN",
+    "PARTS",
+    "PEAK_GEMM_FRAC",
+    "PEAK_STREAM_FRAC",
+    "PYTORCH_KERNEL",
+    "TILE_FIELDS",
+    "TILE_ROWS",
+    "Array",
+    "Ceilings",
+    "Counts",
+    "Form",
+    "Index",
+    "Kernel",
+    "Parts",
+    "Prior",
+    "TiledConstants",
+    "Work",
+    "attainable_flops_per_s",
+    "ceilings",
+    "element_bytes",
+    "form_of",
+    "ideal_work",
+    "smooth_max",
+    "sum_parts",
+    "total",
+    "transferred_ceilings",
+]
