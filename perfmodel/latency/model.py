@@ -163,6 +163,11 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         return found + self.confidence_.outside(hull_features(work, self.roof))
 
 
+def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]:
+    """Where observations lie along the axes of HULL on the model's machine, `[row]` by axis."""
+    return hull_features(work_of(observations, model.tiles_), model.roof)
+
+
 def _require_resident(observations: pl.DataFrame, dtype: str) -> None:
     """Refuse what would be pooled although it differs: offloaded experts, another dtype."""
     found = set(observations["access"].unique()) - {"resident"}
