@@ -90,7 +90,9 @@ def _size(key: tuple[object, ...]) -> Array:
 
 def _raw(work: Work, observations: pl.DataFrame) -> Array:
     columns = observations.select(
-        pl.col("hidden", "inter", "n_experts", "top_k", "n_gemms", "gemm_k", "gemm_n", "n_tokens").cast(pl.Float64)
+        pl.col("hidden", "inter", "n_experts", "top_k", "n_gemms", "gemm_k", "gemm_n", "n_tokens")
+        .cast(pl.Float64)
+        .fill_null(0.0)
     ).to_numpy()
     n_rows, n_active = work.n_rows, work.n_active
     routing = [n_active / work.n_experts, work.counts.max_rows[work.routing_of] * work.n_experts / n_rows]
