@@ -18,7 +18,7 @@ LEVELS = (
     {"trace", "hardware", "hf_config"},
     {"cache"},
     {"readers", "classify", "placement", "physics", "capture", "capture_lines", "offload", "intervals", "lanes"},
-    {"launch"},
+    {"launch", "moe_perf"},
     {"attribution", "groups", "bound", "overlap", "overhead", "fusion", "tracks"},
     {"copies", "matmuls", "findings", "diff"},
     {"analysis", "ranks", "perfetto"},
