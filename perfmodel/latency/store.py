@@ -30,6 +30,9 @@ def save_model(model: LatencyModel, path: str | Path) -> None:
         "tiles": None if model.tiles_ is None else asdict(model.tiles_),
         "residual": None if model.residual_ is None else model.residual_.to_json(),
         "confidence": None if model.confidence_ is None else model.confidence_.to_json(),
+        "typical_half_width": model.typical_half_width_,
+        "anomalies": model.anomalies_,
+        "informed": model.informed_,
         "ops": model.ops_,
         "n_observations": model.n_observations_,
         "errors": getattr(model, "errors_", None),
@@ -94,6 +97,8 @@ def _model(content: dict[str, Any]) -> LatencyModel:
     model.tiles_ = None if content["tiles"] is None else TileRule(**content["tiles"])
     model.residual_ = None if content["residual"] is None else trees_from_json(content["residual"])
     model.confidence_ = None if content["confidence"] is None else confidence_from_json(content["confidence"])
+    model.typical_half_width_ = content["typical_half_width"]
+    model.anomalies_, model.informed_ = list(content["anomalies"]), list(content["informed"])
     model.ops_, model.n_observations_ = list(content["ops"]), int(content["n_observations"])
     model.errors_, model.points_, model.evidence_ = content["errors"], content["points"], content["evidence"]
     return model
