@@ -121,7 +121,7 @@ def test_a_launched_call_is_never_faster_than_its_host() -> None:
     c = replace(PLAIN, host_call_ns=5_000.0, host_layer_ns=90_000.0)
     small = FORM.resident_parts(work([1.0], eager=1.0), ROOF, c)
     device = physics.total(FORM.resident_parts(work([1.0]), ROOF, c))[0]
-    assert device < 15_000
+    assert device < 20_000
     assert physics.total(FORM.resident_parts(work([1.0], eager=1.0, layer=1.0), ROOF, c))[0] == pytest.approx(95_000)
     assert small["launch"][0] == max(5_000.0 - device, 0.0)
     large = FORM.resident_parts(work([1e6], eager=1.0), ROOF, c)

@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator
 
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
-from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_of, total, transferred_ceilings
+from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_for, total, transferred_ceilings
 from perfmodel.tile_rules import TileRule, candidates
 
 from .anomalies import anomalies
@@ -70,7 +70,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
     @property
     def form(self) -> Form:
         """The form of the physical model that the kernel has."""
-        return form_of(self.profile.device, self.kernel)
+        return form_for(self.profile, self.kernel, self.dtype)
 
     def fit(
         self,

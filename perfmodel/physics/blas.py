@@ -50,6 +50,10 @@ class BlasConstants:
     row_passes: float = 6.0  # times a routed row of hidden + inter values is moved outside the GEMMs
 
 
+# Where oneDNN computes bf16, a call costs more and streams better than one of an sgemm.
+FP32_DEFAULTS = BlasConstants()
+NARROW_DEFAULTS = BlasConstants(eff_memory=0.7, active_ns=17_000.0, layer_ns=85_000.0)
+
 PRIORS = {
     "eff_compute": Prior(0.10, 0.1, 2.0),
     "eff_memory": Prior(0.5, 0.05, 3.0),
