@@ -96,9 +96,10 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         tried = _held_out(self, work, measured, groups, prior, progress, n_folds)
         self.residual_, self.confidence_, self.held_out_ = None, None, None
         self.anomalies_, self.typical_half_width_ = [], None
+        self.errors_, self.points_, self.evidence_ = None, None, {}  # `fitting.fit_source` knows these
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
-            self.anomalies_ = anomalies(observations, self.held_out_)
+            self.anomalies_ = anomalies(observations.with_columns(time_ns=np.exp(measured)), self.held_out_)
         return self
 
     def _tiles(self, observations: pl.DataFrame, measured: Array, prior: Any) -> tuple[TileRule | None, Work, Any]:
@@ -179,16 +180,24 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         ns, features = _predict(self, work, self.constants_, self.residual_, profile)
         if self.confidence_ is None:
             return Forecast(ns, np.full(len(ns), np.nan))
-        return Forecast(ns, self.confidence_.half_width(features, hull_features(work, self.roof)))
+        width = self.confidence_.half_width(features, hull_features(work, self.roof))
+        return Forecast(ns, np.where(self._is_unseen(work), np.nan, width))
 
     def outside(self, work: Work) -> list[str]:
         """The axes along which any item lies outside what was fitted, each as a phrase; empty when inside."""
-        asked_layer = bool(work.layer.any())
-        knows_layer = any(op != "grouped_gemm" for op in self.ops_)
-        found = ["no whole layer was among the observations"] if asked_layer and not knows_layer else []
+        found = []
+        if self._is_unseen(work).any():
+            what = "bare grouped GEMM" if "grouped_gemm" not in self.ops_ else "whole layer"
+            found.append(f"no {what} was among the observations")
         if self.confidence_ is None:
-            return [*found, "no shape could be held out, so nothing is known of its errors"]
+            return [*found, "too few measurements could be held out, so nothing is known of its errors"]
         return found + self.confidence_.outside(hull_features(work, self.roof))
+
+    def _is_unseen(self, work: Work) -> NDArray[np.bool_]:
+        """Which items are whole layers though none was fitted, or bare GEMMs though none was, `[item]`: constants of
+        their own stayed at the default, and held-out errors are those of the other kind."""
+        seen = {op != "grouped_gemm" for op in self.ops_}
+        return np.asarray(~np.isin(work.mean(work.layer) > 0, list(seen)))
 
 
 def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]:
@@ -261,9 +270,11 @@ class Tried:
         """Whether the residual takes away at least GAIN_FRAC of the held-out error, and none of the tail's is added."""
         with_it, without = (np.abs(x - measured) for x in (self.hybrid, self.physical))
         normal = without < ANOMALY_LOG
+        if not normal.any():
+            return False
         with_it, without = with_it[normal], without[normal]
         tail = np.quantile(with_it, 0.9) <= (1 + GAIN_FRAC) * np.quantile(without, 0.9)
-        return bool(tail and with_it.mean() <= (1 - GAIN_FRAC) * without.mean())
+        return bool(tail and with_it.mean() < (1 - GAIN_FRAC) * without.mean())
 
 
 def _held_out(

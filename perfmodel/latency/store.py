@@ -19,7 +19,7 @@ FITTED_DIR = Path(__file__).parent.parent / "data" / "fitted"
 
 
 def save_model(model: LatencyModel, path: str | Path) -> None:
-    """Write the model as JSON, beside and then renamed; `evidence_`, where set, says what it was fitted on."""
+    """Write the model as JSON, beside and then renamed; `evidence_` says what it was fitted on."""
     content = {
         "schema": MODEL_SCHEMA,
         "kind": KIND,
@@ -35,9 +35,9 @@ def save_model(model: LatencyModel, path: str | Path) -> None:
         "informed": model.informed_,
         "ops": model.ops_,
         "n_observations": model.n_observations_,
-        "errors": getattr(model, "errors_", None),
-        "points": getattr(model, "points_", None),
-        "evidence": getattr(model, "evidence_", {}),
+        "errors": model.errors_,
+        "points": model.points_,
+        "evidence": model.evidence_,
     }
     beside = Path(path).with_name(Path(path).name + ".part")
     try:
