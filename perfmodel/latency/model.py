@@ -145,7 +145,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         if few.sum() < LEAST_FOR_TREES // 2 or (~few).sum() < LEAST_FOR_TREES // 4:
             return Ladder()
         small, large = np.flatnonzero(few), np.flatnonzero(~few)
-        trained = _train(self, work.take(small), measured[small], prior, self.constants_)
+        trained = _train(self, work.take(small), measured[small], prior)
         beyond = work.take(large)
         predicted, features = _predict(self, beyond, *trained)
         error = np.abs(np.log(predicted) - measured[large])
@@ -232,11 +232,10 @@ def _residual(features: Array, residual: Array) -> Trees:
     return grow(features[kept], residual[kept], least=40 if kept.sum() > 1000 else 20)
 
 
-def _train(
-    model: LatencyModel, work: Work, measured: Array, prior: Any, start: Any
-) -> tuple[Any, Trees | None]:
-    """Constants and, with enough rows, the residual, of some of the observations."""
-    constants = fit_constants(model.form, work, measured, model.roof, prior, start=start, n_steps=12)
+def _train(model: LatencyModel, work: Work, measured: Array, prior: Any) -> tuple[Any, Trees | None]:
+    """Constants and, with enough rows, the residual, of some of the observations. The search begins at the prior: from
+    constants of all rows it may end in another minimum, and what is held out would have a say."""
+    constants = fit_constants(model.form, work, measured, model.roof, prior)
     if len(measured) < LEAST_FOR_TREES:
         return constants, None
     physical, features = _physical(model, work, constants)
@@ -298,7 +297,7 @@ def _held_out(
         progress(f"holding out {i} of {len(folds)}")
         held = np.isin(groups, fold)
         train, test = np.flatnonzero(~held), np.flatnonzero(held)
-        constants, residual = _train(model, work.take(train), measured[train], prior, model.constants_)
+        constants, residual = _train(model, work.take(train), measured[train], prior)
         if len(names) < LEAST_GROUPS:
             residual = None
         asked = work.take(test)
