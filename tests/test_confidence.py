@@ -43,7 +43,9 @@ def test_a_conformal_quantile_by_hand() -> None:
 @pytest.mark.parametrize("n_scores", [30, 100, 1000])
 def test_a_conformal_quantile_covers_nine_in_ten_new_scores(n_scores: int) -> None:
     rng = np.random.default_rng(0)
-    covered = [np.mean(rng.exponential(size=200) <= conformal_quantile(rng.exponential(size=n_scores))) for _ in range(400)]
+    covered = [
+        np.mean(rng.exponential(size=200) <= conformal_quantile(rng.exponential(size=n_scores))) for _ in range(400)
+    ]
     assert np.mean(covered) == pytest.approx(0.9, abs=0.02)
 
 
@@ -58,7 +60,9 @@ def test_a_ladder_is_one_inside_and_says_nothing_beyond_its_last_step() -> None:
 def test_a_ladder_by_hand_joins_steps_of_too_few_errors_and_never_falls() -> None:
     n = LEAST_IN_STEP
     octaves = np.concatenate([np.zeros(50), np.full(n, 0.4), np.full(n - 1, 0.8), np.full(1, 1.5), np.full(3, 3.5)])
-    relative = np.concatenate([np.full(50, 9.0), np.full(n, 2.0), np.full(n - 1, 5.0), np.full(1, 7.0), np.full(3, 99.0)])
+    relative = np.concatenate(
+        [np.full(50, 9.0), np.full(n, 2.0), np.full(n - 1, 5.0), np.full(1, 7.0), np.full(3, 99.0)]
+    )
     found = ladder(octaves, relative, (0.5, 1.0, 2.0, 4.0))
     # Up to 0.5: 2. One too few lie up to 1, so that step joins the next: of 19 fives and one seven the 19th is a five.
     # Beyond 2 lie three, and no step offers them.
@@ -93,7 +97,9 @@ def test_how_far_outside_by_hand(values: dict[str, float], tokens: float, load: 
 
 
 def test_a_half_width_grows_outside_and_is_null_beyond_the_last_step() -> None:
-    sure = confidence(ladders={"tokens": Ladder((1.0, 4.0), (2.0, 3.0)), "load": Ladder((1.0,), (5.0,)), "shape": Ladder()})
+    sure = confidence(
+        ladders={"tokens": Ladder((1.0, 4.0), (2.0, 3.0)), "load": Ladder((1.0,), (5.0,)), "shape": Ladder()}
+    )
     features = np.zeros((1, 1))
     for values, width in (
         ({}, 0.1),

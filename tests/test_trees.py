@@ -9,8 +9,8 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from perfmodel.latency import trees as trees_module
 from perfmodel.latency.trees import Trees, grow, trees_from_json
 
-# Two trees by hand. The first: feature 0 at most 1.5 gives 10, else feature 1 at most 0 gives 20, else 30. The second is
-# a leaf alone.
+# Two trees by hand. The first: feature 0 at most 1.5 gives 10, else feature 1 at most 0 gives 20, else 30. The second
+# is a leaf alone.
 BY_HAND = Trees(
     base=1.0,
     depth=2,
@@ -59,7 +59,7 @@ def test_json_brings_back_the_very_same_trees() -> None:
 
 
 def test_few_digits_send_no_row_of_the_table_to_another_leaf() -> None:
-    """With more distinct values than bins many a threshold is a value of the table; rounded down, its row would move."""
+    """With more values than bins many a threshold is a value of the table; rounded down, its row would move."""
     features, target = made_up_table(600)
     boosted = HistGradientBoostingRegressor(
         loss="absolute_error",

@@ -126,9 +126,7 @@ def test_taking_items_keeps_their_draws_and_numbers_them_anew() -> None:
     assert taken.item_of.tolist() == [0, 0, 1]
     assert taken.rows.tolist() == [[3, 0], [2, 1], [7, 0]]
     assert taken.n_items == 2 and taken.counts is w.counts
-    nothing = dataclasses.replace(
-        w, **{k: v[:0] for k, v in vars(w).items() if isinstance(v, np.ndarray)}
-    )
+    nothing = dataclasses.replace(w, **{k: v[:0] for k, v in vars(w).items() if isinstance(v, np.ndarray)})
     assert nothing.n_items == 0
 
 
@@ -157,5 +155,9 @@ def test_every_constant_has_a_prior_that_allows_its_default(device: str) -> None
 
 def test_the_name_of_a_kernel_says_what_it_does_on_a_gpu() -> None:
     of = {name: physics.form_of("gpu", name).kernel for name in ("vllm/1/triton/bf16", physics.PYTORCH_KERNEL, "other")}
-    assert [(k.sm90_rule, k.needs_alignment) for k in of.values() if k] == [(False, True), (True, False), (False, False)]
+    assert [(k.sm90_rule, k.needs_alignment) for k in of.values() if k] == [
+        (False, True),
+        (True, False),
+        (False, False),
+    ]
     assert physics.form_for(hardware("xeon-spr"), "anything", "bf16").name == "blas"

@@ -96,7 +96,9 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         tried = _held_out(self, work, measured, groups, prior, progress, n_folds)
         self.residual_, self.confidence_, self.held_out_ = None, None, None
         self.anomalies_, self.typical_half_width_ = [], None
-        self.errors_, self.points_, self.evidence_ = None, None, {}  # `fitting.fit_source` knows these
+        self.errors_: Any = None  # these three are known to `fitting.fit_source`
+        self.points_: Any = None
+        self.evidence_: dict[str, Any] = {}
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
             self.anomalies_ = anomalies(observations.with_columns(time_ns=np.exp(measured)), self.held_out_)
@@ -112,9 +114,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
             found.append((float(np.minimum(error, ANOMALY_LOG).mean()), rule, work, constants))
         return min(found, key=lambda one: one[0])[1:]
 
-    def _conclude(
-        self, work: Work, measured: Array, groups: NDArray[np.int64], prior: Any, tried: "Tried"
-    ) -> None:
+    def _conclude(self, work: Work, measured: Array, groups: NDArray[np.int64], prior: Any, tried: "Tried") -> None:
         """Decide on the residual from held-out errors, and make the intervals of what is used."""
         physical, features = _physical(self, work, self.constants_)
         if tried.helps(measured):
