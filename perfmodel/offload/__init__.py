@@ -1,14 +1,27 @@
-"""What experts cost that live outside device memory: access modes, their constants, and fitting these."""
+"""What experts cost that live outside device memory: access modes, their constants, and fitting these.
 
+`constants` are what is assumed or fitted of each mode, `device` the machine as modes see it, `modes` their latency by
+part, `beside` and `paged` the compositions that need more room; `fit` learns constants from observations, and `study`
+makes the page on the GH200 study. Both stand above `latency` and are imported by name.
+"""
+
+from .beside import DOMAINS, beside_parts
 from .constants import PRIORS, OffloadConstants
-from .modes import ACCESS_MODES, Device, Mask, link_rate, offload_parts, rate_keys
+from .device import ACCESS_MODES, LAYOUTS, RESIDENCIES, SPREADS, Device, Host, Mask, link_rate, rate_keys
+from .modes import offload_parts
 
 __all__ = [
     "ACCESS_MODES",
+    "DOMAINS",
+    "LAYOUTS",
     "PRIORS",
+    "RESIDENCIES",
+    "SPREADS",
     "Device",
+    "Host",
     "Mask",
     "OffloadConstants",
+    "beside_parts",
     "link_rate",
     "offload_parts",
     "rate_keys",
