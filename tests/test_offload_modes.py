@@ -382,7 +382,7 @@ def test_a_machine_without_a_gpu_says_that_nothing_can_be_offloaded(access: str,
 
 
 def test_machines_are_told_what_they_lack() -> None:
-    with pytest.raises(InputError, match="no memory modules that compute .it lacks n_ndp_count"):
+    with pytest.raises(InputError, match=r"no memory modules that compute \(it lacks n_ndp_count"):
         offload_parts(TWO, FIRST, "near-data", device())
     for words, changed, access in [
         ("unknown access mode 'teleport'; known: zero-copy", {}, "teleport"),

@@ -117,8 +117,9 @@ def host_ns(work: Work, on_host: Mask, device: Device, *, contended: bool = Fals
     """
     awake = on_host & (work.rows > 0)
     if device.host is not None:
-        bare = {name: np.zeros_like(work.layer) for name in ("layer", "router", "eager")}
-        part = replace(part_of(work, awake, awake.sum(axis=1).astype(np.float64)), tile=None, **bare)
+        none = np.zeros_like(work.layer)
+        part = part_of(work, awake, awake.sum(axis=1).astype(np.float64))
+        part = replace(part, layer=none, router=none, eager=none, tile=None)
         host = device.host
         return np.where(awake.any(axis=1), total(host.form.resident_parts(part, host.roof, host.constants)), 0.0)
     profile, o = device.profile, device.offload

@@ -29,6 +29,8 @@ class OffloadConstants:
     ndp_eff: float = 1.0  # share of the near-data units' rates
 
 
+ASSUMED = OffloadConstants()
+
 PRIORS = {
     "reread_frac": Prior(0.5, 0.0, 2.0, unit=1.0),
     "reread_rows": Prior(0.7, 32.0, 1024.0),

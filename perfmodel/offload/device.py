@@ -12,7 +12,7 @@ from perfmodel.hardware import HardwareProfile, Quantity
 from perfmodel.physics import PEAK_STREAM_FRAC, Array, Ceilings, Counts, Form, Work, tiled
 from perfmodel.text import NS_PER_S
 
-from .constants import OffloadConstants
+from .constants import ASSUMED, OffloadConstants
 
 Mask = NDArray[np.bool_]
 
@@ -51,7 +51,7 @@ class Device:
     roof: Ceilings
     form: Form
     constants: Any
-    offload: OffloadConstants = OffloadConstants()
+    offload: OffloadConstants = ASSUMED
     residency: str | None = None
     host: Host | None = None
     previous_ns: float = 0.0
@@ -143,14 +143,12 @@ def require_near_data(profile: HardwareProfile) -> None:
 
 def rate_keys(profile: HardwareProfile, access: str, residency: str | None = None) -> tuple[str, ...]:
     """The quantities of a machine, beside its ceilings, that decide what offloading costs under an access mode."""
-    link = (link_rate(profile, access, residency)[1],)
+    found = [link_rate(profile, access, residency)[1]]
     if access == "cpu":
-        found = (host_gemm(profile)[0], host_stream(profile)[0], *link, back_rate(profile)[1])
+        found = [host_gemm(profile)[0], host_stream(profile)[0], *found, back_rate(profile)[1]]
     elif access == "near-data":
         require_near_data(profile)
-        found = (*NDP_KEYS, *link, back_rate(profile)[1])
-    else:
-        found = link
+        found = [*NDP_KEYS, *found, back_rate(profile)[1]]
     return tuple(dict.fromkeys(found))
 
 
