@@ -1,63 +1,67 @@
-"""From capture folders to a fitted model with its held-out errors: what `perfmodel fit` runs."""
+"""From measurements to a fitted model with its held-out errors: what `perfmodel fit` runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import numpy as np
 import polars as pl
 
-from perfmodel import text
-from perfmodel.capture import (
-    Capture,
-    fingerprint_differences,
-    fitted_rows,
-    load_capture,
-    per_workload,
-    profile_of,
-)
-from perfmodel.errors import InputError, NotComparableError
-from perfmodel.latency import Errors, LatencyModel, evaluate_by_shape
+from perfmodel.baselines import Baselines
+from perfmodel.errors import InputError
+from perfmodel.evaluation import Evaluation, errors_by_shape
+from perfmodel.latency import LatencyModel, hull_of
+from perfmodel.sources import Source
+
+MAX_POINTS = 1000  # measured points that a model keeps, to show and to name the nearest
+FOLDS_OF_BASELINES = 12
+SIGNIFICANT = 6
 
 
-def fit_captures(
-    paths: Sequence[str], progress: Callable[[str], None] = lambda _: None
-) -> tuple[LatencyModel, dict[str, dict[str, Errors]]]:
-    """Fit one model to captures of one machine, kernel and dtype; returns it with held-out errors by shape.
+def fit_source(source: Source, progress: Callable[[str], None] = lambda _: None) -> LatencyModel:
+    """A model of one kernel, with `errors_` (held out by shape, beside two baselines), `points_` (measurements with
+    their held-out predictions and where they lie) and `evidence_`.
 
-    Only resident experts in the dtype of the settings are fitted, and of calls launched by the host and calls replayed
-    from a CUDA graph the more numerous; `progress` is told how many others were left out. Raises NotComparableError
-    when the captures differ in machine, kernel or dtype, which must never be pooled, and InputError when nothing is
-    left to fit or there are fewer than three shapes to hold out.
+    Raises InputError with fewer than three shapes to hold out.
     """
-    captures = [load_capture(path) for path in paths]
-    first = captures[0]
-    for other in captures[1:]:
-        _require_same(first, other)
-    observations = per_workload(pl.concat([capture.observations for capture in captures]))
-    observations, n_left_out = fitted_rows(observations, first.dtype)
-    for reason, n in n_left_out.items():
-        progress(f"left out: {text.counted(n, 'workload')} {reason}")
-    if not observations.height:
-        raise InputError(f"{', '.join(c.name for c in captures)}: no resident {first.dtype} workload to fit a model on")
-    progress(f"{observations.height} workloads of {observations['shape'].n_unique()} shapes")
-    profile = profile_of(first)
-    model = LatencyModel(profile, first.dtype, str(first.manifest["kernel"]))
-    errors = evaluate_by_shape(model, observations, progress)
-    model.fit(observations)
-    model.evidence_ = {
-        "captures": [{"name": c.name, "digest": c.digest, "n_observations": c.observations.height} for c in captures],
-        "n_workloads": observations.height,
-        "launch": observations["launch"][0],
-        "machine": dict(first.manifest["machine"]),
-        "software": dict(first.manifest["software"]),
-    }
-    return model, errors
-
-
-def _require_same(first: Capture, other: Capture) -> None:
-    if first.digest == other.digest:
-        raise InputError(f"captures {first.name!r} and {other.name!r} are the same measurements twice")
-    differences = fingerprint_differences(first, other)
-    if differences:
-        key, (a, b) = next(iter(differences.items()))
-        raise NotComparableError(
-            f"captures {first.name!r} and {other.name!r} differ in {key} ({a!r}, {b!r}) and cannot share a model"
+    shapes = source.observations["shape"].unique(maintain_order=True).to_list()
+    if len(shapes) < 3:
+        raise InputError(
+            f"{source.name}: held-out error by shape needs at least 3 shapes, found {len(shapes)}: {', '.join(shapes)}"
         )
+    model = LatencyModel(source.profile, source.dtype, source.kernel)
+    model.fit(source.observations, progress=progress)
+    held_out = _held_out(model, source)
+    model.errors_ = errors_by_shape(held_out)
+    model.points_ = _points(model, source, held_out)
+    model.evidence_ = source.evidence
+    return model
+
+
+def _held_out(model: LatencyModel, source: Source) -> Evaluation:
+    """The model's own held-out predictions beside those of a constant and the roofline, held out in the same way."""
+    observations = source.observations
+    simple = Baselines(model, observations)
+    shapes = observations["shape"].to_numpy()
+    beside = {name: np.empty(observations.height) for name in ("roofline_only", "constant")}
+    for name in np.unique(shapes):
+        train, test = np.flatnonzero(shapes != name), np.flatnonzero(shapes == name)
+        for who in beside:
+            beside[who][test] = simple.methods[who](train, test)
+    table = observations.select("op", "shape", "n_tokens", "routing", measured_ns="time_ns").with_columns(
+        pl.col("op").cast(pl.String),
+        predicted_ns=pl.Series(model.held_out_),
+        is_screened=source.is_screened,
+        **{f"{who}_ns": pl.Series(values) for who, values in beside.items()},
+    )
+    return Evaluation(model.kernel, "shape", table, tuple(beside))
+
+
+def _points(model: LatencyModel, source: Source, held_out: Evaluation) -> dict[str, list[object]]:
+    """At most MAX_POINTS measurements with their held-out predictions and their place along the axes of the hull."""
+    table = held_out.table.select("op", "shape", "n_tokens", "routing", "measured_ns", "predicted_ns", "roofline_only_ns")
+    table = table.with_columns(pl.col("^.*_ns$").round(0))
+    hull = hull_of(model, source.observations)
+    table = table.with_columns(**{f"at_{k}": pl.Series(v).round_sig_figs(SIGNIFICANT) for k, v in hull.items()})
+    if table.height > MAX_POINTS:
+        chosen = np.random.default_rng(0).choice(table.height, MAX_POINTS, replace=False)
+        table = table[np.sort(chosen)]
+    return table.to_dict(as_series=False)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from perfmodel.text import UNITS, to_base
 
 SMALLEST, LARGEST = 1e-3, 1e21  # in base units; beyond lies a slip of unit or finger
 MEMORY_DRIFT_FRAC = 1e-3  # what firmware and kernel keep of the memory differs from boot to boot
-EVIDENCE = ("datasheet", "paper", "measured")
+# What a number rests on: a vendor's nominal figure, somebody's publication, our measurement, or nothing but a reason
+# that the source gives, where a machine cannot be described without it.
+EVIDENCE = ("datasheet", "paper", "measured", "assumed")
 DEVICES = ("gpu", "cpu")
 PROFILE_DIR = Path(__file__).parent / "data" / "hardware"
 
 # The vocabulary of machine numbers: the name ends in its base unit. `memory` is what the computing device reads at
-# full speed (HBM of a GPU, DRAM of a CPU); `host` is the CPU beside a GPU; `link` joins the two.
+# full speed (HBM of a GPU, DRAM of a CPU); `host` is the CPU beside a GPU; `link` joins the two; `ndp` are memory
+# modules of the host that compute on what they hold.
 QUANTITIES: dict[str, str] = {
     "bf16_peak_flops_per_s": "dense bf16 matrix peak of the computing device",
     "fp16_peak_flops_per_s": "dense fp16 matrix peak of the computing device",
@@ -50,6 +54,10 @@ QUANTITIES: dict[str, str] = {
     "link_system_read_bytes_per_s": "device kernel reading plain system memory in place, on coherent machines",
     "link_h2d_contended_bytes_per_s": "host-to-device copy from pinned memory while the host CPU computes experts",
     "host_gemm_contended_flops_per_s": "rate of expert GEMMs on the host CPU while host-to-device copies run",
+    "n_ndp_count": "near-data memory modules (DIMMs that compute)",
+    "ndp_peak_bytes_per_s": "bandwidth inside one near-data DIMM",
+    "ndp_peak_flops_per_s": "rate of expert GEMMs inside one near-data DIMM",
+    "ndp_link_peak_bytes_per_s": "nominal bandwidth between near-data DIMMs, without the CPU",
     "peer_link_peak_bytes_per_s": "nominal bandwidth to the other GPUs of the node, one direction",
     "launch_overhead_ns": "launch call to start of a null kernel",
     "null_kernel_ns": "duration of a null kernel",
@@ -58,13 +66,26 @@ QUANTITIES: dict[str, str] = {
     "call_overhead_ns": "one grouped GEMM call on minimal work, host time included",
 }
 
+# What drivers call the GPUs of shipped profiles, and folders of public measurements (whole names), as patterns. A slice
+# (MIG) goes by its GPU's name and has less of everything. Other sizes and form factors of the same chips are not meant.
+DEVICE_NAMES: dict[str, str] = {
+    "a100-sxm-80gb": r"A100-SXM4-80GB|^a100_sxm$",
+    "b200-sxm": r"\bB200\b|^b200_sxm$",
+    "gb200": r"\bGB200\b|^gb200(_sxm)?$",
+    "gh200": r"GH200 480GB|^gh200(_sxm)?$",
+    "h100-pcie": r"H100 PCIe|^h100_pcie$",
+    "h100-sxm": r"H100 80GB HBM3|^h100_sxm$",
+    "h200-sxm": r"\bH200\b(?! NVL)|^h200_sxm$",
+    "l40s": r"\bL40S\b|^l40s$",
+}
+
 
 @dataclass(frozen=True)
 class Quantity:
     """One number of a machine in base units, with the evidence it rests on."""
 
     value: float
-    kind: str  # datasheet, paper or measured
+    kind: str  # one of EVIDENCE
     source: str
     date: str | None = None
 
@@ -95,6 +116,14 @@ def same_fact(key: str, one: object, other: object) -> bool:
     if key.endswith("memory_bytes") and isinstance(one, int) and isinstance(other, int):
         return abs(one - other) <= MEMORY_DRIFT_FRAC * max(one, other)
     return one == other
+
+
+def profile_name(device: str) -> str | None:
+    """The shipped profile of a GPU as its driver names it (`NVIDIA H200`), or None where none is shipped.
+
+    Folder names of public measurements (`h200_sxm`) are known too.
+    """
+    return next((profile for profile, pattern in DEVICE_NAMES.items() if re.search(pattern, device)), None)
 
 
 def load_profile(path: str | Path) -> HardwareProfile:

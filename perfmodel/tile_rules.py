@@ -37,6 +37,10 @@ class TileRule:
         distinct, index = np.unique(keys, axis=0, return_inverse=True)
         return np.array([self._one(*map(int, key)) for key in distinct], dtype=np.float64)[index.ravel()]
 
+    def at(self, n_experts: int, inter: int, n_tokens: int) -> Array:
+        """The configuration of one workload, `[1, TILE_FIELDS]`."""
+        return np.array([self._one(n_experts, inter, n_tokens)])
+
     def _one(self, n_experts: int, inter: int, n_tokens: int) -> tuple[float, ...]:
         tuned = _tuned(self.framework, self.machine, self.dtype).get((n_experts, inter))
         if tuned:

@@ -1,7 +1,7 @@
 """Observations in, `LatencyModel` out: physical constants, a screened residual, and what held-out errors allow."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -11,9 +11,10 @@ from sklearn.base import BaseEstimator
 
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
-from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_of, total
+from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_of, total, transferred_ceilings
 from perfmodel.tile_rules import TileRule, candidates
 
+from .anomalies import anomalies
 from .confidence import (
     ANOMALY_LOG,
     Confidence,
@@ -47,9 +48,11 @@ class Forecast:
 class LatencyModel(BaseEstimator):  # type: ignore[misc]
     """Predicts latency in ns of workloads on one machine and kernel from fitted physical constants.
 
-    `fit(observations)` learns `constants_`, `residual_` (trees on the log residual, null where held-out errors did not
-    say that it helps), `confidence_` (intervals and hull) and `held_out_` (each row's prediction by a model that saw
-    nothing of its shape). Nothing is pooled across kernels, dtypes or machines.
+    `fit(observations)` learns `constants_` (of which `informed_` were fitted), `residual_` (trees on the log residual,
+    null where held-out errors did not say that it helps), `confidence_` (intervals and hull, of which
+    `typical_half_width_` is the median, log units), `anomalies_` (slices of measurements that no physics explains, in
+    words) and `held_out_` (each row's prediction by a model that saw nothing of its shape). Nothing is pooled across
+    kernels, dtypes or machines.
     """
 
     def __init__(self, profile: HardwareProfile, dtype: str, kernel: str, prior: Any = None) -> None:
@@ -85,13 +88,16 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         measured = np.log(observations["time_ns"].to_numpy() if y is None else np.asarray(y))
         prior = self.prior or self.form.defaults
         self.tiles_, work, self.constants_ = self._tiles(observations, measured, prior)
+        self.informed_ = self.form.identified(work)
         self.ops_ = sorted(observations["op"].cast(pl.String).unique())
         self.n_observations_ = len(measured)
         groups = observations["shape"].rank("dense").to_numpy().astype(np.int64)
         tried = _held_out(self, work, measured, groups, prior, progress, n_folds)
         self.residual_, self.confidence_, self.held_out_ = None, None, None
+        self.anomalies_, self.typical_half_width_ = [], None
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
+            self.anomalies_ = anomalies(observations, self.held_out_)
         return self
 
     def _tiles(self, observations: pl.DataFrame, measured: Array, prior: Any) -> tuple[TileRule | None, Work, Any]:
@@ -125,7 +131,8 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         relative = error / inside.base_half_width(features)
         by_shape = ladder(tried.octaves[normal], relative[normal], SHAPE_STEPS)
         by_tokens = self._by_tokens(work, measured, prior, inside)
-        self.confidence_ = Confidence(**{**vars(inside), "by_shape": by_shape, "by_tokens": by_tokens})
+        self.confidence_ = replace(inside, by_shape=by_shape, by_tokens=by_tokens)
+        self.typical_half_width_ = float(np.median(inside.base_half_width(features)))
 
     def _by_tokens(self, work: Work, measured: Array, prior: Any, inside: Confidence) -> Ladder:
         """How errors grow with more tokens than were fitted, tried on the smaller batches of these observations."""
@@ -144,7 +151,25 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
 
     def predict(self, observations: pl.DataFrame) -> Array:
         """Predicted latency of each row, ns `[row]`."""
-        return self.forecast(work_of(observations, self.tiles_)).ns
+        return self.forecast(self.work(observations)).ns
+
+    def work(self, observations: pl.DataFrame, machine: HardwareProfile | None = None) -> Work:
+        """Observations as work for this model's kernel, its launches configured as on `machine`, where given.
+
+        Raises InputError for a machine of another kind of device, and for another dtype.
+        """
+        if machine is not None and machine.device != self.profile.device:
+            raise InputError(
+                f"the model was fitted on a {self.profile.device} ({self.profile.name}), {machine.name!r} is a "
+                f"{machine.device}"
+            )
+        if set(observations["dtype"].unique()) != {self.dtype}:
+            found = ", ".join(observations["dtype"].unique())
+            raise InputError(f"the model is of {self.dtype}, these observations of {found}")
+        tiles = self.tiles_
+        if tiles is not None and machine is not None:
+            tiles = replace(tiles, machine=machine.name)
+        return work_of(observations, tiles)
 
     def forecast(self, work: Work, profile: HardwareProfile | None = None) -> Forecast:
         """Latency of each item of work with its interval, on this model's machine or on another of the same kind."""
@@ -163,6 +188,11 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         return found + self.confidence_.outside(hull_features(work, self.roof))
 
 
+def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]:
+    """Where observations lie along the axes of HULL on the model's machine, `[row]` by axis."""
+    return hull_features(model.work(observations), model.roof)
+
+
 def _require_resident(observations: pl.DataFrame, dtype: str) -> None:
     """Refuse what would be pooled although it differs: offloaded experts, another dtype."""
     found = set(observations["access"].unique()) - {"resident"}
@@ -179,8 +209,6 @@ def _physical(
     model: LatencyModel, work: Work, constants: Any, profile: HardwareProfile | None = None
 ) -> tuple[Array, Array]:
     """Physical predictions, ns `[item]`, and the features that a residual is learned from."""
-    from perfmodel.physics import transferred_ceilings
-
     roof = model.roof if profile is None else transferred_ceilings(profile, model.dtype, model.profile)
     parts = model.form.resident_parts(work, roof, constants)
     return work.mean(total(parts)), residual_features(work, parts)

@@ -7,6 +7,7 @@ import numpy as np
 import sklearn
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingRegressor
+from threadpoolctl import threadpool_limits
 
 Array = NDArray[np.float64]
 SIGNIFICANT = 7  # digits of thresholds and leaves in a file
@@ -79,7 +80,9 @@ def grow(features: Array, target: Array, *, n_trees: int = 150, n_leaves: int = 
         l2_regularization=5.0,
         early_stopping=False,
         random_state=0,
-    ).fit(features, target)
+    )
+    with threadpool_limits(1):  # a few thousand rows: threads would wait for each other
+        boosted.fit(features, target)
     trees = _arrays(boosted)
     if not np.allclose(trees.predict(features), boosted.predict(features), rtol=1e-6, atol=1e-9):
         raise RuntimeError(f"scikit-learn {sklearn.__version__} keeps boosted trees in a form that is not known here")

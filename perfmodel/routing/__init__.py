@@ -1,7 +1,8 @@
 """How tokens spread over experts: routing patterns with stated definitions, routing files, statistics of skew.
 
 A routing is named by a pattern (`patterns`) or a file (`files`); `batches` makes the counts of a batch of it, `steps`
-those of several steps and layers, and `statistics` says how skewed counts are. docs/routing.md has the definitions.
+those of several steps and layers, `published` those of a public collection of measurements, and `statistics` says how
+skewed counts are. docs/routing.md has the definitions.
 """
 
 from .batches import (
@@ -29,6 +30,7 @@ from .patterns import (
     power_law_shares,
     uniform_shares,
 )
+from .published import PUBLISHED, is_published, published_counts
 from .statistics import coverage_curve, experts_for_coverage, max_over_mean
 from .steps import FAMILIES, family_usages, synthetic_counts, synthetic_steps
 
@@ -37,6 +39,7 @@ __all__ = [
     "MAX_DRAWN",
     "N_DRAWS",
     "PATTERNS",
+    "PUBLISHED",
     "Counts",
     "Routing",
     "Shares",
@@ -47,6 +50,7 @@ __all__ = [
     "experts_for_coverage",
     "family_usages",
     "is_pattern",
+    "is_published",
     "layer_shares",
     "link_skew_shares",
     "max_over_mean",
@@ -57,6 +61,7 @@ __all__ = [
     "pattern_shares",
     "pattern_usages",
     "power_law_shares",
+    "published_counts",
     "read_shares",
     "routing",
     "routing_keys",

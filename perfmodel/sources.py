@@ -1,0 +1,139 @@
+"""What measurements a model can be fitted to or judged by: capture folders and aiconfigurator tables, by kernel."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from perfmodel import text
+from perfmodel.capture import (
+    Capture,
+    fingerprint_differences,
+    fitted_rows,
+    load_capture,
+    per_workload,
+    profile_of,
+)
+from perfmodel.errors import InputError, NotComparableError
+from perfmodel.evaluation import slower_than_peers
+from perfmodel.hardware import HardwareProfile, hardware, profile_name
+from perfmodel.moe_perf import read_moe_perf
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Measurements of one kernel on one machine in one dtype: `observations` with every expert resident, `offloaded`
+    with some elsewhere (may be empty), one row a workload; `is_screened` is false where peers show a failed
+    configuration; `evidence` says what they are."""
+
+    name: str
+    kernel: str
+    profile: HardwareProfile
+    dtype: str
+    observations: pl.DataFrame
+    offloaded: pl.DataFrame
+    is_screened: pl.Series
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+def read_sources(
+    paths: Sequence[str],
+    kernel: str | None = None,
+    machine: HardwareProfile | None = None,
+    progress: Progress = lambda _: None,
+) -> list[Source]:
+    """The measurements of capture folders and tables, one Source for each kernel on each machine, by name.
+
+    Captures of one machine, kernel and dtype are pooled; tables are split by kernel. `kernel` keeps those whose name
+    contains it, in any case. `machine` stands for the GPU of a table where no shipped profile does. Raises
+    NotComparableError for captures that differ, and InputError for what is no source or where nothing is left.
+    """
+    folders = [path for path in paths if Path(path).is_dir()]
+    found = [_of_captures(group, progress) for group in _poolable(folders)] if folders else []
+    for path in paths:
+        if path not in folders:
+            found += _of_table(path, machine, kernel, progress)
+    chosen = [one for one in found if kernel is None or kernel.lower() in one.kernel.lower()]
+    if not chosen:
+        names = ", ".join(sorted({one.kernel for one in found}))
+        raise InputError(f"no kernel contains {kernel!r}; there are {names}")
+    return sorted(chosen, key=lambda one: (one.kernel, one.profile.name))
+
+
+def only_source(sources: Sequence[Source]) -> Source:
+    """The single source there is; raises InputError naming the kernels where there are several, never to be pooled."""
+    if len(sources) > 1:
+        names = ", ".join(f"{one.kernel} on {one.profile.name}" for one in sources)
+        raise InputError(f"{len(sources)} kernels cannot share a model, choose one with --kernel: {names}")
+    return sources[0]
+
+
+def _poolable(folders: Sequence[str]) -> list[list[Capture]]:
+    """All captures as one group: they are given together to be pooled, and refused where they must not be."""
+    captures = [load_capture(path) for path in folders]
+    first = captures[0]
+    for other in captures[1:]:
+        if first.digest == other.digest:
+            raise InputError(f"captures {first.name!r} and {other.name!r} are the same measurements twice")
+        differences = fingerprint_differences(first, other)
+        if differences:
+            key, (a, b) = next(iter(differences.items()))
+            raise NotComparableError(
+                f"captures {first.name!r} and {other.name!r} differ in {key} ({a!r}, {b!r}) and cannot share a model"
+            )
+    return [captures]
+
+
+def _of_captures(captures: Sequence[Capture], progress: Progress) -> Source:
+    first = captures[0]
+    name = ", ".join(capture.name for capture in captures)
+    every = per_workload(pl.concat([capture.observations for capture in captures]))
+    observations, n_left_out = fitted_rows(every, first.dtype)
+    is_offloaded = (pl.col("access") != "resident") | (pl.col("offload_frac") > 0)
+    offloaded = every.filter(is_offloaded, pl.col("dtype") == first.dtype)
+    _tell(n_left_out, progress)
+    if not observations.height:
+        raise InputError(f"{name}: no resident {first.dtype} workload to fit a model on")
+    progress(f"{observations.height} workloads of {observations['shape'].n_unique()} shapes")
+    evidence = {
+        "captures": [{"name": c.name, "digest": c.digest, "n_observations": c.observations.height} for c in captures],
+        "n_workloads": observations.height,
+        "launch": observations["launch"][0],
+        "machine": dict(first.manifest["machine"]),
+        "software": dict(first.manifest["software"]),
+    }
+    screened = pl.repeat(value=True, n=observations.height, dtype=pl.Boolean, eager=True)
+    kernel = str(first.manifest["kernel"])
+    return Source(name, kernel, profile_of(first), first.dtype, observations, offloaded, screened, evidence)
+
+
+def _of_table(path: str, machine: HardwareProfile | None, kernel: str | None, progress: Progress) -> list[Source]:
+    table, n_left_out = read_moe_perf(path)
+    _tell(n_left_out, progress)
+    table = table.with_columns(is_screened=~slower_than_peers(table))
+    found = []
+    for (name, device), rows in sorted(table.group_by("kernel", "machine"), key=lambda one: str(one[0])):
+        if kernel is not None and kernel.lower() not in str(name).lower():
+            continue
+        known = profile_name(str(device))
+        if machine is None and known is None:
+            raise InputError(
+                f"{Path(path).name}: no shipped hardware profile is called for by {device!r}; give one with --hardware"
+            )
+        profile = machine or hardware(str(known))
+        rows = rows.sort("shape", "hidden", "inter", "routing", "n_tokens")
+        evidence = {"table": Path(path).name, "n_workloads": rows.height, "launch": "graph", "machine": str(device)}
+        screened, rows = rows["is_screened"], rows.drop("is_screened", "kernel", "machine", "tp")
+        found.append(Source(Path(path).name, str(name), profile, rows["dtype"][0], rows, rows[:0], screened, evidence))
+    if not found:
+        raise InputError(f"no kernel contains {kernel!r}; there are {', '.join(sorted(table['kernel'].unique()))}")
+    return found
+
+
+def _tell(n_left_out: dict[str, int], progress: Progress) -> None:
+    for reason, n in n_left_out.items():
+        progress(f"left out: {text.counted(n, 'measurement')} {reason}")
