@@ -1,13 +1,16 @@
 """What experts cost that live outside device memory: access modes, their constants, and fitting these.
 
 `constants` are what is assumed or fitted of each mode, `device` the machine as modes see it, `modes` their latency by
-part, `beside` and `paged` the compositions that need more room; `fit` learns constants from observations, and `study`
-makes the page on the GH200 study. Both stand above `latency` and are imported by name.
+part, `overlap`, `beside` and `paged` the compositions that need more room. `fit` learns constants from observations and
+gives what `fitted` describes; `study` and `study_page` make the page on the GH200 study. These need models and
+predictions and are imported by name.
 """
+
+from perfmodel.capture_lines import RESIDENCIES
 
 from .beside import DOMAINS, beside_parts
 from .constants import PRIORS, OffloadConstants
-from .device import ACCESS_MODES, LAYOUTS, RESIDENCIES, SPREADS, Device, Host, Mask, link_rate, rate_keys
+from .device import ACCESS_MODES, LAYOUTS, SPREADS, Device, Host, Mask, link_rate, rate_keys
 from .modes import offload_parts
 
 __all__ = [

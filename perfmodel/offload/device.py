@@ -20,8 +20,6 @@ Mask = NDArray[np.bool_]
 # computed. copy-overlap: copied while others compute. cpu: computed on the host. near-data: computed inside the memory
 # modules that hold them. paged: device memory is a cache of experts, and those not in it are copied when needed.
 ACCESS_MODES = ("zero-copy", "copy", "copy-overlap", "cpu", "near-data", "paged")
-# How zero-copy sees two memories: one launch over mapped pages, two launches, one launch over plain system memory.
-RESIDENCIES = ("mapped", "split", "system")
 LAYOUTS = ("localised", "striped")  # an expert's weights in host memory: on one module, or over all of them
 SPREADS = ("lpt", "even")  # experts over modules: longest first onto the least busy one, or expert e on module e mod n
 NDP_KEYS = ("n_ndp_count", "ndp_peak_bytes_per_s", "ndp_peak_flops_per_s")
@@ -40,7 +38,8 @@ class Host:
 class Device:
     """What computes: the machine, its ceilings for a dtype, its kernel's form and constants, and those of offloading.
 
-    `residency` is one of RESIDENCIES, mapped when null. `host` is a fitted model of the CPU; null: the machine's rates
+    `residency` is how zero-copy sees two memories, one of RESIDENCIES: one launch over mapped pages (null too), two
+    launches, one launch over plain system memory. `host` is a fitted model of the CPU; null: the machine's rates
     and the `host_` constants say what it does. `previous_ns` is the time of work before this layer under which a copy
     may hide, `link_busy` whether weights of other layers cross the link while the host computes. `layout` and `spread`
     are those of near-data modules. `n_slots` is how many experts of a layer a paged memory holds (null: as many as are

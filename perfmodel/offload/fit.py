@@ -17,7 +17,6 @@ from perfmodel.errors import InputError
 from perfmodel.latency.confidence import conformal_quantile
 from perfmodel.latency.constants import solve
 from perfmodel.latency.model import LatencyModel
-from perfmodel.latency.work import work_of
 from perfmodel.physics import Array, Work, total
 
 from .constants import ASSUMED, PRIORS, OffloadConstants
@@ -113,15 +112,14 @@ def _measured(model: LatencyModel, rows: pl.DataFrame, way: Way) -> Measured:
     away = numbered.filter((pl.col("access") == way.access) & pl.col("residency").eq_missing(pl.lit(way.residency)))
     resident = numbered.filter(pl.col("access") == "resident")
     partner = _partners(away, resident)
-    work = work_of(away.drop("row"), model.tiles_)
+    work = model.work(away.drop("row"))
     n_items = work.n_items
-    resident_ns, resident_model_ns = np.full(n_items, np.nan), np.empty(n_items)
-    own = work.mean(total(model.form.resident_parts(work, model.roof, model.constants_)))
-    resident_model_ns[:] = own
+    resident_ns = np.full(n_items, np.nan)
+    resident_model_ns = work.mean(total(model.form.resident_parts(work, model.roof, model.constants_)))
     paired = np.flatnonzero(partner >= 0)
     if len(paired):
         found = resident[partner[paired].tolist()].drop("row")
-        theirs = work_of(found, model.tiles_)
+        theirs = model.work(found)
         parts = model.form.resident_parts(theirs, model.roof, model.constants_)
         resident_model_ns[paired] = theirs.mean(total(parts))
         resident_ns[paired] = found["time_ns"].to_numpy()

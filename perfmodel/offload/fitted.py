@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from perfmodel.capture_lines import RESIDENCIES
+
 from .constants import ASSUMED, PRIORS, OffloadConstants
-from .device import ACCESS_MODES, RESIDENCIES
+from .device import ACCESS_MODES
 
 RANGE_SIGMAS = 1.645  # ranges hold 90 % where errors are normal
 KNOWN_SIGMA_FRAC = 0.25  # a constant is known when measurements narrow what was believed of it to this part, at least

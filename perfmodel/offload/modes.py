@@ -5,13 +5,13 @@ Numbers in brackets are those of docs/model.md. Times are ns.
 
 import numpy as np
 
+from perfmodel.capture_lines import RESIDENCIES
 from perfmodel.physics import Array, Parts, Work, smooth_max, sum_parts, tiled
 from perfmodel.text import NS_PER_S
 
 from .beside import NEAR_DATA, ON_HOST, RESIDENT, beside_parts
 from .device import (
     ACCESS_MODES,
-    RESIDENCIES,
     Device,
     Mask,
     copies_ns,
