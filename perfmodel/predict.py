@@ -149,7 +149,7 @@ def basis_of(profile: HardwareProfile, shape: MoEShape, model: LatencyModel | No
     when model and hardware are not of the same kind of device.
     """
     if model is None:
-        form = physics.form_of(profile.device, physics.PYTORCH_KERNEL)
+        form = physics.form_for(profile, physics.PYTORCH_KERNEL, shape.dtype)
         constants = form.defaults
         if profile.device == "gpu" and set(LAUNCH_KEYS) <= set(profile.quantities):
             constants = replace(constants, call_ns=sum(profile[key] for key in LAUNCH_KEYS))

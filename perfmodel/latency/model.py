@@ -11,12 +11,13 @@ from sklearn.base import BaseEstimator
 
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
-from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_of, total, transferred_ceilings
+from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_for, total, transferred_ceilings
 from perfmodel.tile_rules import TileRule, candidates
 
 from .anomalies import anomalies
 from .confidence import (
     ANOMALY_LOG,
+    DIRECTIONS,
     Confidence,
     Ladder,
     ladder,
@@ -33,7 +34,7 @@ LEAST_FOR_TREES, LEAST_GROUPS = 250, 5
 GAIN_FRAC = 0.02  # held-out error that a residual must take away to be used
 MAX_FOLDS = 12
 TOKEN_REACH = 16.0  # how many times more tokens than fitted an interval is offered for, if it was tried
-TOKEN_STEPS, SHAPE_STEPS = (1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0)
+TOKEN_STEPS, OTHER_STEPS = (1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0)  # octaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
     @property
     def form(self) -> Form:
         """The form of the physical model that the kernel has."""
-        return form_of(self.profile.device, self.kernel)
+        return form_for(self.profile, self.kernel, self.dtype)
 
     def fit(
         self,
@@ -125,13 +126,15 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
             return
         quantile, scale = width_of(features[normal], error[normal], groups[normal])
         hull = hull_features(work, self.roof)
-        inside = Confidence(
-            quantile, scale, ranges_of(hull), Ladder(), Ladder(), int(normal.sum()), tried.n_groups, int((~normal).sum())
-        )
-        relative = error / inside.base_half_width(features)
-        by_shape = ladder(tried.octaves[normal], relative[normal], SHAPE_STEPS)
-        by_tokens = self._by_tokens(work, measured, prior, inside)
-        self.confidence_ = replace(inside, by_shape=by_shape, by_tokens=by_tokens)
+        none = {direction: Ladder() for direction in DIRECTIONS}
+        n_anomalies = int((~normal).sum())
+        inside = Confidence(quantile, scale, ranges_of(hull), none, int(normal.sum()), tried.n_groups, n_anomalies)
+        relative = (error / inside.base_half_width(features))[normal]
+        ladders = {
+            direction: ladder(tried.octaves[direction][normal], relative, OTHER_STEPS) for direction in DIRECTIONS
+        }
+        ladders["tokens"] = self._by_tokens(work, measured, prior, inside)
+        self.confidence_ = replace(inside, ladders=ladders)
         self.typical_half_width_ = float(np.median(inside.base_half_width(features)))
 
     def _by_tokens(self, work: Work, measured: Array, prior: Any, inside: Confidence) -> Ladder:
@@ -251,7 +254,7 @@ class Tried:
 
     physical: Array
     hybrid: Array
-    octaves: Array
+    octaves: dict[str, Array]
     n_groups: int
 
     def helps(self, measured: Array) -> bool:
@@ -276,7 +279,8 @@ def _held_out(
     names = np.random.default_rng(0).permutation(np.unique(groups))
     if len(names) < 3:
         return None
-    physical, hybrid, octaves = (np.zeros(len(measured)) for _ in range(3))
+    physical, hybrid = np.zeros(len(measured)), np.zeros(len(measured))
+    octaves = {direction: np.zeros(len(measured)) for direction in DIRECTIONS}
     hull = hull_features(work, model.roof)
     folds = np.array_split(names, min(n_folds, len(names)))
     for i, fold in enumerate(folds, 1):
@@ -290,5 +294,7 @@ def _held_out(
         physical[held] = np.log(_predict(model, asked, constants, None)[0])
         hybrid[held] = np.log(_predict(model, asked, constants, residual)[0])
         ranges = ranges_of({name: values[~held] for name, values in hull.items()})
-        octaves[held] = octaves_outside(ranges, {name: values[held] for name, values in hull.items()})[1]
+        outside = octaves_outside(ranges, {name: values[held] for name, values in hull.items()})
+        for direction, values in outside.items():
+            octaves[direction][held] = values
     return Tried(physical, hybrid, octaves, len(names))

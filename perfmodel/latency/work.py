@@ -94,6 +94,7 @@ HULL = (
     "n_experts",
 )
 GROWS_WITH_TOKENS = ("n_tokens", "rows_per_active_expert", "compute_over_memory")
+LOAD = ("active_frac", "max_over_mean_load")
 
 
 def hull_features(work: Work, roof: Ceilings) -> dict[str, Array]:

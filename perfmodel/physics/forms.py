@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from . import tiled
+from perfmodel.hardware import HardwareProfile
+
+from . import blas, tiled
 from .priors import Prior
 from .work import Ceilings, Parts, Work
 
@@ -43,16 +45,29 @@ class Form:
         return type(self.defaults)(**values)
 
 
-def form_of(device: str, kernel: str, compute_capability: str | None = None) -> Form:
-    """The form of a kernel on a `gpu` or `cpu`, by what its name and the GPU's compute capability say of it."""
+def form_of(device: str, kernel: str, dtype: str = "bf16", n_threads: int = 1) -> Form:
+    """The form of a kernel on a `gpu` or `cpu`, by what its name says of it; a CPU's depends on dtype and threads."""
     if device == "cpu":
-        return _blas()
-    is_sm90 = kernel.startswith(PYTORCH_KERNEL) and (compute_capability or "9.0").startswith("9.")
-    return _tiled(tiled.Kernel(sm90_rule=is_sm90, needs_alignment="triton" in kernel.lower()))
+        return _blas(dtype, n_threads)
+    name = kernel.lower()
+    return _tiled(tiled.Kernel(sm90_rule=name.startswith(PYTORCH_KERNEL), needs_alignment="triton" in name))
 
 
-def _blas() -> Form:
-    raise NotImplementedError
+def form_for(profile: HardwareProfile, kernel: str, dtype: str) -> Form:
+    """The form of a kernel on a machine; a CPU computes with as many threads as its profile has cores."""
+    n_cores = profile.first("n_cores_count")
+    return form_of(profile.device, kernel, dtype, 1 if n_cores is None else int(n_cores[1].value))
+
+
+def _blas(dtype: str, n_threads: int) -> Form:
+    return Form(
+        "blas",
+        blas.FP32_DEFAULTS if dtype == "fp32" else blas.NARROW_DEFAULTS,
+        blas.PRIORS,
+        blas.identified,
+        lambda work: blas.prepare(work, n_threads),
+        blas.resident_parts,
+    )
 
 
 def _tiled(kernel: tiled.Kernel) -> Form:
