@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from perfmodel import physics
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile, Quantity, hardware
-from perfmodel.offload import ACCESS_MODES, Device, Host, OffloadConstants, beside_parts, link_rate, offload_parts
+from perfmodel.offload import (
+    ACCESS_MODES,
+    Device,
+    Host,
+    OffloadConstants,
+    beside_parts,
+    link_rate,
+    offload_parts,
+    usable_modes,
+)
 from perfmodel.offload.beside import COPIED, NEAR_DATA, ON_HOST, RESIDENT, longest_first
 from perfmodel.offload.paged import expected_misses
 from perfmodel.physics import Ceilings, Counts, TiledConstants, Work, form_of, tiled, total
@@ -284,8 +293,10 @@ def test_a_paged_memory_fetches_misses_and_runs_in_waves() -> None:
     assert latency(w, np.array([[True, True, False, False]]), "paged", asked) == pytest.approx(
         latency(w, np.zeros((1, 4), dtype=bool), "paged", d)
     )
+    one = latency(w, np.array([[False, True, True, True]]), "paged", asked)
+    assert latency(w, np.ones((1, 4), dtype=bool), "paged", asked) == pytest.approx(one)  # one is always there
     with pytest.raises(InputError, match="0 slots for experts"):
-        offload_parts(w, np.ones((1, 4), dtype=bool), "paged", asked)
+        offload_parts(w, np.ones((1, 4), dtype=bool), "paged", replace(d, n_slots=0))
 
 
 ALL = device(rates=MODULES, c=TiledConstants(), o=OffloadConstants())
@@ -394,6 +405,14 @@ def test_machines_are_told_what_they_lack() -> None:
             offload_parts(TWO, FIRST, access, device(rates=MODULES, **changed))
 
 
+def test_machines_tell_which_modes_they_have_numbers_for() -> None:
+    assert usable_modes(hardware("trimoe")) == ACCESS_MODES
+    assert usable_modes(hardware("gh200")) == tuple(mode for mode in ACCESS_MODES if mode != "near-data")
+    assert usable_modes(hardware("xeon-spr")) == ()
+    with pytest.raises(InputError, match=r"gh200' has no memory modules that compute .* machines that can: trimoe"):
+        offload_parts(TWO, FIRST, "near-data", replace(device(), profile=hardware("gh200")))
+
+
 def test_the_tile_follows_the_rows_of_each_launch() -> None:
     # PyTorch's rule takes large tiles above 128 rows per expert of a launch: 300 rows on one of two experts are 150 on
     # average and get large ones, in a launch of their own too; 16 rows on the other get small ones only when split.
@@ -406,3 +425,14 @@ def test_the_tile_follows_the_rows_of_each_launch() -> None:
     whole = tiled.gemm_roofs(tiled.prepare(w, form.kernel), ROOF, SHARP)[0][0][0]
     assert whole == pytest.approx(2 * (3 + 1) * 128 * K * N / 1e12 * 1e9)
     assert total(parts)[0] == pytest.approx(2 * 3 * 128 * K * N / 1e12 * 1e9 + LINK, rel=1e-2)
+
+
+def test_the_form_of_cpus_serves_as_the_host() -> None:
+    # 16 rows of one expert at 200 GFLOP/s and 30 GB/s: the host's own form knows its overheads, which rates do not.
+    cpu = form_of("cpu", physics.PYTORCH_KERNEL, "bf16", 2)
+    d = device(host=Host(cpu, Ceilings(2e11, 3e10, ()), cpu.defaults))
+    few = work([[16.0, 16.0]])
+    reading = WEIGHTS / (3e10 * cpu.defaults.eff_memory) * 1e9
+    crossing = 16 * 2 * (K / 5e9 + N / 10e9) * 1e9
+    one = cpu.defaults.call_ns + cpu.defaults.expert_ns + cpu.defaults.active_ns
+    assert reading + crossing + one < latency(few, FIRST, "cpu", d) < 4 * (reading + crossing + one)

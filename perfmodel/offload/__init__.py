@@ -10,7 +10,7 @@ from perfmodel.capture_lines import RESIDENCIES
 
 from .beside import DOMAINS, beside_parts
 from .constants import PRIORS, OffloadConstants
-from .device import ACCESS_MODES, LAYOUTS, SPREADS, Device, Host, Mask, link_rate, rate_keys
+from .device import ACCESS_MODES, LAYOUTS, SPREADS, Device, Host, Mask, link_rate, rate_keys, usable_modes
 from .modes import offload_parts
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "link_rate",
     "offload_parts",
     "rate_keys",
+    "usable_modes",
 ]

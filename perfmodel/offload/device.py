@@ -1,5 +1,6 @@
 """What computes, what lies beside it, and at which rates: a machine as the access modes see it."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,6 +150,16 @@ def rate_keys(profile: HardwareProfile, access: str, residency: str | None = Non
         require_near_data(profile)
         found = [*NDP_KEYS, *found, back_rate(profile)[1]]
     return tuple(dict.fromkeys(found))
+
+
+def usable_modes(profile: HardwareProfile) -> tuple[str, ...]:
+    """The access modes that a machine has all numbers for; none where there is no second memory tier."""
+    found = []
+    for access in ACCESS_MODES if profile.device == "gpu" else ():
+        with suppress(InputError):
+            rate_keys(profile, access)
+            found.append(access)
+    return tuple(found)
 
 
 def part_of(work: Work, keep: Mask, n_experts: Array) -> Work:

@@ -32,11 +32,13 @@ def paged_parts(work: Work, offloaded: Mask, device: Device) -> tuple[Parts, lis
 
 
 def slots_of(work: Work, offloaded: Mask, device: Device) -> Array:
-    """How many experts of a layer fit in device memory, `[batch]`; raises InputError where none does."""
-    n_slots = work.n_experts - offloaded.sum(axis=1) if device.n_slots is None else np.full(len(work.k), device.n_slots)
-    if (n_slots < 1).any():
-        raise InputError(f"{int(n_slots.min())} slots for experts, expected at least 1 for --access paged")
-    return np.asarray(np.minimum(n_slots, work.n_experts), dtype=np.float64)
+    """How many experts of a layer fit in device memory, `[batch]`: as many as are not offloaded, at least the one that
+    is computed, unless said otherwise; raises InputError for less than one."""
+    if device.n_slots is None:
+        return np.asarray(np.maximum(work.n_experts - offloaded.sum(axis=1), 1.0))
+    if device.n_slots < 1:
+        raise InputError(f"{device.n_slots} slots for experts, expected at least 1 for --access paged")
+    return np.asarray(np.minimum(device.n_slots, work.n_experts), dtype=np.float64)
 
 
 def expected_misses(work: Work, n_slots: Array, shares: Array | None) -> Array:
