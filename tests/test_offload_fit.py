@@ -2,16 +2,20 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import polars as pl
 import pytest
 
+from perfmodel.capture import load_capture, per_workload, profile_of
 from perfmodel.errors import InputError
+from perfmodel.latency import LatencyModel
 from perfmodel.offload import Host, OffloadConstants
 from perfmodel.offload.constants import ASSUMED, PRIORS
 from perfmodel.offload.fit import CONSTANTS_OF, fit_offload
 from perfmodel.offload.fitted import Fitted, OffloadFit, Way, from_json
-from perfmodel.physics import Ceilings, Form
+from perfmodel.physics import PYTORCH_KERNEL, Ceilings, Form
+from tests.captures_made import write_gpu_capture
 from tests.offload_made import FRACS, SHAPES, WAYS, synthetic_model, synthetic_observations
 
 MAPPED, SPLIT, COPY, OVERLAP, CPU = WAYS
@@ -148,6 +152,22 @@ def test_ranges_stay_within_what_is_possible_and_say_what_is_known() -> None:
     assert Fitted.of("reread_frac", 0.01, 0.02) == Fitted(0.01, 0.0, 0.01 + 1.645 * 0.02, True)
     assert Fitted.of("merge_ns", 10000.0, PRIORS["merge_ns"].sigma).is_known is False
     assert {name for names in CONSTANTS_OF.values() for name in names} <= set(PRIORS)
+
+
+def test_a_capture_is_fitted_from_its_folder(tmp_path: Path) -> None:
+    # The made-up machine copies and reads in place at 45 GB/s, in series with computing, whatever its calibration says.
+    capture = load_capture(write_gpu_capture(tmp_path / "synthetic"))
+    observations = per_workload(capture.observations)
+    model = LatencyModel(profile_of(capture), "bf16", PYTORCH_KERNEL)
+    model.fit(observations.filter((pl.col("dtype") == "bf16") & (pl.col("access") == "resident")))
+    found = fit_offload(model, observations)
+    assert set(found.ways) == set(WAYS)
+    copy, mapped = (found.ways[way] for way in (COPY, MAPPED))
+    assert copy.constants["copy_eff"].value == pytest.approx(45 / 55, rel=0.05)
+    assert mapped.constants["link_eff"].value == pytest.approx(45 / 50, rel=0.05)
+    assert (copy.n_observations, mapped.n_observations) == (9, 18)  # launched by the host, and from graphs too
+    assert copy.by_shape is not None and copy.by_frac is None  # one fraction was measured
+    assert copy.log_half_width is None and mapped.log_half_width is not None  # nine errors promise nothing
 
 
 def test_nothing_offloaded_is_nothing_to_fit(made: pl.DataFrame) -> None:
