@@ -365,6 +365,20 @@ def test_more_slots_never_cost(rows: list[int], n: int) -> None:
     assert more <= fewer * (1 + 1e-9)
 
 
+def test_what_is_infinitely_fast_costs_nothing() -> None:
+    free = replace(
+        NOTHING, link_overlap_frac=1.0, link_eff=1e12, copy_eff=1e12, host_eff_compute=1e12, host_eff_memory=1e12
+    )
+    rates = {"link_h2d_copy_bytes_per_s": 1e21, "link_d2h_copy_bytes_per_s": 1e21}
+    d = device(free, rates=rates)
+    w = work([[256.0, 16.0, 16.0, 0.0]])
+    off = np.array([[False, True, True, True]])
+    assert latency(w, off, "zero-copy", d) <= resident(w, d) * (1 + 1e-9)  # reads of device memory are saved
+    assert latency(w, off, "copy", d) == pytest.approx(resident(w, d))
+    assert latency(w, off, "paged", d) == pytest.approx(resident(w, d))
+    assert latency(w, off, "cpu", d) == pytest.approx(resident(work([[256.0, 0.0, 0.0, 0.0]]), d))
+
+
 def test_a_layer_pays_once_for_telling_the_host_its_counts() -> None:
     o = replace(NOTHING, counts_ns=9000.0)
     w = work([[256.0, 256.0]], layer=1.0)

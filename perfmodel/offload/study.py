@@ -56,6 +56,7 @@ MECHANISMS = (
     Mechanism("read in place, again for every block (no reuse)", "zero-copy", replace(ASSUMED, reread_frac=1.0)),
     Mechanism("copied, then computed", "copy", scaled=("copy_eff",)),
     Mechanism("copied while others are computed", "copy-overlap", scaled=("copy_eff",)),
+    Mechanism("cached in the memory that is left, least recently used out", "paged", scaled=("copy_eff",)),
     Mechanism("computed by the CPU", "cpu", scaled=("host_eff_compute", "host_eff_memory")),
 )
 REREAD, REUSE, COPY = MECHANISMS[0], MECHANISMS[2], MECHANISMS[4]
@@ -83,7 +84,7 @@ def predicted(
     """The prediction at a point under a mechanism, for the bare grouped GEMMs of a catalogue shape."""
     made, basis = _setting(shape)
     batch = batch or _batch(made.n_experts, made.top_k, point.n_tokens)
-    device = replace(basis.device, offload=mechanism.constants, residency=mechanism.residency)
+    device = replace(basis.device, offload=mechanism.constants, residency=mechanism.residency, shares=batch.popularity)
     placement = place(batch.popularity, point.offload_frac, policy)
     return predict_placement(replace(basis, device=device), made, batch, placement, mechanism.access)
 

@@ -134,7 +134,7 @@ factor, until the first point is met exactly, and says what then happens at the 
 {_table(["mechanism", *_points(), "verdict", "with its rates set free"], rows)}
 In time that resident tokens would take, the offloaded experts of the second point cost {added[1] / added[0]:.1f} times
 those of the first, for {second.offload_frac / first.offload_frac:.1f} times as many experts. A cost paid once per
-expert, at whatever rate, cannot do that: the copy and the single read fail with any rate. A copy that overlaps
+expert, at whatever rate, cannot do that: the copies and the single read fail with any rate. A copy that overlaps
 computing is hidden whole at both points. The CPU's time grows with tokens as the GPU's does, but far too fast. What
 grows with tokens on offloaded experts *and* stays small is a read that is repeated for some of the later blocks of
 rows, whether one launch sees both memories or two launches see one each.
