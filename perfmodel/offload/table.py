@@ -62,6 +62,8 @@ def cost_table(work: Work, access: str, device: Device) -> CostTable:
     """
     if access not in IN_TABLES:
         raise InputError(f"access mode {access!r} has no table of costs; those that have: {', '.join(IN_TABLES)}")
+    if access == "zero-copy" and device.residency == "split":
+        raise InputError("zero-copy in two launches (split) has no table of costs; in one launch it has")
     if len(work.k) != 1:
         raise InputError(f"a table of costs is of one layer, found {len(work.k)}")
     o, c = device.offload, device.constants
