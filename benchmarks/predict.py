@@ -59,7 +59,11 @@ def main() -> None:
     for access in ("zero-copy", "copy"):
         table = cost_table(work, access, device)
         floor = rate(lambda table=table: masks @ table.per_expert, asked.batch, asked.repeats)
-        say(f"placements, {access}", rate(lambda table=table: table.latencies_ns(masks), asked.batch, asked.repeats), floor)
+        say(
+            f"placements, {access}",
+            rate(lambda table=table: table.latencies_ns(masks), asked.batch, asked.repeats),
+            floor,
+        )
         few = masks[:64] > 0.5
         many = repeated(work, len(few))
         full = rate(lambda access=access: offload_parts(many, few, access, device), len(few), asked.repeats)

@@ -52,8 +52,9 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
     `fit(observations)` learns `constants_` (of which `informed_` were fitted), `residual_` (trees on the log residual,
     null where held-out errors did not say that it helps), `confidence_` (intervals and hull, of which
     `typical_half_width_` is the median, log units), `anomalies_` (slices of measurements that no physics explains, in
-    words) and `held_out_` (each row's prediction by a model that saw nothing of its shape). Nothing is pooled across
-    kernels, dtypes or machines.
+    words) and `held_out_` (each row's prediction by a model that saw nothing of its shape). `offload_` holds what
+    `offload.fit_offload` learned of offloaded experts, null where none were measured. Nothing is pooled across kernels,
+    dtypes or machines.
     """
 
     def __init__(self, profile: HardwareProfile, dtype: str, kernel: str, prior: Any = None) -> None:
@@ -96,6 +97,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         tried = _held_out(self, work, measured, groups, prior, progress, n_folds)
         self.residual_, self.confidence_, self.held_out_ = None, None, None
         self.anomalies_, self.typical_half_width_ = [], None
+        self.offload_: dict[str, Any] | None = None
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
             self.anomalies_ = anomalies(observations, self.held_out_)
@@ -111,9 +113,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
             found.append((float(np.minimum(error, ANOMALY_LOG).mean()), rule, work, constants))
         return min(found, key=lambda one: one[0])[1:]
 
-    def _conclude(
-        self, work: Work, measured: Array, groups: NDArray[np.int64], prior: Any, tried: "Tried"
-    ) -> None:
+    def _conclude(self, work: Work, measured: Array, groups: NDArray[np.int64], prior: Any, tried: "Tried") -> None:
         """Decide on the residual from held-out errors, and make the intervals of what is used."""
         physical, features = _physical(self, work, self.constants_)
         if tried.helps(measured):
@@ -223,9 +223,7 @@ def _residual(features: Array, residual: Array) -> Trees:
     return grow(features[kept], residual[kept], least=40 if kept.sum() > 1000 else 20)
 
 
-def _train(
-    model: LatencyModel, work: Work, measured: Array, prior: Any, start: Any
-) -> tuple[Any, Trees | None]:
+def _train(model: LatencyModel, work: Work, measured: Array, prior: Any, start: Any) -> tuple[Any, Trees | None]:
     """Constants and, with enough rows, the residual, of some of the observations."""
     constants = fit_constants(model.form, work, measured, model.roof, prior, start=start, n_steps=12)
     if len(measured) < LEAST_FOR_TREES:
