@@ -2,32 +2,29 @@
 
     python benchmarks/predict.py [--repeats 5] [--experts 128] [--batch 4096] [--table PATH]
 
-One core: threads of numerical libraries are set to one. Rates are medians over the repeats, each beside a floor taken in the
-same run: one pass of numpy over as many numbers as the work has.
+One core: threads of numerical libraries are set to one. Rates are medians over the repeats, each beside a floor taken
+in the same run: one pass of numpy over as many numbers as the work has.
 
     resident layers       latencies of layers whose sums over experts are known, each with its own routing and sizes
     placements            slowdowns of placements of one layer from a table of costs by expert (a bit for every expert)
     placements, in full   the same by the formulas themselves: what the table saves
-    fit, 2,000 rows       constants, residual, intervals; with --table an aiconfigurator moe_perf table, else made-up times
+    fit, 2,000 rows       constants, residual, intervals, of the kernel with most rows in an aiconfigurator table
 """
-
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"):
-    os.environ[name] = "1"
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from perfmodel import physics
 from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
-from perfmodel.physics import Counts, Work
 from perfmodel.offload import Device, cost_table, offload_parts
+from perfmodel.physics import Counts, Work
 from perfmodel.physics.forms import PYTORCH_KERNEL
 from perfmodel.predict import work_of
 from perfmodel.routing import routing
@@ -43,6 +40,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096, help="placements evaluated at once")
     parser.add_argument("--table", help="an aiconfigurator moe_perf table to fit")
     asked = parser.parse_args()
+    with threadpool_limits(1):
+        run(asked)
+
+
+def run(asked: argparse.Namespace) -> None:
+    """The timings, one after another."""
     rng = np.random.default_rng(0)
     layers = made_up_layers(rng, asked.experts)
     form = physics.form_of("gpu", PYTORCH_KERNEL)
@@ -66,7 +69,7 @@ def main() -> None:
         )
         few = masks[:64] > 0.5
         many = repeated(work, len(few))
-        full = rate(lambda access=access: offload_parts(many, few, access, device), len(few), asked.repeats)
+        full = rate(partial(offload_parts, many, few, access, device), len(few), asked.repeats)
         say(f"placements, {access}, in full", full, floor)
     fit(asked.table)
 

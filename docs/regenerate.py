@@ -96,7 +96,7 @@ def fitted_page(name: str, source: str, kernel: str | None) -> tuple["LatencyMod
     from perfmodel.latency import FITTED_DIR, save_model
     from perfmodel.sources import only_source, read_sources
 
-    print(f"fitting {name}", file=sys.stderr)
+    sys.stderr.write(f"fitting {name}\n")
     chosen = only_source(read_sources([source], kernel))
     model = fit_source(chosen)
     FITTED_DIR.mkdir(exist_ok=True)
@@ -130,11 +130,11 @@ def write_accuracy(captures: list[str], published: list[str] | None) -> None:
     at hand)."""
     head = (
         "# Accuracy\n\nMade by `python docs/regenerate.py`; do not edit. Each shape is predicted by a model fitted on "
-        "all other\nshapes of the same source. Errors are |predicted / measured - 1|. [model.md](model.md) explains the "
-        "model and\nthe baselines. The last table of each section holds out other things too, each time deciding anew on "
-        "residual and\nintervals within what is left: the routing (from even to all others) and the batch size (from a "
-        "16th of the largest\non). `screened` leaves out what other kernels show to be failed configurations: more than "
-        "2.2 times slower than the\nfastest kernel for the same workload.\n\n"
+        "all other\nshapes of the same source. Errors are |predicted / measured - 1|. [model.md](model.md) explains "
+        "the model and\nthe baselines. The last table of each section holds out other things too, each time deciding "
+        "anew on residual\nand intervals within what is left: the routing (from even to all others) and the batch size "
+        "(from a 16th of the\nlargest on). `screened` leaves out what other kernels show to be failed configurations: "
+        "more than 2.2 times slower\nthan the fastest kernel for the same workload.\n\n"
     )
     target = ROOT / "docs" / "accuracy.md"
     before = target.read_text(encoding="utf-8").partition(PUBLISHED_HEAD)[2] if target.is_file() else ""

@@ -33,9 +33,10 @@ class Nearest:
 class Explanation:
     """What lies behind a prediction.
 
-    `roofs` says for each grouped GEMM with all experts resident whether computing or memory binds it, and how many times
-    the other roof fits. `rows_per_active_expert` (mean over layers) stands against `knee_rows`, the rows at which an expert's GEMMs turn from
-    bound by reading its weights to bound by computing, from device memory and from where offloaded ones are read.
+    `roofs` says for each grouped GEMM with all experts resident whether computing or memory binds it, and how many
+    times the other roof fits. `rows_per_active_expert` (mean over layers) stands against `knee_rows`, the rows at which
+    an expert's GEMMs turn from bound by reading its weights to bound by computing, from device memory and from where
+    offloaded ones are read.
     `sensitivity` is the relative change of the latency for a relative change of a constant, largest first.
     """
 
@@ -58,11 +59,9 @@ class Explanation:
             "changes with  " + ", ".join(f"{name} ({value:+.2f})" for name, value in self.sensitivity.items()),
         ]
         for i, one in enumerate(self.nearest):
-            found.append(
-                f"{'nearest' if i == 0 else '':14}{one.shape}, {text.count(one.n_tokens)} tokens, {one.routing}, {one.op}: "
-                f"measured {text.ns(one.measured_ns)}, predicted unseen {text.ns(one.predicted_ns)} "
-                f"({one.octaves:.1f} octaves away)"
-            )
+            what = f"{one.shape}, {text.count(one.n_tokens)} tokens, {one.routing}, {one.op}"
+            times = f"measured {text.ns(one.measured_ns)}, predicted unseen {text.ns(one.predicted_ns)}"
+            found.append(f"{'nearest' if i == 0 else '':14}{what}: {times} ({one.octaves:.1f} octaves away)")
         return found
 
 

@@ -49,8 +49,8 @@ def _held_out(model: LatencyModel, source: Source) -> Evaluation:
     beside = {name: np.empty(observations.height) for name in ("roofline_only", "constant")}
     for name in np.unique(shapes):
         train, test = np.flatnonzero(shapes != name), np.flatnonzero(shapes == name)
-        for who in beside:
-            beside[who][test] = simple.methods[who](train, test)
+        for who, values in beside.items():
+            values[test] = simple.methods[who](train, test)
     table = observations.select("op", "shape", "n_tokens", "routing", measured_ns="time_ns").with_columns(
         pl.col("op").cast(pl.String),
         predicted_ns=pl.Series(model.held_out_),

@@ -29,7 +29,7 @@ class Prediction:
     """Latency of one MoE layer under a placement; times in ns, `parts` sum to `latency_ns`.
 
     `interval` is the range that holds 90 % of measurements, null where none can be promised; `basis` says what the
-    numbers rest on and `reasons` why; `explanation` (null unless asked for) what binds and what would change the answer.
+    numbers rest on and `reasons` why; `explanation` (null unless asked for) what binds and what would change them.
     With several layers in the routing, times are means over layers.
     """
 
@@ -134,7 +134,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Basis:
-    """What a prediction computes with, and the fitted model it comes from, if any, with what that knows of offloading."""
+    """What a prediction computes with, and the fitted model it comes from, if any, with what it knows of offloading."""
 
     device: Device
     model: LatencyModel | None

@@ -126,11 +126,11 @@ def octaves_outside(ranges: dict[str, tuple[float, float]], hull: dict[str, Arra
     tokens = np.where(has_more, distance["n_tokens"], 0.0)
     grown = np.maximum.reduce([distance[name] for name in GROWS_WITH_TOKENS])
     load = np.maximum.reduce([distance[name] for name in LOAD])
-    shape = np.maximum.reduce([distance[name] for name in HULL if name not in (*GROWS_WITH_TOKENS, *LOAD)])
+    shape: Array = np.maximum.reduce([distance[name] for name in HULL if name not in (*GROWS_WITH_TOKENS, *LOAD)])
     return {
         "tokens": tokens,
         "load": np.where(has_more, 0.0, load),
-        "shape": np.where(has_more, shape, np.maximum(shape, grown)),
+        "shape": np.asarray(np.where(has_more, shape, np.maximum(shape, grown))),
     }
 
 
@@ -165,7 +165,9 @@ def ladder(octaves: Array, relative: Array, steps: Sequence[float]) -> Ladder:
     """How errors grow outside: for each step up to so many octaves, the quantile of `relative`, the held-out error
     over the half-width inside; at least 1, never falling. A step that too few errors reached joins the next one, and
     the last such steps are not offered."""
-    reach, factor, low = [], [], 0.0
+    reach: list[float] = []
+    factor: list[float] = []
+    low = 0.0
     for step in steps:
         here = (octaves > low) & (octaves <= step)
         if here.sum() < LEAST_IN_STEP:

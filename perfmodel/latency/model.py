@@ -95,12 +95,15 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         self.n_observations_ = len(measured)
         groups = observations["shape"].rank("dense").to_numpy().astype(np.int64)
         tried = _held_out(self, work, measured, groups, prior, progress, n_folds)
-        self.residual_, self.confidence_, self.held_out_ = None, None, None
-        self.anomalies_, self.typical_half_width_ = [], None
+        self.residual_: Trees | None = None
+        self.confidence_: Confidence | None = None
+        self.held_out_: Array | None = None
+        self.anomalies_: list[str] = []
+        self.typical_half_width_: float | None = None
         self.offload_: dict[str, Any] | None = None
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
-            self.anomalies_ = anomalies(observations, self.held_out_)
+            self.anomalies_ = anomalies(observations, np.exp(tried.chosen(self.residual_)))
         return self
 
     def _tiles(self, observations: pl.DataFrame, measured: Array, prior: Any) -> tuple[TileRule | None, Work, Any]:
@@ -118,7 +121,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         physical, features = _physical(self, work, self.constants_)
         if tried.helps(measured):
             self.residual_ = _residual(features, measured - np.log(physical))
-        predicted = tried.hybrid if self.residual_ is not None else tried.physical
+        predicted = tried.chosen(self.residual_)
         self.held_out_ = np.exp(predicted)
         error = np.abs(predicted - measured)
         normal = error < ANOMALY_LOG
@@ -254,6 +257,10 @@ class Tried:
     hybrid: Array
     octaves: dict[str, Array]
     n_groups: int
+
+    def chosen(self, residual: Trees | None) -> Array:
+        """The predictions of what is used."""
+        return self.physical if residual is None else self.hybrid
 
     def helps(self, measured: Array) -> bool:
         """Whether the residual takes away at least GAIN_FRAC of the held-out error, and none of the tail's is added."""

@@ -51,15 +51,13 @@ class Trees:
 
 def trees_from_json(content: dict[str, Any]) -> Trees:
     """What `to_json` gave; raises ValueError, KeyError or TypeError on what it could not have given."""
-    whole = {name: np.array(content[name], dtype=np.int64) for name in ("feature", "left", "right")}
-    real = {name: np.array(content[name], dtype=np.float64) for name in ("threshold", "value")}
-    shapes = {array.shape for array in (*whole.values(), *real.values())}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+    feature, left, right = (np.array(content[name], dtype=np.int64) for name in ("feature", "left", "right"))
+    threshold, value = (np.array(content[name], dtype=np.float64) for name in ("threshold", "value"))
+    if feature.ndim != 2 or {one.shape for one in (left, right, threshold, value)} != {feature.shape}:
         raise ValueError("shape")
-    n_nodes = next(iter(shapes))[1]
-    if not all(0 <= array.min() and array.max() < n_nodes for array in (whole["left"], whole["right"])):
+    if any(one.min() < 0 or one.max() >= feature.shape[1] for one in (left, right)) or feature.min() < 0:
         raise ValueError("node")
-    return Trees(base=float(content["base"]), depth=int(content["depth"]), **whole, **real)
+    return Trees(float(content["base"]), int(content["depth"]), feature, threshold, left, right, value)
 
 
 def _rounded(values: Array) -> list[list[float]]:

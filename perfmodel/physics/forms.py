@@ -18,8 +18,8 @@ class Form:
     """A form of the model: its constants with priors, and functions of work, ceilings and constants.
 
     `identified(work)` names the constants that measurements of this work inform; `prepare(work)` does once what does
-    not depend on constants; `parts(prepared, roof, constants)` gives the latency by part, ns `[batch]`; `gemm_roofs(work,
-    roof, constants)` the time to compute and to move memory of each grouped GEMM, ns `[batch]`, sums over experts.
+    not depend on constants; `parts(prepared, roof, constants)` gives the latency by part, ns `[batch]`;
+    `gemm_roofs(work, roof, constants)` the time to compute and to move memory of each grouped GEMM, ns `[batch]`.
     """
 
     name: str
