@@ -83,8 +83,8 @@ def evaluate(
         elsewhere = None if machine is None or machine.quantities == model.profile.quantities else machine
         forecast = fitted.forecast(fitted.work(observations[test], elsewhere), elsewhere)
         predicted[test], width[test] = forecast.ns, forecast.log_half_width
-        for name in beside:
-            beside[name][test] = simple.methods[name](train, test) if simple else np.nan
+        for name, values in beside.items():
+            values[test] = simple.methods[name](train, test) if simple else np.nan
     tested = np.sort(np.concatenate([test for _, test in folds]))
     screened = np.ones(observations.height, dtype=bool) if is_screened is None else np.asarray(is_screened)
     columns = observations.select("op", "shape", "n_tokens", "routing", measured_ns="time_ns")
@@ -155,7 +155,7 @@ def summary(table: pl.DataFrame, column: str = "predicted_ns") -> dict[str, Any]
     off = (sure["predicted_ns"] / sure["measured_ns"]).log().abs()
     return found | {
         "coverage90": float((off <= sure["log_half_width"]).mean()) if sure.height else None,  # type: ignore[arg-type]
-        "half_width": float(np.expm1(sure["log_half_width"].median())) if sure.height else None,
+        "half_width": float(np.expm1(np.median(sure["log_half_width"].to_numpy()))) if sure.height else None,
         "n_refused": table.height - sure.height,
     }
 

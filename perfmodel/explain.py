@@ -11,8 +11,8 @@ from perfmodel.offload import Device, Mask, link_rate, offload_parts
 from perfmodel.physics import Array, Work, total
 
 STEP_LOG = 0.01  # by how much a constant is moved to see what that does
+GEMMS = ("up", "down")
 N_SENSITIVE, N_NEAREST = 5, 3
-NEAR_OCTAVES = 0.02  # a measurement this near along every axis is of this very workload
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,14 @@ class Nearest:
 class Explanation:
     """What lies behind a prediction.
 
-    `rows_per_active_expert` (mean over layers) stands against `knee_rows`, the rows at which an expert's GEMMs turn from
-    bound by reading its weights to bound by computing, from device memory and from where offloaded ones are read.
+    `roofs` says for each grouped GEMM with all experts resident whether computing or memory binds it, and how many
+    times the other roof fits. `rows_per_active_expert` (mean over layers) stands against `knee_rows`, the rows at which
+    an expert's GEMMs turn from bound by reading its weights to bound by computing, from device memory and from where
+    offloaded ones are read.
     `sensitivity` is the relative change of the latency for a relative change of a constant, largest first.
     """
 
+    roofs: dict[str, str]
     rows_per_active_expert: float
     knee_rows: dict[str, float]
     sensitivity: dict[str, float]
@@ -51,26 +54,39 @@ class Explanation:
         """As lines for people."""
         knees = ", ".join(f"{rows:,.0f} from {where}" for where, rows in self.knee_rows.items())
         found = [
+            "roofs         " + ", ".join(f"{gemm} bound by {roof}" for gemm, roof in self.roofs.items()),
             f"rows          {self.rows_per_active_expert:,.1f} per active expert; computing binds above {knees}",
             "changes with  " + ", ".join(f"{name} ({value:+.2f})" for name, value in self.sensitivity.items()),
         ]
         for i, one in enumerate(self.nearest):
-            found.append(
-                f"{'nearest' if i == 0 else '':14}{one.shape}, {text.count(one.n_tokens)} tokens, {one.routing}, {one.op}: "
-                f"measured {text.ns(one.measured_ns)}, predicted unseen {text.ns(one.predicted_ns)} "
-                f"({one.octaves:.1f} octaves away)"
-            )
+            what = f"{one.shape}, {text.count(one.n_tokens)} tokens, {one.routing}, {one.op}"
+            times = f"measured {text.ns(one.measured_ns)}, predicted unseen {text.ns(one.predicted_ns)}"
+            found.append(f"{'nearest' if i == 0 else '':14}{what}: {times} ({one.octaves:.1f} octaves away)")
         return found
 
 
 def explain(work: Work, offloaded: Mask, access: str, device: Device, model: LatencyModel | None) -> Explanation:
     """What a prediction for this work under this placement rests on."""
     return Explanation(
+        roofs=_roofs(work, device),
         rows_per_active_expert=float((work.n_rows / work.n_active).mean()),
         knee_rows=_knees(work, offloaded, access, device),
         sensitivity=_sensitivity(work, offloaded, access, device),
         nearest=_nearest(work, device, model),
     )
+
+
+def _roofs(work: Work, device: Device) -> dict[str, str]:
+    """The larger of the time to compute and to move memory of each grouped GEMM, sums over layers, in words."""
+    found = {}
+    for g, (compute, memory) in enumerate(device.form.gemm_roofs(work, device.roof, device.constants)):
+        if not (work.k[:, g] > 0).any():
+            continue
+        times = {"computing": float(compute.sum()), "memory": float(memory.sum())}
+        binds = max(times, key=lambda roof: times[roof])
+        ratio = max(times.values()) / max(min(times.values()), 1e-12)
+        found[GEMMS[g] if (work.layer > 0).all() or work.k.shape[1] > 1 else "GEMM"] = f"{binds} ({ratio:.1f}x)"
+    return found
 
 
 def _knees(work: Work, offloaded: Mask, access: str, device: Device) -> dict[str, float]:
@@ -79,7 +95,7 @@ def _knees(work: Work, offloaded: Mask, access: str, device: Device) -> dict[str
     flops = roof.flops_per_s * getattr(c, "eff_compute", 1.0)
     sources = {"device memory": roof.bytes_per_s * getattr(c, "eff_memory", 1.0)}
     if offloaded.any() and access in ("zero-copy", "copy", "copy-overlap"):
-        sources["the link"] = link_rate(device.profile, access)[0]
+        sources["the link"] = link_rate(device.profile, access, device.residency)[0]
     return {where: flops * work.weight_bytes / (2 * rate) for where, rate in sources.items()}
 
 

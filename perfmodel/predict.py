@@ -12,7 +12,8 @@ from perfmodel.explain import Explanation, explain
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import COVERAGE, LatencyModel
 from perfmodel.moe import MoEShape
-from perfmodel.offload import ACCESS_MODES, Device, offload_parts, rate_keys
+from perfmodel.offload import ACCESS_MODES, Device, Host, offload_parts, rate_keys
+from perfmodel.offload.fitted import OffloadFit, from_json
 from perfmodel.physics import Array, Parts, Work
 from perfmodel.placement import Placement, place
 from perfmodel.routing import Routing
@@ -28,7 +29,7 @@ class Prediction:
     """Latency of one MoE layer under a placement; times in ns, `parts` sum to `latency_ns`.
 
     `interval` is the range that holds 90 % of measurements, null where none can be promised; `basis` says what the
-    numbers rest on and `reasons` why; `explanation` (null unless asked for) what binds and what would change the answer.
+    numbers rest on and `reasons` why; `explanation` (null unless asked for) what binds and what would change them.
     With several layers in the routing, times are means over layers.
     """
 
@@ -121,11 +122,39 @@ def work_of(shape: MoEShape, routing: Routing, op: str, launch: str = LAUNCHES[0
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How offloaded experts are kept and reached, beyond the access mode: how zero-copy sees two memories (null: one
+    launch over mapped pages), slots of a paged memory (null: as many as are not offloaded), and a fitted model of the
+    host CPU (null: its rates alone)."""
+
+    residency: str | None = None
+    n_slots: int | None = None
+    host_model: LatencyModel | None = None
+
+
+@dataclass(frozen=True)
 class Basis:
-    """What a prediction computes with, and the fitted model it comes from, if any."""
+    """What a prediction computes with, and the fitted model it comes from, if any, with what it knows of offloading."""
 
     device: Device
     model: LatencyModel | None
+    offload: OffloadFit | None = None
+
+    def reaching(self, access: str, routing: Routing, settings: Settings) -> "Basis":
+        """The same for one access mode: with the constants that were fitted for it, where they were."""
+        constants = self.device.offload
+        if self.offload is not None:
+            constants, _ = self.offload.constants_of(access, settings.residency)
+        host = settings.host_model
+        device = replace(
+            self.device,
+            offload=constants,
+            residency=settings.residency,
+            n_slots=settings.n_slots,
+            shares=routing.popularity,
+            host=None if host is None else Host(host.form, host.roof, host.constants_),
+        )
+        return replace(self, device=device)
 
     @property
     def launch(self) -> str:
@@ -160,7 +189,8 @@ def basis_of(profile: HardwareProfile, shape: MoEShape, model: LatencyModel | No
             f"{profile.device}; use a model of the same kind of device, or none"
         )
     roof = physics.transferred_ceilings(profile, shape.dtype, model.profile)
-    return Basis(Device(profile, roof, model.form, model.constants_), model)
+    known = from_json(model.offload_) if model.offload_ else None
+    return Basis(Device(profile, roof, model.form, model.constants_), model, known)
 
 
 def predict_placement(
@@ -172,9 +202,11 @@ def predict_placement(
     *,
     op: str = OPS[0],
     launch: str | None = None,
+    settings: Settings = Settings(),
     explained: bool = False,
 ) -> Prediction:
     """What one MoE layer costs when the placement's experts are offloaded, against all experts resident."""
+    basis = basis.reaching(access, routing, settings)
     work = work_of(shape, routing, op, launch or basis.launch, basis.tile(shape, routing.n_tokens))
     off = placement.offloaded
     correction, half_width = _learned(basis, work, shape)
@@ -183,7 +215,8 @@ def predict_placement(
     parts = _corrected(raw, correction)
     means = {name: float(value.mean()) for name, value in parts.items()}
     latency = math.fsum(means.values())
-    reasons, kind, sure = _evidence(basis, work, shape, access if off.any() else None, half_width)
+    way = (access, settings.residency) if off.any() else None
+    reasons, kind, sure = _evidence(basis, work, shape, way, half_width)
     return Prediction(
         latency_ns=latency,
         baseline_latency_ns=math.fsum(float(value.mean()) for value in baseline.values()),
@@ -224,14 +257,14 @@ def _bottleneck(means: dict[str, float], binding: list[str | None]) -> str:
 
 
 def _evidence(
-    basis: Basis, work: Work, shape: MoEShape, access: str | None, half_width: float | None
+    basis: Basis, work: Work, shape: MoEShape, way: tuple[str, str | None] | None, half_width: float | None
 ) -> tuple[list[str], str, float | None]:
     """Why to believe a prediction: reasons in words, the basis, and the half-width of the interval in log units.
 
-    `access` is null when nothing is offloaded.
+    `way` is the access mode and residency, null when nothing is offloaded.
     """
     profile, model = basis.device.profile, basis.model
-    keys = (*basis.device.roof.from_keys, *(rate_keys(profile, access) if access else ()))
+    keys = (*basis.device.roof.from_keys, *(rate_keys(profile, way[0]) if way else ()))
     if model is None:
         keys += tuple(key for key in LAUNCH_KEYS if key in profile.quantities)
     reasons = [_cited(key, profile) for key in dict.fromkeys(keys)]
@@ -247,8 +280,13 @@ def _evidence(
     elsewhere = [] if model.profile.quantities == profile.quantities else [f"fitted on {model.profile.name}"]
     if model.dtype != shape.dtype:
         elsewhere.append(f"fitted on {model.dtype}, this shape is {shape.dtype}")
-    if access:
-        elsewhere.append("no offloaded expert was among the observations")
+    if way:
+        known = basis.offload.way(*way) if basis.offload is not None else None
+        if known is None:
+            elsewhere.append(f"no expert offloaded by {way[0]} was among the observations: its constants are assumed")
+        elif half_width is not None:  # both errors act: the resident latency's and the slowdown's
+            reasons.append(f"constants of {way[0]} fitted on {known.n_observations} observations")
+            half_width = None if known.log_half_width is None else math.hypot(half_width, known.log_half_width)
     outside = model.outside(work)
     if elsewhere or half_width is None:
         return [*reasons, *elsewhere, *outside], "extrapolated", None
@@ -280,6 +318,7 @@ def predict(
     op: str = OPS[0],
     model: LatencyModel | None = None,
     launch: str | None = None,
+    settings: Settings = Settings(),
     explained: bool = False,
 ) -> Prediction:
     """What it costs to offload a fraction of each layer's experts, least used first (ISC 2026 poster).
@@ -290,7 +329,7 @@ def predict(
     placement = place(routing.popularity, offload_frac)
     basis = basis_of(profile, shape, model)
     return predict_placement(
-        basis, shape, routing, placement, access, op=op, launch=launch, explained=explained
+        basis, shape, routing, placement, access, op=op, launch=launch, settings=settings, explained=explained
     )
 
 
@@ -308,5 +347,3 @@ def slowdown_curve(
     steps = np.unique(np.round(np.linspace(0, shape.n_experts, min(shape.n_experts, 64) + 1)))
     placements = (place(routing.popularity, float(n) / shape.n_experts) for n in steps)
     return [predict_placement(basis, shape, routing, placement, access, op=op) for placement in placements]
-
-

@@ -116,7 +116,7 @@ def _of_table(path: str, machine: HardwareProfile | None, kernel: str | None, pr
     _tell(n_left_out, progress)
     table = table.with_columns(is_screened=~slower_than_peers(table))
     found = []
-    for (name, device), rows in sorted(table.group_by("kernel", "machine"), key=lambda one: str(one[0])):
+    for (name, device), group in sorted(table.group_by("kernel", "machine"), key=lambda one: str(one[0])):
         if kernel is not None and kernel.lower() not in str(name).lower():
             continue
         known = profile_name(str(device))
@@ -125,10 +125,11 @@ def _of_table(path: str, machine: HardwareProfile | None, kernel: str | None, pr
                 f"{Path(path).name}: no shipped hardware profile is called for by {device!r}; give one with --hardware"
             )
         profile = machine or hardware(str(known))
-        rows = rows.sort("shape", "hidden", "inter", "routing", "n_tokens")
+        ordered = group.sort("shape", "hidden", "inter", "routing", "n_tokens")
+        rows = ordered.drop("is_screened", "kernel", "machine", "tp")
         evidence = {"table": Path(path).name, "n_workloads": rows.height, "launch": "graph", "machine": str(device)}
-        screened, rows = rows["is_screened"], rows.drop("is_screened", "kernel", "machine", "tp")
-        found.append(Source(Path(path).name, str(name), profile, rows["dtype"][0], rows, rows[:0], screened, evidence))
+        dtype, screened = rows["dtype"][0], ordered["is_screened"]
+        found.append(Source(Path(path).name, str(name), profile, dtype, rows, rows[:0], screened, evidence))
     if not found:
         raise InputError(f"no kernel contains {kernel!r}; there are {', '.join(sorted(table['kernel'].unique()))}")
     return found

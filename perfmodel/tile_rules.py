@@ -57,7 +57,9 @@ def _tuned(framework: str, machine: str, dtype: str) -> dict[tuple[int, int], di
     devices = [name for name in table["device"].unique() if profile_name(name.replace("_", " ")) == machine]
     mine = table.filter(pl.col("framework") == framework, pl.col("device").is_in(devices), pl.col("dtype") == dtype)
     found: dict[tuple[int, int], dict[int, tuple[float, ...]]] = {}
-    for n_experts, inter, n_tokens, *tile in mine.select("n_experts", "inter", "n_tokens", *TILE_FIELDS[:-1]).iter_rows():
+    for n_experts, inter, n_tokens, *tile in mine.select(
+        "n_experts", "inter", "n_tokens", *TILE_FIELDS[:-1]
+    ).iter_rows():
         found.setdefault((n_experts, inter), {})[n_tokens] = tuple(map(float, tile))
     return found
 

@@ -1,4 +1,4 @@
-"""Fitting: recovers constants it should, holds out by shape, refuses what it must, and knows where it was never fitted."""
+"""Fitting: recovers constants it should, holds out by shape, refuses what it must, knows where it was never fitted."""
 
 import copy
 import json
@@ -241,7 +241,7 @@ def resolved() -> MoEShape:
 
 def test_a_model_says_which_machine_and_dtype_it_does_not_know() -> None:
     model, observations = made_up_model(), made_up_observations(tokens=(1,))
-    with pytest.raises(InputError, match="fitted on a gpu .synthetic-gpu., 'other' is a cpu"):
+    with pytest.raises(InputError, match=r"fitted on a gpu \(synthetic-gpu\), 'other' is a cpu"):
         model.work(observations, made_up_machine("other", device="cpu"))
     with pytest.raises(InputError, match="the model is of bf16, these observations of fp8"):
         model.predict(observations.with_columns(dtype=pl.lit("fp8")))

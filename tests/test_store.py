@@ -163,7 +163,7 @@ def test_a_model_that_no_fit_could_have_written_is_refused(
 ) -> None:
     short = {**content, "points": {k: v[:2] for k, v in content["points"].items()}}
     for value in values:
-        damaged = copy.deepcopy({k: v for k, v in short.items() if k == where.split(".")[0]})
+        damaged = copy.deepcopy({k: v for k, v in short.items() if k == where.split(".", 1)[0]})
         target: Any = damaged
         *outer, last = [int(key) if key.isdigit() else key for key in where.split(".")]
         for key in outer:

@@ -3,13 +3,16 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from perfmodel import hardware, report, text
 from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words, progress, whole
 from perfmodel.errors import InputError
+
+if TYPE_CHECKING:  # this brings scipy and scikit-learn, which other commands do not need
+    from perfmodel.latency import LatencyModel
 
 Sources = Annotated[
     list[str], typer.Argument(metavar="SOURCE...", help="Capture folders, or aiconfigurator moe_perf.parquet files.")
@@ -135,6 +138,13 @@ def predict(
         str | None,
         typer.Option(help="graph, or eager (never faster than the host launches); as the model was fitted by default."),
     ] = None,
+    residency: Annotated[
+        str | None, typer.Option(help="How zero-copy sees two memories: mapped (one launch), split (two), system.")
+    ] = None,
+    slots: Annotated[str | None, typer.Option(help="Experts of a layer that a paged device memory holds.")] = None,
+    host_model: Annotated[
+        str | None, typer.Option(help="A fitted model of the host CPU, for experts computed on it.")
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Add what binds, what would change the answer, the nearest measurements.")
     ] = False,
@@ -151,6 +161,11 @@ def predict(
     moe_shape = replace(moe_shape, dtype=dtype) if dtype else moe_shape
     batch = routing_of(routing, moe_shape.n_experts, moe_shape.top_k, whole(tokens, "--tokens"))
     fitted = latency.load_model(model) if model else None
+    settings = predicting.Settings(
+        residency=residency,
+        n_slots=None if slots is None else whole(slots, "--slots"),
+        host_model=None if host_model is None else _host_model(host_model),
+    )
     result = predicting.predict(
         profile,
         moe_shape,
@@ -160,6 +175,7 @@ def predict(
         op=op,
         model=fitted,
         launch=launch,
+        settings=settings,
         explained=explain or not as_json,
     )
     if as_json:
@@ -169,6 +185,15 @@ def predict(
             f"{moe_shape.name} on {profile.title}, {text.count(batch.n_tokens)} tokens, {batch.name}, {access}\n"
             f"{result}"
         )
+
+
+def _host_model(source: str) -> "LatencyModel":
+    from perfmodel.latency import load_model
+
+    model = load_model(source)
+    if model.profile.device != "cpu":
+        raise InputError(f"--host-model is of a {model.profile.device} ({model.profile.name}), expected one of a cpu")
+    return model
 
 
 def machine_of(name: str) -> hardware.HardwareProfile:

@@ -111,7 +111,7 @@ def _range(low: float, high: float) -> tuple[float, float]:
 
 
 def _ladder(reach: list[float], factor: list[float]) -> Ladder:
-    if len(reach) != len(factor) or any(a == b for a, b in zip(reach, reach[1:], strict=False)):
+    if len(reach) != len(factor) or len(set(reach)) != len(reach):
         raise ValueError("ladder")
     return Ladder(_limits(0.0, *reach)[1:], _limits(1.0, *factor)[1:])
 
@@ -139,11 +139,11 @@ def octaves_outside(ranges: dict[str, tuple[float, float]], hull: dict[str, Arra
     tokens = np.where(has_more, distance["n_tokens"], 0.0)
     grown = np.maximum.reduce([distance[name] for name in GROWS_WITH_TOKENS])
     load = np.maximum.reduce([distance[name] for name in LOAD])
-    shape = np.maximum.reduce([distance[name] for name in HULL if name not in (*GROWS_WITH_TOKENS, *LOAD)])
+    shape: Array = np.maximum.reduce([distance[name] for name in HULL if name not in (*GROWS_WITH_TOKENS, *LOAD)])
     return {
         "tokens": tokens,
         "load": np.where(has_more, 0.0, load),
-        "shape": np.where(has_more, shape, np.maximum(shape, grown)),
+        "shape": np.asarray(np.where(has_more, shape, np.maximum(shape, grown))),
     }
 
 
@@ -178,7 +178,9 @@ def ladder(octaves: Array, relative: Array, steps: Sequence[float]) -> Ladder:
     """How errors grow outside: for each step up to so many octaves, the quantile of `relative`, the held-out error
     over the half-width inside; at least 1, never falling. A step that too few errors reached joins the next one, and
     the last such steps are not offered."""
-    reach, factor, low = [], [], 0.0
+    reach: list[float] = []
+    factor: list[float] = []
+    low = 0.0
     for step in steps:
         here = (octaves > low) & (octaves <= step)
         if here.sum() < LEAST_IN_STEP:

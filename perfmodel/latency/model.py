@@ -52,8 +52,9 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
     `fit(observations)` learns `constants_` (of which `informed_` were fitted), `residual_` (trees on the log residual,
     null where held-out errors did not say that it helps), `confidence_` (intervals and hull, of which
     `typical_half_width_` is the median, log units), `anomalies_` (slices of measurements that no physics explains, in
-    words) and `held_out_` (each row's prediction by a model that saw nothing of its shape). Nothing is pooled across
-    kernels, dtypes or machines.
+    words) and `held_out_` (each row's prediction by a model that saw nothing of its shape). `offload_` holds what
+    `offload.fit_offload` learned of offloaded experts, null where none were measured. Nothing is pooled across kernels,
+    dtypes or machines.
     """
 
     def __init__(self, profile: HardwareProfile, dtype: str, kernel: str, prior: Any = None) -> None:
@@ -94,14 +95,19 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         self.n_observations_ = len(measured)
         groups = observations["shape"].rank("dense").to_numpy().astype(np.int64)
         tried = _held_out(self, work, measured, groups, prior, progress, n_folds)
-        self.residual_, self.confidence_, self.held_out_ = None, None, None
-        self.anomalies_, self.typical_half_width_ = [], None
+        self.residual_: Trees | None = None
+        self.confidence_: Confidence | None = None
+        self.held_out_: Array | None = None
+        self.anomalies_: list[str] = []
+        self.typical_half_width_: float | None = None
+        self.offload_: dict[str, Any] | None = None
         self.errors_: Any = None  # these three are known to `fitting.fit_source`
         self.points_: Any = None
         self.evidence_: dict[str, Any] = {}
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
-            self.anomalies_ = anomalies(observations.with_columns(time_ns=np.exp(measured)), self.held_out_)
+            observed = observations.with_columns(time_ns=np.exp(measured))
+            self.anomalies_ = anomalies(observed, np.exp(tried.chosen(self.residual_)))
         return self
 
     def _tiles(self, observations: pl.DataFrame, measured: Array, prior: Any) -> tuple[TileRule | None, Work, Any]:
@@ -119,7 +125,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         physical, features = _physical(self, work, self.constants_)
         if tried.helps(measured):
             self.residual_ = _residual(features, measured - np.log(physical))
-        predicted = tried.hybrid if self.residual_ is not None else tried.physical
+        predicted = tried.chosen(self.residual_)
         self.held_out_ = np.exp(predicted)
         error = np.abs(predicted - measured)
         normal = error < ANOMALY_LOG
@@ -264,6 +270,10 @@ class Tried:
     hybrid: Array
     octaves: dict[str, Array]
     n_groups: int
+
+    def chosen(self, residual: Trees | None) -> Array:
+        """The predictions of what is used."""
+        return self.physical if residual is None else self.hybrid
 
     def helps(self, measured: Array) -> bool:
         """Whether the residual takes away at least GAIN_FRAC of the held-out error, and none of the tail's is added."""

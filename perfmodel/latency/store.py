@@ -46,6 +46,7 @@ def save_model(model: LatencyModel, path: str | Path) -> None:
         "n_observations": model.n_observations_,
         "errors": model.errors_,
         "points": model.points_,
+        "offload": model.offload_,
         "evidence": model.evidence_,
     }
     beside = Path(path).with_name(Path(path).name + ".part")
@@ -60,7 +61,7 @@ def _readable(content: dict[str, Any]) -> str:
     """JSON with one line a key; what is long (trees, points) stands in one line each."""
     lines = []
     for key, value in content.items():
-        is_long = key in ("residual", "confidence", "points")
+        is_long = key in ("residual", "confidence", "points", "offload")
         lines.append(f" {json.dumps(key)}: {json.dumps(value, indent=None if is_long else 1, allow_nan=False)}")
     return "{\n" + ",\n".join(lines) + "\n}"
 
@@ -127,6 +128,7 @@ def _model(content: dict[str, Any]) -> LatencyModel:
     _require(isinstance(model.n_observations_, int) and model.n_observations_ > 0, "n_observations")
     model.errors_ = None if content["errors"] is None else _errors(content["errors"])
     model.points_ = None if content["points"] is None else _points(content["points"])
+    model.offload_ = content["offload"]  # read by `offload.from_json`, which checks it
     model.evidence_ = content["evidence"]
     _require(isinstance(model.evidence_, dict), "evidence")
     return model

@@ -67,7 +67,8 @@ def trees_from_json(content: dict[str, Any], n_features: int | None = None) -> T
         raise ValueError("value")
     if not isinstance(depth, int) or not 0 <= depth < n_nodes:
         raise ValueError("depth")
-    return Trees(base=base, depth=depth, **{k: v.astype(np.int64) for k, v in given.items()}, **real)
+    feature, left, right = (given[name].astype(np.int64) for name in ("feature", "left", "right"))
+    return Trees(base, depth, feature, real["threshold"], left, right, real["value"])
 
 
 def grow(features: Array, target: Array, *, n_trees: int = 150, n_leaves: int = 15, least: int = 40) -> Trees:

@@ -8,7 +8,7 @@ from perfmodel.hardware import HardwareProfile
 
 from . import blas, tiled
 from .priors import Prior
-from .work import Ceilings, Parts, Work
+from .work import Array, Ceilings, Parts, Work
 
 PYTORCH_KERNEL = "torch.nn.functional.grouped_mm"
 
@@ -18,7 +18,8 @@ class Form:
     """A form of the model: its constants with priors, and functions of work, ceilings and constants.
 
     `identified(work)` names the constants that measurements of this work inform; `prepare(work)` does once what does
-    not depend on constants; `parts(prepared, roof, constants)` gives the latency by part, ns `[batch]`.
+    not depend on constants; `parts(prepared, roof, constants)` gives the latency by part, ns `[batch]`;
+    `gemm_roofs(work, roof, constants)` the time to compute and to move memory of each grouped GEMM, ns `[batch]`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Form:
     identified: Callable[[Work], list[str]]
     prepare: Callable[[Work], Any]
     parts: Callable[[Any, Ceilings, Any], Parts]
+    gemm_roofs: Callable[[Work, Ceilings, Any], list[tuple[Array, Array]]]
     kernel: tiled.Kernel | None = None
 
     def resident_parts(self, work: Work, roof: Ceilings, constants: Any) -> Parts:
@@ -67,6 +69,10 @@ def _blas(dtype: str, n_threads: int) -> Form:
         blas.identified,
         lambda work: blas.prepare(work, n_threads),
         blas.resident_parts,
+        lambda work, roof, c: [
+            (one.compute.sum(axis=1), (one.weights + one.activations).sum(axis=1))
+            for one in blas.expert_roofs(work, roof, c, n_threads)
+        ],
     )
 
 
@@ -78,5 +84,6 @@ def _tiled(kernel: tiled.Kernel) -> Form:
         lambda work: tiled.identified(work, kernel),
         lambda work: tiled.prepare(work, kernel),
         tiled.resident_parts,
+        lambda work, roof, c: tiled.gemm_roofs(tiled.prepare(work, kernel), roof, c),
         kernel,
     )

@@ -47,7 +47,7 @@ def _sureness(model: "LatencyModel") -> str:
     lines = [f"residual      {used}"]
     if model.tiles_ is not None:
         lines.append(f"tiles         as {model.tiles_.framework} configures its launches")
-    if sure is None:
+    if sure is None or model.typical_half_width_ is None:
         return "\n".join([*lines, "interval      none: too few measurements could be held out"])
     half_width = math.expm1(model.typical_half_width_)
     if half_width > MAX_TRUSTED:
