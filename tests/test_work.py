@@ -46,7 +46,7 @@ def test_smooth_maximum_lies_between_maximum_and_sum_and_its_shares_add_up() -> 
     assert [s[0] for s in shares] == pytest.approx([5 * 9 / 25, 5 * 16 / 25, 0.0])
 
 
-@given(terms=st.lists(st.floats(0, 1e15), min_size=1, max_size=4), p=st.floats(1, 12))
+@given(terms=st.lists(st.just(0.0) | st.floats(1e-6, 1e15), min_size=1, max_size=4), p=st.floats(1, 12))
 def test_a_smooth_maximum_is_at_least_the_largest_term_and_at_most_their_sum(terms: list[float], p: float) -> None:
     value, shares = smooth_max([np.array([x]) for x in terms], p)
     assert max(terms) * (1 - 1e-9) <= value[0] <= sum(terms) * (1 + 1e-9) + 1e-11
