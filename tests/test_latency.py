@@ -99,6 +99,23 @@ def test_a_model_of_whole_layers_does_not_vouch_for_bare_gemms() -> None:
     assert np.isfinite(model.forecast(model.work(observations)).log_half_width).all()
 
 
+def test_a_model_of_replayed_calls_does_not_vouch_for_launched_ones() -> None:
+    """Nothing is known of the host's time where graphs alone were measured, nor of the device's beneath the host's."""
+    shape = MoEShape("synthetic", n_experts=16, top_k=2, hidden=1024, inter=512)
+    batch = routing("uniform", 16, 2, 64)
+    replayed = made_up_model()
+    launched = new_model().fit(made_up_observations(launch=None))
+    for model, own, other, words in (
+        (replayed, "graph", "eager", "no call launched by the host was among the observations"),
+        (launched, "eager", "graph", "no call replayed from a graph was among the observations"),
+    ):
+        by_default, same, another = (
+            predict(model.profile, shape, batch, model=model, op="fused-moe", launch=x) for x in (None, own, other)
+        )
+        assert by_default == same and same.interval is not None
+        assert (another.basis, another.interval) == ("extrapolated", None) and words in another.reasons
+
+
 def test_what_must_not_be_pooled_is_refused(tmp_path: Path) -> None:
     observations = per_workload(load_capture(write_synthetic_capture(tmp_path / "made")).observations)
     model = LatencyModel(profile_of(load_capture(tmp_path / "made")), "fp32", "synthetic")
@@ -228,15 +245,10 @@ def test_models_of_quantised_weights_compute_at_the_rate_of_their_dtype(dtype: s
 
 def test_a_model_fitted_in_memory_predicts_and_explains() -> None:
     model = made_up_model()
-    result = predict(
-        model.profile, resolved(), routing("uniform", 16, 2, 64), model=model, op="fused-moe", explained=True
-    )
+    shape = MoEShape("synthetic", n_experts=16, top_k=2, hidden=1024, inter=512)
+    result = predict(model.profile, shape, routing("uniform", 16, 2, 64), model=model, op="fused-moe", explained=True)
     assert result.explanation is not None and result.explanation.nearest == ()
     assert result.interval is not None
-
-
-def resolved() -> MoEShape:
-    return MoEShape("synthetic", n_experts=16, top_k=2, hidden=1024, inter=512)
 
 
 def test_a_model_says_which_machine_and_dtype_it_does_not_know() -> None:

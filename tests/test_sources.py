@@ -55,7 +55,7 @@ def test_a_kernel_is_chosen_by_its_whole_name_else_by_a_part_of_it(tmp_path: Pat
     assert names(read_sources([table], f"{CUTLASS}/fp8")) == [f"{CUTLASS}/fp8"]  # and not fp8_block
     assert names(read_sources([table], "FP8")) == [f"{CUTLASS}/fp8", f"{CUTLASS}/fp8_block"]
     assert names(read_sources([table], "TRITON")) == ["vllm/9.9.9/made_up_triton/bf16"]
-    with pytest.raises(InputError, match=r"no kernel contains 'marlin'; there are trtllm/9\.9\.9/made_up_cutlass/bf16, "):
+    with pytest.raises(InputError, match=r"no kernel contains 'marlin'; there are trtllm/9\.9\.9/made_up_c"):
         read_sources([table], "marlin")
 
 

@@ -74,7 +74,7 @@ def test_a_model_fitted_in_memory_without_points_can_be_kept_too(tmp_path: Path)
     for name, model in (("few", few), ("more", made_up_model())):
         save_model(model, tmp_path / f"{name}.json")
         back = load_model(tmp_path / f"{name}.json")
-        assert (back.errors_, back.points_, back.evidence_) == (None, None, {})
+        assert (back.errors_, back.points_, back.evidence_) == (None, None, {"launch": "graph"})
         observations = made_up_observations(tokens=(8,))
         assert back.predict(observations).tolist() == model.predict(observations).tolist()
     assert load_model(tmp_path / "few.json").confidence_ is None

@@ -9,6 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from perfmodel.capture_lines import GRAPH
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_for, total, transferred_ceilings
@@ -101,9 +102,10 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         self.anomalies_: list[str] = []
         self.typical_half_width_: float | None = None
         self.offload_: dict[str, Any] | None = None
-        self.errors_: Any = None  # these three are known to `fitting.fit_source`
+        # `fitting.fit_source` knows these; how calls were launched is known here.
+        self.errors_: Any = None
         self.points_: Any = None
-        self.evidence_: dict[str, Any] = {}
+        self.evidence_: dict[str, Any] = {"launch": GRAPH if observations["launch"].is_not_null().all() else None}
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
             observed = observations.with_columns(time_ns=np.exp(measured))
@@ -187,23 +189,28 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         if self.confidence_ is None:
             return Forecast(ns, np.full(len(ns), np.nan))
         width = self.confidence_.half_width(features, hull_features(work, self.roof))
-        return Forecast(ns, np.where(self._is_unseen(work), np.nan, width))
+        return Forecast(ns, np.where(np.logical_or.reduce(list(self._unseen(work).values())), np.nan, width))
 
     def outside(self, work: Work) -> list[str]:
         """The axes along which any item lies outside what was fitted, each as a phrase; empty when inside."""
-        found = []
-        if self._is_unseen(work).any():
-            what = "bare grouped GEMM" if "grouped_gemm" not in self.ops_ else "whole layer"
-            found.append(f"no {what} was among the observations")
+        found = [f"{what} was among the observations" for what, items in self._unseen(work).items() if items.any()]
         if self.confidence_ is None:
             return [*found, "too few measurements could be held out, so nothing is known of its errors"]
         return found + self.confidence_.outside(hull_features(work, self.roof))
 
-    def _is_unseen(self, work: Work) -> NDArray[np.bool_]:
-        """Which items are whole layers though none was fitted, or bare GEMMs though none was, `[item]`: constants of
-        their own stayed at the default, and held-out errors are those of the other kind."""
-        seen = {op != "grouped_gemm" for op in self.ops_}
-        return np.asarray(~np.isin(work.mean(work.layer) > 0, list(seen)))
+    def _unseen(self, work: Work) -> dict[str, NDArray[np.bool_]]:
+        """Which items are of a kind that was not fitted, `[item]` by what is missing: constants of their own stayed at
+        the default, and held-out errors are those of another kind."""
+        is_layer, is_eager = work.mean(work.layer) > 0, work.mean(work.eager) > 0
+        found = {
+            "no whole layer": is_layer & all(op == "grouped_gemm" for op in self.ops_),
+            "no bare grouped GEMM": ~is_layer & ("grouped_gemm" not in self.ops_),
+        }
+        if self.profile.device == "gpu":
+            is_graph = self.evidence_.get("launch") == GRAPH
+            found["no call launched by the host"] = is_eager & is_graph
+            found["no call replayed from a graph"] = ~is_eager & (not is_graph)
+        return found
 
 
 def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]:
