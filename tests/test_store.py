@@ -14,6 +14,9 @@ from perfmodel.fitting import fit_source
 from perfmodel.latency import HULL, LatencyModel, load_model, residual_features, save_model
 from perfmodel.latency.store import POINT_NUMBERS, POINT_WORDS
 from perfmodel.latency.work import N_FEATURES, N_TILE_FEATURES
+from perfmodel.moe import MoEShape
+from perfmodel.predict import predict
+from perfmodel.routing import routing
 from perfmodel.sources import Source
 from tests.made_up import made_up_model, made_up_observations, new_model
 
@@ -154,6 +157,7 @@ NAN = float("nan")
         ("points", ([], {}, "x")),
         *((f"points.{name}", (None, [], [3])) for name in POINT_WORDS),
         *((f"points.{name}.0", (None, "x", 0, NAN)) for name in POINT_NUMBERS),
+        ("offload", ([], "x", 3)),
         ("evidence", (None, [], "x")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -171,6 +175,16 @@ def test_a_model_that_no_fit_could_have_written_is_refused(
         target[last] = value
         with pytest.raises(InputError, match=r"^m\.json is not a model written by `perfmodel fit`$"):
             loaded({**short, **damaged}, tmp_path)
+
+
+def test_damaged_constants_of_offloading_are_refused_where_they_are_used(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    shape = MoEShape("synthetic", n_experts=16, top_k=2, hidden=1024, inter=512)
+    for damaged in ({"copy": {}}, {"copy": None}, {"teleport": {}}):
+        model = loaded({**content, "offload": damaged}, tmp_path)
+        with pytest.raises(InputError, match="constants of offloading are damaged; fit it again"):
+            predict(model.profile, shape, routing("uniform", 16, 2, 64), model=model)
 
 
 def test_a_missing_model_names_the_command_that_makes_one(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ def _model(content: dict[str, Any]) -> LatencyModel:
     _require(isinstance(model.n_observations_, int) and model.n_observations_ > 0, "n_observations")
     model.errors_ = None if content["errors"] is None else _errors(content["errors"])
     model.points_ = None if content["points"] is None else _points(content["points"])
-    model.offload_ = content["offload"]  # read by `offload.from_json`, which checks it
+    model.offload_ = content["offload"]  # `predict` reads and checks it
+    _require(model.offload_ is None or isinstance(model.offload_, dict), "offload")
     model.evidence_ = content["evidence"]
     _require(isinstance(model.evidence_, dict), "evidence")
     return model
