@@ -56,7 +56,7 @@ def read_sources(
     folders = [path for path in paths if Path(path).is_dir()]
     captures = [_of_captures(group, progress) for group in _poolable(folders)] if folders else []
     tables = [_Table(path, *one) for path in paths if path not in folders for one in _by_kernel(path, progress)]
-    names = sorted({one.kernel for one in (*captures, *tables)})
+    names = sorted({*(one.kernel for one in captures), *(one.kernel for one in tables)})
     chosen = names if kernel is None else [name for name in names if name.lower() == kernel.lower()]
     if not chosen:
         chosen = [name for name in names if str(kernel).lower() in name.lower()]

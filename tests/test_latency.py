@@ -226,6 +226,32 @@ def test_few_measurements_fit_and_promise_no_more_than_they_hold(observations: p
         assert (model.forecast(model.work(observations)).log_half_width > 0).all()
 
 
+@pytest.mark.parametrize("time_ns", [0.0, -1.0, float("nan"), float("inf"), None])
+def test_times_that_no_clock_gives_are_refused(time_ns: float | None) -> None:
+    observations = made_up_observations(tokens=(1, 64))
+    wrong = observations.with_columns(time_ns=pl.when(pl.col("n_tokens") == 1).then(time_ns).otherwise("time_ns"))
+    with pytest.raises(InputError, match=r"found 15 times such as .*, expected numbers above zero"):
+        new_model().fit(wrong)
+    with pytest.raises(InputError, match="found 30 times"):
+        new_model().fit(observations, np.full(30, -1.0))
+
+
+def test_times_of_two_kinds_far_apart_leave_no_residual_to_learn() -> None:
+    """The median of the residuals lies between the two kinds, near none of them."""
+    observations = made_up_observations(tokens=tuple(range(1, 41)))
+    factor = np.where(np.arange(observations.height) % 2, 50.0, 0.02)
+    model = new_model().fit(observations.with_columns(time_ns=pl.col("time_ns") * factor))
+    assert model.residual_ is None and np.isfinite(model.predict(observations)).all()
+
+
+def test_no_observations_are_refused() -> None:
+    observations = made_up_observations(tokens=(1,))[:0]
+    with pytest.raises(InputError, match="no observations to fit"):
+        new_model().fit(observations)
+    with pytest.raises(InputError, match="no observations to predict"):
+        made_up_model().predict(observations)
+
+
 def test_times_that_are_all_far_from_physics_fit_without_an_interval() -> None:
     observations = made_up_observations(tokens=(1, 64, 4096))
     noise = np.exp(np.random.default_rng(0).choice([-4.0, 4.0], observations.height))

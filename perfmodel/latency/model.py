@@ -85,10 +85,10 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         """Fit to `time_ns` (or `y`); `n_folds` is into how many the shapes are held out in turn, at most.
 
         With fewer than three shapes nothing can be held out: then there is no residual and no interval. Raises
-        InputError for other dtypes or offloaded experts among the rows.
+        InputError for other dtypes or offloaded experts among the rows, no row, and times that are not above zero.
         """
         _require_resident(observations, self.dtype)
-        measured = np.log(observations["time_ns"].to_numpy() if y is None else np.asarray(y))
+        measured = _logarithms(observations["time_ns"].to_numpy() if y is None else np.asarray(y))
         prior = self.prior or self.form.defaults
         self.tiles_, work, self.constants_ = self._tiles(observations, measured, prior)
         self.informed_ = self.form.identified(work)
@@ -175,6 +175,8 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
                 f"the model was fitted on a {self.profile.device} ({self.profile.name}), {machine.name!r} is a "
                 f"{machine.device}"
             )
+        if observations.is_empty():
+            raise InputError("there are no observations to predict")
         if set(observations["dtype"].unique()) != {self.dtype}:
             found = ", ".join(observations["dtype"].unique())
             raise InputError(f"the model is of {self.dtype}, these observations of {found}")
@@ -218,8 +220,17 @@ def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]
     return hull_features(model.work(observations), model.roof)
 
 
+def _logarithms(times_ns: Array) -> Array:
+    wrong = times_ns[~((times_ns > 0) & (times_ns < np.inf))]
+    if len(wrong):
+        raise InputError(f"found {len(wrong)} times such as {wrong[0]}, expected numbers above zero")
+    return np.asarray(np.log(times_ns))
+
+
 def _require_resident(observations: pl.DataFrame, dtype: str) -> None:
     """Refuse what would be pooled although it differs: offloaded experts, another dtype."""
+    if observations.is_empty():
+        raise InputError("there are no observations to fit a model to")
     found = set(observations["access"].unique()) - {"resident"}
     if found or observations["offload_frac"].max():
         raise InputError(
@@ -239,9 +250,11 @@ def _physical(
     return work.mean(total(parts)), residual_features(work, parts)
 
 
-def _residual(features: Array, residual: Array) -> Trees:
-    """Trees on the log residual, from measurements that are no anomalies."""
+def _residual(features: Array, residual: Array) -> Trees | None:
+    """Trees on the log residual, from measurements that are no anomalies; null where most of them are."""
     kept = np.abs(residual - np.median(residual)) < ANOMALY_LOG
+    if 2 * kept.sum() < len(kept):
+        return None
     return grow(features[kept], residual[kept], least=40 if kept.sum() > 1000 else 20)
 
 
