@@ -161,3 +161,17 @@ def test_the_name_of_a_kernel_says_what_it_does_on_a_gpu() -> None:
         (False, False),
     ]
     assert physics.form_for(hardware("xeon-spr"), "anything", "bf16").name == "blas"
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("gpu", "bf16"), ("cpu", "fp32"), ("cpu", "bf16")])
+@pytest.mark.parametrize("n_rows", [1.0, 16.0, 4096.0])
+def test_no_grouped_gemm_is_faster_than_either_of_its_roofs(device: str, dtype: str, n_rows: float) -> None:
+    form = physics.form_of(device, "made up", dtype, 2)
+    w = work([[n_rows, 1.0]], [0])
+    roof = physics.Ceilings(1e12, 1e11, ())
+    roofs = form.gemm_roofs(w, roof, form.defaults)
+    parts = form.resident_parts(w, roof, form.defaults)
+    assert len(roofs) == 2 and all(float(x[0]) == 0 for x in roofs[1])  # there is no second GEMM
+    computing, moving = (float(x[0]) for x in roofs[0])
+    gemm_ns = float(parts["compute"][0] + parts["memory"][0])
+    assert max(computing, moving) * (1 - 1e-9) <= gemm_ns <= (computing + moving) * (1 + 1e-9)
