@@ -45,16 +45,18 @@ def read_sources(
     kernel: str | None = None,
     machine: HardwareProfile | None = None,
     progress: Progress = lambda _: None,
+    *,
+    must_agree: bool = False,
 ) -> list[Source]:
     """The measurements of capture folders and tables, one Source for each kernel on each machine, by name.
 
     Captures of one machine, kernel and dtype are pooled; tables are split by kernel. `kernel` keeps the one of that
     name, else those whose name contains it, in any case. `machine` stands for the GPU of a table where no shipped
-    profile does. Raises NotComparableError for captures that differ, and InputError for what is no source or where
-    nothing is left.
+    profile does. Raises NotComparableError for captures that differ and `must_agree`, and InputError for what is no
+    source or where nothing is left.
     """
     folders = [path for path in paths if Path(path).is_dir()]
-    captures = [_of_captures(group, progress) for group in _poolable(folders)] if folders else []
+    captures = [_of_captures(group, progress) for group in _groups(folders, must_agree=must_agree)]
     tables = [_Table(path, *one) for path in paths if path not in folders for one in _by_kernel(path, progress)]
     names = sorted({*(one.kernel for one in captures), *(one.kernel for one in tables)})
     chosen = names if kernel is None else [name for name in names if name.lower() == kernel.lower()]
@@ -75,20 +77,26 @@ def only_source(sources: Sequence[Source]) -> Source:
     return sources[0]
 
 
-def _poolable(folders: Sequence[str]) -> list[list[Capture]]:
-    """All captures as one group: they are given together to be pooled, and refused where they must not be."""
-    captures = [load_capture(path) for path in folders]
-    first = captures[0]
-    for other in captures[1:]:
-        if first.digest == other.digest:
-            raise InputError(f"captures {first.name!r} and {other.name!r} are the same measurements twice")
-        differences = fingerprint_differences(first, other)
-        if differences:
-            key, (a, b) = next(iter(differences.items()))
-            raise NotComparableError(
-                f"captures {first.name!r} and {other.name!r} differ in {key} ({a!r}, {b!r}) and cannot share a model"
-            )
-    return [captures]
+def _groups(folders: Sequence[str], *, must_agree: bool) -> list[list[Capture]]:
+    """Captures of one machine, kernel and dtype together; where all must agree, the first that differs is named."""
+    groups: list[list[Capture]] = []
+    for capture in map(load_capture, folders):
+        for group in groups:
+            if capture.digest in {one.digest for one in group}:
+                raise InputError(f"capture {capture.name!r} holds the same measurements as one given before it")
+            differences = fingerprint_differences(group[0], capture)
+            if not differences:
+                group.append(capture)
+                break
+            if must_agree:
+                key, (a, b) = next(iter(differences.items()))
+                raise NotComparableError(
+                    f"captures {group[0].name!r} and {capture.name!r} differ in {key} ({a!r}, {b!r}) and cannot share "
+                    "a model"
+                )
+        else:
+            groups.append([capture])
+    return groups
 
 
 def _of_captures(captures: Sequence[Capture], progress: Progress) -> Source:

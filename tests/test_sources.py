@@ -109,13 +109,25 @@ def test_captures_of_one_machine_are_pooled(tmp_path: Path) -> None:
     assert ratio.to_list() == pytest.approx([1.5] * 32, rel=1e-3)  # the median of five runs and five twice as long
 
 
-def test_captures_that_cannot_be_pooled_are_refused(tmp_path: Path) -> None:
+def test_captures_that_differ_are_two_sources_unless_they_must_agree(tmp_path: Path) -> None:
     a = write_synthetic_capture(tmp_path / "a")
     b = write_synthetic_capture(tmp_path / "b", machine={"cpu_model": "another synthetic CPU"})
-    with pytest.raises(NotComparableError, match="cannot share a model"):
-        read_sources([str(a), str(b)])
-    with pytest.raises(InputError, match="the same measurements twice"):
-        read_sources([str(a), str(a)])
+    c = write_synthetic_capture(tmp_path / "c", noise=lambda: 2.0)
+    found = read_sources([str(a), str(b), str(c)])
+    assert sorted(one.name for one in found) == ["a, c", "b"]
+    with pytest.raises(NotComparableError, match=r"'a' and 'b' differ in .* and cannot share a model"):
+        read_sources([str(a), str(b)], must_agree=True)
+    assert only_source(read_sources([str(a), str(c)], must_agree=True)).name == "a, c"
+
+
+def test_the_same_capture_twice_is_refused(tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "a")
+    b = write_synthetic_capture(tmp_path / "b", machine={"cpu_model": "another synthetic CPU"})
+    for must_agree in (False, True):
+        with pytest.raises(InputError, match="'a' holds the same measurements as one given before it"):
+            read_sources([str(a), str(a)], must_agree=must_agree)
+    with pytest.raises(InputError, match="the same measurements"):
+        read_sources([str(a), str(b), str(a)])
 
 
 def test_a_capture_and_a_table_are_two_sources(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def fit(
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"cannot write {out!r}: its folder does not exist")
     machine = machine_of(hardware_name) if hardware_name else None
-    source = only_source(read_sources(sources, kernel, machine, note))
+    source = only_source(read_sources(sources, kernel, machine, note, must_agree=True))
     try:
         model = fitting.fit_source(source, progress=_told)
     finally:
