@@ -89,7 +89,9 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         self.n_observations_ = len(measured)
         groups = observations["shape"].rank("dense").to_numpy().astype(np.int64)
         tried = _held_out(self, work, measured, groups, prior, progress, n_folds)
-        self.residual_, self.confidence_, self.held_out_ = None, None, None
+        self.residual_: Trees | None = None
+        self.confidence_: Confidence | None = None
+        self.held_out_: Array | None = None
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
         return self
@@ -166,6 +168,14 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
 def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]:
     """Where observations lie along the axes of HULL on the model's machine, `[row]` by axis."""
     return hull_features(work_of(observations, model.tiles_), model.roof)
+
+
+def base_half_width(model: LatencyModel, work: Work) -> Array | None:
+    """The half-width of each item's interval in log units, were it inside the hull, `[item]`; null without any."""
+    if model.confidence_ is None:
+        return None
+    _, features = _physical(model, work, model.constants_)
+    return model.confidence_.base_half_width(features)
 
 
 def _require_resident(observations: pl.DataFrame, dtype: str) -> None:
