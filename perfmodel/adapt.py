@@ -13,7 +13,7 @@ from scipy.stats import t as student_t
 from perfmodel.errors import InputError
 from perfmodel.evaluation import errors_of
 from perfmodel.hardware import HardwareProfile
-from perfmodel.latency import ANOMALY_LOG, LatencyModel, conformal_quantile, work_of
+from perfmodel.latency import ANOMALY_LOG, COVERAGE, LatencyModel, work_of
 from perfmodel.latency.trees import Trees
 from perfmodel.latency.work import LAYER_OPS
 from perfmodel.physics import Array
@@ -41,6 +41,7 @@ PARTS = (0.25, 0.5, 0.75, 1.0)  # of the way from the transferred model to what 
 SURE = 0.90  # one-sided, that leaving points out shows a gain and not chance
 GAIN_FRAC = 0.02  # of the zero-shot error, what leave-one-out errors must be below it for anything to change
 SCALAR_SPREAD = 0.05  # log units: what is left over all points once the constants have moved
+MOST_FOLDS = 30  # in which points are left out: of up to as many each by itself
 SOURCE_POINTS = 5  # the source's held-out errors count like this many points of the new machine
 
 
@@ -198,12 +199,12 @@ def solve(points: Points, weights: Array) -> Solution:
     )
     z = physics.z.copy()
     if unmoved < UNMOVED_PROB and is_free.any():
-        z[is_free] = _newton(points, weights, is_free, moved, noisier)
+        z[is_free] = most_likely(points, weights, is_free, moved, noisier)
         z = physics.z + (1 - unmoved) * (z - physics.z)
     return Solution(z, sd, is_free, unmoved, moved, noisier)
 
 
-def _newton(points: Points, weights: Array, is_free: NDArray[np.bool_], moved: float, noisier: float) -> Array:
+def most_likely(points: Points, weights: Array, is_free: NDArray[np.bool_], moved: float, noisier: float) -> Array:
     """Coordinates of the free constants where log posterior density is highest (Gauss-Newton)."""
     physics, used = points.physics, weights > 0
     spread, sigma = moved * points.spread[is_free], noisier * points.sigma[used]
@@ -254,12 +255,13 @@ def _weights(points: Points) -> Array:
 
 
 def _left_out(points: Points, weights: Array) -> Array:
-    """The log error of each point when predicted by a calibration on the others, `[point]`."""
-    found = np.empty(len(weights))
-    for i in range(len(weights)):
+    """The log error of each point when predicted by a calibration on the others, `[point]`; of many points several are
+    left out together."""
+    found, k = np.empty(len(weights)), len(weights)
+    for held in np.array_split(np.random.default_rng(0).permutation(k), min(k, MOST_FOLDS)):
         others = weights.copy()
-        others[i] = 0.0
-        found[i] = points.physics.log_ns(solve(points, others).z)[i] - points.log_measured[i]
+        others[held] = 0.0
+        found[held] = (points.physics.log_ns(solve(points, others).z) - points.log_measured)[held]
     return found
 
 
@@ -267,14 +269,19 @@ def _part(left_out: Array, zero_shot: Array) -> float:
     """How much of the way constants go, 0 or one of PARTS: where the gain of leave-one-out errors over those of the
     transferred model is surest, by its lower limit (Student's t, SURE); anomalies count as ANOMALY_LOG."""
     before = np.minimum(np.abs(zero_shot), ANOMALY_LOG)
-    k = len(before)
     best = 0.0, GAIN_FRAC * float(before.mean())
     for part in PARTS:
         gain = before - np.minimum(np.abs(zero_shot + part * (left_out - zero_shot)), ANOMALY_LOG)
-        sure = float(gain.mean() - student_t.ppf(SURE, k - 1) * gain.std(ddof=1) / np.sqrt(k))
+        sure = _least_gain(gain)
         if gain.mean() >= GAIN_FRAC * before.mean() and sure > 0 and (best[0] == 0 or sure > best[1]):
             best = part, sure
     return best[0]
+
+
+def _least_gain(gain: Array) -> float:
+    """What the mean gain is at least, one-sided with SURE, by Student's t."""
+    k = len(gain)
+    return float(gain.mean() - student_t.ppf(SURE, k - 1) * gain.std(ddof=1) / np.sqrt(k))
 
 
 def _shrunk_mean(errors: Array, sigma: Array) -> float:
@@ -289,7 +296,7 @@ def _scalar(errors: Array, sigma: Array) -> tuple[float, Array]:
     k = len(errors)
     others = np.array([_shrunk_mean(errors[np.arange(k) != i], sigma[np.arange(k) != i]) for i in range(k)])
     gain = np.minimum(np.abs(errors), ANOMALY_LOG) - np.minimum(np.abs(errors - others), ANOMALY_LOG)
-    if gain.mean() < gain.std(ddof=1) / np.sqrt(k) or gain.mean() < GAIN_FRAC * np.abs(errors).mean():
+    if gain.mean() < GAIN_FRAC * np.abs(errors).mean() or _least_gain(gain) <= 0:
         return 0.0, errors
     return -_shrunk_mean(errors, sigma), errors - others
 
@@ -306,8 +313,8 @@ def _shifted(residual: Trees | None, scalar: float) -> Trees | None:
 
 def _factor(errors: Array, sigma: Array) -> float:
     """How much wider intervals must be than the source's, at least 1: the conformal quantile of errors over the
-    source's half-width, pooled with SOURCE_POINTS that are as the source's errors were; anomalies do not count."""
+    source's half-width, between ranks, pooled with SOURCE_POINTS as its own errors are; anomalies do not count."""
     normal = np.abs(errors) < ANOMALY_LOG
     source = norm.ppf((1 + (np.arange(SOURCE_POINTS) + 0.5) / SOURCE_POINTS) / 2)
     ratio = np.concatenate([np.abs(errors[normal]) / sigma[normal], source]) / SIGMAS_90
-    return max(1.0, conformal_quantile(ratio))
+    return max(1.0, float(np.quantile(ratio, COVERAGE, method="weibull")))

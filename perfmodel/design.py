@@ -81,7 +81,8 @@ def design(
     """The points to measure on another machine, the most telling first, one row each.
 
     Chosen from `candidates` (columns of OBSERVATIONS without times), or from the grid of `grid` over `shapes`, else
-    over `n_shapes` of the catalogue. Columns: those of a plan, predicted_ns, information_bits (what the point adds),
+    over `n_shapes` of the catalogue. Columns: those of a plan, candidate
+    (its row there), predicted_ns, information_bits (what the point adds),
     pins (the constant it narrows most), spread_before, spread_after (one sigma in logs), reason. Bayesian V-optimal:
     least expected variance of predictions over the candidates under the prior of `transfer`, greedy, then exchanged
     so that the loss of any one point hurts least. Raises InputError where no candidate is left.
@@ -95,7 +96,8 @@ def design(
     field = field_of(moved, table)
     chosen = _ordered(field, _robust(field, _greedy(field, range(table.height), n_points)))
     rows = table[chosen].select([key for key in PLAN_KEYS if key in table.columns and key != "reason"])
-    return pl.concat([rows, pl.DataFrame(_said(field, chosen))], how="horizontal")
+    index = pl.DataFrame({"candidate": chosen}, schema={"candidate": pl.Int64})
+    return pl.concat([rows, index, pl.DataFrame(_said(field, chosen))], how="horizontal")
 
 
 def field_of(model: LatencyModel, candidates: pl.DataFrame) -> Field:

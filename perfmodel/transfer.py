@@ -116,8 +116,10 @@ class Physics:
         self.offset = np.log(model.forecast(work).ns) - self.physical(self.z)
 
     def constants(self, z: Array) -> Any:
-        """The constants at these coordinates."""
-        return self.at.decode(z, self.model.constants_)
+        """The constants at these coordinates; those whose coordinate is the model's keep its very value."""
+        own, there = self.model.constants_, self.at.decode(z, self.model.constants_)
+        kept = [name for name, a, b in zip(self.at.names, z, self.z, strict=True) if a == b]
+        return replace(there, **{name: getattr(own, name) for name in kept})
 
     def physical(self, z: Array) -> Array:
         """Log ns of the physical part `[item]`."""
