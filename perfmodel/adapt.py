@@ -96,7 +96,10 @@ def calibrate(
     found.residual_ = _shifted(start.residual_, scalar)
     if start.confidence_ is not None:
         found.confidence_ = replace(start.confidence_, quantile=start.confidence_.quantile * factor)
-    found.held_out_, found.errors_, found.points_ = None, None, None
+        found.typical_half_width_ = None if start.typical_half_width_ is None else start.typical_half_width_ * factor
+    found.held_out_, found.errors_, found.points_, found.anomalies_ = None, None, None, []
+    moved = {name for name, is_free in zip(points.physics.at.names, solution.is_free, strict=True) if is_free}
+    found.informed_ = [name for name in vars(start.constants_) if name in moved or name in model.informed_]
     found.n_observations_ = len(errors)
     found.ops_ = sorted({*model.ops_, *observations["op"].cast(pl.String).unique()})
     measured_ns = observations["time_ns"].to_numpy()

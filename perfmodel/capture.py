@@ -271,6 +271,9 @@ def profile_of(capture: Capture) -> HardwareProfile:
         if key in QUANTITIES
     }
     device = "gpu" if manifest["settings"]["device"] == "cuda" else "cpu"
+    n_threads = manifest["settings"].get("threads")
+    if device == "cpu" and isinstance(n_threads, int) and n_threads > 0:  # these computed, whatever cores there are
+        quantities["n_cores_count"] = Quantity(float(n_threads), "measured", "threads of the collection", date)
     title = manifest["machine"].get("gpu_name" if device == "gpu" else "cpu_model", capture.name)
     return HardwareProfile(capture.name, f"{title}, as calibrated by capture {capture.name}", device, quantities)
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from perfmodel.errors import InputError
-from perfmodel.offload import ACCESS_MODES
 from perfmodel.text import short_name
 
 Line = TypeVar("Line")
@@ -19,7 +18,7 @@ PLAN = "plan.jsonl.gz"  # all that was planned, where workloads.jsonl has only w
 CALIBRATION, LEFT_OUT, PROFILES = "calibration.jsonl", "left_out.jsonl", "profiles"
 OPS = ("grouped_gemm", "moe_layer")
 RESIDENT = "resident"
-ACCESS = (RESIDENT, *ACCESS_MODES)
+ACCESS = (RESIDENT, "zero-copy", "copy", "copy-overlap", "cpu")  # what collectors can measure
 RESIDENCIES = ("mapped", "split", "system")  # how zero-copy saw one layer in two memories
 ORDERS = ("ascending", "descending", "random")  # routing probability of the experts that are offloaded first
 GRAPH = "graph"

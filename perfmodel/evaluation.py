@@ -11,7 +11,8 @@ from scipy.stats import spearmanr
 
 from perfmodel.baselines import Baselines
 from perfmodel.errors import InputError
-from perfmodel.latency import LatencyModel, work_of
+from perfmodel.hardware import HardwareProfile
+from perfmodel.latency import LatencyModel
 from perfmodel.physics import Array
 
 SPLITS = ("shape", "routing", "tokens", "random", "none")
@@ -58,14 +59,16 @@ def evaluate(
     split: str,
     progress: Callable[[str], None] = lambda _: None,
     *,
-    is_screened: Sequence[bool] | None = None,
+    is_screened: Sequence[bool] | pl.Series | None = None,
+    machine: HardwareProfile | None = None,
     with_baselines: bool = True,
 ) -> Evaluation:
     """Predictions of rows by models that saw nothing of their shape, routing, size or (none) by `model` as it is.
 
     For all splits but none, models of the kind of `model` (its machine, dtype, kernel, prior) are fitted to parts of
-    `observations`, their residual and intervals decided within that part. Raises InputError where a split is not
-    possible.
+    `observations`, their residual and intervals decided within that part. `machine` is where the observations were
+    made when it is not the model's own: then (none) efficiencies are transferred to it. Raises InputError where a split
+    is not possible, and for a model of another kind of device or dtype.
     """
     folds = _folds(observations, split)
     predicted, width = np.full(observations.height, np.nan), np.full(observations.height, np.nan)
@@ -77,11 +80,11 @@ def evaluate(
         if split != "none":
             fitted = LatencyModel(model.profile, model.dtype, model.kernel, model.prior)
             fitted.fit(observations[train], n_folds=INNER_FOLDS)
-        asked = work_of(observations[test], fitted.tiles_)
-        forecast = fitted.forecast(asked)
+        elsewhere = None if machine is None or machine.quantities == model.profile.quantities else machine
+        forecast = fitted.forecast(fitted.work(observations[test], elsewhere), elsewhere)
         predicted[test], width[test] = forecast.ns, forecast.log_half_width
-        for name in beside:
-            beside[name][test] = simple.methods[name](train, test) if simple else np.nan
+        for name, values in beside.items():
+            values[test] = simple.methods[name](train, test) if simple else np.nan
     tested = np.sort(np.concatenate([test for _, test in folds]))
     screened = np.ones(observations.height, dtype=bool) if is_screened is None else np.asarray(is_screened)
     columns = observations.select("op", "shape", "n_tokens", "routing", measured_ns="time_ns")
@@ -150,7 +153,7 @@ def summary(table: pl.DataFrame, column: str = "predicted_ns") -> dict[str, Any]
     off = (sure["predicted_ns"] / sure["measured_ns"]).log().abs()
     return found | {
         "coverage90": float((off <= sure["log_half_width"]).mean()) if sure.height else None,  # type: ignore[arg-type]
-        "half_width": float(np.expm1(sure["log_half_width"].median())) if sure.height else None,
+        "half_width": float(np.expm1(np.median(sure["log_half_width"].to_numpy()))) if sure.height else None,
         "n_refused": table.height - sure.height,
     }
 

@@ -163,7 +163,7 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
     """What the time of each labelled prediction consists of, as stacked bars."""
     figure = go.Figure()
     for i, part in enumerate(PARTS):
-        values = [p.parts[part] for p in predictions.values()]
+        values = [p.parts.get(part, 0.0) for p in predictions.values()]
         if max(values) > 0:
             figure.add_bar(
                 y=[literal(label) for label in predictions],

@@ -9,6 +9,7 @@ from perfmodel.baselines import Baselines
 from perfmodel.errors import InputError
 from perfmodel.evaluation import Evaluation, errors_by_shape
 from perfmodel.latency import LatencyModel, hull_of
+from perfmodel.offload.fit import fit_offload
 from perfmodel.sources import Source
 
 MAX_POINTS = 1000  # measured points that a model keeps, to show and to name the nearest
@@ -33,6 +34,10 @@ def fit_source(source: Source, progress: Callable[[str], None] = lambda _: None)
     model.errors_ = errors_by_shape(held_out)
     model.points_ = _points(model, source, held_out)
     model.evidence_ = source.evidence
+    if source.offloaded.height:
+        progress("fitting what offloaded experts cost")
+        every = pl.concat([source.observations, source.offloaded])
+        model.offload_ = fit_offload(model, every, progress=progress).to_json()
     return model
 
 
@@ -44,8 +49,8 @@ def _held_out(model: LatencyModel, source: Source) -> Evaluation:
     beside = {name: np.empty(observations.height) for name in ("roofline_only", "constant")}
     for name in np.unique(shapes):
         train, test = np.flatnonzero(shapes != name), np.flatnonzero(shapes == name)
-        for who in beside:
-            beside[who][test] = simple.methods[who](train, test)
+        for who, values in beside.items():
+            values[test] = simple.methods[who](train, test)
     table = observations.select("op", "shape", "n_tokens", "routing", measured_ns="time_ns").with_columns(
         pl.col("op").cast(pl.String),
         predicted_ns=pl.Series(model.held_out_),
@@ -57,7 +62,9 @@ def _held_out(model: LatencyModel, source: Source) -> Evaluation:
 
 def _points(model: LatencyModel, source: Source, held_out: Evaluation) -> dict[str, list[object]]:
     """At most MAX_POINTS measurements with their held-out predictions and their place along the axes of the hull."""
-    table = held_out.table.select("op", "shape", "n_tokens", "routing", "measured_ns", "predicted_ns", "roofline_only_ns")
+    table = held_out.table.select(
+        "op", "shape", "n_tokens", "routing", "measured_ns", "predicted_ns", "roofline_only_ns"
+    )
     table = table.with_columns(pl.col("^.*_ns$").round(0))
     hull = hull_of(model, source.observations)
     table = table.with_columns(**{f"at_{k}": pl.Series(v).round_sig_figs(SIGNIFICANT) for k, v in hull.items()})

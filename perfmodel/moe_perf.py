@@ -186,12 +186,7 @@ def _measurements(rows: pl.DataFrame) -> pl.DataFrame:
     is_plain = pl.col("kernel_source").str.to_lowercase().str.contains(NON_GATED_KERNEL, literal=True)
     for sizes in NON_GATED:
         is_plain |= pl.all_horizontal(column == size for column, size in zip(model, sizes, strict=True))
-    kernel = (
-        pl.col("framework").str.to_lowercase(),
-        "version",
-        "kernel_source",
-        pl.col("moe_dtype").replace(SPELLINGS),
-    )
+    framework, dtype = pl.col("framework").str.to_lowercase(), pl.col("moe_dtype").replace(SPELLINGS)
     return rows.with_columns(pl.col(SIZES).cast(pl.Int64)).select(
         op=pl.lit(FUSED_MOE),
         shape=pl.format("h{}-i{}-k{}-e{}", *model),
@@ -212,7 +207,7 @@ def _measurements(rows: pl.DataFrame) -> pl.DataFrame:
         offloaded=pl.lit(None, dtype=MOE_PERF["offloaded"]),
         launch=pl.lit(GRAPH),
         time_ns=pl.col(LATENCY) * text.to_base(1.0, "ms")[0],
-        kernel=pl.concat_str(kernel, separator="/"),
+        kernel=pl.concat_str(framework, "version", "kernel_source", dtype, separator="/"),
         machine="device",
         tp="moe_tp_size",
     )
@@ -228,4 +223,4 @@ def _named(table: pl.DataFrame) -> pl.DataFrame:
 
     names = [name(row) for row in content.iter_rows(named=True)]
     keyed = content.select(told).with_columns(workload=pl.Series(names, dtype=pl.String))
-    return table.join(keyed, on=told, how="left", maintain_order="left").select(list(MOE_PERF)).cast(dict(MOE_PERF))
+    return table.join(keyed, on=told, how="left", maintain_order="left").select(list(MOE_PERF)).cast(MOE_PERF)

@@ -8,24 +8,29 @@ import numpy as np
 
 from perfmodel import physics, text
 from perfmodel.errors import InputError
+from perfmodel.explain import Explanation, explain
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import COVERAGE, LatencyModel
 from perfmodel.moe import MoEShape
-from perfmodel.offload import ACCESS_MODES, Device, offload_parts, rate_keys
-from perfmodel.physics import Work
+from perfmodel.offload import ACCESS_MODES, Device, Host, offload_parts, rate_keys
+from perfmodel.offload.fitted import OffloadFit, from_json
+from perfmodel.physics import Array, Parts, Work
 from perfmodel.placement import Placement, place
 from perfmodel.routing import Routing
 
-OPS = ("grouped-gemm", "moe-layer")
+OPS = ("grouped-gemm", "moe-layer", "fused-moe")
+LAUNCHES = ("graph", "eager")
 LAUNCH_KEYS = ("launch_overhead_ns", "null_kernel_ns")  # together the floor of one grouped GEMM call
+OWN_TO_DEVICE = ("overhead", "compute", "memory", "permute", "combine", "router")  # what a residual corrects
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Latency of one MoE layer under a placement; times in ns, `parts` sum to `latency_ns`.
 
-    `interval` is the range that holds 90 % of measurements, null unless a fitted model covers the case; `basis` says
-    what the numbers rest on and `reasons` why. With several layers in the routing, times are means over layers.
+    `interval` is the range that holds 90 % of measurements, null where none can be promised; `basis` says what the
+    numbers rest on and `reasons` why; `explanation` (null unless asked for) what binds and what would change them.
+    With several layers in the routing, times are means over layers.
     """
 
     latency_ns: float
@@ -38,6 +43,7 @@ class Prediction:
     n_offloaded: int
     n_experts: int
     offloaded_bytes: float
+    explanation: Explanation | None = None
 
     @property
     def slowdown(self) -> float:
@@ -45,8 +51,8 @@ class Prediction:
         return self.latency_ns / self.baseline_latency_ns
 
     def to_json(self) -> dict[str, Any]:
-        """The prediction as plain values; part names end in `_ns`."""
-        return {
+        """The prediction as plain values; part names end in `_ns`. An explanation is one key more."""
+        found: dict[str, Any] = {
             "latency_ns": self.latency_ns,
             "baseline_latency_ns": self.baseline_latency_ns,
             "slowdown": self.slowdown,
@@ -55,6 +61,9 @@ class Prediction:
             "interval": list(self.interval) if self.interval else None,
             "basis": self.basis,
         }
+        if self.explanation is not None:
+            found["explanation"] = {"reasons": list(self.reasons), **self.explanation.to_json()}
+        return found
 
     def __str__(self) -> str:
         """The prediction as a few lines for people."""
@@ -63,7 +72,7 @@ class Prediction:
             f"{text.ns(self.interval[0])} to {text.ns(self.interval[1])} ({COVERAGE:.0%} interval)"
             if self.interval
             else "no interval: "
-            + ("no fitted model" if self.basis == "datasheet" else "outside what the model was fitted on")
+            + ("no fitted model" if self.basis == "datasheet" else "too far outside what the model was fitted on")
         )
         parts = sorted(((v, k) for k, v in self.parts.items() if v > 0.0005 * self.latency_ns), reverse=True)
         lines = [
@@ -72,42 +81,94 @@ class Prediction:
             f"slowdown      {self.slowdown:.3f}x with {share} of a layer offloaded",
             f"bottleneck    {self.bottleneck}",
             "parts         " + ", ".join(f"{k} {text.ns(v)} ({text.frac(v / self.latency_ns)})" for v, k in parts),
+            *(self.explanation.lines() if self.explanation else ()),
             f"basis         {self.basis}" + "".join(f"\n              - {reason}" for reason in self.reasons),
         ]
         return "\n".join(lines)
 
 
-def work_of(shape: MoEShape, routing: Routing, op: str) -> Work:
-    """One batch row per layer of the routing, for the experts' grouped GEMMs alone or the whole MoE layer."""
+def work_of(shape: MoEShape, routing: Routing, op: str, launch: str = LAUNCHES[0], tile: Array | None = None) -> Work:
+    """One batch row per layer of the routing: the experts' grouped GEMMs alone, the whole MoE layer from its input, or
+    a fused MoE call from the router's logits on; replayed from a graph, or launched by the host call by call."""
     if op not in OPS:
         raise InputError(f"unknown op {op!r}; known: {', '.join(OPS)}")
+    if launch not in LAUNCHES:
+        raise InputError(f"unknown launch {launch!r}; known: {', '.join(LAUNCHES)}")
     n_layers = routing.counts.shape[0]
     (k_up, n_up), (k_down, n_down) = shape.gemms
     weight, activation = physics.element_bytes(shape.dtype)
+    index = np.arange(n_layers, dtype=np.int64)
 
-    def column(value: float) -> physics.Array:
+    def column(value: float) -> Array:
         return np.full(n_layers, float(value))
 
     return Work(
-        rows=routing.counts.astype(np.float64),
+        counts=physics.Counts(routing.counts.astype(np.float64)),
+        routing_of=index,
+        item_of=index,
         k=np.tile([float(k_up), float(k_down)], (n_layers, 1)),
         n=np.tile([float(n_up), float(n_down)], (n_layers, 1)),
-        layer=column(op == "moe-layer"),
+        layer=column(op != "grouped-gemm"),
+        router=column(op == "moe-layer"),
+        eager=column(launch == "eager"),
         n_tokens=column(routing.n_tokens),
         hidden=column(shape.hidden),
         inter=column(shape.inter),
         n_experts=column(shape.n_experts),
         weight_bytes=weight,
         activation_bytes=activation,
+        tile=None if tile is None else np.repeat(tile, n_layers, axis=0),
     )
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How offloaded experts are kept and reached, beyond the access mode: how zero-copy sees two memories (null: one
+    launch over mapped pages), slots of a paged memory (null: as many as are not offloaded), and a fitted model of the
+    host CPU (null: its rates alone)."""
+
+    residency: str | None = None
+    n_slots: int | None = None
+    host_model: LatencyModel | None = None
+
+
+@dataclass(frozen=True)
 class Basis:
-    """What a prediction computes with, and the fitted model it comes from, if any."""
+    """What a prediction computes with, and the fitted model it comes from, if any, with what it knows of offloading."""
 
     device: Device
     model: LatencyModel | None
+    offload: OffloadFit | None = None
+
+    def reaching(self, access: str, routing: Routing, settings: Settings) -> "Basis":
+        """The same for one access mode: with the constants that were fitted for it, where they were."""
+        constants = self.device.offload
+        if self.offload is not None:
+            constants, _ = self.offload.constants_of(access, settings.residency)
+        host = settings.host_model
+        device = replace(
+            self.device,
+            offload=constants,
+            residency=settings.residency,
+            n_slots=settings.n_slots,
+            shares=routing.popularity,
+            host=None if host is None else Host(host.form, host.roof, host.constants_),
+        )
+        return replace(self, device=device)
+
+    @property
+    def launch(self) -> str:
+        """How calls are launched unless said otherwise: as those were that the model was fitted on."""
+        if self.model is None or self.device.profile.device == "cpu":
+            return LAUNCHES[0]
+        return "graph" if self.model.evidence_.get("launch") == "graph" else "eager"
+
+    def tile(self, shape: MoEShape, n_tokens: int) -> Array | None:
+        """How the model's kernel is configured for a shape, `[1, TILE_FIELDS]`; null where that is not known."""
+        rule = self.model.tiles_ if self.model is not None else None
+        if rule is None:
+            return None
+        return replace(rule, machine=self.device.profile.name).at(shape.n_experts, shape.inter, n_tokens)
 
 
 def basis_of(profile: HardwareProfile, shape: MoEShape, model: LatencyModel | None) -> Basis:
@@ -116,43 +177,75 @@ def basis_of(profile: HardwareProfile, shape: MoEShape, model: LatencyModel | No
     A model of another machine of the same kind lends its efficiencies to this machine's ceilings. Raises InputError
     when model and hardware are not of the same kind of device.
     """
-    roof = physics.ceilings(profile, shape.dtype)
     if model is None:
-        constants = physics.DEFAULTS[profile.device]
-        if set(LAUNCH_KEYS) <= set(profile.quantities):
+        form = physics.form_for(profile, physics.PYTORCH_KERNEL, shape.dtype)
+        constants = form.defaults
+        if profile.device == "gpu" and set(LAUNCH_KEYS) <= set(profile.quantities):
             constants = replace(constants, call_ns=sum(profile[key] for key in LAUNCH_KEYS))
-        return Basis(Device(profile, roof, constants, physics.FORMS[profile.device]), None)
+        return Basis(Device(profile, physics.ceilings(profile, shape.dtype), form, constants), None)
     if model.profile.device != profile.device:
         raise InputError(
             f"the model was fitted on a {model.profile.device} ({model.profile.name}), hardware {profile.name!r} is a "
             f"{profile.device}; use a model of the same kind of device, or none"
         )
-    return Basis(Device(profile, roof, model.constants_, model.form), model)
+    roof = physics.transferred_ceilings(profile, shape.dtype, model.profile)
+    known = from_json(model.offload_) if model.offload_ else None
+    return Basis(Device(profile, roof, model.form, model.constants_), model, known)
 
 
 def predict_placement(
-    basis: Basis, shape: MoEShape, routing: Routing, placement: Placement, access: str, *, op: str = OPS[0]
+    basis: Basis,
+    shape: MoEShape,
+    routing: Routing,
+    placement: Placement,
+    access: str,
+    *,
+    op: str = OPS[0],
+    launch: str | None = None,
+    settings: Settings = Settings(),
+    explained: bool = False,
 ) -> Prediction:
     """What one MoE layer costs when the placement's experts are offloaded, against all experts resident."""
-    work, device = work_of(shape, routing, op), basis.device
+    basis = basis.reaching(access, routing, settings)
+    work = work_of(shape, routing, op, launch or basis.launch, basis.tile(shape, routing.n_tokens))
     off = placement.offloaded
-    baseline = physics.resident_parts(work, device.roof, device.constants, device.form)
-    parts, binding = offload_parts(work, off, access, device)
+    correction, half_width = _learned(basis, work, shape)
+    baseline = _corrected(basis.device.form.resident_parts(work, basis.device.roof, basis.device.constants), correction)
+    raw, binding = offload_parts(work, off, access, basis.device)
+    parts = _corrected(raw, correction)
     means = {name: float(value.mean()) for name, value in parts.items()}
     latency = math.fsum(means.values())
-    reasons, kind, half_width = _evidence(basis, work, shape, access if off.any() else None)
+    way = (access, settings.residency) if off.any() else None
+    reasons, kind, sure = _evidence(basis, work, shape, way, half_width)
     return Prediction(
         latency_ns=latency,
         baseline_latency_ns=math.fsum(float(value.mean()) for value in baseline.values()),
         parts=means,
         bottleneck=_bottleneck(means, binding),
-        interval=None if half_width is None else (latency * math.exp(-half_width), latency * math.exp(half_width)),
+        interval=None if sure is None else (latency * math.exp(-sure), latency * math.exp(sure)),
         basis=kind,
         reasons=tuple(reasons),
         n_offloaded=round(placement.n_offloaded / off.shape[0]),
         n_experts=shape.n_experts,
         offloaded_bytes=placement.n_offloaded / off.shape[0] * shape.expert_bytes,
+        explanation=explain(work, off, access, basis.device, basis.model) if explained else None,
     )
+
+
+def _learned(basis: Basis, work: Work, shape: MoEShape) -> tuple[Array, float | None]:
+    """What the model's residual multiplies the device's time by, `[batch]`, and the half-width of the interval of all
+    layers together, log units, null where any lies too far outside."""
+    model = basis.model
+    if model is None or model.dtype != shape.dtype:
+        return np.ones(len(work.k)), None
+    forecast = model.forecast(work, basis.device.profile)
+    physical = physics.total(basis.device.form.resident_parts(work, basis.device.roof, basis.device.constants))
+    width = forecast.log_half_width
+    return forecast.ns / physical, None if np.isnan(width).any() else float(np.average(width, weights=forecast.ns))
+
+
+def _corrected(parts: Parts, correction: Array) -> Parts:
+    return {name: value * correction if name in OWN_TO_DEVICE else value for name, value in parts.items()}
 
 
 def _bottleneck(means: dict[str, float], binding: list[str | None]) -> str:
@@ -163,14 +256,16 @@ def _bottleneck(means: dict[str, float], binding: list[str | None]) -> str:
     return max(means, key=lambda name: means[name])
 
 
-def _evidence(basis: Basis, work: Work, shape: MoEShape, access: str | None) -> tuple[list[str], str, float | None]:
+def _evidence(
+    basis: Basis, work: Work, shape: MoEShape, way: tuple[str, str | None] | None, half_width: float | None
+) -> tuple[list[str], str, float | None]:
     """Why to believe a prediction: reasons in words, the basis, and the half-width of the interval in log units.
 
-    `access` is null when nothing is offloaded.
+    `way` is the access mode and residency, null when nothing is offloaded.
     """
-    profile = basis.device.profile
-    keys = (*basis.device.roof.from_keys, *(rate_keys(profile, access) if access else ()))
-    if basis.model is None:
+    profile, model = basis.device.profile, basis.model
+    keys = (*basis.device.roof.from_keys, *(rate_keys(profile, way[0]) if way else ()))
+    if model is None:
         keys += tuple(key for key in LAUNCH_KEYS if key in profile.quantities)
     reasons = [_cited(key, profile) for key in dict.fromkeys(keys)]
     capacity = profile.first("memory_capacity_bytes")
@@ -180,18 +275,24 @@ def _evidence(basis: Basis, work: Work, shape: MoEShape, access: str | None) -> 
             f"the experts of all {shape.n_layers} layers take {text.n_bytes(all_layers)}, more than device memory "
             f"({text.n_bytes(capacity[1].value)}): all resident is hypothetical"
         )
-    model = basis.model
     if model is None:
         return [*reasons, "default constants, no fitted model given (--model)"], "datasheet", None
-    outside = [] if model.profile.quantities == profile.quantities else [f"fitted on {model.profile.name}"]
+    elsewhere = [] if model.profile.quantities == profile.quantities else [f"fitted on {model.profile.name}"]
     if model.dtype != shape.dtype:
-        outside.append(f"fitted on {model.dtype}, this shape is {shape.dtype}")
-    if access:
-        outside.append("no offloaded expert was among the observations")
-    outside += model.outside(work)
+        elsewhere.append(f"fitted on {model.dtype}, this shape is {shape.dtype}")
+    if way:
+        known = basis.offload.way(*way) if basis.offload is not None else None
+        if known is None:
+            elsewhere.append(f"no expert offloaded by {way[0]} was among the observations: its constants are assumed")
+        elif half_width is not None:  # both errors act: the resident latency's and the slowdown's
+            reasons.append(f"constants of {way[0]} fitted on {known.n_observations} observations")
+            half_width = None if known.log_half_width is None else math.hypot(half_width, known.log_half_width)
+    outside = model.outside(work)
+    if elsewhere or half_width is None:
+        return [*reasons, *elsewhere, *outside], "extrapolated", None
     if outside:
-        return [*reasons, *outside], "extrapolated", None
-    half_width: float | None = model.log_half_width_
+        wider = "the interval is as much wider as held-out errors grew that far outside"
+        return [*reasons, *outside, wider], "extrapolated", half_width
     return [*reasons, f"constants fitted on {model.n_observations_} observations"], "fitted", half_width
 
 
@@ -216,13 +317,20 @@ def predict(
     *,
     op: str = OPS[0],
     model: LatencyModel | None = None,
+    launch: str | None = None,
+    settings: Settings = Settings(),
+    explained: bool = False,
 ) -> Prediction:
     """What it costs to offload a fraction of each layer's experts, least used first (ISC 2026 poster).
 
-    Raises InputError for an unknown access mode or op, a fraction outside 0 to 1, and a machine without a second tier.
+    `launch` is graph or eager, null for what the model was fitted on (graph without one). Raises InputError for an
+    unknown access mode, op or launch, a fraction outside 0 to 1, and a machine without a second tier.
     """
     placement = place(routing.popularity, offload_frac)
-    return predict_placement(basis_of(profile, shape, model), shape, routing, placement, access, op=op)
+    basis = basis_of(profile, shape, model)
+    return predict_placement(
+        basis, shape, routing, placement, access, op=op, launch=launch, settings=settings, explained=explained
+    )
 
 
 def slowdown_curve(

@@ -47,8 +47,8 @@ def points(observations: pl.DataFrame, profile: HardwareProfile) -> pl.DataFrame
     """
     work = work_of(observations)
     roof = ceilings(profile, observations["dtype"][0])
-    flops, weight_bytes = ideal_work(work)
-    activation_bytes = work.activation_bytes * work.rows.sum(axis=1) * (work.k + work.n).sum(axis=1)
+    flops, weight_bytes = (work.mean(x) for x in ideal_work(work))
+    activation_bytes = work.mean(work.activation_bytes * work.n_rows * (work.k + work.n).sum(axis=1))
     intensity = flops / (weight_bytes + activation_bytes)
     achieved = flops / observations["time_ns"].to_numpy() * NS_PER_S
     attainable = attainable_flops_per_s(intensity, roof.flops_per_s, roof.bytes_per_s)

@@ -71,9 +71,9 @@ def _experts_ns(shape: MoEShape, profile: HardwareProfile, n_gpus: int, rows: in
     """Time of the grouped GEMMs of one GPU's experts under balanced routing, launches left out."""
     local = replace(shape, n_experts=shape.n_experts // n_gpus, top_k=1)
     work = work_of(local, routing("uniform", local.n_experts, 1, rows), "grouped-gemm")
-    constants = replace(physics.DEFAULTS[profile.device], call_ns=0.0)
-    roof = physics.ceilings(profile, shape.dtype)
-    parts = physics.resident_parts(work, roof, constants, physics.FORMS[profile.device])
+    form = physics.form_for(profile, physics.PYTORCH_KERNEL, shape.dtype)
+    constants = replace(form.defaults, call_ns=0.0) if profile.device == "gpu" else form.defaults
+    parts = form.resident_parts(work, physics.ceilings(profile, shape.dtype), constants)
     return float(physics.total(parts).mean())
 
 

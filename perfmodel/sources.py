@@ -45,15 +45,18 @@ def read_sources(
     kernel: str | None = None,
     machine: HardwareProfile | None = None,
     progress: Progress = lambda _: None,
+    *,
+    must_agree: bool = False,
 ) -> list[Source]:
     """The measurements of capture folders and tables, one Source for each kernel on each machine, by name.
 
     Captures of one machine, kernel and dtype are pooled; tables are split by kernel. `kernel` keeps those whose name
     contains it, in any case. `machine` stands for the GPU of a table where no shipped profile does. Raises
-    NotComparableError for captures that differ, and InputError for what is no source or where nothing is left.
+    NotComparableError for captures that differ and `must_agree`, and InputError for what is no source or where nothing
+    is left.
     """
     folders = [path for path in paths if Path(path).is_dir()]
-    found = [_of_captures(group, progress) for group in _poolable(folders)] if folders else []
+    found = [_of_captures(group, progress) for group in _groups(folders, must_agree=must_agree)]
     for path in paths:
         if path not in folders:
             found += _of_table(path, machine, kernel, progress)
@@ -72,20 +75,26 @@ def only_source(sources: Sequence[Source]) -> Source:
     return sources[0]
 
 
-def _poolable(folders: Sequence[str]) -> list[list[Capture]]:
-    """All captures as one group: they are given together to be pooled, and refused where they must not be."""
-    captures = [load_capture(path) for path in folders]
-    first = captures[0]
-    for other in captures[1:]:
-        if first.digest == other.digest:
-            raise InputError(f"captures {first.name!r} and {other.name!r} are the same measurements twice")
-        differences = fingerprint_differences(first, other)
-        if differences:
-            key, (a, b) = next(iter(differences.items()))
-            raise NotComparableError(
-                f"captures {first.name!r} and {other.name!r} differ in {key} ({a!r}, {b!r}) and cannot share a model"
-            )
-    return [captures]
+def _groups(folders: Sequence[str], *, must_agree: bool) -> list[list[Capture]]:
+    """Captures of one machine, kernel and dtype together; where they must all agree, the first that differs is named."""
+    groups: list[list[Capture]] = []
+    for capture in map(load_capture, folders):
+        for group in groups:
+            if capture.digest in {one.digest for one in group}:
+                raise InputError(f"capture {capture.name!r} holds the same measurements as one given before it")
+            differences = fingerprint_differences(group[0], capture)
+            if not differences:
+                group.append(capture)
+                break
+            if must_agree:
+                key, (a, b) = next(iter(differences.items()))
+                raise NotComparableError(
+                    f"captures {group[0].name!r} and {capture.name!r} differ in {key} ({a!r}, {b!r}) and cannot share "
+                    "a model"
+                )
+        else:
+            groups.append([capture])
+    return groups
 
 
 def _of_captures(captures: Sequence[Capture], progress: Progress) -> Source:
@@ -116,7 +125,7 @@ def _of_table(path: str, machine: HardwareProfile | None, kernel: str | None, pr
     _tell(n_left_out, progress)
     table = table.with_columns(is_screened=~slower_than_peers(table))
     found = []
-    for (name, device), rows in sorted(table.group_by("kernel", "machine"), key=lambda one: str(one[0])):
+    for (name, device), group in sorted(table.group_by("kernel", "machine"), key=lambda one: str(one[0])):
         if kernel is not None and kernel.lower() not in str(name).lower():
             continue
         known = profile_name(str(device))
@@ -125,10 +134,11 @@ def _of_table(path: str, machine: HardwareProfile | None, kernel: str | None, pr
                 f"{Path(path).name}: no shipped hardware profile is called for by {device!r}; give one with --hardware"
             )
         profile = machine or hardware(str(known))
-        rows = rows.sort("shape", "hidden", "inter", "routing", "n_tokens")
+        ordered = group.sort("shape", "hidden", "inter", "routing", "n_tokens")
+        rows = ordered.drop("is_screened", "kernel", "machine", "tp")
         evidence = {"table": Path(path).name, "n_workloads": rows.height, "launch": "graph", "machine": str(device)}
-        screened, rows = rows["is_screened"], rows.drop("is_screened", "kernel", "machine", "tp")
-        found.append(Source(Path(path).name, str(name), profile, rows["dtype"][0], rows, rows[:0], screened, evidence))
+        dtype, screened = rows["dtype"][0], ordered["is_screened"]
+        found.append(Source(Path(path).name, str(name), profile, dtype, rows, rows[:0], screened, evidence))
     if not found:
         raise InputError(f"no kernel contains {kernel!r}; there are {', '.join(sorted(table['kernel'].unique()))}")
     return found

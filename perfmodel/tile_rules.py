@@ -37,6 +37,10 @@ class TileRule:
         distinct, index = np.unique(keys, axis=0, return_inverse=True)
         return np.array([self._one(*map(int, key)) for key in distinct], dtype=np.float64)[index.ravel()]
 
+    def at(self, n_experts: int, inter: int, n_tokens: int) -> Array:
+        """The configuration of one workload, `[1, TILE_FIELDS]`."""
+        return np.array([self._one(n_experts, inter, n_tokens)])
+
     def _one(self, n_experts: int, inter: int, n_tokens: int) -> tuple[float, ...]:
         tuned = _tuned(self.framework, self.machine, self.dtype).get((n_experts, inter))
         if tuned:
@@ -53,7 +57,9 @@ def _tuned(framework: str, machine: str, dtype: str) -> dict[tuple[int, int], di
     devices = [name for name in table["device"].unique() if profile_name(name.replace("_", " ")) == machine]
     mine = table.filter(pl.col("framework") == framework, pl.col("device").is_in(devices), pl.col("dtype") == dtype)
     found: dict[tuple[int, int], dict[int, tuple[float, ...]]] = {}
-    for n_experts, inter, n_tokens, *tile in mine.select("n_experts", "inter", "n_tokens", *TILE_FIELDS[:-1]).iter_rows():
+    for n_experts, inter, n_tokens, *tile in mine.select(
+        "n_experts", "inter", "n_tokens", *TILE_FIELDS[:-1]
+    ).iter_rows():
         found.setdefault((n_experts, inter), {})[n_tokens] = tuple(map(float, tile))
     return found
 

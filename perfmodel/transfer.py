@@ -4,7 +4,8 @@ Everything here is linear about the model as it is: log latencies, their slopes 
 """
 
 import copy
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile, names, profile_name
 from perfmodel.latency import LatencyModel, base_half_width
-from perfmodel.latency.constants import Coordinates, coordinates
-from perfmodel.physics import Array, Ceilings, Work, ceilings, total, transferred_ceilings
+from perfmodel.physics import Array, Ceilings, Form, Prior, Work, ceilings, total, transferred_ceilings
 from perfmodel.tile_rules import TileRule, candidates
 
 # How far a constant moves from one machine, driver or kernel version to another: one sigma, natural log units. Shares
@@ -41,6 +41,49 @@ SHAPE_FRAC = 0.2  # of the variance of held-out errors, what all points of a sha
 SIGMAS_90 = 1.645  # a 90 % interval of a normal error in standard deviations
 LEAST_SIGMA, UNKNOWN_SIGMA = 0.02, 0.10  # log units: a floor, and the error of a model that could hold nothing out
 STEP = 1e-3  # of a coordinate, for slopes
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """Some constants of a form as the numbers that a search moves, `[name]`: natural logarithms, or multiples of the
+    unit of a constant that may be zero."""
+
+    names: tuple[str, ...]
+    priors: tuple[Prior, ...]
+
+    @property
+    def is_log(self) -> Any:
+        """Which constants are fitted in the logarithm."""
+        return np.array([prior.unit is None for prior in self.priors], dtype=bool)
+
+    @property
+    def unit(self) -> Array:
+        """What one step of a constant is that is not."""
+        return np.array([prior.unit or 1.0 for prior in self.priors])
+
+    def encode(self, values: Sequence[float]) -> Array:
+        """Coordinates of the values of the constants, in the order of names."""
+        x = np.array(values, dtype=np.float64)
+        return np.where(self.is_log, np.log(np.where(self.is_log, x, 1.0)), x / self.unit)
+
+    def of(self, constants: Any) -> Array:
+        """Coordinates of the constants of a model."""
+        return self.encode([getattr(constants, name) for name in self.names])
+
+    def decode(self, z: Array, others: Any) -> Any:
+        """Constants at these coordinates, those not named as in `others`."""
+        values = np.where(self.is_log, np.exp(np.where(self.is_log, z, 0.0)), z * self.unit)
+        return replace(others, **{n: float(v) for n, v in zip(self.names, values, strict=True)})
+
+    @property
+    def limits(self) -> tuple[Array, Array]:
+        """The lowest and the highest coordinates that the priors allow."""
+        return self.encode([p.low for p in self.priors]), self.encode([p.high for p in self.priors])
+
+
+def coordinates(form: Form, names: Sequence[str]) -> Coordinates:
+    """Coordinates of these constants of a form."""
+    return Coordinates(tuple(names), tuple(form.priors[name] for name in names))
 
 
 def transferred(
@@ -74,6 +117,8 @@ def transferred(
     }
     found.constants_ = replace(model.constants_, **moved)
     found.tiles_ = _tiles(model, found)
+    if profile.name != model.profile.name:
+        found.offload_ = None  # a link and a host of its own
     return found
 
 
@@ -141,12 +186,11 @@ class Physics:
 def spread_of(model: LatencyModel, at: Coordinates) -> Array:
     """The prior's standard deviation of each coordinate on another machine, `[name]`.
 
-    A constant at its default is one that the model's own measurements said nothing about: its form's prior holds.
+    Of a constant that the model's own measurements said nothing about, its form's prior holds.
     """
-    defaults = model.form.defaults
     found = []
     for name, prior in zip(at.names, at.priors, strict=True):
-        if getattr(model.constants_, name) == getattr(defaults, name):
+        if name not in model.informed_:
             found.append(prior.sigma)
         else:
             found.append(SPREADS.get(name, OTHER_SPREAD) if prior.unit is None else OTHER_SPREAD * prior.sigma)

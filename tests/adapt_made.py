@@ -8,11 +8,10 @@ import polars as pl
 from perfmodel.design import grid
 from perfmodel.hardware import hardware
 from perfmodel.latency import Confidence, LatencyModel, hull_features, work_of
-from perfmodel.latency.confidence import Ladder, ranges_of
+from perfmodel.latency.confidence import DIRECTIONS, Ladder, ranges_of
 from perfmodel.physics import TiledConstants
 from perfmodel.transfer import SIGMAS_90
 
-# None is at its default: a constant at its default is one that nothing was measured about.
 SYNTHETIC_CONSTANTS = TiledConstants(
     eff_compute=0.9,
     eff_memory=0.95,
@@ -26,6 +25,7 @@ SYNTHETIC_CONSTANTS = TiledConstants(
     row_passes=3.0,
     token_passes=3.0,
 )
+UNINFORMED = ("misaligned_compute", "misaligned_memory", "host_call_ns", "host_layer_ns")
 SYNTHETIC_SIGMA = 0.05  # of held-out errors, log units
 SYNTHETIC_KERNEL = "synthetic/cutlass/bf16"
 
@@ -34,10 +34,13 @@ def synthetic_model(ops: tuple[str, ...] = ("grouped_gemm", "moe_layer")) -> Lat
     """A model of an H100 as if fitted, without a residual; its held-out errors are said to be SYNTHETIC_SIGMA."""
     model = LatencyModel(hardware("h100-sxm"), "bf16", SYNTHETIC_KERNEL)
     model.constants_, model.tiles_, model.residual_, model.confidence_ = SYNTHETIC_CONSTANTS, None, None, None
+    model.informed_ = [name for name in vars(SYNTHETIC_CONSTANTS) if name not in UNINFORMED]
+    model.anomalies_, model.typical_half_width_, model.offload_ = [], None, None
     model.ops_, model.n_observations_, model.evidence_ = list(ops), 1000, {"launch": "graph"}
     hull = hull_features(work_of(synthetic_candidates(model)), model.roof)
+    ladders = {direction: Ladder() for direction in DIRECTIONS}
     quantile = SIGMAS_90 * SYNTHETIC_SIGMA
-    model.confidence_ = Confidence(quantile, None, ranges_of(hull), Ladder(), Ladder(), 1000, 8, 0)
+    model.confidence_ = Confidence(quantile, None, ranges_of(hull), ladders, 1000, 8, 0)
     return model
 
 

@@ -13,24 +13,22 @@ import numpy as np
 from perfmodel import moe, physics
 from perfmodel.capture_lines import content_id
 from perfmodel.moe import WEIGHT_BYTES, MoEShape
-from perfmodel.physics import Ceilings, Constants
+from perfmodel.physics import BlasConstants, Ceilings
 from perfmodel.predict import work_of
 from perfmodel.routing import Routing, expected_counts, pattern_shares, sample_choices
 
 ROOF = Ceilings(2e11, 3e10, ())
-TRUE_CONSTANTS = Constants(
+TRUE_CONSTANTS = BlasConstants(
     eff_compute=0.9,
     eff_memory=0.8,
-    tile_overhead_rows=25.0,
-    column_overhead=40.0,
     pack_passes=0.5,
-    smooth_p=3.0,
-    overlap_frac=0.0,
+    call_rows=25.0,
+    column_terms=40.0,
+    active_ns=3_000.0,
+    expert_ns=1_500.0,
     call_ns=15_000.0,
-    expert_ns=3_000.0,
     layer_ns=120_000.0,
     row_passes=6.0,
-    token_passes=3.0,
 )
 SHAPES = (
     MoEShape("synthetic-a", 8, 2, 512, 1024, dtype="fp32"),
@@ -39,6 +37,7 @@ SHAPES = (
     MoEShape("synthetic-d", 16, 1, 1024, 512, dtype="fp32"),
 )
 TOKENS = (1, 8, 64, 512)
+FORM = physics.form_of("cpu", "synthetic", "fp32", n_threads=2)
 
 
 def write_synthetic_capture(
@@ -73,7 +72,7 @@ def write_synthetic_capture(
                 }
                 key = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:12]
                 workloads.append({"workload": key, **row})
-                parts = physics.resident_parts(work, ROOF, TRUE_CONSTANTS, physics.FORMS["cpu"])
+                parts = FORM.resident_parts(work, ROOF, TRUE_CONSTANTS)
                 times[key] = float(physics.total(parts)[0])
     calibration = {
         "fp32_gemm_flops_per_s": {"value": ROOF.flops_per_s, "spread_frac": 0.01, "n": 5, "how": "made up for a test"},
@@ -105,7 +104,7 @@ def write_synthetic_capture(
     return path
 
 
-def log_error(a: Constants, b: Constants, name: str) -> float:
+def log_error(a: BlasConstants, b: BlasConstants, name: str) -> float:
     """How far one constant is from another, in log units."""
     return abs(float(np.log(getattr(a, name) / getattr(b, name))))
 

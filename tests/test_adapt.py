@@ -76,8 +76,8 @@ def test_a_second_point_of_a_shape_says_less_than_one_of_another() -> None:
     assert other == pytest.approx(1 / (1 / 0.09 + 2 / 0.01))
 
 
-def test_a_constant_at_its_default_is_one_that_nothing_was_measured_about(model: LatencyModel) -> None:
-    from perfmodel.latency.constants import coordinates
+def test_a_constant_that_nothing_was_measured_about_keeps_the_prior_of_its_form(model: LatencyModel) -> None:
+    from perfmodel.transfer import coordinates
 
     at = coordinates(model.form, ["layer_ns", "misaligned_compute"])
     spread = spread_of(model, at)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from perfmodel.errors import InputError
-from perfmodel.hardware import hardware
+from perfmodel.hardware import HardwareProfile, hardware
 from perfmodel.hf_config import resolve
 from perfmodel.moe import MoEShape
-from perfmodel.offload import ACCESS_MODES, link_rate
+from perfmodel.offload import ACCESS_MODES, OffloadConstants, link_rate
 from perfmodel.placement import POLICIES, place
 from perfmodel.predict import Prediction, predict, slowdown_curve
 from perfmodel.routing import routing
@@ -25,9 +25,10 @@ def at(
     access: str = "zero-copy",
     shape: MoEShape = SMALL,
     pattern: str = "uniform",
+    machine: HardwareProfile = GH200,
     **more: str,
 ) -> Prediction:
-    return predict(GH200, shape, routing(pattern, shape.n_experts, shape.top_k, n_tokens), offload, access, **more)
+    return predict(machine, shape, routing(pattern, shape.n_experts, shape.top_k, n_tokens), offload, access, **more)
 
 
 @pytest.mark.parametrize("access", ACCESS_MODES)
@@ -42,7 +43,8 @@ def test_nothing_offloaded_is_the_baseline(access: str, n_tokens: int) -> None:
 @pytest.mark.parametrize("op", ["grouped-gemm", "moe-layer"])
 def test_parts_sum_to_the_latency(access: str, op: str) -> None:
     for n_tokens in (1, 512, 65_536):
-        result = at(n_tokens, 0.5, access, op=op)
+        machine = hardware("trimoe") if access == "near-data" else GH200
+        result = at(n_tokens, 0.5, access, machine=machine, op=op)
         assert math.fsum(result.parts.values()) == pytest.approx(result.latency_ns, rel=1e-12)
 
 
@@ -62,11 +64,12 @@ def test_link_cost_fades_as_the_batch_grows(access: str) -> None:
     assert slowdowns == sorted(slowdowns, reverse=True)
 
 
-def test_serial_copy_adds_exactly_the_bytes_over_the_link() -> None:
+def test_serial_copy_adds_exactly_the_bytes_over_the_link_and_a_start_for_each_expert() -> None:
     result = at(4096, 0.5, "copy")
     rate, _ = link_rate(GH200, "copy")
-    assert result.latency_ns - result.baseline_latency_ns == pytest.approx(8 * SMALL.expert_bytes / rate * 1e9)
-    assert result.parts["link"] == pytest.approx(8 * SMALL.expert_bytes / rate * 1e9)
+    copying = 8 * (SMALL.expert_bytes / rate * 1e9 + OffloadConstants().copy_ns)
+    assert result.latency_ns - result.baseline_latency_ns == pytest.approx(copying)
+    assert result.parts["link"] == pytest.approx(copying)
 
 
 def test_overlapped_copy_is_never_worse_than_serial_and_hides_under_enough_compute() -> None:
@@ -80,9 +83,10 @@ def test_cpu_compute_is_bound_by_the_host_and_takes_its_memory_time_at_small_bat
     assert result.bottleneck == "host"
     reading = 2 * SMALL.expert_bytes / GH200["host_stream_bytes_per_s"] * 1e9
     crossing = 2 * 1024 * 2 * (1 / GH200["link_h2d_copy_bytes_per_s"] + 1 / GH200["link_d2h_copy_bytes_per_s"]) * 1e9
-    assert result.parts["host"] == pytest.approx(reading + crossing)
+    beside = 2 * OffloadConstants().host_expert_ns + OffloadConstants().merge_ns
+    assert result.parts["host"] == pytest.approx(reading + crossing + beside)
     overhead = 2 * (GH200["launch_overhead_ns"] + GH200["null_kernel_ns"] + 16 * 12)
-    assert result.latency_ns == pytest.approx(reading + crossing + overhead)
+    assert result.latency_ns == pytest.approx(reading + crossing + beside + overhead)
 
 
 def test_link_is_no_faster_than_the_memory_behind_it() -> None:

@@ -3,13 +3,14 @@
 import loading
 import streamlit as st
 
-from perfmodel import figures, hf_config, moe, offload, predict, routing, text
+from perfmodel import figures, hardware, hf_config, moe, offload, predict, routing, text
 from perfmodel.errors import InputError
 
 st.header("Offload")
 st.caption("What it costs to keep a fraction of each layer's experts in host memory, least used first.")
 first = st.columns(4)
-machine = first[0].selectbox("Hardware", loading.offload_machines())
+machines = loading.offload_machines()
+machine = first[0].selectbox("Hardware", machines, index=machines.index("gh200"))
 shape_name = first[1].selectbox("Model shape", moe.names(), index=moe.names().index("poster"))
 pattern = first[2].selectbox("Routing", sorted(routing.PATTERNS))
 exponent = first[3].slider("Power-law exponent", 0.0, 2.5, 1.0, 0.1, disabled=pattern != "power-law")
@@ -17,14 +18,13 @@ second = st.columns(4)
 sizes = [2**i for i in range(21)]
 n_tokens = second[0].select_slider("Tokens in the batch", sizes, value=65_536, format_func=text.count)
 offloaded = second[1].slider("Offloaded fraction", 0.0, 1.0, 0.3125, 1 / 32)
-access = second[2].selectbox("Access mode", offload.ACCESS_MODES)
+modes = offload.usable_modes(hardware.hardware(machine))
+access = second[2].selectbox("Access mode", modes)
 op = second[3].selectbox("What is timed", predict.OPS)
 routing_name = f"power-law:{exponent:g}" if pattern == "power-law" else pattern
 
 try:
-    curves = {
-        mode: loading.curve(machine, shape_name, routing_name, n_tokens, mode, op) for mode in offload.ACCESS_MODES
-    }
+    curves = {mode: loading.curve(machine, shape_name, routing_name, n_tokens, mode, op) for mode in modes}
 except InputError as error:
     st.error("These settings cannot be predicted:")
     loading.literal(error)

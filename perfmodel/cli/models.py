@@ -4,84 +4,15 @@ import importlib.util
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from perfmodel import hardware, report, text
+from perfmodel import hardware, report
 from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words, whole
 from perfmodel.errors import InputError, MissingExtraError
-
-
-@app.command()
-def fit(
-    captures: Annotated[list[str], typer.Argument(help="Capture folders of one machine, kernel and dtype.")],
-    out: Annotated[str, typer.Option(help="Where to write the model, as JSON.")],
-) -> None:
-    """Fit the physical latency model to measurements and say how well it predicts shapes it has not seen."""
-    from perfmodel import fitting
-
-    if not Path(out).resolve().parent.is_dir():
-        raise InputError(f"cannot write {out!r}: its folder does not exist")
-    model, errors = fitting.fit_captures(captures, progress=note)
-    model.save(out)
-    print_words(report.fit_page(model, errors))
-    note(f"wrote {out}")
-
-
-@app.command()
-def predict(
-    hardware_name: Annotated[
-        str, typer.Option("--hardware", help="Profile name, .toml file or capture folder; `perfmodel list`.")
-    ],
-    shape: Annotated[str, typer.Option(help="Catalogue name or Hugging Face config.json; `perfmodel list`.")],
-    tokens: Annotated[str, typer.Option(help="Tokens in the batch.")],
-    routing: Annotated[
-        str, typer.Option(help="A pattern (see `perfmodel list`), or a file of counts as FILE[#KEY][@LAYER].")
-    ] = "uniform",
-    offload: Annotated[
-        str, typer.Option(help="Fraction of each layer's experts in host memory, least used first.")
-    ] = "0",
-    access: Annotated[str, typer.Option(help="zero-copy, copy, copy-overlap or cpu.")] = "zero-copy",
-    op: Annotated[
-        str, typer.Option(help="grouped-gemm (the experts alone) or moe-layer (router to combine).")
-    ] = "grouped-gemm",
-    model: Annotated[
-        str | None, typer.Option(help="A model written by `perfmodel fit`, or the name of a shipped one.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Store the weights in this dtype instead of the shape's.")] = None,
-    as_json: Json = False,
-) -> None:
-    """What a MoE layer costs when a fraction of its experts leaves device memory, and why."""
-    from perfmodel import hf_config, latency
-    from perfmodel import predict as predicting
-    from perfmodel.routing import routing as routing_of
-
-    offload_frac = fraction(offload, "--offload")
-    profile = _machine(hardware_name)
-    moe_shape = hf_config.resolve(shape)
-    moe_shape = replace(moe_shape, dtype=dtype) if dtype else moe_shape
-    batch = routing_of(routing, moe_shape.n_experts, moe_shape.top_k, whole(tokens, "--tokens"))
-    fitted = latency.load_model(model) if model else None
-    result = predicting.predict(profile, moe_shape, batch, offload_frac, access, op=op, model=fitted)
-    if as_json:
-        print_json(result.to_json())
-    else:
-        print_words(
-            f"{moe_shape.name} on {profile.title}, {text.count(batch.n_tokens)} tokens, {batch.name}, {access}\n"
-            f"{result}"
-        )
-
-
-def _machine(name: str) -> hardware.HardwareProfile:
-    """The machine of that name, TOML file, or capture folder."""
-    if name not in hardware.names() and Path(name).is_dir():
-        from perfmodel.capture import load_capture, profile_of
-
-        return profile_of(load_capture(name))
-    return hardware.hardware(name)
 
 
 @app.command()

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from perfmodel.physics import Array
 
 from .trees import Trees, grow, trees_from_json
-from .work import GROWS_WITH_TOKENS, HULL
+from .work import GROWS_WITH_TOKENS, HULL, LOAD
 
 COVERAGE = 0.90
 ANOMALY_LOG = 0.5  # a measurement this far (factor 1.65) from a held-out prediction is no matter of a better formula
 LEAST_FOR_SCALE = 300  # measurements below which one width serves all
 FLOOR_LOG = 0.005  # added to errors before their logarithm is taken: nothing is known to half a percent
+DIRECTIONS = ("tokens", "load", "shape")  # outside by more tokens, by how uneven experts are used, by anything else
+SLACK_OCTAVES = 0.15  # a tenth beyond the fitted range is as good as inside
 LEAST_IN_STEP = 20  # measurements that a step of a ladder rests on
 
 
@@ -29,23 +31,22 @@ class Ladder:
     def at(self, octaves: Array) -> Array:
         """The factor at a distance outside, 1 inside, null (NaN) beyond the last step."""
         steps = np.array([1.0, *self.factor, np.nan])
-        return np.asarray(steps[np.searchsorted([1e-9, *self.reach], octaves, side="left")])
+        return np.asarray(steps[np.searchsorted([0.0, *self.reach], octaves, side="left")])
 
 
 @dataclass(frozen=True, eq=False)
 class Confidence:
     """What held-out errors said: `quantile` times the scale of an item is the half-width of its interval, log units.
 
-    `scale` is null where one width serves all. `ranges` are the fitted limits of HULL; `by_tokens` and `by_shape` the
-    ladders for more tokens and for any other axis. `n_scores` errors of `n_groups` groups were seen, `n_anomalies` more
-    were beyond ANOMALY_LOG and are not what intervals speak of.
+    `scale` is null where one width serves all. `ranges` are the fitted limits of HULL, `ladders` what lies outside them
+    costs, by DIRECTIONS. `n_scores` errors of `n_groups` groups were seen, `n_anomalies` more were beyond ANOMALY_LOG
+    and are not what intervals speak of.
     """
 
     quantile: float
     scale: Trees | None
     ranges: dict[str, tuple[float, float]]
-    by_tokens: Ladder
-    by_shape: Ladder
+    ladders: dict[str, Ladder]
     n_scores: int
     n_groups: int
     n_anomalies: int
@@ -57,8 +58,10 @@ class Confidence:
 
     def half_width(self, features: Array, hull: dict[str, Array]) -> Array:
         """The half-width of each item's interval in log units, NaN where it lies too far outside to say."""
-        tokens, shape = octaves_outside(self.ranges, hull)
-        return np.asarray(self.base_half_width(features) * self.by_tokens.at(tokens) * self.by_shape.at(shape))
+        width = self.base_half_width(features)
+        for direction, octaves in octaves_outside(self.ranges, hull).items():
+            width = width * self.ladders[direction].at(octaves)
+        return np.asarray(width)
 
     def outside(self, hull: dict[str, Array]) -> list[str]:
         """The axes along which any item lies outside, as phrases that say how far; empty when inside."""
@@ -66,8 +69,9 @@ class Confidence:
         for name in HULL:
             low, high = self.ranges[name]
             values = hull[name]
-            if values.max() > high * (1 + 1e-9) or values.min() < low * (1 - 1e-9):
-                worst = values.max() if values.max() > high * (1 + 1e-9) else values.min()
+            slack = 2**SLACK_OCTAVES
+            if values.max() > high * slack or values.min() < low / slack:
+                worst = values.max() if values.max() > high * slack else values.min()
                 found.append(f"{name} {worst:.4g} outside the fitted {low:.4g} to {high:.4g}")
         return found
 
@@ -77,8 +81,7 @@ class Confidence:
             "quantile": self.quantile,
             "scale": None if self.scale is None else self.scale.to_json(),
             "ranges": {name: list(limits) for name, limits in self.ranges.items()},
-            "by_tokens": [list(self.by_tokens.reach), list(self.by_tokens.factor)],
-            "by_shape": [list(self.by_shape.reach), list(self.by_shape.factor)],
+            "ladders": {name: [list(one.reach), list(one.factor)] for name, one in self.ladders.items()},
             "n_scores": self.n_scores,
             "n_groups": self.n_groups,
             "n_anomalies": self.n_anomalies,
@@ -92,8 +95,9 @@ def confidence_from_json(content: dict[str, Any]) -> Confidence:
         quantile=_limits(0.0, content["quantile"])[1],
         scale=None if content["scale"] is None else trees_from_json(content["scale"]),
         ranges=ranges,
-        by_tokens=Ladder(*(tuple(float(x) for x in part) for part in content["by_tokens"])),
-        by_shape=Ladder(*(tuple(float(x) for x in part) for part in content["by_shape"])),
+        ladders={
+            name: Ladder(*(tuple(float(x) for x in part) for part in content["ladders"][name])) for name in DIRECTIONS
+        },
         n_scores=int(content["n_scores"]),
         n_groups=int(content["n_groups"]),
         n_anomalies=int(content["n_anomalies"]),
@@ -111,18 +115,23 @@ def ranges_of(hull: dict[str, Array]) -> dict[str, tuple[float, float]]:
     return {name: (float(values.min()), float(values.max())) for name, values in hull.items()}
 
 
-def octaves_outside(ranges: dict[str, tuple[float, float]], hull: dict[str, Array]) -> tuple[Array, Array]:
-    """How far each item lies outside, in factors of two, `[item]` each: beyond the most tokens, and along the worst of
-    all other axes. Axes that grow with tokens count as tokens where an item has more of these than were fitted."""
+def octaves_outside(ranges: dict[str, tuple[float, float]], hull: dict[str, Array]) -> dict[str, Array]:
+    """How far each item lies outside, in factors of two, `[item]` by DIRECTIONS: along the worst axis of each; SLACK is
+    inside. Where an item has more tokens than were fitted, all that grows with them counts as tokens."""
     distance = {}
     for name, (low, high) in ranges.items():
         over = np.maximum(np.log2(hull[name] / high), np.log2(low / hull[name]))
-        distance[name] = np.where(over > 1e-9, over, 0.0)
-    has_more = hull["n_tokens"] > ranges["n_tokens"][1] * (1 + 1e-9)
-    along = np.maximum.reduce([distance[name] for name in GROWS_WITH_TOKENS])
-    shape = np.maximum.reduce([distance[name] for name in HULL if name not in GROWS_WITH_TOKENS])
+        distance[name] = np.where(over > SLACK_OCTAVES, over, 0.0)
+    has_more = distance["n_tokens"] * (hull["n_tokens"] > ranges["n_tokens"][1]) > 0
     tokens = np.where(has_more, distance["n_tokens"], 0.0)
-    return tokens, np.where(has_more, shape, np.maximum(shape, along))
+    grown = np.maximum.reduce([distance[name] for name in GROWS_WITH_TOKENS])
+    load = np.maximum.reduce([distance[name] for name in LOAD])
+    shape: Array = np.maximum.reduce([distance[name] for name in HULL if name not in (*GROWS_WITH_TOKENS, *LOAD)])
+    return {
+        "tokens": tokens,
+        "load": np.where(has_more, 0.0, load),
+        "shape": np.asarray(np.where(has_more, shape, np.maximum(shape, grown))),
+    }
 
 
 def conformal_quantile(scores: Array, coverage: float = COVERAGE) -> float:
@@ -156,12 +165,14 @@ def ladder(octaves: Array, relative: Array, steps: Sequence[float]) -> Ladder:
     """How errors grow outside: for each step up to so many octaves, the quantile of `relative`, the held-out error
     over the half-width inside; at least 1, never falling. A step that too few errors reached joins the next one, and
     the last such steps are not offered."""
-    reach, factor, low = [], [], 1e-9
+    reach: list[float] = []
+    factor: list[float] = []
+    low = 0.0
     for step in steps:
-        here = (octaves > low) & (octaves <= step + 1e-9)
+        here = (octaves > low) & (octaves <= step)
         if here.sum() < LEAST_IN_STEP:
             continue
         reach.append(step)
         factor.append(max([1.0, *factor, conformal_quantile(relative[here])]))
-        low = step + 1e-9
+        low = step
     return Ladder(tuple(reach), tuple(factor))

@@ -1,7 +1,7 @@
 """Observations in, `LatencyModel` out: physical constants, a screened residual, and what held-out errors allow."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -11,11 +11,13 @@ from sklearn.base import BaseEstimator
 
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
-from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_of, total
+from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_for, total, transferred_ceilings
 from perfmodel.tile_rules import TileRule, candidates
 
+from .anomalies import anomalies
 from .confidence import (
     ANOMALY_LOG,
+    DIRECTIONS,
     Confidence,
     Ladder,
     ladder,
@@ -32,7 +34,7 @@ LEAST_FOR_TREES, LEAST_GROUPS = 250, 5
 GAIN_FRAC = 0.02  # held-out error that a residual must take away to be used
 MAX_FOLDS = 12
 TOKEN_REACH = 16.0  # how many times more tokens than fitted an interval is offered for, if it was tried
-TOKEN_STEPS, SHAPE_STEPS = (1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0)
+TOKEN_STEPS, OTHER_STEPS = (1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0)  # octaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +49,12 @@ class Forecast:
 class LatencyModel(BaseEstimator):  # type: ignore[misc]
     """Predicts latency in ns of workloads on one machine and kernel from fitted physical constants.
 
-    `fit(observations)` learns `constants_`, `residual_` (trees on the log residual, null where held-out errors did not
-    say that it helps), `confidence_` (intervals and hull) and `held_out_` (each row's prediction by a model that saw
-    nothing of its shape). Nothing is pooled across kernels, dtypes or machines.
+    `fit(observations)` learns `constants_` (of which `informed_` were fitted), `residual_` (trees on the log residual,
+    null where held-out errors did not say that it helps), `confidence_` (intervals and hull, of which
+    `typical_half_width_` is the median, log units), `anomalies_` (slices of measurements that no physics explains, in
+    words) and `held_out_` (each row's prediction by a model that saw nothing of its shape). `offload_` holds what
+    `offload.fit_offload` learned of offloaded experts, null where none were measured. Nothing is pooled across kernels,
+    dtypes or machines.
     """
 
     def __init__(self, profile: HardwareProfile, dtype: str, kernel: str, prior: Any = None) -> None:
@@ -66,7 +71,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
     @property
     def form(self) -> Form:
         """The form of the physical model that the kernel has."""
-        return form_of(self.profile.device, self.kernel)
+        return form_for(self.profile, self.kernel, self.dtype)
 
     def fit(
         self,
@@ -85,6 +90,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         measured = np.log(observations["time_ns"].to_numpy() if y is None else np.asarray(y))
         prior = self.prior or self.form.defaults
         self.tiles_, work, self.constants_ = self._tiles(observations, measured, prior)
+        self.informed_ = self.form.identified(work)
         self.ops_ = sorted(observations["op"].cast(pl.String).unique())
         self.n_observations_ = len(measured)
         groups = observations["shape"].rank("dense").to_numpy().astype(np.int64)
@@ -92,8 +98,12 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         self.residual_: Trees | None = None
         self.confidence_: Confidence | None = None
         self.held_out_: Array | None = None
+        self.anomalies_: list[str] = []
+        self.typical_half_width_: float | None = None
+        self.offload_: dict[str, Any] | None = None
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
+            self.anomalies_ = anomalies(observations, np.exp(tried.chosen(self.residual_)))
         return self
 
     def _tiles(self, observations: pl.DataFrame, measured: Array, prior: Any) -> tuple[TileRule | None, Work, Any]:
@@ -106,14 +116,12 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
             found.append((float(np.minimum(error, ANOMALY_LOG).mean()), rule, work, constants))
         return min(found, key=lambda one: one[0])[1:]
 
-    def _conclude(
-        self, work: Work, measured: Array, groups: NDArray[np.int64], prior: Any, tried: "Tried"
-    ) -> None:
+    def _conclude(self, work: Work, measured: Array, groups: NDArray[np.int64], prior: Any, tried: "Tried") -> None:
         """Decide on the residual from held-out errors, and make the intervals of what is used."""
         physical, features = _physical(self, work, self.constants_)
         if tried.helps(measured):
             self.residual_ = _residual(features, measured - np.log(physical))
-        predicted = tried.hybrid if self.residual_ is not None else tried.physical
+        predicted = tried.chosen(self.residual_)
         self.held_out_ = np.exp(predicted)
         error = np.abs(predicted - measured)
         normal = error < ANOMALY_LOG
@@ -121,13 +129,16 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
             return
         quantile, scale = width_of(features[normal], error[normal], groups[normal])
         hull = hull_features(work, self.roof)
-        inside = Confidence(
-            quantile, scale, ranges_of(hull), Ladder(), Ladder(), int(normal.sum()), tried.n_groups, int((~normal).sum())
-        )
-        relative = error / inside.base_half_width(features)
-        by_shape = ladder(tried.octaves[normal], relative[normal], SHAPE_STEPS)
-        by_tokens = self._by_tokens(work, measured, prior, inside)
-        self.confidence_ = Confidence(**{**vars(inside), "by_shape": by_shape, "by_tokens": by_tokens})
+        none = {direction: Ladder() for direction in DIRECTIONS}
+        n_anomalies = int((~normal).sum())
+        inside = Confidence(quantile, scale, ranges_of(hull), none, int(normal.sum()), tried.n_groups, n_anomalies)
+        relative = (error / inside.base_half_width(features))[normal]
+        ladders = {
+            direction: ladder(tried.octaves[direction][normal], relative, OTHER_STEPS) for direction in DIRECTIONS
+        }
+        ladders["tokens"] = self._by_tokens(work, measured, prior, inside)
+        self.confidence_ = replace(inside, ladders=ladders)
+        self.typical_half_width_ = float(np.median(inside.base_half_width(features)))
 
     def _by_tokens(self, work: Work, measured: Array, prior: Any, inside: Confidence) -> Ladder:
         """How errors grow with more tokens than were fitted, tried on the smaller batches of these observations."""
@@ -146,7 +157,25 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
 
     def predict(self, observations: pl.DataFrame) -> Array:
         """Predicted latency of each row, ns `[row]`."""
-        return self.forecast(work_of(observations, self.tiles_)).ns
+        return self.forecast(self.work(observations)).ns
+
+    def work(self, observations: pl.DataFrame, machine: HardwareProfile | None = None) -> Work:
+        """Observations as work for this model's kernel, its launches configured as on `machine`, where given.
+
+        Raises InputError for a machine of another kind of device, and for another dtype.
+        """
+        if machine is not None and machine.device != self.profile.device:
+            raise InputError(
+                f"the model was fitted on a {self.profile.device} ({self.profile.name}), {machine.name!r} is a "
+                f"{machine.device}"
+            )
+        if set(observations["dtype"].unique()) != {self.dtype}:
+            found = ", ".join(observations["dtype"].unique())
+            raise InputError(f"the model is of {self.dtype}, these observations of {found}")
+        tiles = self.tiles_
+        if tiles is not None and machine is not None:
+            tiles = replace(tiles, machine=machine.name)
+        return work_of(observations, tiles)
 
     def forecast(self, work: Work, profile: HardwareProfile | None = None) -> Forecast:
         """Latency of each item of work with its interval, on this model's machine or on another of the same kind."""
@@ -167,7 +196,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
 
 def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]:
     """Where observations lie along the axes of HULL on the model's machine, `[row]` by axis."""
-    return hull_features(work_of(observations, model.tiles_), model.roof)
+    return hull_features(model.work(observations), model.roof)
 
 
 def base_half_width(model: LatencyModel, work: Work) -> Array | None:
@@ -194,8 +223,6 @@ def _physical(
     model: LatencyModel, work: Work, constants: Any, profile: HardwareProfile | None = None
 ) -> tuple[Array, Array]:
     """Physical predictions, ns `[item]`, and the features that a residual is learned from."""
-    from perfmodel.physics import transferred_ceilings
-
     roof = model.roof if profile is None else transferred_ceilings(profile, model.dtype, model.profile)
     parts = model.form.resident_parts(work, roof, constants)
     return work.mean(total(parts)), residual_features(work, parts)
@@ -207,9 +234,7 @@ def _residual(features: Array, residual: Array) -> Trees:
     return grow(features[kept], residual[kept], least=40 if kept.sum() > 1000 else 20)
 
 
-def _train(
-    model: LatencyModel, work: Work, measured: Array, prior: Any, start: Any
-) -> tuple[Any, Trees | None]:
+def _train(model: LatencyModel, work: Work, measured: Array, prior: Any, start: Any) -> tuple[Any, Trees | None]:
     """Constants and, with enough rows, the residual, of some of the observations."""
     constants = fit_constants(model.form, work, measured, model.roof, prior, start=start, n_steps=12)
     if len(measured) < LEAST_FOR_TREES:
@@ -238,8 +263,12 @@ class Tried:
 
     physical: Array
     hybrid: Array
-    octaves: Array
+    octaves: dict[str, Array]
     n_groups: int
+
+    def chosen(self, residual: Trees | None) -> Array:
+        """The predictions of what is used."""
+        return self.physical if residual is None else self.hybrid
 
     def helps(self, measured: Array) -> bool:
         """Whether the residual takes away at least GAIN_FRAC of the held-out error, and none of the tail's is added."""
@@ -263,7 +292,8 @@ def _held_out(
     names = np.random.default_rng(0).permutation(np.unique(groups))
     if len(names) < 3:
         return None
-    physical, hybrid, octaves = (np.zeros(len(measured)) for _ in range(3))
+    physical, hybrid = np.zeros(len(measured)), np.zeros(len(measured))
+    octaves = {direction: np.zeros(len(measured)) for direction in DIRECTIONS}
     hull = hull_features(work, model.roof)
     folds = np.array_split(names, min(n_folds, len(names)))
     for i, fold in enumerate(folds, 1):
@@ -277,5 +307,7 @@ def _held_out(
         physical[held] = np.log(_predict(model, asked, constants, None)[0])
         hybrid[held] = np.log(_predict(model, asked, constants, residual)[0])
         ranges = ranges_of({name: values[~held] for name, values in hull.items()})
-        octaves[held] = octaves_outside(ranges, {name: values[held] for name, values in hull.items()})[1]
+        outside = octaves_outside(ranges, {name: values[held] for name, values in hull.items()})
+        for direction, values in outside.items():
+            octaves[direction][held] = values
     return Tried(physical, hybrid, octaves, len(names))

@@ -25,15 +25,22 @@ def save_model(model: LatencyModel, path: str | Path) -> None:
         "kind": KIND,
         "dtype": model.dtype,
         "kernel": model.kernel,
-        "hardware": {**asdict(model.profile), "quantities": {k: asdict(q) for k, q in model.profile.quantities.items()}},
+        "hardware": {
+            **asdict(model.profile),
+            "quantities": {k: asdict(q) for k, q in model.profile.quantities.items()},
+        },
         "constants": asdict(model.constants_),
         "tiles": None if model.tiles_ is None else asdict(model.tiles_),
         "residual": None if model.residual_ is None else model.residual_.to_json(),
         "confidence": None if model.confidence_ is None else model.confidence_.to_json(),
+        "typical_half_width": model.typical_half_width_,
+        "anomalies": model.anomalies_,
+        "informed": model.informed_,
         "ops": model.ops_,
         "n_observations": model.n_observations_,
         "errors": getattr(model, "errors_", None),
         "points": getattr(model, "points_", None),
+        "offload": model.offload_,
         "evidence": getattr(model, "evidence_", {}),
     }
     beside = Path(path).with_name(Path(path).name + ".part")
@@ -48,7 +55,7 @@ def _readable(content: dict[str, Any]) -> str:
     """JSON with one line a key; what is long (trees, points) stands in one line each."""
     lines = []
     for key, value in content.items():
-        is_long = key in ("residual", "confidence", "points")
+        is_long = key in ("residual", "confidence", "points", "offload")
         lines.append(f" {json.dumps(key)}: {json.dumps(value, indent=None if is_long else 1)}")
     return "{\n" + ",\n".join(lines) + "\n}"
 
@@ -94,6 +101,9 @@ def _model(content: dict[str, Any]) -> LatencyModel:
     model.tiles_ = None if content["tiles"] is None else TileRule(**content["tiles"])
     model.residual_ = None if content["residual"] is None else trees_from_json(content["residual"])
     model.confidence_ = None if content["confidence"] is None else confidence_from_json(content["confidence"])
+    model.typical_half_width_ = content["typical_half_width"]
+    model.anomalies_, model.informed_ = list(content["anomalies"]), list(content["informed"])
     model.ops_, model.n_observations_ = list(content["ops"]), int(content["n_observations"])
+    model.offload_ = content["offload"]  # read by `offload.from_json`, which checks it
     model.errors_, model.points_, model.evidence_ = content["errors"], content["points"], content["evidence"]
     return model

@@ -7,6 +7,7 @@ import numpy as np
 import sklearn
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingRegressor
+from threadpoolctl import threadpool_limits
 
 Array = NDArray[np.float64]
 SIGNIFICANT = 7  # digits of thresholds and leaves in a file
@@ -50,15 +51,13 @@ class Trees:
 
 def trees_from_json(content: dict[str, Any]) -> Trees:
     """What `to_json` gave; raises ValueError, KeyError or TypeError on what it could not have given."""
-    whole = {name: np.array(content[name], dtype=np.int64) for name in ("feature", "left", "right")}
-    real = {name: np.array(content[name], dtype=np.float64) for name in ("threshold", "value")}
-    shapes = {array.shape for array in (*whole.values(), *real.values())}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+    feature, left, right = (np.array(content[name], dtype=np.int64) for name in ("feature", "left", "right"))
+    threshold, value = (np.array(content[name], dtype=np.float64) for name in ("threshold", "value"))
+    if feature.ndim != 2 or {one.shape for one in (left, right, threshold, value)} != {feature.shape}:
         raise ValueError("shape")
-    n_nodes = next(iter(shapes))[1]
-    if not all(0 <= array.min() and array.max() < n_nodes for array in (whole["left"], whole["right"])):
+    if any(one.min() < 0 or one.max() >= feature.shape[1] for one in (left, right)) or feature.min() < 0:
         raise ValueError("node")
-    return Trees(base=float(content["base"]), depth=int(content["depth"]), **whole, **real)
+    return Trees(float(content["base"]), int(content["depth"]), feature, threshold, left, right, value)
 
 
 def _rounded(values: Array) -> list[list[float]]:
@@ -79,7 +78,9 @@ def grow(features: Array, target: Array, *, n_trees: int = 150, n_leaves: int = 
         l2_regularization=5.0,
         early_stopping=False,
         random_state=0,
-    ).fit(features, target)
+    )
+    with threadpool_limits(1):  # a few thousand rows: threads would wait for each other
+        boosted.fit(features, target)
     trees = _arrays(boosted)
     if not np.allclose(trees.predict(features), boosted.predict(features), rtol=1e-6, atol=1e-9):
         raise RuntimeError(f"scikit-learn {sklearn.__version__} keeps boosted trees in a form that is not known here")

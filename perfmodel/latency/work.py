@@ -35,7 +35,7 @@ def work_of(observations: pl.DataFrame, tiles: TileRule | None = None) -> Work:
     counts, routing_of, item_of = _routings(observations)
 
     def column(name: str) -> Array:
-        return observations[name].cast(pl.Float64).fill_null(0.0).to_numpy()[item_of]
+        return np.asarray(observations[name].cast(pl.Float64).fill_null(0.0).to_numpy()[item_of])
 
     op = observations["op"].cast(pl.String)
     is_layer = op.is_in(LAYER_OPS).to_numpy()[item_of]
@@ -94,6 +94,7 @@ HULL = (
     "n_experts",
 )
 GROWS_WITH_TOKENS = ("n_tokens", "rows_per_active_expert", "compute_over_memory")
+LOAD = ("active_frac", "max_over_mean_load")
 
 
 def hull_features(work: Work, roof: Ceilings) -> dict[str, Array]:
@@ -120,7 +121,7 @@ def residual_features(work: Work, parts: Parts) -> Array:
     latency = np.add.reduce([parts[name] for name in parts])
 
     def part(*names: str) -> Array:
-        return np.add.reduce([np.zeros_like(latency), *(parts[name] for name in names if name in parts)])
+        return np.asarray(np.add.reduce([np.zeros_like(latency), *(parts[name] for name in names if name in parts)]))
 
     columns = [
         np.log(latency),

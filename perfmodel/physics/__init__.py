@@ -4,7 +4,8 @@
 Every formula has its number in docs/model.md. Times are ns, rates per second.
 """
 
-from .forms import PYTORCH_KERNEL, Form, form_of
+from .blas import BlasConstants
+from .forms import PYTORCH_KERNEL, Form, form_for, form_of
 from .priors import Prior
 from .tiled import Kernel, TiledConstants
 from .work import (
@@ -39,6 +40,7 @@ __all__ = [
     "TILE_FIELDS",
     "TILE_ROWS",
     "Array",
+    "BlasConstants",
     "Ceilings",
     "Counts",
     "Form",
@@ -51,6 +53,7 @@ __all__ = [
     "attainable_flops_per_s",
     "ceilings",
     "element_bytes",
+    "form_for",
     "form_of",
     "ideal_work",
     "smooth_max",

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from . import tiled
+from perfmodel.hardware import HardwareProfile
+
+from . import blas, tiled
 from .priors import Prior
-from .work import Ceilings, Parts, Work
+from .work import Array, Ceilings, Parts, Work
 
 PYTORCH_KERNEL = "torch.nn.functional.grouped_mm"
 
@@ -16,7 +18,8 @@ class Form:
     """A form of the model: its constants with priors, and functions of work, ceilings and constants.
 
     `identified(work)` names the constants that measurements of this work inform; `prepare(work)` does once what does
-    not depend on constants; `parts(prepared, roof, constants)` gives the latency by part, ns `[batch]`.
+    not depend on constants; `parts(prepared, roof, constants)` gives the latency by part, ns `[batch]`;
+    `gemm_roofs(work, roof, constants)` the time to compute and to move memory of each grouped GEMM, ns `[batch]`.
     """
 
     name: str
@@ -25,6 +28,7 @@ class Form:
     identified: Callable[[Work], list[str]]
     prepare: Callable[[Work], Any]
     parts: Callable[[Any, Ceilings, Any], Parts]
+    gemm_roofs: Callable[[Work, Ceilings, Any], list[tuple[Array, Array]]]
     kernel: tiled.Kernel | None = None
 
     def resident_parts(self, work: Work, roof: Ceilings, constants: Any) -> Parts:
@@ -43,16 +47,33 @@ class Form:
         return type(self.defaults)(**values)
 
 
-def form_of(device: str, kernel: str, compute_capability: str | None = None) -> Form:
-    """The form of a kernel on a `gpu` or `cpu`, by what its name and the GPU's compute capability say of it."""
+def form_of(device: str, kernel: str, dtype: str = "bf16", n_threads: int = 1) -> Form:
+    """The form of a kernel on a `gpu` or `cpu`, by what its name says of it; a CPU's depends on dtype and threads."""
     if device == "cpu":
-        return _blas()
-    is_sm90 = kernel.startswith(PYTORCH_KERNEL) and (compute_capability or "9.0").startswith("9.")
-    return _tiled(tiled.Kernel(sm90_rule=is_sm90, needs_alignment="triton" in kernel.lower()))
+        return _blas(dtype, n_threads)
+    name = kernel.lower()
+    return _tiled(tiled.Kernel(sm90_rule=name.startswith(PYTORCH_KERNEL), needs_alignment="triton" in name))
 
 
-def _blas() -> Form:
-    raise NotImplementedError
+def form_for(profile: HardwareProfile, kernel: str, dtype: str) -> Form:
+    """The form of a kernel on a machine; a CPU computes with as many threads as its profile has cores."""
+    n_cores = profile.first("n_cores_count")
+    return form_of(profile.device, kernel, dtype, 1 if n_cores is None else int(n_cores[1].value))
+
+
+def _blas(dtype: str, n_threads: int) -> Form:
+    return Form(
+        "blas",
+        blas.FP32_DEFAULTS if dtype == "fp32" else blas.NARROW_DEFAULTS,
+        blas.PRIORS,
+        blas.identified,
+        lambda work: blas.prepare(work, n_threads),
+        blas.resident_parts,
+        lambda work, roof, c: [
+            (one.compute.sum(axis=1), (one.weights + one.activations).sum(axis=1))
+            for one in blas.expert_roofs(work, roof, c, n_threads)
+        ],
+    )
 
 
 def _tiled(kernel: tiled.Kernel) -> Form:
@@ -63,5 +84,6 @@ def _tiled(kernel: tiled.Kernel) -> Form:
         lambda work: tiled.identified(work, kernel),
         lambda work: tiled.prepare(work, kernel),
         tiled.resident_parts,
+        lambda work, roof, c: tiled.gemm_roofs(tiled.prepare(work, kernel), roof, c),
         kernel,
     )

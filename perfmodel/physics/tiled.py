@@ -12,7 +12,7 @@ from perfmodel.text import NS_PER_S
 from .priors import Prior
 from .work import TILE_FIELDS, TILE_ROWS, Array, Ceilings, Index, Parts, Work, smooth_max, sum_parts
 
-TILE_COLS = 128
+TILE_COLS, STEP_TERMS = 128, 64  # what is assumed of a tile that is not known, and what overheads are scaled to
 ALIGNED = 16  # elements: a row of weights of another length is not read in vectors by kernels that Triton compiles
 # PyTorch's grouped_mm on SM90 (aten/src/ATen/native/cuda/GroupMM.cu at 06c0cf0) does not tune: with at most this many
 # rows per expert on average, or columns, it takes tiles of 64 x 128, else of 128 x 256.
@@ -27,6 +27,7 @@ class TiledConstants:
     eff_memory: float = 1.0  # share of the streaming rate when reading weights
     tile_overhead_rows: float = 107.0  # a tile of m rows costs as much as m + this many
     tile_overhead_cols: float = 30.0  # a tile of n columns costs as much as n + this many
+    step_overhead_terms: float = 16.0  # a step through K by t terms costs as much as t + this many
     tile_overhead_terms: float = 150.0  # a tile costs as much as inner products of K + this many terms
     smooth_p: float = 3.0  # sharpness of the maximum of compute and memory
     call_ns: float = 4000.0  # one grouped GEMM call on the device
@@ -45,6 +46,7 @@ PRIORS = {
     "eff_memory": Prior(0.08, 0.1, 1.6, anchor=True),
     "tile_overhead_rows": Prior(1.5, 1.0, 2000.0),
     "tile_overhead_cols": Prior(1.5, 0.5, 2000.0),
+    "step_overhead_terms": Prior(1.5, 0.5, 2000.0),
     "tile_overhead_terms": Prior(1.5, 1.0, 3000.0),
     "smooth_p": Prior(0.5, 1.0, 12.0, anchor=True),
     "call_ns": Prior(1.5, 100.0, 1e6),
@@ -74,6 +76,7 @@ def identified(work: Work, kernel: Kernel) -> list[str]:
     has_bare = bool((~layer).any())
     odd = kernel.needs_alignment and bool(((work.k % ALIGNED != 0) & (work.k > 0)).any())
     asked = {
+        "step_overhead_terms": work.tile is not None,
         "tile_overhead_cols": work.tile is not None or kernel.sm90_rule,
         "call_ns": has_bare,
         "layer_ns": layer.any(),
@@ -97,6 +100,7 @@ class Prepared:
     tiles: Array  # [batch, tile], how many tiles of each height all experts need
     width: Array  # [batch, gemm], columns of a tile
     columns: Array  # [batch, gemm], tiles side by side
+    step: Array  # [batch], terms of K that a tile takes at a time
     odd: Array  # [batch, gemm], 1 where rows of weights are misaligned for the kernel
     chosen: Index | None  # [batch, gemm], number of the tile's height, null where the cheapest is taken
 
@@ -107,16 +111,18 @@ def prepare(work: Work, kernel: Kernel) -> Prepared:
     tiles = work.counts.tiles[work.routing_of]
     odd = ((work.k % ALIGNED != 0) & kernel.needs_alignment).astype(np.float64)
     width = np.full(work.n.shape, float(TILE_COLS))
+    step = np.full(len(work.n), float(STEP_TERMS))
     chosen: Index | None = None
     if work.tile is not None:
         given = work.tile[:, TILE_FIELDS.index("rows")]
         chosen = np.repeat(np.abs(given[:, None] - TILE_ROWS).argmin(axis=1)[:, None], work.n.shape[1], axis=1)
         width = np.repeat(work.tile[:, [TILE_FIELDS.index("cols")]], work.n.shape[1], axis=1)
+        step = work.tile[:, TILE_FIELDS.index("terms")]
     elif kernel.sm90_rule:
         small = (n_rows[:, None] / work.n_experts[:, None] <= SM90_MEAN_ROWS) | (work.n <= SM90_COLS)
         chosen = np.where(small, TILE_ROWS.index(SM90_SMALL[0]), TILE_ROWS.index(SM90_LARGE[0]))
         width = np.where(small, float(SM90_SMALL[1]), float(SM90_LARGE[1]))
-    return Prepared(work, n_rows, n_active, tiles, width, np.ceil(work.n / width), odd, chosen)
+    return Prepared(work, n_rows, n_active, tiles, width, np.ceil(work.n / width), step, odd, chosen)
 
 
 def _tile_cost_rows(c: TiledConstants) -> Array:
@@ -126,9 +132,11 @@ def _tile_cost_rows(c: TiledConstants) -> Array:
 
 
 def _column_cost(prepared: Prepared, g: int, c: TiledConstants) -> Array:
-    """Columns' worth of compute that the tiles side by side cost, `[batch]`; one of 128 columns costs 128."""
-    width = prepared.width[:, g]
-    return np.asarray(prepared.columns[:, g] * (width + c.tile_overhead_cols) / (1 + c.tile_overhead_cols / TILE_COLS))
+    """Columns' worth of compute that the tiles side by side cost, `[batch]`; one of 128 columns, taken through K in
+    steps of 64 terms, costs 128."""
+    width = (prepared.width[:, g] + c.tile_overhead_cols) / (1 + c.tile_overhead_cols / TILE_COLS)
+    step = (1 + c.step_overhead_terms / prepared.step) / (1 + c.step_overhead_terms / STEP_TERMS)
+    return np.asarray(prepared.columns[:, g] * width * step)
 
 
 def gemm_roofs(prepared: Prepared, roof: Ceilings, c: TiledConstants) -> list[tuple[Array, Array]]:

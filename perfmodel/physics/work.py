@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +127,7 @@ class Work:
         chosen[items] = True
         keep = chosen[self.item_of]
         number = np.cumsum(chosen) - 1
-        columns = {
+        columns: dict[str, Any] = {
             name: value[keep]
             for name, value in vars(self).items()
             if isinstance(value, np.ndarray) and name != "item_of"

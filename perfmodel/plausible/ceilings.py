@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perfmodel.hardware import HardwareProfile, hardware
+from perfmodel.hardware import HardwareProfile, hardware, profile_name
 from perfmodel.plausible.folder import Folder
-
-# Names the driver gives to GPUs of which a profile with datasheet numbers is shipped; a slice (MIG) has less of each.
-KNOWN_GPUS = {"h100-sxm": r"H100 80GB HBM3", "h100-pcie": r"H100 PCIe", "gh200": r"GH200 480GB"}
 
 # Bytes per second of one lane in one direction after line coding (PCI-SIG: 2.5, 5, 8, 16, 32, 64 GT/s).
 PCIE_LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.877e9}
@@ -53,8 +50,7 @@ class Ceilings:
 
 def known_gpu(folder: Folder) -> HardwareProfile | None:
     """The shipped profile of the GPU that the manifest names, or None."""
-    name = str(folder.manifest.machine.get("gpu_name", ""))
-    found = next((profile for profile, pattern in KNOWN_GPUS.items() if re.search(pattern, name)), None)
+    found = profile_name(str(folder.manifest.machine.get("gpu_name", "")))
     return hardware(found) if found and folder.is_cuda else None
 
 

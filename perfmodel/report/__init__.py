@@ -1,7 +1,8 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
-from perfmodel.report.captures import check_page, fit_page, schedule_page
+from perfmodel.report.captures import check_page, schedule_page
 from perfmodel.report.checks import capture_page, captures_page, findings_page
+from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.traces import findings_text, trace_page
@@ -14,6 +15,7 @@ __all__ = [
     "captures_page",
     "check_page",
     "diff_page",
+    "evaluation_page",
     "findings_page",
     "findings_text",
     "fit_page",

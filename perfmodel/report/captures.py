@@ -1,6 +1,5 @@
-"""Text pages about fits, comparisons and schedules."""
+"""Text pages about comparisons of captures and schedules."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,38 +7,8 @@ from perfmodel import text
 from perfmodel.report.words import table
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
-    from perfmodel.latency import Errors, LatencyModel
     from perfmodel.regression import Verdict
     from perfmodel.schedule import LayerSchedule
-
-
-def fit_page(model: "LatencyModel", errors: dict[str, dict[str, "Errors"]]) -> str:
-    """Held-out error by shape beside the baselines, then the constants."""
-    shapes = [s for s in errors["model"] if s != "all"]
-
-    def row(shape: str) -> list[str]:
-        e = errors["model"][shape]
-        others = [text.frac(errors[who][shape].median_ape_frac) for who in ("roofline_only", "constant")]
-        return [
-            shape,
-            str(e.n),
-            *(text.frac(x) for x in (e.median_ape_frac, e.p90_ape_frac, e.worst_ape_frac)),
-            *others,
-        ]
-
-    header = ["held-out shape", "n", "median", "p90", "worst", "roofline only", "constant"]
-    constants = [[name, f"{value:.4g}"] for name, value in vars(model.constants_).items()]
-    half_width = 100 * math.expm1(model.log_half_width_)
-    return "\n\n".join(
-        [
-            f"fitted on {model.n_observations_} workloads of {model.profile.name}, {model.dtype}, {model.kernel}",
-            "absolute error of each shape, predicted without its data; last two columns: medians of the baselines\n"
-            + table([row(s) for s in [*shapes, "all"]], header),
-            table(constants, ["constant", "value"]),
-            ("" if half_width < 100 else "NOT TO BE TRUSTED: held-out errors are too large; was the machine busy?\n")
-            + f"90 % interval: +{half_width:.0f} % / -{100 * (1 - 1 / (1 + half_width / 100)):.0f} %",
-        ]
-    )
 
 
 def check_page(verdicts: "Sequence[Verdict]") -> str:

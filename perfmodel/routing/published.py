@@ -1,8 +1,8 @@
 """Token counts as a public collection of MoE measurements spread them, rebuilt from its definitions. numpy only.
 
 The collectors of ai-dynamo/aiconfigurator name how they spread tokens, but keep no counts. `balanced` has no chance in
-it and comes out as it was. `power_law_EXPONENT` was drawn without a seed, so only its distribution can be rebuilt: average
-what you compute over draws. docs/routing.md has the definitions.
+it and comes out as it was. `power_law_EXPONENT` was drawn without a seed, so only its distribution can be rebuilt:
+average what you compute over draws. docs/routing.md has the definitions.
 """
 
 import math
