@@ -1,12 +1,14 @@
 """What do k measured points make of a fitted model on something it was not fitted on?
 
     python benchmarks/adaptation.py TABLE.parquet [--repeats 12] [--only WORD]
+    python benchmarks/adaptation.py CAPTURE CAPTURE     # two real machines, each from the other's model
 
 TABLE is a moe_perf table of one GPU. No second GPU is in it, so other kernels, other dtypes and held-out shapes stand
 in for a new machine, and a made-up one: times of a kernel scaled by the model's own ratio between two profiles, real
-residuals kept (named synthetic). Sources are fitted on screened rows. Of each target 1,000 rows are predicted, and
-points come from the others: at random, or by `design` from 400 of them. A row: median and 90th percentile of absolute
-errors (mean over repeats), the worst median of a repeat, coverage and half-width of the 90 % intervals.
+residuals kept (named synthetic). Sources are fitted on screened rows. Of each target 1,000 rows are predicted (half
+of a smaller one), and points come from the others: at random, or by `design` from 400 of them. A row: median and 90th
+percentile of absolute errors (mean over repeats), the worst median of a repeat, coverage and half-width of the 90 %
+intervals.
 """
 
 import argparse
@@ -106,6 +108,12 @@ def cases(sources: dict[str, Source]) -> Iterator[Case]:
     yield Case("same kernel, nothing new", models[trt.kernel], screened(trt), hardware("h100-sxm"), trt.kernel)
 
 
+def between(a: Source, b: Source) -> Iterator[Case]:
+    """Each of two real machines from the other."""
+    for one, other in ((a, b), (b, a)):
+        yield Case(f"to {other.profile.name}", fitted(one), screened(other), other.profile, other.kernel)
+
+
 def judged(model: LatencyModel, rows: pl.DataFrame) -> list[float]:
     """Median and 90th percentile of absolute errors, coverage and median half-width of intervals, as fractions."""
     forecast = model.forecast(work_of(rows, model.tiles_))
@@ -124,7 +132,8 @@ def judged(model: LatencyModel, rows: pl.DataFrame) -> list[float]:
 def run(case: Case, n_repeats: int) -> None:
     """Print the rows of a case."""
     order = np.random.default_rng(0).permutation(case.rows.height)
-    test, rest = case.rows[np.sort(order[:N_TEST])], case.rows[np.sort(order[N_TEST:])]
+    n_test = min(N_TEST, case.rows.height // 2)
+    test, rest = case.rows[np.sort(order[:n_test])], case.rows[np.sort(order[n_test:])]
     start = transferred(case.model, case.profile, dtype=case.rows["dtype"][0], kernel=case.kernel)
     show(case.name, "0", [judged(start, test)])
     for k in RANDOM:
@@ -155,13 +164,16 @@ def show(name: str, points: str, found: list[list[float]]) -> None:
 def main() -> None:
     """Read the table and run all cases."""
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("table")
+    words.add_argument("sources", nargs="+", metavar="TABLE or CAPTURE CAPTURE")
     words.add_argument("--repeats", type=int, default=12)
     words.add_argument("--only", default="", help="cases whose name contains this")
     args = words.parse_args()
-    sources = {one.kernel: one for one in read_sources([args.table])}
+    if len(args.sources) == 2:
+        every = between(*(read_sources([path])[0] for path in args.sources))
+    else:
+        every = cases({one.kernel: one for one in read_sources(args.sources)})
     print(f"{'':34}{'points':>12} {'median':>6} {'p90':>6} {'worst':>6} {'cover':>5} {'+-':>6}")
-    for case in cases(sources):
+    for case in every:
         if args.only in case.name:
             run(case, args.repeats)
 

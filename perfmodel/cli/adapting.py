@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from perfmodel import hardware
+from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, note, print_json, print_words, whole
 from perfmodel.errors import InputError
 from perfmodel.report.adapting import calibration_page, design_page
@@ -33,8 +33,8 @@ def calibrate(
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"cannot write {out!r}: its folder does not exist")
     fitted = latency.load_model(model)
-    machine = hardware.hardware(hardware_name) if hardware_name else None
-    source = sources.only_source(sources.read_sources(captures, kernel, machine, note))
+    machine = machine_of(hardware_name) if hardware_name else None
+    source = sources.only_source(sources.read_sources(captures, kernel, machine, note, must_agree=True))
     found = adapt.calibrate(fitted, source.observations, source.profile, source.kernel)
     found.evidence_ = source.evidence | found.evidence_
     latency.save_model(found, out)
@@ -64,7 +64,7 @@ def design(
     from perfmodel import latency
 
     fitted = latency.load_model(model)
-    profile = _machine(hardware_name) if hardware_name else fitted.profile
+    profile = machine_of(hardware_name) if hardware_name else fitted.profile
     chosen = designing.design(fitted, whole(points, "--points"), profile=profile, shapes=shape or ())
     if out:
         designing.write_plan(chosen, out)
@@ -74,12 +74,3 @@ def design(
         print_words(design_page(chosen, fitted, profile.name))
     if out:
         note(f"wrote {out}")
-
-
-def _machine(name: str) -> hardware.HardwareProfile:
-    """The machine of that name, TOML file, or capture folder."""
-    if name not in hardware.names() and Path(name).is_dir():
-        from perfmodel.capture import load_capture, profile_of
-
-        return profile_of(load_capture(name))
-    return hardware.hardware(name)
