@@ -109,6 +109,8 @@ def _folds(observations: pl.DataFrame, split: str) -> list[tuple[Rows, Rows]]:
             raise InputError(f"holding out shapes needs at least 3, found {len(names)}: {', '.join(names)}")
         return [(np.flatnonzero(shapes != name), np.flatnonzero(shapes == name)) for name in names]
     if split == "random":
+        if len(rows) < N_RANDOM:
+            raise InputError(f"holding out at random needs at least {N_RANDOM} measurements, found {len(rows)}")
         parts = np.array_split(np.random.default_rng(0).permutation(rows), N_RANDOM)
         return [(np.setdiff1d(rows, part), np.sort(part)) for part in parts]
     if split == "routing":

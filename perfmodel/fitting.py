@@ -33,7 +33,7 @@ def fit_source(source: Source, progress: Callable[[str], None] = lambda _: None)
     held_out = _held_out(model, source)
     model.errors_ = errors_by_shape(held_out)
     model.points_ = _points(model, source, held_out)
-    model.evidence_ = source.evidence
+    model.evidence_ = model.evidence_ | source.evidence
     if source.offloaded.height:
         progress("fitting what offloaded experts cost")
         every = pl.concat([source.observations, source.offloaded])

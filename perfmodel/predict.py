@@ -189,7 +189,10 @@ def basis_of(profile: HardwareProfile, shape: MoEShape, model: LatencyModel | No
             f"{profile.device}; use a model of the same kind of device, or none"
         )
     roof = physics.transferred_ceilings(profile, shape.dtype, model.profile)
-    known = from_json(model.offload_) if model.offload_ else None
+    try:
+        known = from_json(model.offload_) if model.offload_ else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError("the model's constants of offloading are damaged; fit it again") from None
     return Basis(Device(profile, roof, model.form, model.constants_), model, known)
 
 

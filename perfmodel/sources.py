@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -50,21 +50,23 @@ def read_sources(
 ) -> list[Source]:
     """The measurements of capture folders and tables, one Source for each kernel on each machine, by name.
 
-    Captures of one machine, kernel and dtype are pooled; tables are split by kernel. `kernel` keeps those whose name
-    contains it, in any case. `machine` stands for the GPU of a table where no shipped profile does. Raises
-    NotComparableError for captures that differ and `must_agree`, and InputError for what is no source or where nothing
-    is left.
+    Captures of one machine, kernel and dtype are pooled; tables are split by kernel. `kernel` keeps the one of that
+    name, else those whose name contains it, in any case. `machine` stands for the GPU of a table where no shipped
+    profile does. Raises NotComparableError for captures that differ and `must_agree`, and InputError for what is no
+    source or where nothing is left.
     """
     folders = [path for path in paths if Path(path).is_dir()]
-    found = [_of_captures(group, progress) for group in _groups(folders, must_agree=must_agree)]
-    for path in paths:
-        if path not in folders:
-            found += _of_table(path, machine, kernel, progress)
-    chosen = [one for one in found if kernel is None or kernel.lower() in one.kernel.lower()]
+    captures = [_of_captures(group, progress) for group in _groups(folders, must_agree=must_agree)]
+    tables = [_Table(path, *one) for path in paths if path not in folders for one in _by_kernel(path, progress)]
+    names = sorted({*(one.kernel for one in captures), *(one.kernel for one in tables)})
+    chosen = names if kernel is None else [name for name in names if name.lower() == kernel.lower()]
     if not chosen:
-        names = ", ".join(sorted({one.kernel for one in found}))
-        raise InputError(f"no kernel contains {kernel!r}; there are {names}")
-    return sorted(chosen, key=lambda one: (one.kernel, one.profile.name))
+        chosen = [name for name in names if str(kernel).lower() in name.lower()]
+    if not chosen:
+        raise InputError(f"no kernel contains {kernel!r}; there are {', '.join(names)}")
+    found = [one for one in captures if one.kernel in chosen]
+    found += [_of_table(one, machine) for one in tables if one.kernel in chosen]
+    return sorted(found, key=lambda one: (one.kernel, one.profile.name))
 
 
 def only_source(sources: Sequence[Source]) -> Source:
@@ -76,7 +78,7 @@ def only_source(sources: Sequence[Source]) -> Source:
 
 
 def _groups(folders: Sequence[str], *, must_agree: bool) -> list[list[Capture]]:
-    """Captures of one machine, kernel and dtype together; where they must all agree, the first that differs is named."""
+    """Captures of one machine, kernel and dtype together; where all must agree, the first that differs is named."""
     groups: list[list[Capture]] = []
     for capture in map(load_capture, folders):
         for group in groups:
@@ -120,28 +122,33 @@ def _of_captures(captures: Sequence[Capture], progress: Progress) -> Source:
     return Source(name, kernel, profile_of(first), first.dtype, observations, offloaded, screened, evidence)
 
 
-def _of_table(path: str, machine: HardwareProfile | None, kernel: str | None, progress: Progress) -> list[Source]:
+class _Table(NamedTuple):
+    """The rows of one kernel on one GPU, as its driver names it, in a table of measurements."""
+
+    path: str
+    kernel: str
+    gpu: str
+    rows: pl.DataFrame
+
+
+def _by_kernel(path: str, progress: Progress) -> list[tuple[str, str, pl.DataFrame]]:
     table, n_left_out = read_moe_perf(path)
     _tell(n_left_out, progress)
     table = table.with_columns(is_screened=~slower_than_peers(table))
-    found = []
-    for (name, device), group in sorted(table.group_by("kernel", "machine"), key=lambda one: str(one[0])):
-        if kernel is not None and kernel.lower() not in str(name).lower():
-            continue
-        known = profile_name(str(device))
-        if machine is None and known is None:
-            raise InputError(
-                f"{Path(path).name}: no shipped hardware profile is called for by {device!r}; give one with --hardware"
-            )
-        profile = machine or hardware(str(known))
-        ordered = group.sort("shape", "hidden", "inter", "routing", "n_tokens")
-        rows = ordered.drop("is_screened", "kernel", "machine", "tp")
-        evidence = {"table": Path(path).name, "n_workloads": rows.height, "launch": "graph", "machine": str(device)}
-        dtype, screened = rows["dtype"][0], ordered["is_screened"]
-        found.append(Source(Path(path).name, str(name), profile, dtype, rows, rows[:0], screened, evidence))
-    if not found:
-        raise InputError(f"no kernel contains {kernel!r}; there are {', '.join(sorted(table['kernel'].unique()))}")
-    return found
+    return [(str(name), str(gpu), rows) for (name, gpu), rows in table.group_by("kernel", "machine")]
+
+
+def _of_table(table: _Table, machine: HardwareProfile | None) -> Source:
+    name, known = Path(table.path).name, profile_name(table.gpu)
+    if machine is None and known is None:
+        raise InputError(
+            f"{name}: no shipped hardware profile is called for by {table.gpu!r}; give one with --hardware"
+        )
+    ordered = table.rows.sort("shape", "hidden", "inter", "routing", "n_tokens")
+    rows, screened = ordered.drop("is_screened", "kernel", "machine", "tp"), ordered["is_screened"]
+    evidence = {"table": name, "n_workloads": rows.height, "launch": "graph", "machine": table.gpu}
+    profile = machine or hardware(str(known))
+    return Source(name, table.kernel, profile, rows["dtype"][0], rows, rows[:0], screened, evidence)
 
 
 def _tell(n_left_out: dict[str, int], progress: Progress) -> None:

@@ -41,6 +41,7 @@ def synthetic_model(ops: tuple[str, ...] = ("grouped_gemm", "moe_layer")) -> Lat
     ladders = {direction: Ladder() for direction in DIRECTIONS}
     quantile = SIGMAS_90 * SYNTHETIC_SIGMA
     model.confidence_ = Confidence(quantile, None, ranges_of(hull), ladders, 1000, 8, 0)
+    model.typical_half_width_ = quantile
     return model
 
 

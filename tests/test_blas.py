@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from perfmodel.capture import fitted_rows, load_capture, per_workload, profile_of, shipped_captures
 from perfmodel.latency.constants import fit_constants
 from perfmodel.latency.work import work_of
-from perfmodel.physics import Ceilings, Counts, Form, Work, blas, ceilings, total
+from perfmodel.physics import Ceilings, Counts, Work, blas, ceilings, form_of, total
 from perfmodel.physics.blas import BlasConstants
 
 ROOF = Ceilings(1e12, 1e11, ())  # 1 TFLOP/s and 100 GB/s: 1000 FLOP and 100 bytes per ns
@@ -210,7 +210,7 @@ def test_a_fit_finds_the_constants_that_made_up_times_follow() -> None:
     k, n = (np.repeat([shape[i] for shape in shapes], len(n_rows)).astype(float) for i in range(2))
     work = replace(work, k=k[:, None], n=n[:, None])
     truth = replace(BlasConstants(), eff_memory=0.6, pack_passes=1.1, call_rows=20.0, active_ns=2000.0, page_ns=1500.0)
-    form = Form("blas", BlasConstants(), blas.PRIORS, blas.identified, blas.prepare, blas.resident_parts)
+    form = form_of("cpu", "made up", "fp32")
     found = fit_constants(form, work, np.log(latency(work, truth)), ROOF, BlasConstants())
     for name in ("eff_memory", "pack_passes", "call_rows", "page_ns"):
         assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.1), name
@@ -224,9 +224,7 @@ def test_the_form_describes_the_shipped_captures_of_cpus(path) -> None:  # type:
     observations, _ = fitted_rows(per_workload(capture.observations), capture.dtype)
     work, roof = work_of(observations), ceilings(profile_of(capture), capture.dtype)
     n_threads = int(capture.manifest["settings"]["threads"])
-    form = Form(
-        "blas", BlasConstants(), blas.PRIORS, blas.identified, lambda w: blas.prepare(w, n_threads), blas.resident_parts
-    )
+    form = form_of("cpu", "measured", "fp32", n_threads)
     measured = observations["time_ns"].to_numpy()
     fitted = fit_constants(form, work, np.log(measured), roof, BlasConstants())
     predicted = work.mean(total(form.resident_parts(work, roof, fitted)))

@@ -22,8 +22,9 @@ from perfmodel.capture import (
     shipped_captures,
 )
 from perfmodel.errors import InputError
-from perfmodel.fitting import fit_captures
+from perfmodel.fitting import fit_source
 from perfmodel.regression import check
+from perfmodel.sources import only_source, read_sources
 from tests.captures_made import GPU_CALIBRATION, GPU_MODES, write_gpu_capture, write_synthetic_capture
 from tests.conftest import ROOT
 
@@ -117,14 +118,16 @@ def test_a_fit_takes_resident_launched_rows_of_the_settings_dtype_and_counts_the
     folder: Path, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    model, _ = fit_captures([str(folder)], said.append)
+    source = only_source(read_sources([str(folder)], progress=said.append))
+    model = fit_source(source)
     # By hand: 3 batch sizes of 4 shape-and-dtype pairs (one of them fp8), 8 modes of a layer and 2 bare GEMMs of each.
     assert said[:3] == [
-        "left out: 30 workloads of a dtype other than bf16",
-        "left out: 54 workloads with offloaded experts",
-        "left out: 9 workloads replayed from a CUDA graph",
+        "left out: 30 measurements of a dtype other than bf16",
+        "left out: 54 measurements with offloaded experts",
+        "left out: 9 measurements replayed from a CUDA graph",
     ]
     assert said[3] == "27 workloads of 3 shapes" and model.n_observations_ == 27
+    assert source.offloaded.height == 54 and set(source.offloaded["dtype"]) == {"bf16"}
     kept = [
         json.loads(line)
         for line in (folder / "workloads.jsonl").read_text().splitlines()
@@ -135,7 +138,7 @@ def test_a_fit_takes_resident_launched_rows_of_the_settings_dtype_and_counts_the
     for name in ("workloads.jsonl", "observations.jsonl"):
         rows = [r for r in (folder / name).read_text().splitlines() if json.loads(r)["workload"] in ids]
         (alone / name).write_text("\n".join(rows) + "\n")
-    assert vars(fit_captures([str(alone)])[0].constants_) == vars(model.constants_)
+    assert vars(fit_source(only_source(read_sources([str(alone)]))).constants_) == vars(model.constants_)
 
 
 def test_where_most_calls_are_replayed_those_are_fitted_and_never_with_the_others(made: Path) -> None:
@@ -156,7 +159,7 @@ def test_a_capture_of_offloaded_rows_alone_is_nothing_to_fit(folder: Path) -> No
     kept = [p for p in points if json.loads(p)["workload"] not in gone]
     (folder / "observations.jsonl").write_text("\n".join(kept) + "\n")
     with pytest.raises(InputError, match="gpu: no resident bf16 workload to fit a model on"):
-        fit_captures([str(folder)])
+        read_sources([str(folder)])
 
 
 def test_captures_of_several_access_modes_are_compared_workload_by_workload(made: Path, folder: Path) -> None:

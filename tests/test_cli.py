@@ -15,6 +15,8 @@ from perfmodel.capture import shipped_captures
 from perfmodel.cli import shell
 from tests.captures_made import SHAPES, write_synthetic_capture
 from tests.conftest import ROOT
+from tests.made_up import made_up_observations
+from tests.test_moe_perf import made_up_table, row
 
 PREDICT = ["predict", "--hardware", "gh200", "--shape", "olmoe", "--tokens", "64"]
 
@@ -493,3 +495,73 @@ def test_a_table_with_numbers_that_are_none_is_refused(tmp_path: Path) -> None:
     assert "no number" in refused("sweep", str(table), "--json")
     table.write_text("batch,tklqt_ns\n1.5,10\n")
     assert "no whole number" in refused("sweep", str(table))
+
+
+@pytest.fixture(scope="module")
+def made_up_table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up moe_perf table of one kernel, and a second kernel whose name begins with the first's."""
+    observations = made_up_observations(tokens=(1, 8, 64, 512, 4096))
+    rows = [
+        row(
+            kernel_source="made_up",
+            moe_dtype=dtype,
+            num_tokens=one["n_tokens"],
+            hidden_size=one["hidden"],
+            inter_size=one["inter"],
+            topk=one["top_k"],
+            num_experts=one["n_experts"],
+            moe_tp_size=1,
+            distribution=one["routing"],
+            latency=one["time_ns"] / 1e6,
+        )
+        for dtype in ("fp8", "fp8_block")
+        for one in observations.iter_rows(named=True)
+        if dtype == "fp8" or one["shape"] == observations["shape"][0]
+    ]
+    return made_up_table(tmp_path_factory.mktemp("made-up-table"), *rows)
+
+
+def test_a_model_is_judged_by_the_table_of_its_own_kernel_alone(made_up_table_path: Path, tmp_path: Path) -> None:
+    table, model = str(made_up_table_path), str(tmp_path / "model.json")
+    run("fit", table, "--kernel", "trtllm/9.9.9/made_up/fp8", "--out", model)
+    result = json.loads(run("evaluate", model, table, "--json").stdout)
+    (one,) = result["kernels"]
+    assert (one["kernel"], one["split"], one["n"]) == ("trtllm/9.9.9/made_up/fp8", "none", 75)
+    assert one["median_ape"] < 0.1 and 0.8 < one["coverage90"] <= 1 and one["baselines"] == {}
+    elsewhere = json.loads(run("evaluate", model, table, "--hardware", "h200-sxm", "--json").stdout)
+    assert elsewhere["overall"]["median_ape"] > one["median_ape"]
+    assert "is a cpu" in refused("evaluate", model, table, "--hardware", "xeon-spr")
+    assert "there are synthetic" in refused("evaluate", model, str(write_synthetic_capture(tmp_path / "cpu")))
+
+
+def test_what_cannot_be_held_out_is_left_out_and_said(made_up_table_path: Path) -> None:
+    done = run("evaluate", str(made_up_table_path), "--json")
+    result = json.loads(done.stdout)
+    assert [one["kernel"] for one in result["kernels"]] == ["trtllm/9.9.9/made_up/fp8"]
+    assert result["kernels"][0]["split"] == "shape" and result["kernels"][0]["baselines"]["interpolation"]["n"] == 75
+    assert "left out trtllm/9.9.9/made_up/fp8_block: holding out shapes needs at least 3, found 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--split", "moon"], "unknown split 'moon'; known: shape, routing, tokens, random, none"),
+        (["--split", "none"], "give MODEL.json first"),
+        (["--kernel", "marlin"], "no kernel contains 'marlin'; there are "),
+        (["--kernel", "made_up/fp8_block"], "holding out shapes needs at least 3, found 1"),
+        (["--hardware", "h900"], "known: "),
+    ],
+)
+def test_an_evaluation_that_makes_no_sense_gets_one_sentence(
+    made_up_table_path: Path, words: list[str], said: str
+) -> None:
+    assert said in refused("evaluate", str(made_up_table_path), *words)
+
+
+def test_one_source_that_cannot_be_split_gets_one_sentence_too(tmp_path: Path) -> None:
+    capture = write_synthetic_capture(tmp_path / "two", shapes=SHAPES[:2])
+    said = refused("evaluate", str(capture))
+    assert "holding out shapes needs at least 3, found 2: synthetic-a, synthetic-b" in said
+    assert said.count("\n") == 2  # what was read, and why it is refused
+    assert "give what to judge the model by" in refused("evaluate", shipped_captures()[0].name)
+    assert "no model file" in refused("evaluate", str(tmp_path / "none.json"), str(capture))

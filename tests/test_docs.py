@@ -1,9 +1,11 @@
 """Documents that cannot lie: the README's commands exist, decisions and data are indexed, names in docs are real."""
 
+import importlib
 import re
 import runpy
 import subprocess
 import sys
+from dataclasses import fields
 
 import polars as pl
 import pytest
@@ -14,8 +16,8 @@ from perfmodel.diff import diff
 from perfmodel.fusion import chains, fusion_table
 from perfmodel.groups import GROUPINGS
 from perfmodel.hardware import EVIDENCE, hardware
-from perfmodel.offload import ACCESS_MODES
-from perfmodel.physics import constant_names
+from perfmodel.offload import ACCESS_MODES, OffloadConstants
+from perfmodel.physics import BlasConstants, TiledConstants
 from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary, Straggler, spread
 from perfmodel.readers.ncu import LAUNCHES
 from perfmodel.routing import PATTERNS
@@ -33,7 +35,7 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-COMMANDS = "analyze diff sweep fusion export fit predict check captures schedule list collect app"
+COMMANDS = "analyze diff sweep fusion export fit evaluate predict check captures schedule list collect app"
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())
@@ -64,14 +66,16 @@ def test_links_between_documents_resolve() -> None:
 
 def test_the_model_page_names_every_constant_and_functions_that_exist() -> None:
     page = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
-    for name in constant_names():
-        assert name in page
-    import perfmodel.latency
-    import perfmodel.offload
-    import perfmodel.physics
-
-    for module, function in re.findall(r"`(physics|latency|offload)\.(\w+)`", page):
-        assert hasattr(getattr(perfmodel, module), function), f"{module}.{function}"
+    for constants in (TiledConstants, BlasConstants, OffloadConstants):
+        for field in fields(constants):
+            assert field.name in page, f"{constants.__name__}.{field.name}"
+    named = re.findall(
+        r"`((?:physics|latency|offload|routing|evaluation|baselines|tile_rules|explain|predict)(?:\.\w+)+)`", page
+    )
+    assert named
+    for name in named:
+        module, function = f"perfmodel.{name}".rsplit(".", 1)
+        assert hasattr(importlib.import_module(module), function), name
 
 
 def test_the_nomenclature_knows_every_pattern_access_mode_and_kind_of_evidence() -> None:

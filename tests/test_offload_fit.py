@@ -112,7 +112,13 @@ def test_a_measured_resident_time_keeps_errors_of_the_resident_model_out(made: p
 
 def test_a_fitted_model_of_the_host_leaves_only_the_merge_to_learn(made: pl.DataFrame) -> None:
     form = Form(
-        "made-up", None, {}, lambda w: [], lambda w: w, lambda w, roof, c: {"compute": w.n_rows / roof.flops_per_s}
+        "made-up",
+        None,
+        {},
+        lambda w: [],
+        lambda w: w,
+        lambda w, roof, c: {"compute": w.n_rows / roof.flops_per_s},
+        lambda w, roof, c: [],
     )
     cpu = made.filter(pl.col("access").is_in(["cpu", "resident"]) & (pl.col("shape") == "olmoe"))
     found = fit_offload(synthetic_model(), cpu, host=Host(form, Ceilings(1.0, 1.0, ()), None))

@@ -206,6 +206,7 @@ def test_a_fitted_model_of_the_host_says_what_the_host_does() -> None:
         lambda w: [],
         lambda w: w,
         lambda w, roof, c: {"compute": c * w.n_rows + 10.0 * w.n_experts},
+        lambda w, roof, c: [],
     )
     d = device(host=Host(made_up, ROOF, 50_000.0))
     crossing = 256 * 2 * (K / 5e9 + N / 10e9) * 1e9

@@ -6,10 +6,14 @@ import pytest
 from perfmodel import report
 from perfmodel.analysis import analyse
 from perfmodel.diff import diff
+from perfmodel.fitting import fit_source
 from perfmodel.hardware import hardware
+from perfmodel.latency import LatencyModel
 from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary
 from perfmodel.readers import read_trace
+from perfmodel.sources import Source
 from perfmodel.trace import Trace
+from tests.made_up import MADE_UP_KERNEL, made_up_machine, made_up_observations
 from tests.traces_made import events, golden_rows, kernel, launch
 
 LONG = "void at::native::vectorized_elementwise_kernel<4, " + "x" * 5000 + ", AddFunctor<float>>"
@@ -98,3 +102,37 @@ def test_pages_of_real_traces_keep_their_width_and_their_totals(row: dict[str, s
     assert found.gaps["gap_ns"].sum() == (found.metrics.gpu_idle_ns or 0)
     sides = report.diff_page(diff(trace, trace), (row["file"], row["file"]), 5, 120)
     assert max(map(len, sides.split("\n"))) <= 120
+
+
+def fitted_page(tokens: tuple[int, ...], routings: tuple[str, ...]) -> tuple[LatencyModel, str]:
+    observations = made_up_observations(tokens=tokens, routings=routings)
+    screened = observations["time_ns"] > 0
+    source = Source(
+        "made up",
+        MADE_UP_KERNEL,
+        made_up_machine(),
+        "bf16",
+        observations,
+        observations[:0],
+        screened,
+        {"launch": "graph"},
+    )
+    model = fit_source(source)
+    return model, report.fit_page(model)
+
+
+def test_the_page_of_a_fit_says_what_was_fitted_how_well_and_how_surely() -> None:
+    model, page = fitted_page((1, 8, 64, 512, 4096), ("balanced", "power_law_1.2"))
+    assert "fitted on 50 workloads of synthetic-gpu, bf16, synthetic/1.0/made_up_kernel/bf16" in page
+    assert all(shape in page for shape in model.errors_["model"]) and "roofline only" in page
+    (line,) = (line for line in page.split("\n") if line.startswith("call_ns"))
+    assert line.split() == ["call_ns", "4000", "not", "measured,", "the", "default"]
+    assert "not measured" not in next(line for line in page.split("\n") if line.startswith("layer_ns"))
+    assert "interval      90 %, typically +" in page and "of 5 shapes" in page
+
+
+def test_the_page_of_a_fit_to_few_measurements_promises_no_interval() -> None:
+    model, page = fitted_page((64,), ("balanced",))
+    assert model.confidence_ is None
+    assert "interval      none: too few measurements could be held out" in page
+    assert "residual      not used" in page and "nan" not in page.lower().split()

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from perfmodel.capture import Capture, fitted_rows, load_capture, per_workload, profile_of, shipped_captures
-from perfmodel.fitting import fit_captures
+from perfmodel.fitting import fit_source
 from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
 from perfmodel.latency import load_model, shipped_models
 from perfmodel.predict import predict
 from perfmodel.readers import read_trace
 from perfmodel.routing import routing
+from perfmodel.sources import only_source, read_sources
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "data" / "golden_predictions.json"
@@ -55,7 +56,7 @@ def test_its_traces_read_and_hold_the_named_ranges(capture: Capture) -> None:
 def test_the_shipped_model_is_fitted_on_this_capture(capture: Capture) -> None:
     model = load_model(capture.name)
     assert [c["digest"] for c in model.evidence_["captures"]] == [capture.digest], "run `python docs/regenerate.py`"
-    again, _ = fit_captures([str(capture.path)])
+    again = fit_source(only_source(read_sources([str(capture.path)])))
     observations, _ = fitted_rows(per_workload(capture.observations), model.dtype)
     assert again.predict(observations) == pytest.approx(model.predict(observations), rel=0.02)
 

@@ -19,12 +19,14 @@ name = st.selectbox("Capture", list(captures))
 capture, model = captures[name]
 left, right = st.columns(2)
 with left:
-    loading.chart(figures.parity(model.held_out_, model.errors_["model"]["all"]), "Predicted against measured latency")
+    loading.chart(figures.parity(model.points_, model.errors_["model"]["all"]), "Predicted against measured latency")
 with right:
     measured, _ = fitted_rows(per_workload(capture.observations), model.dtype)
     points = roofline.points(measured, model.profile)
     loading.chart(figures.roofline(model.profile, model.dtype, points), "Roofline of the measured machine")
-st.caption(f"A prediction's 90 % interval is a factor of {math.exp(model.log_half_width_):.2f} either way.")
+if model.typical_half_width_ is not None:
+    factor = math.exp(model.typical_half_width_)
+    st.caption(f"A prediction's 90 % interval is typically a factor of {factor:.2f} either way.")
 table = pl.DataFrame(
     [
         {"shape": shape, "points": errors["n"], "median error": text.frac(errors["median_ape_frac"])}

@@ -22,7 +22,7 @@ if captures:
     left, right = st.columns(2)
     with left:
         loading.chart(
-            figures.parity(model.held_out_, overall),
+            figures.parity(model.points_, overall),
             f"Predicted against measured latency, capture {name}; median error {text.frac(overall['median_ape_frac'])}",
         )
         st.caption("Every shape was predicted by a model that had not seen it. Capture and machine:")

@@ -73,18 +73,18 @@ def evaluate(
     from perfmodel.sources import read_sources
 
     is_model = sources[0] in shipped_models() or sources[0].endswith(".json")
+    if is_model and len(sources) == 1:
+        raise InputError("give what to judge the model by: a capture folder or a moe_perf table")
     given = load_model(sources[0]) if is_model else None
     chosen = split or ("none" if given else "shape")
     if chosen not in evaluation.SPLITS:
         raise InputError(f"unknown split {chosen!r}; known: {', '.join(evaluation.SPLITS)}")
     if chosen == "none" and given is None:
         raise InputError("without a split there is nothing to judge but a model: give MODEL.json first")
-    if is_model and len(sources) == 1:
-        raise InputError("give what to judge the model by: a capture folder or a moe_perf table")
     machine = machine_of(hardware_name) if hardware_name else None
     wanted = kernel or (None if given is None else given.kernel)
-    found = []
-    for source in read_sources(sources[is_model:], wanted, machine, note):
+    found, read = [], read_sources(sources[is_model:], wanted, machine, note)
+    for source in read:
         model = given if chosen == "none" and given else LatencyModel(source.profile, source.dtype, source.kernel)
         if chosen != "none" and given is not None and type(given.constants_) is type(model.form.defaults):
             model.prior = given.constants_
@@ -95,7 +95,7 @@ def evaluate(
                 )
             )
         except InputError as error:
-            if len(sources[is_model:]) == 1 and kernel is None:
+            if len(read) > 1 and kernel is None:
                 note(f"left out {source.kernel}: {error}")
                 continue
             raise

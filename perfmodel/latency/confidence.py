@@ -88,26 +88,39 @@ class Confidence:
         }
 
 
-def confidence_from_json(content: dict[str, Any]) -> Confidence:
-    """What `to_json` gave; raises ValueError, KeyError or TypeError on what it could not have given."""
-    ranges = {name: _limits(*content["ranges"][name]) for name in HULL}
+def confidence_from_json(content: dict[str, Any], n_features: int | None = None) -> Confidence:
+    """What `to_json` gave; raises ValueError, KeyError or TypeError on what it could not have given, trees that ask for
+    more than `n_features` features among it."""
+    numbers = {name: int(content[name]) for name in ("n_scores", "n_groups", "n_anomalies")}
+    if min(numbers.values()) < 0:
+        raise ValueError("number")
     return Confidence(
         quantile=_limits(0.0, content["quantile"])[1],
-        scale=None if content["scale"] is None else trees_from_json(content["scale"]),
-        ranges=ranges,
-        ladders={
-            name: Ladder(*(tuple(float(x) for x in part) for part in content["ladders"][name])) for name in DIRECTIONS
-        },
-        n_scores=int(content["n_scores"]),
-        n_groups=int(content["n_groups"]),
-        n_anomalies=int(content["n_anomalies"]),
+        scale=None if content["scale"] is None else trees_from_json(content["scale"], n_features),
+        ranges={name: _range(*content["ranges"][name]) for name in HULL},
+        ladders={name: _ladder(*content["ladders"][name]) for name in DIRECTIONS},
+        **numbers,
     )
 
 
-def _limits(low: float, high: float) -> tuple[float, float]:
-    if not -np.inf < low <= high < np.inf:
+def _range(low: float, high: float) -> tuple[float, float]:
+    if not low > 0:  # axes are logarithms
+        raise ValueError("range")
+    low, high = _limits(low, high)
+    return low, high
+
+
+def _ladder(reach: list[float], factor: list[float]) -> Ladder:
+    if len(reach) != len(factor) or len(set(reach)) != len(reach):
+        raise ValueError("ladder")
+    return Ladder(_limits(0.0, *reach)[1:], _limits(1.0, *factor)[1:])
+
+
+def _limits(*rising: float) -> tuple[float, ...]:
+    """Finite numbers that never fall; raises ValueError for others, TypeError for what is no number."""
+    if not all(a <= b for a, b in zip(rising, [*rising[1:], np.finfo(np.float64).max], strict=True)):
         raise ValueError("limits")
-    return float(low), float(high)
+    return tuple(float(x) for x in rising)
 
 
 def ranges_of(hull: dict[str, Array]) -> dict[str, tuple[float, float]]:

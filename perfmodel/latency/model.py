@@ -9,6 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
+from perfmodel.capture_lines import GRAPH
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, form_for, total, transferred_ceilings
@@ -84,10 +85,10 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         """Fit to `time_ns` (or `y`); `n_folds` is into how many the shapes are held out in turn, at most.
 
         With fewer than three shapes nothing can be held out: then there is no residual and no interval. Raises
-        InputError for other dtypes or offloaded experts among the rows.
+        InputError for other dtypes or offloaded experts among the rows, no row, and times that are not above zero.
         """
         _require_resident(observations, self.dtype)
-        measured = np.log(observations["time_ns"].to_numpy() if y is None else np.asarray(y))
+        measured = _logarithms(observations["time_ns"].to_numpy() if y is None else np.asarray(y))
         prior = self.prior or self.form.defaults
         self.tiles_, work, self.constants_ = self._tiles(observations, measured, prior)
         self.informed_ = self.form.identified(work)
@@ -101,9 +102,14 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         self.anomalies_: list[str] = []
         self.typical_half_width_: float | None = None
         self.offload_: dict[str, Any] | None = None
+        # `fitting.fit_source` knows these; how calls were launched is known here.
+        self.errors_: Any = None
+        self.points_: Any = None
+        self.evidence_: dict[str, Any] = {"launch": GRAPH if observations["launch"].is_not_null().all() else None}
         if tried is not None:
             self._conclude(work, measured, groups, prior, tried)
-            self.anomalies_ = anomalies(observations, np.exp(tried.chosen(self.residual_)))
+            observed = observations.with_columns(time_ns=np.exp(measured))
+            self.anomalies_ = anomalies(observed, np.exp(tried.chosen(self.residual_)))
         return self
 
     def _tiles(self, observations: pl.DataFrame, measured: Array, prior: Any) -> tuple[TileRule | None, Work, Any]:
@@ -147,7 +153,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         if few.sum() < LEAST_FOR_TREES // 2 or (~few).sum() < LEAST_FOR_TREES // 4:
             return Ladder()
         small, large = np.flatnonzero(few), np.flatnonzero(~few)
-        trained = _train(self, work.take(small), measured[small], prior, self.constants_)
+        trained = _train(self, work.take(small), measured[small], prior)
         beyond = work.take(large)
         predicted, features = _predict(self, beyond, *trained)
         error = np.abs(np.log(predicted) - measured[large])
@@ -169,6 +175,8 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
                 f"the model was fitted on a {self.profile.device} ({self.profile.name}), {machine.name!r} is a "
                 f"{machine.device}"
             )
+        if observations.is_empty():
+            raise InputError("there are no observations to predict")
         if set(observations["dtype"].unique()) != {self.dtype}:
             found = ", ".join(observations["dtype"].unique())
             raise InputError(f"the model is of {self.dtype}, these observations of {found}")
@@ -182,16 +190,29 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         ns, features = _predict(self, work, self.constants_, self.residual_, profile)
         if self.confidence_ is None:
             return Forecast(ns, np.full(len(ns), np.nan))
-        return Forecast(ns, self.confidence_.half_width(features, hull_features(work, self.roof)))
+        width = self.confidence_.half_width(features, hull_features(work, self.roof))
+        return Forecast(ns, np.where(np.logical_or.reduce(list(self._unseen(work).values())), np.nan, width))
 
     def outside(self, work: Work) -> list[str]:
         """The axes along which any item lies outside what was fitted, each as a phrase; empty when inside."""
-        asked_layer = bool(work.layer.any())
-        knows_layer = any(op != "grouped_gemm" for op in self.ops_)
-        found = ["no whole layer was among the observations"] if asked_layer and not knows_layer else []
+        found = [f"{what} was among the observations" for what, items in self._unseen(work).items() if items.any()]
         if self.confidence_ is None:
-            return [*found, "no shape could be held out, so nothing is known of its errors"]
+            return [*found, "too few measurements could be held out, so nothing is known of its errors"]
         return found + self.confidence_.outside(hull_features(work, self.roof))
+
+    def _unseen(self, work: Work) -> dict[str, NDArray[np.bool_]]:
+        """Which items are of a kind that was not fitted, `[item]` by what is missing: constants of their own stayed at
+        the default, and held-out errors are those of another kind."""
+        is_layer, is_eager = work.mean(work.layer) > 0, work.mean(work.eager) > 0
+        found = {
+            "no whole layer": is_layer & all(op == "grouped_gemm" for op in self.ops_),
+            "no bare grouped GEMM": ~is_layer & ("grouped_gemm" not in self.ops_),
+        }
+        if self.profile.device == "gpu":
+            is_graph = self.evidence_.get("launch") == GRAPH
+            found["no call launched by the host"] = is_eager & is_graph
+            found["no call replayed from a graph"] = ~is_eager & (not is_graph)
+        return found
 
 
 def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]:
@@ -207,8 +228,17 @@ def base_half_width(model: LatencyModel, work: Work) -> Array | None:
     return model.confidence_.base_half_width(features)
 
 
+def _logarithms(times_ns: Array) -> Array:
+    wrong = times_ns[~((times_ns > 0) & (times_ns < np.inf))]
+    if len(wrong):
+        raise InputError(f"found {len(wrong)} times such as {wrong[0]}, expected numbers above zero")
+    return np.asarray(np.log(times_ns))
+
+
 def _require_resident(observations: pl.DataFrame, dtype: str) -> None:
     """Refuse what would be pooled although it differs: offloaded experts, another dtype."""
+    if observations.is_empty():
+        raise InputError("there are no observations to fit a model to")
     found = set(observations["access"].unique()) - {"resident"}
     if found or observations["offload_frac"].max():
         raise InputError(
@@ -228,15 +258,18 @@ def _physical(
     return work.mean(total(parts)), residual_features(work, parts)
 
 
-def _residual(features: Array, residual: Array) -> Trees:
-    """Trees on the log residual, from measurements that are no anomalies."""
+def _residual(features: Array, residual: Array) -> Trees | None:
+    """Trees on the log residual, from measurements that are no anomalies; null where most of them are."""
     kept = np.abs(residual - np.median(residual)) < ANOMALY_LOG
+    if 2 * kept.sum() < len(kept):
+        return None
     return grow(features[kept], residual[kept], least=40 if kept.sum() > 1000 else 20)
 
 
-def _train(model: LatencyModel, work: Work, measured: Array, prior: Any, start: Any) -> tuple[Any, Trees | None]:
-    """Constants and, with enough rows, the residual, of some of the observations."""
-    constants = fit_constants(model.form, work, measured, model.roof, prior, start=start, n_steps=12)
+def _train(model: LatencyModel, work: Work, measured: Array, prior: Any) -> tuple[Any, Trees | None]:
+    """Constants and, with enough rows, the residual, of some of the observations. The search begins at the prior: from
+    constants of all rows it may end in another minimum, and what is held out would have a say."""
+    constants = fit_constants(model.form, work, measured, model.roof, prior)
     if len(measured) < LEAST_FOR_TREES:
         return constants, None
     physical, features = _physical(model, work, constants)
@@ -274,9 +307,11 @@ class Tried:
         """Whether the residual takes away at least GAIN_FRAC of the held-out error, and none of the tail's is added."""
         with_it, without = (np.abs(x - measured) for x in (self.hybrid, self.physical))
         normal = without < ANOMALY_LOG
+        if not normal.any():
+            return False
         with_it, without = with_it[normal], without[normal]
         tail = np.quantile(with_it, 0.9) <= (1 + GAIN_FRAC) * np.quantile(without, 0.9)
-        return bool(tail and with_it.mean() <= (1 - GAIN_FRAC) * without.mean())
+        return bool(tail and with_it.mean() < (1 - GAIN_FRAC) * without.mean())
 
 
 def _held_out(
@@ -300,7 +335,7 @@ def _held_out(
         progress(f"holding out {i} of {len(folds)}")
         held = np.isin(groups, fold)
         train, test = np.flatnonzero(~held), np.flatnonzero(held)
-        constants, residual = _train(model, work.take(train), measured[train], prior, model.constants_)
+        constants, residual = _train(model, work.take(train), measured[train], prior)
         if len(names) < LEAST_GROUPS:
             residual = None
         asked = work.take(test)

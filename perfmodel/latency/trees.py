@@ -1,6 +1,6 @@
 """Boosted trees as plain arrays: scikit-learn grows them, JSON keeps them, numpy evaluates them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from threadpoolctl import threadpool_limits
 
 Array = NDArray[np.float64]
-SIGNIFICANT = 7  # digits of thresholds and leaves in a file
+SIGNIFICANT = 7  # digits that thresholds and leaves are kept with
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,31 +37,38 @@ class Trees:
         return np.asarray(self.base + self.value[tree, node].sum(axis=1))
 
     def to_json(self) -> dict[str, Any]:
-        """The arrays as lists, floats with SIGNIFICANT digits."""
+        """The arrays as lists; what `grow` made has few digits and comes back from JSON as it was."""
         return {
             "base": self.base,
             "depth": self.depth,
             "feature": self.feature.tolist(),
-            "threshold": _rounded(self.threshold),
+            "threshold": self.threshold.tolist(),
             "left": self.left.tolist(),
             "right": self.right.tolist(),
-            "value": _rounded(self.value),
+            "value": self.value.tolist(),
         }
 
 
-def trees_from_json(content: dict[str, Any]) -> Trees:
-    """What `to_json` gave; raises ValueError, KeyError or TypeError on what it could not have given."""
-    feature, left, right = (np.array(content[name], dtype=np.int64) for name in ("feature", "left", "right"))
-    threshold, value = (np.array(content[name], dtype=np.float64) for name in ("threshold", "value"))
-    if feature.ndim != 2 or {one.shape for one in (left, right, threshold, value)} != {feature.shape}:
+def trees_from_json(content: dict[str, Any], n_features: int | None = None) -> Trees:
+    """What `to_json` gave; raises ValueError, KeyError or TypeError on what it could not have given, trees that ask for
+    more than `n_features` features among it."""
+    real = {name: np.array(content[name], dtype=np.float64) for name in ("threshold", "value")}
+    given = {name: np.array(content[name], dtype=np.float64) for name in ("feature", "left", "right")}
+    shapes = {array.shape for array in (*given.values(), *real.values())}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
         raise ValueError("shape")
-    if any(one.min() < 0 or one.max() >= feature.shape[1] for one in (left, right)) or feature.min() < 0:
-        raise ValueError("node")
-    return Trees(float(content["base"]), int(content["depth"]), feature, threshold, left, right, value)
-
-
-def _rounded(values: Array) -> list[list[float]]:
-    return [[float(f"{value:.{SIGNIFICANT}g}") for value in row] for row in values]
+    n_nodes = next(iter(shapes))[1]
+    limits = {"feature": np.inf if n_features is None else n_features, "left": n_nodes, "right": n_nodes}
+    for name, array in given.items():
+        if not (np.isfinite(array) & (array >= 0) & (array < limits[name]) & (array == np.floor(array))).all():
+            raise ValueError(name)
+    base, depth = float(content["base"]), content["depth"]
+    if not (np.isfinite(base) and all(np.isfinite(array).all() for array in real.values())):
+        raise ValueError("value")
+    if not isinstance(depth, int) or not 0 <= depth < n_nodes:
+        raise ValueError("depth")
+    feature, left, right = (given[name].astype(np.int64) for name in ("feature", "left", "right"))
+    return Trees(base, depth, feature, real["threshold"], left, right, real["value"])
 
 
 def grow(features: Array, target: Array, *, n_trees: int = 150, n_leaves: int = 15, least: int = 40) -> Trees:
@@ -84,7 +91,19 @@ def grow(features: Array, target: Array, *, n_trees: int = 150, n_leaves: int = 
     trees = _arrays(boosted)
     if not np.allclose(trees.predict(features), boosted.predict(features), rtol=1e-6, atol=1e-9):
         raise RuntimeError(f"scikit-learn {sklearn.__version__} keeps boosted trees in a form that is not known here")
-    return trees
+    return replace(trees, threshold=_rounded_up(trees.threshold), value=_rounded(trees.value))
+
+
+def _rounded(values: Array) -> Array:
+    """Values with SIGNIFICANT digits, so that a file is short and says the same as what is in memory."""
+    return np.array([[float(f"{value:.{SIGNIFICANT}g}") for value in row] for row in values])
+
+
+def _rounded_up(thresholds: Array) -> Array:
+    """The same, but never less: many a threshold is the very value of a row, which must stay at or below it."""
+    near = _rounded(thresholds)
+    size = np.floor(np.log10(np.maximum(np.abs(near), np.finfo(np.float64).tiny)))
+    return np.where(near < thresholds, _rounded(near + 10.0 ** (size - SIGNIFICANT + 1)), near)
 
 
 def _arrays(boosted: HistGradientBoostingRegressor) -> Trees:

@@ -114,6 +114,9 @@ def hull_features(work: Work, roof: Ceilings) -> dict[str, Array]:
     return {name: work.mean(value) for name, value in zip(HULL, values, strict=True)}
 
 
+N_FEATURES, N_TILE_FEATURES = 18, 10  # columns of residual_features, and how many more where tiles are known
+
+
 def residual_features(work: Work, parts: Parts) -> Array:
     """What a learner of residuals sees of each item, `[item, feature]`: what the physics says of it, how its rows fill
     tiles, its widths, and the launch configuration where known (docs/model.md 10)."""
