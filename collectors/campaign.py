@@ -7,6 +7,7 @@ measurement is repeated; repeats inside it are not independent.
 
 import datetime
 import hashlib
+import json
 import os
 import sys
 import time
@@ -72,7 +73,11 @@ def settings_of(kind: str, *, device: str, dtypes: Sequence[str], threads: int, 
         "timing": asdict(limits),
     }  # fmt: skip
     if grid_of is not None:
-        settings |= {key: list(getattr(grid_of, key)) for key in ("shapes", "tokens", "routings")}
+        if grid_of.points:
+            content = json.dumps([asdict(point) for point in grid_of.points], sort_keys=True)
+            settings["points_sha256"] = hashlib.sha256(content.encode()).hexdigest()
+        else:
+            settings |= {key: list(getattr(grid_of, key)) for key in ("shapes", "tokens", "routings")}
     return settings
 
 

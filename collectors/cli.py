@@ -18,7 +18,7 @@ from . import machine, routing
 from .campaign import Order, collect, settings_of
 from .design import design, point_s
 from .facts import assumed_facts
-from .plan import DEVICES, DTYPES, ROUTINGS, Request, default_shapes, default_tokens
+from .plan import DEVICES, DTYPES, ROUTINGS, PlannedPoint, Request, default_shapes, default_tokens, read_points
 from .plan import plan as grid
 from .studies import PRESETS
 from .timing import CUDA, FULL, QUICK, STANDARD
@@ -123,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--runs", type=_count("--runs"), default=1, help="processes to repeat the whole measurement in")
     one.add_argument("--shapes", type=_names, help="comma list of MODEL, MODEL/DIVISOR or eE-kK-hH-iI")
     one.add_argument("--tokens", type=_token_counts, help="comma list of batch sizes in tokens")
+    one.add_argument("--points", type=Path, metavar="FILE", help="measure the points that `perfmodel design` wrote")
     one.add_argument("--routings", type=_routings, default=ROUTINGS, help=f"comma list of {', '.join(PATTERNS)}")
     one = commands.add_parser(
         "rehearse", help="run a GPU's plan on the CPU with tiny widths and check what it computes"
@@ -212,16 +213,31 @@ def _campaign(args: argparse.Namespace) -> int:
     return _collect(args, settings, Order(settings, limits, tuple(args.routing_file), started=STARTED))
 
 
+def _sweep_dtype(asked: str | None, device: str, points: Sequence[PlannedPoint]) -> str:
+    """The dtype of a sweep by its torch name: that of its points where a file gives them."""
+    if not points:
+        return asked or ("bfloat16" if device == "cuda" else "float32")
+    stored = points[0].shape.dtype
+    name = next((name for name, short in DTYPES.items() if short == stored), None)
+    if name is None or asked not in (None, name):
+        raise InputError(f"the points are of {stored}, expected {asked or ', '.join(DTYPES.values())}")
+    return name
+
+
 def _sweep(args: argparse.Namespace) -> int:
     device = _device(args.device, args.plan)
+    points = read_points(args.points) if args.points else ()
+    if points and (args.shapes or args.tokens):
+        raise InputError("--points says what is measured; --shapes and --tokens cannot be given beside it")
     request = Request(
         device=device,
-        dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        dtype=_sweep_dtype(args.dtype, device, points),
         shapes=args.shapes or default_shapes(device, args.quick),
         tokens=args.tokens or default_tokens(device, args.quick),
         routings=args.routings,
         routing_files=tuple(args.routing_file),
         seed=args.seed,
+        points=points,
     )
     limits = QUICK if args.quick else FULL
     if args.plan:

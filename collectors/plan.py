@@ -1,7 +1,13 @@
-"""Which workloads a sweep measures: the grid of shapes, batch sizes, routings and operations. Needs no torch."""
+"""Which workloads a sweep measures: a grid of shapes, batch sizes, routings and operations, or the points of a file.
 
+Needs no torch.
+"""
+
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +52,18 @@ class Request:
     routings: tuple[str, ...] = ROUTINGS
     routing_files: tuple[str, ...] = ()
     seed: int = 0
+    points: tuple["PlannedPoint", ...] = ()  # measured instead of the grid, in this order
+
+
+@dataclass(frozen=True)
+class PlannedPoint:
+    """One resident point of a file: the layer, the grouped GEMM (K, N) or null for all of it, and its batch."""
+
+    shape: MoEShape
+    gemm: tuple[int, int] | None
+    n_tokens: int
+    routing: str
+    launch: str | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,8 @@ def plan(request: Request, memory_limit_bytes: float | None) -> Plan:
     Raises InputError when nothing is left, on unknown names, and when a routing file matches no shape.
     """
     files = file_shares(request.routing_files)
+    if request.points:
+        return _of_points(request, memory_limit_bytes, files)
     shapes = [scaled_shape(name, DTYPES[request.dtype]) for name in request.shapes]
     for name, shares in files.items():
         if all(shape.n_experts != shares.shape[1] for shape in shapes):
@@ -113,6 +133,58 @@ def plan(request: Request, memory_limit_bytes: float | None) -> Plan:
     if not kept:
         raise InputError(f"nothing to measure: {'; '.join(skipped)}")
     return Plan(tuple(kept), tuple(skipped))
+
+
+def read_points(path: str | Path) -> tuple[PlannedPoint, ...]:
+    """The points of a file that `perfmodel design --out` writes: one JSON object a line (docs/captures.md).
+
+    Raises InputError naming the first line that is none, and where points have several dtypes.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the points of {str(path)!r} cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(_point(json.loads(line)))
+        except (ValueError, KeyError, TypeError, InputError) as error:
+            raise InputError(f"{Path(path).name}, line {number}, is no point of a plan: {error!r}") from None
+    dtypes = sorted({point.shape.dtype for point in found})
+    if len(dtypes) != 1:
+        raise InputError(f"{Path(path).name} has points of {len(dtypes)} dtypes, expected one")
+    return tuple(found)
+
+
+def _point(line: dict[str, Any]) -> PlannedPoint:
+    n_experts, top_k, hidden, inter, n_gemms = (
+        int(line[key]) for key in ("n_experts", "top_k", "hidden", "inter", "n_gemms")
+    )
+    shape = MoEShape(str(line["shape"]), n_experts, top_k, hidden, inter, n_gemms, dtype=str(line["dtype"]))
+    is_layer = line["op"] == "moe_layer"
+    gemm = None if is_layer else (int(line["gemm_k"]), int(line["gemm_n"]))
+    if not is_layer and (line["op"] != "grouped_gemm" or gemm not in shape.gemms):
+        raise InputError(f"op {line['op']!r} of {gemm}, expected moe_layer, or grouped_gemm of {shape.gemms}")
+    launch = line.get("launch")
+    if launch not in (None, "graph"):
+        raise InputError(f"launch {launch!r}, expected graph or none")
+    return PlannedPoint(shape, gemm, int(line["n_tokens"]), str(line["routing"]), launch)
+
+
+def _of_points(request: Request, memory_limit_bytes: float | None, files: Mapping[str, Shares]) -> Plan:
+    kept: dict[str, Workload] = {}
+    skipped = []
+    for point in request.points:
+        op = "moe_layer" if point.gemm is None else "grouped_gemm"
+        one = workload(point.shape, op, point.gemm, point.n_tokens, point.routing, request.device, request.seed, files)
+        one = replace(one, launch=point.launch)
+        if memory_limit_bytes is not None and point.shape.layer_bytes + one.activation_bytes > memory_limit_bytes:
+            skipped.append(f"{point.shape.name} with {point.n_tokens} tokens does not fit in memory")
+        else:
+            kept.setdefault(one.id, one)
+    if not kept:
+        raise InputError(f"nothing to measure: {'; '.join(skipped)}")
+    return Plan(tuple(kept.values()), tuple(skipped))
 
 
 def run_order(workloads: Sequence[Workload], seed: int, run: int, block: int | None = None) -> list[Workload]:

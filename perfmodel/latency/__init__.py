@@ -2,7 +2,7 @@
 
 from .confidence import ANOMALY_LOG, COVERAGE, Confidence, conformal_quantile
 from .constants import fit_constants
-from .model import Forecast, LatencyModel, hull_of
+from .model import Forecast, LatencyModel, base_half_width, hull_of
 from .store import FITTED_DIR, load_model, save_model, shipped_models
 from .work import HULL, hull_features, residual_features, work_of
 
@@ -14,6 +14,7 @@ __all__ = [
     "Confidence",
     "Forecast",
     "LatencyModel",
+    "base_half_width",
     "conformal_quantile",
     "fit_constants",
     "hull_features",

@@ -220,6 +220,14 @@ def hull_of(model: LatencyModel, observations: pl.DataFrame) -> dict[str, Array]
     return hull_features(model.work(observations), model.roof)
 
 
+def base_half_width(model: LatencyModel, work: Work) -> Array | None:
+    """The half-width of each item's interval in log units, were it inside the hull, `[item]`; null without any."""
+    if model.confidence_ is None:
+        return None
+    _, features = _physical(model, work, model.constants_)
+    return model.confidence_.base_half_width(features)
+
+
 def _logarithms(times_ns: Array) -> Array:
     wrong = times_ns[~((times_ns > 0) & (times_ns < np.inf))]
     if len(wrong):
