@@ -72,7 +72,7 @@ class Prediction:
             f"{text.ns(self.interval[0])} to {text.ns(self.interval[1])} ({COVERAGE:.0%} interval)"
             if self.interval
             else "no interval: "
-            + ("no fitted model" if self.basis == "datasheet" else "too far outside what the model was fitted on")
+            + ("no fitted model" if self.basis == "datasheet" else "outside what the model can vouch for, see basis")
         )
         parts = sorted(((v, k) for k, v in self.parts.items() if v > 0.0005 * self.latency_ns), reverse=True)
         lines = [
@@ -270,7 +270,7 @@ def _evidence(
     keys = (*basis.device.roof.from_keys, *(rate_keys(profile, way[0]) if way else ()))
     if model is None:
         keys += tuple(key for key in LAUNCH_KEYS if key in profile.quantities)
-    reasons = [_cited(key, profile) for key in dict.fromkeys(keys)]
+    reasons = [_cited(key, basis.device) for key in dict.fromkeys(keys)]
     capacity = profile.first("memory_capacity_bytes")
     all_layers = shape.layer_bytes * shape.n_layers
     if capacity is not None and all_layers > capacity[1].value:
@@ -299,11 +299,14 @@ def _evidence(
     return [*reasons, f"constants fitted on {model.n_observations_} observations"], "fitted", half_width
 
 
-def _cited(key: str, profile: HardwareProfile) -> str:
-    """A machine number as it enters a prediction: value, discount of a nominal peak, kind of evidence, source."""
-    quantity = profile.quantities[key]
-    discount = {"flops_per_s": physics.PEAK_GEMM_FRAC, "bytes_per_s": physics.PEAK_STREAM_FRAC}.get(_suffix(key), 1.0)
-    taken = f" x {discount}" if "_peak_" in key and not key.startswith("link_") else ""
+def _cited(key: str, device: Device) -> str:
+    """A machine number as it enters a prediction: value, what is reached of a nominal peak, evidence, source."""
+    quantity = device.profile.quantities[key]
+    value = {"flops_per_s": device.roof.flops_per_s, "bytes_per_s": device.roof.bytes_per_s}.get(_suffix(key))
+    taken = ""
+    if "_peak_" in key and not key.startswith("link_"):
+        is_roof = key in device.roof.from_keys and value is not None
+        taken = f" x {value / quantity.value:.2f}" if is_roof and value else f" x {physics.PEAK_STREAM_FRAC}"
     return f"{key} {text.in_unit(quantity.value, _suffix(key))}{taken}, {quantity.kind}: {quantity.source}"
 
 

@@ -16,6 +16,9 @@ from perfmodel.cli import traces  # noqa: F401  its commands join the applicatio
 from perfmodel.cli import latency  # noqa: F401
 
 # isort: split
+from perfmodel.cli import adapting  # noqa: F401
+
+# isort: split
 from perfmodel.cli import models  # noqa: F401
 
 # isort: split
