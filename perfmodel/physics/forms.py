@@ -1,5 +1,6 @@
 """Which form of the physical model a kernel has: tiles on a GPU, one BLAS call per expert on a CPU."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,6 +12,7 @@ from .priors import Prior
 from .work import Array, Ceilings, Parts, Work
 
 PYTORCH_KERNEL = "torch.nn.functional.grouped_mm"
+SM90 = r"\b(G?H[128]00|H20)\b"  # how titles of profiles, and drivers, name GPUs of compute capability 9.0
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,24 @@ class Form:
         return type(self.defaults)(**values)
 
 
-def form_of(device: str, kernel: str, dtype: str = "bf16", n_threads: int = 1) -> Form:
-    """The form of a kernel on a `gpu` or `cpu`, by what its name says of it; a CPU's depends on dtype and threads."""
+def form_of(device: str, kernel: str, dtype: str = "bf16", n_threads: int = 1, *, is_sm90: bool = True) -> Form:
+    """The form of a kernel on a `gpu` or `cpu`, by what its name says of it; a CPU's depends on dtype and threads.
+
+    PyTorch's tiles are known of its bf16 kernel on SM90; elsewhere the cheapest tile stands for the one it takes.
+    """
     if device == "cpu":
         return _blas(dtype, n_threads)
     name = kernel.lower()
-    return _tiled(tiled.Kernel(sm90_rule=name.startswith(PYTORCH_KERNEL), needs_alignment="triton" in name))
+    has_rule = name.startswith(PYTORCH_KERNEL) and dtype == "bf16" and is_sm90
+    return _tiled(tiled.Kernel(sm90_rule=has_rule, needs_alignment="triton" in name))
 
 
 def form_for(profile: HardwareProfile, kernel: str, dtype: str) -> Form:
     """The form of a kernel on a machine; a CPU computes with as many threads as its profile has cores."""
     n_cores = profile.first("n_cores_count")
-    return form_of(profile.device, kernel, dtype, 1 if n_cores is None else int(n_cores[1].value))
+    n_threads = 1 if n_cores is None else int(n_cores[1].value)
+    is_sm90 = re.search(SM90, profile.title) is not None
+    return form_of(profile.device, kernel, dtype, n_threads, is_sm90=is_sm90)
 
 
 def _blas(dtype: str, n_threads: int) -> Form:
