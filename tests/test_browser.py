@@ -89,7 +89,7 @@ def test_deep_links_open_their_view(page, server, path: str, heading: str) -> No
 
 def test_moving_a_slider_changes_the_prediction(page, server) -> None:
     page.goto(f"{server}/offload")
-    page.get_by_text("1.47x").first.wait_for(timeout=30_000)
+    page.get_by_text("1.49x").first.wait_for(timeout=30_000)
     handle = page.get_by_role("slider", name="Offloaded fraction")
     handle.focus()
     page.keyboard.press("Home")
