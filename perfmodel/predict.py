@@ -124,11 +124,13 @@ def work_of(shape: MoEShape, routing: Routing, op: str, launch: str = LAUNCHES[0
 @dataclass(frozen=True)
 class Settings:
     """How offloaded experts are kept and reached, beyond the access mode: how zero-copy sees two memories (null: one
-    launch over mapped pages), slots of a paged memory (null: as many as are not offloaded), and a fitted model of the
-    host CPU (null: its rates alone)."""
+    launch over mapped pages), slots of a paged memory (null: as many as are not offloaded), what the host needs to
+    launch one layer, or its bare grouped GEMMs, call by call (null: the constants), and a fitted model of the host CPU
+    (null: its rates alone)."""
 
     residency: str | None = None
     n_slots: int | None = None
+    host_ns: float | None = None
     host_model: LatencyModel | None = None
 
 
@@ -140,14 +142,19 @@ class Basis:
     model: LatencyModel | None
     offload: OffloadFit | None = None
 
-    def reaching(self, access: str, routing: Routing, settings: Settings) -> "Basis":
+    def reaching(self, access: str, routing: Routing, settings: Settings, op: str) -> "Basis":
         """The same for one access mode: with the constants that were fitted for it, where they were."""
         constants = self.device.offload
         if self.offload is not None:
             constants, _ = self.offload.constants_of(access, settings.residency)
         host = settings.host_model
+        own = self.device.constants
+        if settings.host_ns is not None and self.device.profile.device == "gpu":
+            per_call, rest = (settings.host_ns / 2, 0.0) if op == OPS[0] else (0.0, settings.host_ns)  # of two GEMMs
+            own = replace(own, host_call_ns=per_call, host_layer_ns=rest)
         device = replace(
             self.device,
+            constants=own,
             offload=constants,
             residency=settings.residency,
             n_slots=settings.n_slots,
@@ -209,8 +216,9 @@ def predict_placement(
     explained: bool = False,
 ) -> Prediction:
     """What one MoE layer costs when the placement's experts are offloaded, against all experts resident."""
-    basis = basis.reaching(access, routing, settings)
-    work = work_of(shape, routing, op, launch or basis.launch, basis.tile(shape, routing.n_tokens))
+    basis = basis.reaching(access, routing, settings, op)
+    launch = launch or ("eager" if settings.host_ns is not None else basis.launch)
+    work = work_of(shape, routing, op, launch, basis.tile(shape, routing.n_tokens))
     off = placement.offloaded
     correction, half_width = _learned(basis, work, shape)
     baseline = _corrected(basis.device.form.resident_parts(work, basis.device.roof, basis.device.constants), correction)

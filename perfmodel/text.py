@@ -64,6 +64,15 @@ def parse_bytes(words: str) -> int:
     return round(size)
 
 
+def parse_ns(words: str) -> float:
+    """How many nanoseconds does a text such as `180us` or `0.18 ms` mean; raises InputError when it names no time."""
+    found = _QUANTITY.fullmatch(words)
+    suffix, factor = UNITS.get(found[2], ("", 0.0)) if found else ("", 0.0)
+    if found is None or suffix != "ns" or not math.isfinite(float(found[1])):
+        raise InputError(f"{words!r} is not a time; expected a number and a unit, such as 180us or 0.2ms")
+    return float(found[1]) * factor
+
+
 def _scaled(value: float, steps: tuple[tuple[str, float], ...], unit: str) -> str:
     for word, factor in steps:
         if abs(value) >= 0.9995 * factor or factor == 1.0:  # 999.7 of a unit would be written 1,000

@@ -27,7 +27,10 @@ RATES = {
     "host_gemm_flops_per_s": 10e12,
 }
 MACHINE = HardwareProfile(
-    "synthetic", "made up for a test, as an H100", "gpu", {k: Quantity(v, "measured", "made up") for k, v in RATES.items()}
+    "synthetic",
+    "made up for a test, as an H100",
+    "gpu",
+    {k: Quantity(v, "measured", "made up") for k, v in RATES.items()},
 )
 SHAPES = ("olmoe", "poster", "mixtral-8x7b", "qwen3-30b-a3b")
 TOKENS, FRACS = (16, 1024, 16384, 262_144), (1 / 8, 5 / 16, 1 / 2, 1.0)

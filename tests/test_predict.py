@@ -173,3 +173,18 @@ def test_every_catalogue_shape_predicts_on_every_machine() -> None:
         for name in hw.names():
             result = predict(hardware(name), shape, routing("uniform", shape.n_experts, shape.top_k, 32))
             assert 0 < result.latency_ns < 60e9
+
+
+@pytest.mark.parametrize("op", ["grouped-gemm", "moe-layer"])
+def test_a_layer_is_no_faster_than_the_host_launches_it(op: str) -> None:
+    from perfmodel.predict import Settings
+
+    slow = predict(GH200, SMALL, routing("uniform", 16, 2, 4), op=op, settings=Settings(host_ns=3e6))
+    assert slow.latency_ns == pytest.approx(3e6)
+    assert slow.bottleneck == "launch"
+    free = predict(GH200, SMALL, routing("uniform", 16, 2, 4), op=op)
+    assert free.latency_ns < 1e6 and free.parts.get("launch", 0.0) == 0
+    quick = predict(GH200, SMALL, routing("uniform", 16, 2, 4), op=op, settings=Settings(host_ns=1.0))
+    assert quick.latency_ns == pytest.approx(free.latency_ns)
+    assumed = predict(GH200, SMALL, routing("uniform", 16, 2, 4), op=op, launch="eager")
+    assert assumed.latency_ns >= 0.999 * (16_000 if op == "grouped-gemm" else 150_000)

@@ -114,3 +114,14 @@ def test_short_names_are_left_alone_and_control_characters_are_not_printed() -> 
 )
 def test_figures_are_written_by_the_unit_in_their_name(name: str, value: float | None, words: str) -> None:
     assert text.figure(name, value) == words
+
+
+@pytest.mark.parametrize(("words", "value"), [("180us", 180_000), ("0.18 ms", 180_000), ("7ns", 7), ("2e-3s", 2e6)])
+def test_times_are_read_in_any_unit(words: str, value: float) -> None:
+    assert text.parse_ns(words) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("words", ["", "180", "12GB", "-3us", "fast"])
+def test_what_is_no_time_is_refused(words: str) -> None:
+    with pytest.raises(InputError, match="such as 180us"):
+        text.parse_ns(words)

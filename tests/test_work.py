@@ -179,9 +179,11 @@ def test_no_grouped_gemm_is_faster_than_either_of_its_roofs(device: str, dtype: 
 
 @pytest.mark.parametrize(
     ("machine", "dtype", "has_rule"),
-    [("h100-sxm", "bf16", True), ("gh200", "bf16", True), ("h200-sxm", "bf16", True), ("h100-pcie", "bf16", True)]
-    + [("a100-sxm-80gb", "bf16", False), ("b200-sxm", "bf16", False), ("gb200", "bf16", False)]
-    + [("h100-sxm", "fp8", False)],
+    [
+        *((machine, "bf16", True) for machine in ("h100-sxm", "h100-pcie", "h200-sxm", "gh200")),
+        *((machine, "bf16", False) for machine in ("a100-sxm-80gb", "b200-sxm", "gb200")),
+        ("h100-sxm", "fp8", False),
+    ],
 )
 def test_pytorchs_tile_rule_is_known_of_bf16_on_sm90_alone(machine: str, dtype: str, has_rule: bool) -> None:
     kernel = physics.form_for(hardware(machine), physics.PYTORCH_KERNEL, dtype).kernel

@@ -138,6 +138,10 @@ def predict(
         str | None,
         typer.Option(help="graph, or eager (never faster than the host launches); as the model was fitted by default."),
     ] = None,
+    host_time: Annotated[
+        str | None,
+        typer.Option(help="What the host needs to launch it call by call, such as 180us, from launch metrics."),
+    ] = None,
     residency: Annotated[
         str | None, typer.Option(help="How zero-copy sees two memories: mapped (one launch), split (two), system.")
     ] = None,
@@ -164,6 +168,7 @@ def predict(
     settings = predicting.Settings(
         residency=residency,
         n_slots=None if slots is None else whole(slots, "--slots"),
+        host_ns=None if host_time is None else text.parse_ns(host_time),
         host_model=None if host_model is None else _host_model(host_model),
     )
     result = predicting.predict(
