@@ -36,7 +36,8 @@ def fit_source(source: Source, progress: Callable[[str], None] = lambda _: None)
     model.evidence_ = model.evidence_ | source.evidence
     if source.offloaded.height:
         progress("fitting what offloaded experts cost")
-        every = pl.concat([source.observations, source.offloaded])
+        others = [] if source.other_launch is None else [source.other_launch]
+        every = pl.concat([source.observations, *others, source.offloaded])
         model.offload_ = fit_offload(model, every, progress=progress).to_json()
     return model
 

@@ -9,10 +9,12 @@ from perfmodel.diff import diff
 from perfmodel.fitting import fit_source
 from perfmodel.hardware import hardware
 from perfmodel.latency import LatencyModel
+from perfmodel.offload.fit import fit_offload
 from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary
 from perfmodel.readers import read_trace
-from perfmodel.sources import Source
+from perfmodel.sources import Source, only_source, read_sources
 from perfmodel.trace import Trace
+from tests.captures_made import write_gpu_capture
 from tests.made_up import MADE_UP_KERNEL, made_up_machine, made_up_observations
 from tests.traces_made import events, golden_rows, kernel, launch
 
@@ -136,3 +138,26 @@ def test_the_page_of_a_fit_to_few_measurements_promises_no_interval() -> None:
     assert model.confidence_ is None
     assert "interval      none: too few measurements could be held out" in page
     assert "residual      not used" in page and "nan" not in page.lower().split()
+
+
+def test_what_offloaded_experts_taught_stands_on_the_page_of_a_fit(tmp_path: Path) -> None:
+    source = only_source(read_sources([str(write_gpu_capture(tmp_path / "made-up"))]))
+    model = fit_source(source)
+    page = report.fit_page(model)
+    # Offloaded calls replayed from a graph are held against resident ones replayed from a graph.
+    assert source.other_launch is not None
+    every = pl.concat([source.observations, source.other_launch, source.offloaded])
+    found = fit_offload(model, every)
+    assert model.offload_ == found.to_json()
+    lines = page.split("\n")
+    for way, one in found.ways.items():
+        row = next(line for line in lines if line.split()[:2] == [str(way), str(one.n_observations)])
+        assert one.by_shape is not None and one.by_frac is None  # one fraction was measured
+        assert f"{100 * one.by_shape.median_frac:.1f} %" in row and " none " in row
+        for name, constant in one.constants.items():
+            row = next(line for line in lines if line.split()[:2] == [str(way), name])
+            assert f"{constant.value:.4g}" in row and f"{constant.low:.4g} to {constant.high:.4g}" in row
+            assert ("loosely" in row) != constant.is_known
+    assert page.index("offloaded experts, predicted without data of their shape") > page.index("interval      90 %")
+    model.offload_ = None
+    assert report.fit_page(model) == page[: page.index("\n\nabsolute error of latencies with offloaded experts")]

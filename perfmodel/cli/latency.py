@@ -83,15 +83,27 @@ def evaluate(
         raise InputError("without a split there is nothing to judge but a model: give MODEL.json first")
     machine = machine_of(hardware_name) if hardware_name else None
     wanted = kernel or (None if given is None else given.kernel)
-    found, read = [], read_sources(sources[is_model:], wanted, machine, note)
+    found, read = [], read_sources(sources[is_model:], wanted, machine, note, any_version=kernel is None)
     for source in read:
         model = given if chosen == "none" and given else LatencyModel(source.profile, source.dtype, source.kernel)
+        is_here = given is not None and given.profile.quantities == source.profile.quantities
+        if model is given and not (is_here and given.kernel == source.kernel):
+            note(
+                f"{source.kernel} on {source.profile.name} is judged by a model of {given.kernel} on "
+                f"{given.profile.name}: nothing was fitted to it"
+            )
         if chosen != "none" and given is not None and type(given.constants_) is type(model.form.defaults):
             model.prior = given.constants_
         try:
             found.append(
                 evaluation.evaluate(
-                    model, source.observations, chosen, _told, is_screened=source.is_screened, machine=source.profile
+                    model,
+                    source.observations,
+                    chosen,
+                    _told,
+                    is_screened=source.is_screened,
+                    machine=source.profile,
+                    kernel=source.kernel,
                 )
             )
         except InputError as error:
