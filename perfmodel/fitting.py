@@ -36,9 +36,7 @@ def fit_source(source: Source, progress: Callable[[str], None] = lambda _: None)
     model.evidence_ = model.evidence_ | source.evidence
     if source.offloaded.height:
         progress("fitting what offloaded experts cost")
-        others = [] if source.other_launch is None else [source.other_launch]
-        every = pl.concat([source.observations, *others, source.offloaded])
-        model.offload_ = fit_offload(model, every, progress=progress).to_json()
+        model.offload_ = fit_offload(model, source.every, progress=progress).to_json()
     return model
 
 

@@ -42,6 +42,12 @@ class Source:
     evidence: dict[str, Any] = field(default_factory=dict)
     other_launch: pl.DataFrame | None = None
 
+    @property
+    def every(self) -> pl.DataFrame:
+        """All workloads, resident and offloaded."""
+        others = [] if self.other_launch is None else [self.other_launch]
+        return pl.concat([self.observations, *others, self.offloaded])
+
 
 def read_sources(
     paths: Sequence[str],
@@ -89,6 +95,8 @@ def only_source(sources: Sequence[Source]) -> Source:
     """The single source there is; raises InputError naming the kernels where there are several, never to be pooled."""
     if len(sources) > 1:
         names = ", ".join(f"{one.kernel} on {one.profile.name}" for one in sources)
+        if len({one.kernel for one in sources}) == 1:
+            raise InputError(f"several machines cannot share a model, give the measurements of one: {names}")
         raise InputError(f"{len(sources)} kernels cannot share a model, choose one with --kernel: {names}")
     return sources[0]
 

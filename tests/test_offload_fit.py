@@ -12,7 +12,7 @@ from perfmodel.errors import InputError
 from perfmodel.latency import LatencyModel
 from perfmodel.offload import Host, OffloadConstants
 from perfmodel.offload.constants import ASSUMED, PRIORS
-from perfmodel.offload.fit import CONSTANTS_OF, fit_offload
+from perfmodel.offload.fit import CONSTANTS_OF, fit_offload, judge_offload
 from perfmodel.offload.fitted import Fitted, OffloadFit, Way, from_json
 from perfmodel.physics import PYTORCH_KERNEL, Ceilings, Form
 from tests.captures_made import write_gpu_capture
@@ -179,3 +179,19 @@ def test_a_capture_is_fitted_from_its_folder(tmp_path: Path) -> None:
 def test_nothing_offloaded_is_nothing_to_fit(made: pl.DataFrame) -> None:
     with pytest.raises(InputError, match="no bf16 workload with offloaded experts among 32 observations"):
         fit_offload(synthetic_model(), made.filter(pl.col("access") == "resident"))
+
+
+def test_offloaded_rows_are_judged_by_the_constants_of_their_way(made: pl.DataFrame, fitted: OffloadFit) -> None:
+    model = synthetic_model()
+    model.offload_ = None
+    assumed = judge_offload(model, made)
+    model.offload_ = OffloadFit({COPY: fitted.ways[COPY]}).to_json()
+    found = judge_offload(model, made)
+    assert set(found) == {str(way) for way in WAYS}
+    assert {way: one["is_fitted"] for way, one in found.items()} == {str(way): way == COPY for way in WAYS}
+    assert {way: one for way, one in found.items() if way != "copy"} == {
+        w: o for w, o in assumed.items() if w != "copy"
+    }
+    assert found["copy"]["n"] == fitted.ways[COPY].n_observations
+    assert found["copy"]["median_ape"] < 0.02 < assumed["copy"]["median_ape"]  # 2 % noise has a median of 1.3 %
+    assert found["copy"]["median_ape"] < found["copy"]["p90_ape"] <= found["copy"]["worst_ape"]

@@ -6,10 +6,11 @@ import pytest
 from perfmodel import report
 from perfmodel.analysis import analyse
 from perfmodel.diff import diff
+from perfmodel.evaluation import evaluate, report_of
 from perfmodel.fitting import fit_source
 from perfmodel.hardware import hardware
 from perfmodel.latency import LatencyModel
-from perfmodel.offload.fit import fit_offload
+from perfmodel.offload.fit import fit_offload, judge_offload
 from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary
 from perfmodel.readers import read_trace
 from perfmodel.sources import Source, only_source, read_sources
@@ -147,6 +148,7 @@ def test_what_offloaded_experts_taught_stands_on_the_page_of_a_fit(tmp_path: Pat
     # Offloaded calls replayed from a graph are held against resident ones replayed from a graph.
     assert source.other_launch is not None
     every = pl.concat([source.observations, source.other_launch, source.offloaded])
+    assert source.every.equals(every)
     found = fit_offload(model, every)
     assert model.offload_ == found.to_json()
     lines = page.split("\n")
@@ -159,5 +161,13 @@ def test_what_offloaded_experts_taught_stands_on_the_page_of_a_fit(tmp_path: Pat
             assert f"{constant.value:.4g}" in row and f"{constant.low:.4g} to {constant.high:.4g}" in row
             assert ("loosely" in row) != constant.is_known
     assert page.index("offloaded experts, predicted without data of their shape") > page.index("interval      90 %")
+    result = report_of([evaluate(model, source.observations, "none")])
+    assert "offloaded experts" not in report.evaluation_page(result)
+    judged = judge_offload(model, source.every)
+    result["kernels"][0]["offload"] = judged
+    rows = report.evaluation_page(result).split("\n")
+    for way, errors in judged.items():
+        row = next(line for line in rows if line.split()[:2] == [way, str(errors["n"])])
+        assert f"{100 * errors['median_ape']:.1f} %" in row and row.endswith("fitted")
     model.offload_ = None
     assert report.fit_page(model) == page[: page.index("\n\nabsolute error of latencies with offloaded experts")]

@@ -171,3 +171,9 @@ def test_a_kernel_of_another_version_is_found_where_that_is_wanted(tmp_path: Pat
         read_sources([table], asked)
     with pytest.raises(InputError, match=r"no kernel contains .* \(choose with --kernel\)"):
         read_sources([table], asked.replace("cutlass", "marlin"), any_version=True)
+
+
+def test_machines_are_never_pooled_and_no_kernel_is_asked_for_where_there_is_one(tmp_path: Path) -> None:
+    table = made_up_table(tmp_path, row(), row(device="NVIDIA H200"))
+    with pytest.raises(InputError, match=r"several machines cannot share a model.* on h100-sxm, .* on h200-sxm"):
+        only_source(read_sources([str(table)]))

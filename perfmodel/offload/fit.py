@@ -21,7 +21,7 @@ from perfmodel.physics import Array, Work, total
 
 from .constants import ASSUMED, PRIORS, OffloadConstants
 from .device import Device, Host, Mask
-from .fitted import REREAD_ROWS, Fitted, HeldOut, OffloadFit, Way, WayFit
+from .fitted import REREAD_ROWS, Fitted, HeldOut, OffloadFit, Way, WayFit, from_json
 from .modes import offload_parts
 
 MAX_FOLDS = 12
@@ -89,6 +89,31 @@ def fit_offload(
         )
         found[way] = _fit_way(way, measured, device)
     return OffloadFit(found)
+
+
+def judge_offload(model: LatencyModel, observations: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """How far the offloaded rows of an OBSERVATIONS table lie from what a model says of its own machine, by way: n,
+    median_ape, p90_ape, worst_ape, and whether the way's constants were fitted (else they are assumed).
+
+    As in a fit the model's added time stands on the measured resident time of a workload, where there is one.
+    """
+    rows = observations.filter(pl.col("dtype") == model.dtype)
+    away = rows.filter(pl.col("access") != "resident").select("access", "residency").unique()
+    known = from_json(model.offload_ or {})
+    found = {}
+    for access, residency in sorted(away.iter_rows(), key=str):
+        constants, is_fitted = known.constants_of(access, residency)
+        device = Device(model.profile, model.roof, model.form, model.constants_, constants, residency=residency)
+        measured = _measured(model, rows, Way(access, residency))
+        ape = np.abs(np.expm1(log_predicted(access, measured, device) - measured.log_ns))
+        found[str(Way(access, residency))] = {
+            "n": len(ape),
+            "median_ape": float(np.median(ape)),
+            "p90_ape": float(np.quantile(ape, 0.9)),
+            "worst_ape": float(ape.max()),
+            "is_fitted": is_fitted,
+        }
+    return found
 
 
 def _fit_way(way: Way, measured: Measured, device: Device) -> WayFit:

@@ -106,6 +106,14 @@ def evaluation_page(result: Mapping[str, Any]) -> str:
         blocks.append(f"{one['kernel']}, {how}\n" + table(rows, header))
         if len(one["shapes"]) > 1:
             blocks.append(table([_row(name, errors) for name, errors in one["shapes"].items()], ["shape", *header[1:]]))
+        if "offload" in one:
+            rows = [
+                [way, str(e["n"]), *(text.frac(e[key]) for key in ("median_ape", "p90_ape", "worst_ape")),
+                 "fitted" if e["is_fitted"] else "assumed"]
+                for way, e in one["offload"].items()
+            ]  # fmt: skip
+            words = "with offloaded experts, on top of the measured resident time where there is one\n"
+            blocks.append(words + table(rows, ["way", "n", "median", "p90", "worst", "constants"]))
     if len(result["kernels"]) > 1:
         rows = [_row("all", result["overall"]), _row("without failed configurations", result["overall"]["screened"])]
         how = "by the model as it is" if result["kernels"][0]["split"] == "none" else "each by its own models"
