@@ -171,3 +171,19 @@ def test_what_offloaded_experts_taught_stands_on_the_page_of_a_fit(tmp_path: Pat
         assert f"{100 * errors['median_ape']:.1f} %" in row and row.endswith("fitted")
     model.offload_ = None
     assert report.fit_page(model) == page[: page.index("\n\nabsolute error of latencies with offloaded experts")]
+
+
+def test_a_fit_to_times_of_another_unit_or_a_busy_machine_is_not_to_be_trusted() -> None:
+    observations = made_up_observations(tokens=(1, 64, 4096))
+    screened = pl.Series([True] * observations.height)
+
+    def page(factor: pl.Expr) -> str:
+        made = observations.with_columns(time_ns=pl.col("time_ns") * factor)
+        source = Source("made up", MADE_UP_KERNEL, made_up_machine(), "bf16", made, made[:0], screened)
+        return report.fit_page(fit_source(source))
+
+    assert "NOT TO BE TRUSTED" not in page(pl.lit(1.0))
+    of_microseconds = page(pl.lit(1000.0))
+    assert "NOT TO BE TRUSTED" in of_microseconds and "interval      none" in of_microseconds
+    third_failed = page(pl.when(pl.int_range(pl.len()) % 3 == 0).then(6.0).otherwise(1.0))
+    assert "NOT TO BE TRUSTED" in third_failed and "interval      90 %" in third_failed

@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # this brings scipy and scikit-learn, which reading a trace d
     from perfmodel.offload.fitted import HeldOut
 
 MAX_TRUSTED = 1.0  # a half-width of 100 %
+MAX_ANOMALIES_FRAC = 0.25  # of the measurements, which intervals do not speak of
+MAX_TRUSTED_ERROR = 0.5  # median held-out error where there is no interval
+UNTRUSTED = "NOT TO BE TRUSTED: held-out errors are too large; was the machine busy, are times in another unit?"
 
 
 def fit_page(model: "LatencyModel") -> str:
@@ -79,10 +82,13 @@ def _sureness(model: "LatencyModel") -> str:
     if model.tiles_ is not None:
         lines.append(f"tiles         as {model.tiles_.framework} configures its launches")
     if sure is None or model.typical_half_width_ is None:
-        return "\n".join([*lines, "interval      none: too few measurements could be held out"])
+        if model.errors_["model"]["all"]["median_ape_frac"] > MAX_TRUSTED_ERROR:
+            lines.append(UNTRUSTED)
+        words = "none: too few measurements could be held out, or most of them lie far from what is predicted"
+        return "\n".join([*lines, f"interval      {words}"])
     half_width = math.expm1(model.typical_half_width_)
-    if half_width > MAX_TRUSTED:
-        lines.append("NOT TO BE TRUSTED: held-out errors are too large; was the machine busy?")
+    if half_width > MAX_TRUSTED or sure.n_anomalies > MAX_ANOMALIES_FRAC * (sure.n_scores + sure.n_anomalies):
+        lines.append(UNTRUSTED)
     lines.append(
         f"interval      90 %, typically +{100 * half_width:.0f} % / -{100 * (1 - 1 / (1 + half_width)):.0f} %, from "
         f"{text.count(sure.n_scores)} held-out errors of {sure.n_groups} shapes"
