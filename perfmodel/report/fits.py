@@ -49,8 +49,10 @@ def fit_page(model: "LatencyModel") -> str:
 def _offloaded(model: "LatencyModel") -> list[str]:
     """What was learned of each way to reach offloaded experts: errors held out by shape and by offloaded fraction, the
     interval, and each constant with its range; nothing where no expert was offloaded."""
+    missing = model.evidence_.get("offload_left_out", {})
+    lines = [f"no constants of {way}: {why}" for way, why in missing.items()]
     if not model.offload_:
-        return []
+        return lines
     from perfmodel.offload.fitted import from_json
 
     errors, constants = [], []
@@ -66,6 +68,7 @@ def _offloaded(model: "LatencyModel") -> list[str]:
         "absolute error of latencies with offloaded experts, predicted without data of their shape, then of their "
         "offloaded\nfraction (medians; none: fewer than three to hold out)\n" + table(errors, header),
         table(constants, ["way", "constant", "value", "90 % range", ""]),
+        *lines,
     ]
 
 
@@ -112,7 +115,7 @@ def evaluation_page(result: Mapping[str, Any]) -> str:
         blocks.append(f"{one['kernel']}, {how}\n" + table(rows, header))
         if len(one["shapes"]) > 1:
             blocks.append(table([_row(name, errors) for name, errors in one["shapes"].items()], ["shape", *header[1:]]))
-        if "offload" in one:
+        if one.get("offload"):
             rows = [
                 [way, str(e["n"]), *(text.frac(e[key]) for key in ("median_ape", "p90_ape", "worst_ape")),
                  "fitted" if e["is_fitted"] else "assumed"]
