@@ -37,7 +37,7 @@ N_STEPS = 6  # of Gauss and Newton; three are enough where nothing hits a limit
 MOVED = {0.0: 0.5, 0.5: 0.2, 1.0: 0.2, 2.0: 0.1}
 NOISIER = {1.0: 0.2, 1.5: 0.3, 2.0: 0.3, 3.0: 0.2}
 UNMOVED_PROB = 0.5  # from which on nothing moves
-PARTS = (0.25, 0.5, 0.75, 1.0)  # of the way from the transferred model to what the points say
+STEP_FRACS = (0.25, 0.5, 0.75, 1.0)  # of the way from the transferred model to what the points say
 SURE = 0.90  # one-sided, that leaving points out shows a gain and not chance
 GAIN_FRAC = 0.02  # of the zero-shot error, what leave-one-out errors must be below it for anything to change
 SCALAR_SPREAD = 0.05  # log units: what is left over all points once the constants have moved
@@ -128,7 +128,7 @@ def _origin(model: LatencyModel) -> dict[str, Any]:
         "kernel": model.kernel,
         "dtype": model.dtype,
         "n_observations": model.n_observations_,
-        "evidence": getattr(model, "evidence_", {}),
+        "evidence": model.evidence_,
     }
 
 
@@ -269,11 +269,11 @@ def _left_out(points: Points, weights: Array) -> Array:
 
 
 def _part(left_out: Array, zero_shot: Array) -> float:
-    """How much of the way constants go, 0 or one of PARTS: where the gain of leave-one-out errors over those of the
-    transferred model is surest, by its lower limit (Student's t, SURE); anomalies count as ANOMALY_LOG."""
+    """How much of the way constants go, 0 or one of STEP_FRACS: where the gain of leave-one-out errors over those of
+    the transferred model is surest, by its lower limit (Student's t, SURE); anomalies count as ANOMALY_LOG."""
     before = np.minimum(np.abs(zero_shot), ANOMALY_LOG)
     best = 0.0, GAIN_FRAC * float(before.mean())
-    for part in PARTS:
+    for part in STEP_FRACS:
         gain = before - np.minimum(np.abs(zero_shot + part * (left_out - zero_shot)), ANOMALY_LOG)
         sure = _least_gain(gain)
         if gain.mean() >= GAIN_FRAC * before.mean() and sure > 0 and (best[0] == 0 or sure > best[1]):

@@ -11,7 +11,7 @@ from perfmodel.offload import Device, Mask, link_rate, offload_parts
 from perfmodel.physics import Array, Work, total
 
 STEP_LOG = 0.01  # by how much a constant is moved to see what that does
-GEMMS = ("up", "down")
+GEMMS = ("up", "down")  # the grouped GEMMs of a layer, in the order of `Work.k`
 N_SENSITIVE, N_NEAREST = 5, 3
 
 
@@ -85,7 +85,7 @@ def _roofs(work: Work, device: Device) -> dict[str, str]:
         times = {"computing": float(compute.sum()), "memory": float(memory.sum())}
         binds = max(times, key=lambda roof: times[roof])
         ratio = max(times.values()) / max(min(times.values()), 1e-12)
-        found[GEMMS[g] if (work.layer > 0).all() or work.k.shape[1] > 1 else "GEMM"] = f"{binds} ({ratio:.1f}x)"
+        found[GEMMS[g]] = f"{binds} ({ratio:.1f}x)"
     return found
 
 
@@ -104,7 +104,8 @@ def _latency(work: Work, offloaded: Mask, access: str, device: Device) -> float:
 
 
 def _sensitivity(work: Work, offloaded: Mask, access: str, device: Device) -> dict[str, float]:
-    """d log latency / d log constant for every constant that matters, and for the rates of the machine."""
+    """d log latency / d log constant of the constants that matter most, at most N_SENSITIVE; efficiencies stand for the
+    rates of the machine."""
     base = _latency(work, offloaded, access, device)
     moved = np.exp(STEP_LOG)
     found = {}

@@ -21,7 +21,7 @@ from .confidence import (
     DIRECTIONS,
     Confidence,
     Ladder,
-    ladder,
+    ladder_of,
     octaves_outside,
     ranges_of,
     width_of,
@@ -140,7 +140,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         inside = Confidence(quantile, scale, ranges_of(hull), none, int(normal.sum()), tried.n_groups, n_anomalies)
         relative = (error / inside.base_half_width(features))[normal]
         ladders = {
-            direction: ladder(tried.octaves[direction][normal], relative, OTHER_STEPS) for direction in DIRECTIONS
+            direction: ladder_of(tried.octaves[direction][normal], relative, OTHER_STEPS) for direction in DIRECTIONS
         }
         ladders["tokens"] = self._by_tokens(work, measured, prior, inside)
         self.confidence_ = replace(inside, ladders=ladders)
@@ -159,7 +159,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         error = np.abs(np.log(predicted) - measured[large])
         octaves = np.log2(n_tokens[large] / n_tokens[small].max())
         normal = error < 2 * ANOMALY_LOG
-        return ladder(octaves[normal], (error / inside.base_half_width(features))[normal], TOKEN_STEPS)
+        return ladder_of(octaves[normal], (error / inside.base_half_width(features))[normal], TOKEN_STEPS)
 
     def predict(self, observations: pl.DataFrame) -> Array:
         """Predicted latency of each row, ns `[row]`."""
