@@ -62,7 +62,7 @@ def evaluate(
     split: Annotated[
         str | None,
         typer.Option(
-            help="What is held out: shape (default without a MODEL), routing, tokens, random, or none (default with a MODEL: as it is)."
+            help="What is held out: shape, routing, tokens, random; or none, to judge MODEL as it is (its default)."
         ),
     ] = None,
     kernel: Kernel = None,
