@@ -91,11 +91,12 @@ def _roofs(work: Work, device: Device) -> dict[str, str]:
 
 def _knees(work: Work, offloaded: Mask, access: str, device: Device) -> dict[str, float]:
     """Rows n at which 2 n K N / F = w K N / B, of the achieved rates (the ridge point in rows), by source."""
-    c, roof = device.constants, device.roof
-    flops = roof.flops_per_s * getattr(c, "eff_compute", 1.0)
-    sources = {"device memory": roof.bytes_per_s * getattr(c, "eff_memory", 1.0)}
+    c, roof, o = device.constants, device.roof, device.offload
+    flops = roof.flops_per_s * c.eff_compute
+    sources = {"device memory": roof.bytes_per_s * c.eff_memory}
     if offloaded.any() and access in ("zero-copy", "copy", "copy-overlap"):
-        sources["the link"] = link_rate(device.profile, access, device.residency)[0]
+        share = o.link_eff if access == "zero-copy" else o.copy_eff
+        sources["the link"] = link_rate(device.profile, access, device.residency)[0] * share
     return {where: flops * work.weight_bytes / (2 * rate) for where, rate in sources.items()}
 
 
