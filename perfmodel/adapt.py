@@ -147,7 +147,7 @@ def _changes(
         i = at.names.index(name)
         row |= {"spread_before": float(points.spread[i]), "spread_after": float(solution.sd[i])}
         if not solution.is_free[i]:
-            why = f"the points leave more than {IDENTIFIED_FRAC:.0%} of its spread"
+            why = f"the points leave more than {100 * IDENTIFIED_FRAC:.0f} % of its spread"
         elif solution.unmoved_prob >= UNMOVED_PROB:
             why = "the points are as far off as the model's own errors are"
         elif part == 0:

@@ -43,7 +43,9 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-COMMANDS = "analyze diff sweep fusion export fit evaluate predict check captures schedule list collect app"
+COMMANDS = (
+    "analyze diff sweep fusion export fit evaluate predict design calibrate check captures schedule list collect app"
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())
