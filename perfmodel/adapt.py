@@ -190,7 +190,8 @@ def points_of(model: LatencyModel, observations: pl.DataFrame) -> Points:
 
 
 def solve(points: Points, weights: Array) -> Solution:
-    """The most likely constants given the points, `weights[point]` 0 for those that do not count."""
+    """The most likely constants given the points, `weights[point]` 0 for those that do not count (model A3
+    to A5)."""
     physics, spread = points.physics, points.spread
     slopes = physics.slopes(physics.z)
     used = weights > 0
@@ -226,7 +227,8 @@ def _judged(
     slopes: Array, spread: Array, sigma: Array, shape_of: NDArray[np.int64], weights: Array, off: Array
 ) -> tuple[float, float, float]:
     """How far constants moved and how much noisier the machine is, as multiples, by the marginal likelihood of the
-    transferred model's errors `off[point]` (evidence, MacKay 1992); and the probability that nothing moved."""
+    transferred model's errors `off[point]` (evidence, MacKay 1992; model A4); and the probability that nothing
+    moved."""
     shared = (shape_of[:, None] == shape_of[None, :]) * SHAPE_FRAC * np.outer(sigma, sigma)
     noise = shared + np.diag((1 - SHAPE_FRAC) * sigma**2 / weights)
     signal = (slopes * spread**2) @ slopes.T

@@ -55,7 +55,7 @@ class Field:
         return covariance(self.slopes[rows], self.spread, self.sigma[rows], self.shape_of[rows])
 
     def open_variance(self, chosen: Sequence[int]) -> float:
-        """The variance of log latency, over all candidates on average, that unknown constants leave."""
+        """The variance of log latency, over all candidates on average, that unknown constants leave (model A6)."""
         return float((self.covariance(chosen) * self.asked).sum())
 
     def information(self, chosen: Sequence[int]) -> float:

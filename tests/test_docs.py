@@ -79,9 +79,8 @@ def test_the_model_page_names_every_constant_and_functions_that_exist() -> None:
     for constants in (TiledConstants, BlasConstants, OffloadConstants):
         for field in fields(constants):
             assert field.name in page, f"{constants.__name__}.{field.name}"
-    named = re.findall(
-        r"`((?:physics|latency|offload|routing|evaluation|baselines|tile_rules|explain|predict)(?:\.\w+)+)`", page
-    )
+    modules = "physics latency offload routing evaluation baselines tile_rules explain predict transfer adapt design"
+    named = re.findall(rf"`((?:{modules.replace(' ', '|')})(?:\.\w+)+)`", page)
     assert named
     for name in named:
         module, function = f"perfmodel.{name}".rsplit(".", 1)
