@@ -14,6 +14,7 @@ from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import LatencyModel
 from perfmodel.physics import Array
+from perfmodel.transfer import zero_shot_half_width
 
 SPLITS = ("shape", "routing", "tokens", "random", "none")
 EVEN = ("balanced", "uniform")
@@ -61,14 +62,16 @@ def evaluate(
     *,
     is_screened: Sequence[bool] | pl.Series | None = None,
     machine: HardwareProfile | None = None,
+    kernel: str | None = None,
     with_baselines: bool = True,
 ) -> Evaluation:
     """Predictions of rows by models that saw nothing of their shape, routing, size or (none) by `model` as it is.
 
     For all splits but none, models of the kind of `model` (its machine, dtype, kernel, prior) are fitted to parts of
     `observations`, their residual and intervals decided within that part. `machine` is where the observations were
-    made when it is not the model's own: then (none) efficiencies are transferred to it. Raises InputError where a split
-    is not possible, and for a model of another kind of device or dtype.
+    made when it is not the model's own: then (none) efficiencies are transferred to it. `kernel` is what was measured,
+    the model's when null. On another machine or kernel intervals are wider by what its constants may be there. Raises
+    InputError where a split is not possible, and for a model of another kind of device or dtype.
     """
     folds = _folds(observations, split)
     predicted, width = np.full(observations.height, np.nan), np.full(observations.height, np.nan)
@@ -81,8 +84,11 @@ def evaluate(
             fitted = LatencyModel(model.profile, model.dtype, model.kernel, model.prior)
             fitted.fit(observations[train], n_folds=INNER_FOLDS)
         elsewhere = None if machine is None or machine.quantities == model.profile.quantities else machine
-        forecast = fitted.forecast(fitted.work(observations[test], elsewhere), elsewhere)
+        work = fitted.work(observations[test], elsewhere)
+        forecast = fitted.forecast(work, elsewhere)
         predicted[test], width[test] = forecast.ns, forecast.log_half_width
+        if elsewhere is not None or kernel not in (None, model.kernel):
+            width[test] = zero_shot_half_width(fitted, work, elsewhere or model.profile, kernel)
         for name, values in beside.items():
             values[test] = simple.methods[name](train, test) if simple else np.nan
     tested = np.sort(np.concatenate([test for _, test in folds]))
@@ -95,7 +101,7 @@ def evaluate(
         is_screened=pl.Series(screened),
         **{f"{name}_ns": pl.Series(values) for name, values in beside.items()},
     )
-    return Evaluation(model.kernel, split, table[tested], tuple(beside))
+    return Evaluation(kernel or model.kernel, split, table[tested], tuple(beside))
 
 
 def _folds(observations: pl.DataFrame, split: str) -> list[tuple[Rows, Rows]]:

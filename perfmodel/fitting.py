@@ -9,7 +9,7 @@ from perfmodel.baselines import Baselines
 from perfmodel.errors import InputError
 from perfmodel.evaluation import Evaluation, errors_by_shape
 from perfmodel.latency import LatencyModel, hull_of
-from perfmodel.offload.fit import fit_offload
+from perfmodel.offload.fit import fit_offload, rows_of_other_ways, without_rates
 from perfmodel.sources import Source
 
 MAX_POINTS = 1000  # measured points that a model keeps, to show and to name the nearest
@@ -35,8 +35,12 @@ def fit_source(source: Source, progress: Callable[[str], None] = lambda _: None)
     model.evidence_ = model.evidence_ | source.evidence
     if source.offloaded.height:
         progress("fitting what offloaded experts cost")
-        every = pl.concat([source.observations, source.offloaded])
-        model.offload_ = fit_offload(model, every, progress=progress).to_json()
+        missing = without_rates(source.profile, source.offloaded)
+        rows = rows_of_other_ways(source.every, missing)
+        if (rows["access"] != "resident").any():
+            model.offload_ = fit_offload(model, rows, progress=progress).to_json()
+        if missing:
+            model.evidence_["offload_left_out"] = {str(way): why for way, why in missing.items()}
     return model
 
 

@@ -13,10 +13,11 @@ from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import COVERAGE, LatencyModel
 from perfmodel.moe import MoEShape
 from perfmodel.offload import ACCESS_MODES, Device, Host, offload_parts, rate_keys
-from perfmodel.offload.fitted import OffloadFit, from_json
+from perfmodel.offload.fitted import OffloadFit, Way, from_json
 from perfmodel.physics import Array, Parts, Work
 from perfmodel.placement import Placement, place
 from perfmodel.routing import Routing
+from perfmodel.transfer import zero_shot_half_width
 
 OPS = ("grouped-gemm", "moe-layer", "fused-moe")
 LAUNCHES = ("graph", "eager")
@@ -252,6 +253,8 @@ def _learned(basis: Basis, work: Work, shape: MoEShape) -> tuple[Array, float | 
     forecast = model.forecast(work, basis.device.profile)
     physical = physics.total(basis.device.form.resident_parts(work, basis.device.roof, basis.device.constants))
     width = forecast.log_half_width
+    if model.profile.quantities != basis.device.profile.quantities:
+        width = zero_shot_half_width(model, work, basis.device.profile)
     return forecast.ns / physical, None if np.isnan(width).any() else float(np.average(width, weights=forecast.ns))
 
 
@@ -275,7 +278,7 @@ def _evidence(
     `way` is the access mode and residency, null when nothing is offloaded.
     """
     profile, model = basis.device.profile, basis.model
-    keys = (*basis.device.roof.from_keys, *(rate_keys(profile, way[0]) if way else ()))
+    keys = (*basis.device.roof.from_keys, *(rate_keys(profile, *way) if way else ()))
     if model is None:
         keys += tuple(key for key in LAUNCH_KEYS if key in profile.quantities)
     reasons = [_cited(key, basis.device) for key in dict.fromkeys(keys)]
@@ -288,19 +291,27 @@ def _evidence(
         )
     if model is None:
         return [*reasons, "default constants, no fitted model given (--model)"], "datasheet", None
-    elsewhere = [] if model.profile.quantities == profile.quantities else [f"fitted on {model.profile.name}"]
-    if model.dtype != shape.dtype:
-        elsewhere.append(f"fitted on {model.dtype}, this shape is {shape.dtype}")
+    is_here = model.profile.quantities == profile.quantities
+    elsewhere = [] if is_here else [f"fitted on {model.profile.name}"]
+    unknown = [] if model.dtype == shape.dtype else [f"fitted on {model.dtype}, this shape is {shape.dtype}"]
     if way:
         known = basis.offload.way(*way) if basis.offload is not None else None
         if known is None:
-            elsewhere.append(f"no expert offloaded by {way[0]} was among the observations: its constants are assumed")
-        elif half_width is not None:  # both errors act: the resident latency's and the slowdown's
-            reasons.append(f"constants of {way[0]} fitted on {known.n_observations} observations")
-            half_width = None if known.log_half_width is None else math.hypot(half_width, known.log_half_width)
+            unknown.append(f"no expert offloaded by {Way(*way)} was among the observations: its constants are assumed")
+        else:
+            reasons.append(f"constants of {Way(*way)} fitted on {known.n_observations} observations")
+            if not is_here:
+                unknown.append("nothing is known of their errors on another machine")
+            elif known.log_half_width is None:
+                unknown.append("too few of them could be held out, so nothing is known of their errors")
+            elif half_width is not None:  # both errors act: the resident latency's and the slowdown's
+                half_width = math.hypot(half_width, known.log_half_width)
     outside = model.outside(work)
-    if elsewhere or half_width is None:
-        return [*reasons, *elsewhere, *outside], "extrapolated", None
+    if unknown or half_width is None:
+        return [*reasons, *elsewhere, *unknown, *outside], "extrapolated", None
+    if elsewhere:
+        elsewhere = [f"{elsewhere[0]}: the interval is wider by what its constants may be on another machine"]
+        return [*reasons, *elsewhere, *outside], "extrapolated", half_width
     if outside:
         wider = "the interval is as much wider as held-out errors grew that far outside"
         return [*reasons, *outside, wider], "extrapolated", half_width

@@ -22,13 +22,15 @@ from perfmodel.hardware import HardwareProfile, hardware, profile_name
 from perfmodel.moe_perf import read_moe_perf
 
 Progress = Callable[[str], None]
+IS_OFFLOADED = (pl.col("access") != "resident") | (pl.col("offload_frac") > 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """Measurements of one kernel on one machine in one dtype: `observations` with every expert resident, `offloaded`
     with some elsewhere (may be empty), one row a workload; `is_screened` is false where peers show a failed
-    configuration; `evidence` says what they are."""
+    configuration; `evidence` says what they are. `other_launch` are resident workloads that were launched in the rarer
+    way: no model of resident experts pools them, but offloaded experts are held against those launched as they were."""
 
     name: str
     kernel: str
@@ -38,6 +40,13 @@ class Source:
     offloaded: pl.DataFrame
     is_screened: pl.Series
     evidence: dict[str, Any] = field(default_factory=dict)
+    other_launch: pl.DataFrame | None = None
+
+    @property
+    def every(self) -> pl.DataFrame:
+        """All workloads, resident and offloaded."""
+        others = [] if self.other_launch is None else [self.other_launch]
+        return pl.concat([self.observations, *others, self.offloaded])
 
 
 def read_sources(
@@ -47,32 +56,47 @@ def read_sources(
     progress: Progress = lambda _: None,
     *,
     must_agree: bool = False,
+    any_version: bool = False,
 ) -> list[Source]:
     """The measurements of capture folders and tables, one Source for each kernel on each machine, by name.
 
-    Captures of one machine, kernel and dtype are pooled; tables are split by kernel. `kernel` keeps the one of that
-    name, else those whose name contains it, in any case. `machine` stands for the GPU of a table where no shipped
+    Captures of one machine, kernel and dtype are pooled; tables are split by kernel. What captures measured in a dtype
+    other than that of their settings is a kernel of its own, to be asked for. `kernel` keeps the one of that
+    name, else those whose name contains it, in any case; with `any_version`, else the kernels of a table that differ
+    from it in the framework's version alone. `machine` stands for the GPU of a table where no shipped
     profile does. Raises NotComparableError for captures that differ and `must_agree`, and InputError for what is no
     source or where nothing is left.
     """
     folders = [path for path in paths if Path(path).is_dir()]
-    captures = [_of_captures(group, progress) for group in _groups(folders, must_agree=must_agree)]
+    captures = [
+        one for group in _groups(folders, must_agree=must_agree) for one in _of_captures(group, kernel, progress)
+    ]
     tables = [_Table(path, *one) for path in paths if path not in folders for one in _by_kernel(path, progress)]
     names = sorted({*(one.kernel for one in captures), *(one.kernel for one in tables)})
     chosen = names if kernel is None else [name for name in names if name.lower() == kernel.lower()]
     if not chosen:
         chosen = [name for name in names if str(kernel).lower() in name.lower()]
+    if not chosen and any_version:
+        chosen = [name for name in names if _without_version(name) == _without_version(str(kernel))]
     if not chosen:
-        raise InputError(f"no kernel contains {kernel!r}; there are {', '.join(names)}")
+        raise InputError(f"no kernel contains {kernel!r}; there are {', '.join(names)} (choose with --kernel)")
     found = [one for one in captures if one.kernel in chosen]
     found += [_of_table(one, machine) for one in tables if one.kernel in chosen]
     return sorted(found, key=lambda one: (one.kernel, one.profile.name))
+
+
+def _without_version(kernel: str) -> list[str]:
+    """The parts of framework/version/kernel/dtype but the version; of other names all."""
+    parts = kernel.lower().split("/")
+    return parts[:1] + parts[2:] if len(parts) == 4 else parts
 
 
 def only_source(sources: Sequence[Source]) -> Source:
     """The single source there is; raises InputError naming the kernels where there are several, never to be pooled."""
     if len(sources) > 1:
         names = ", ".join(f"{one.kernel} on {one.profile.name}" for one in sources)
+        if len({one.kernel for one in sources}) == 1:
+            raise InputError(f"several machines cannot share a model, give the measurements of one: {names}")
         raise InputError(f"{len(sources)} kernels cannot share a model, choose one with --kernel: {names}")
     return sources[0]
 
@@ -99,16 +123,34 @@ def _groups(folders: Sequence[str], *, must_agree: bool) -> list[list[Capture]]:
     return groups
 
 
-def _of_captures(captures: Sequence[Capture], progress: Progress) -> Source:
+def _of_captures(captures: Sequence[Capture], kernel: str | None, progress: Progress) -> list[Source]:
+    """The measurements of captures in the dtype of their settings; where a kernel is asked for, those of each further
+    dtype too, as a kernel of its own: `kernel/dtype`."""
+    first = captures[0]
+    every = per_workload(pl.concat([capture.observations for capture in captures]))
+    resident = every.filter(~IS_OFFLOADED)
+    name, further = str(first.manifest["kernel"]), sorted({*resident["dtype"].unique()} - {first.dtype})
+    if kernel is None:
+        found = [_of_dtype(captures, every, first.dtype, name, progress)]
+        if further:
+            progress(f"for measurements in another dtype add --kernel {further[0]}")
+        return found
+    found, is_main = [], kernel.lower() in name.lower()
+    for dtype in [first.dtype, *further]:
+        told = progress if is_main == (dtype == first.dtype) else lambda _: None
+        found.append(_of_dtype(captures, every, dtype, name if dtype == first.dtype else f"{name}/{dtype}", told))
+    return found
+
+
+def _of_dtype(captures: Sequence[Capture], every: pl.DataFrame, dtype: str, kernel: str, progress: Progress) -> Source:
     first = captures[0]
     name = ", ".join(capture.name for capture in captures)
-    every = per_workload(pl.concat([capture.observations for capture in captures]))
-    observations, n_left_out = fitted_rows(every, first.dtype)
-    is_offloaded = (pl.col("access") != "resident") | (pl.col("offload_frac") > 0)
-    offloaded = every.filter(is_offloaded, pl.col("dtype") == first.dtype)
+    observations, n_left_out = fitted_rows(every, dtype)
+    mine = every.filter(pl.col("dtype") == dtype)
+    other_launch = mine.filter(~IS_OFFLOADED).join(observations.select("workload"), on="workload", how="anti")
     _tell(n_left_out, progress)
     if not observations.height:
-        raise InputError(f"{name}: no resident {first.dtype} workload to fit a model on")
+        raise InputError(f"{name}: no resident {dtype} workload to fit a model on")
     progress(f"{observations.height} workloads of {observations['shape'].n_unique()} shapes")
     evidence = {
         "captures": [{"name": c.name, "digest": c.digest, "n_observations": c.observations.height} for c in captures],
@@ -118,8 +160,8 @@ def _of_captures(captures: Sequence[Capture], progress: Progress) -> Source:
         "software": dict(first.manifest["software"]),
     }
     screened = pl.repeat(value=True, n=observations.height, dtype=pl.Boolean, eager=True)
-    kernel = str(first.manifest["kernel"])
-    return Source(name, kernel, profile_of(first), first.dtype, observations, offloaded, screened, evidence)
+    offloaded = mine.filter(IS_OFFLOADED)
+    return Source(name, kernel, profile_of(first), dtype, observations, offloaded, screened, evidence, other_launch)
 
 
 class _Table(NamedTuple):

@@ -121,7 +121,7 @@ def transferred(
     }
     found.constants_ = replace(model.constants_, **moved)
     found.tiles_ = _tiles(model, found)
-    if profile.name != model.profile.name:
+    if profile.quantities != model.profile.quantities:
         found.offload_ = None  # a link and a host of its own
     return found
 
@@ -199,6 +199,16 @@ def spread_of(model: LatencyModel, at: Coordinates) -> Array:
         else:
             found.append(SPREADS.get(name, OTHER_SPREAD) if prior.unit is None else OTHER_SPREAD * prior.sigma)
     return np.array(found)
+
+
+def zero_shot_half_width(model: LatencyModel, work: Work, profile: HardwareProfile, kernel: str | None = None) -> Array:
+    """The half-width of each item's interval, log units `[item]`, for a model on a machine (or a kernel) that it saw
+    nothing of: its own, and beside it what constants that move by SPREADS do to the prediction. NaN as its own."""
+    moved = transferred(model, profile, kernel=kernel)
+    physics = Physics(moved, work)
+    by_constant = physics.slopes(physics.z) * spread_of(moved, physics.at)
+    own = model.forecast(work, profile).log_half_width
+    return np.asarray(np.hypot(own, SIGMAS_90 * np.sqrt((by_constant**2).sum(axis=1))))
 
 
 def sigma_of(model: LatencyModel, work: Work) -> Array:

@@ -1,7 +1,7 @@
 """Calibration by few points: it finds what they identify, leaves the rest, and never spoils a model that was right."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +9,15 @@ import polars as pl
 import pytest
 
 from perfmodel.adapt import Points, calibrate, most_likely
+from perfmodel.capture import shipped_captures
 from perfmodel.design import design
 from perfmodel.errors import InputError
-from perfmodel.evaluation import errors_of
+from perfmodel.evaluation import errors_of, evaluate, summary
 from perfmodel.hardware import hardware
 from perfmodel.latency import LatencyModel, load_model, save_model, work_of
 from perfmodel.sources import read_sources
 from perfmodel.tile_rules import TileRule
-from perfmodel.transfer import SHAPE_FRAC, covariance, spread_of, transferred
+from perfmodel.transfer import SHAPE_FRAC, SIGMAS_90, SPREADS, covariance, spread_of, transferred, zero_shot_half_width
 from tests.adapt_made import SYNTHETIC_CONSTANTS, synthetic_candidates, synthetic_model, synthetic_times
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "moe_perf_h100_sxm.parquet"
@@ -217,3 +218,40 @@ def test_on_public_measurements_of_other_kernels() -> None:
     ]
     assert np.mean(after) < before
     assert max(after) < 1.25 * before
+
+
+def test_an_interval_on_an_unseen_machine_is_wider_by_what_constants_may_be_there(
+    model: LatencyModel, candidates: pl.DataFrame
+) -> None:
+    machine, work = hardware("h200-sxm"), work_of(candidates)
+    own = model.forecast(work, machine).log_half_width
+    wide = zero_shot_half_width(model, work, machine)
+    assert (wide > own).all()
+    # A call that computes alone: eff_compute and the overheads of tiles are what moves it; a latency is as 1 / eff.
+    one = candidates.filter(pl.col("op") == "grouped_gemm").sort("n_tokens")[-1:]
+    least = math.hypot(model.typical_half_width_ or 0, SIGMAS_90 * SPREADS["eff_compute"] * 0.9)
+    assert least < zero_shot_half_width(model, work_of(one), machine)[0] < 1.5 * least
+    truth = {"eff_compute": 0.85, "eff_memory": 0.9, "tile_overhead_rows": 1.2, "layer_ns": 1.4, "row_passes": 0.8}
+    times = synthetic_times(transferred(model, machine), candidates, **truth)["time_ns"].to_numpy()
+    off = np.abs(np.log(model.forecast(work, machine).ns / times))
+    assert (off <= own).mean() < 0.7 and (off <= wide).mean() > 0.9
+    model_without = model.__class__(model.profile, model.dtype, model.kernel)
+    vars(model_without).update(vars(model) | {"confidence_": None})
+    assert np.isnan(zero_shot_half_width(model_without, work, machine)).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("epyc-zen4-2c-fp32", "epyc-zen5-2c-fp32"), ("epyc-zen5-2c-fp32", "epyc-zen4-2c-fp32")]
+)
+def test_intervals_on_the_other_real_cpu_hold_what_they_promise(source: str, target: str) -> None:
+    paths = {path.name: path for path in shipped_captures()}
+    (found,) = read_sources([str(paths[target])])
+    result = summary(evaluate(load_model(source), found.observations, "none", machine=found.profile).table)
+    assert result["coverage90"] >= 0.9 and result["half_width"] < 0.5
+
+
+def test_what_was_learned_of_offloading_stays_on_its_machine(model: LatencyModel) -> None:
+    vars(model_with := model.__class__(model.profile, model.dtype, model.kernel)).update(vars(model) | {"offload_": {}})
+    same_name = replace(hardware("h200-sxm"), name=model.profile.name)
+    assert transferred(model_with, model.profile).offload_ == {}
+    assert transferred(model_with, same_name).offload_ is None

@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from perfmodel.capture import shipped_captures
@@ -530,7 +531,16 @@ def test_a_model_is_judged_by_the_table_of_its_own_kernel_alone(made_up_table_pa
     assert one["median_ape"] < 0.1 and 0.8 < one["coverage90"] <= 1 and one["baselines"] == {}
     elsewhere = json.loads(run("evaluate", model, table, "--hardware", "h200-sxm", "--json").stdout)
     assert elsewhere["overall"]["median_ape"] > one["median_ape"]
+    assert elsewhere["overall"]["half_width"] > 1.5 * one["half_width"]  # its constants may be others there
     assert "is a cpu" in refused("evaluate", model, table, "--hardware", "xeon-spr")
+    newer = tmp_path / "newer.parquet"
+    pl.read_parquet(table).with_columns(version=pl.lit("9.9.10")).write_parquet(newer)
+    done = run("evaluate", model, str(newer), "--json")
+    (other,) = json.loads(done.stdout)["kernels"]
+    assert (other["kernel"], other["n"]) == ("trtllm/9.9.10/made_up/fp8", 75)
+    assert other["median_ape"] == one["median_ape"] and other["half_width"] > one["half_width"]
+    assert "trtllm/9.9.10/made_up/fp8 on h100-sxm is judged by a model of trtllm/9.9.9/made_up/fp8 on" in done.stderr
+    assert "fp8, by the model as it is" in run("evaluate", model, table).stdout
     assert "there are synthetic" in refused("evaluate", model, str(write_synthetic_capture(tmp_path / "cpu")))
 
 

@@ -3,18 +3,22 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
 from perfmodel.capture import load_capture, per_workload, profile_of
 from perfmodel.errors import InputError
+from perfmodel.fitting import fit_source
 from perfmodel.latency import LatencyModel
 from perfmodel.offload import Host, OffloadConstants
 from perfmodel.offload.constants import ASSUMED, PRIORS
-from perfmodel.offload.fit import CONSTANTS_OF, fit_offload
+from perfmodel.offload.fit import CONSTANTS_OF, fit_offload, judge_offload
 from perfmodel.offload.fitted import Fitted, OffloadFit, Way, from_json
 from perfmodel.physics import PYTORCH_KERNEL, Ceilings, Form
+from perfmodel.report import fit_page
+from perfmodel.sources import only_source, read_sources
 from tests.captures_made import write_gpu_capture
 from tests.offload_made import FRACS, SHAPES, WAYS, synthetic_model, synthetic_observations
 
@@ -179,3 +183,39 @@ def test_a_capture_is_fitted_from_its_folder(tmp_path: Path) -> None:
 def test_nothing_offloaded_is_nothing_to_fit(made: pl.DataFrame) -> None:
     with pytest.raises(InputError, match="no bf16 workload with offloaded experts among 32 observations"):
         fit_offload(synthetic_model(), made.filter(pl.col("access") == "resident"))
+
+
+def test_offloaded_rows_are_judged_by_the_constants_of_their_way(made: pl.DataFrame, fitted: OffloadFit) -> None:
+    model = synthetic_model()
+    model.offload_ = None
+    assumed = judge_offload(model, made)
+    model.offload_ = OffloadFit({COPY: fitted.ways[COPY]}).to_json()
+    found = judge_offload(model, made)
+    assert set(found) == {str(way) for way in WAYS}
+    assert {way: one["is_fitted"] for way, one in found.items()} == {str(way): way == COPY for way in WAYS}
+    assert {way: one for way, one in found.items() if way != "copy"} == {
+        w: o for w, o in assumed.items() if w != "copy"
+    }
+    assert found["copy"]["n"] == fitted.ways[COPY].n_observations
+    assert found["copy"]["median_ape"] < 0.02 < assumed["copy"]["median_ape"]  # 2 % noise has a median of 1.3 %
+    assert found["copy"]["median_ape"] < found["copy"]["p90_ape"] <= found["copy"]["worst_ape"]
+
+
+def test_a_way_whose_rate_no_probe_measured_is_left_out_and_said(tmp_path: Path) -> None:
+    folder = write_gpu_capture(tmp_path / "synthetic")
+    manifest = json.loads((folder / "capture.json").read_text())
+    rates = manifest["calibration"]
+
+    def without(*beginnings: str) -> Any:
+        manifest["calibration"] = {name: value for name, value in rates.items() if not name.startswith(beginnings)}
+        (folder / "capture.json").write_text(json.dumps(manifest))
+        source = only_source(read_sources([str(folder)]))
+        return source, fit_source(source)
+
+    source, model = without("host_gemm")
+    assert set(model.offload_) == {str(way) for way in WAYS if way != CPU}
+    assert "no constants of cpu: hardware 'synthetic' has no host_gemm_flops_per_s" in fit_page(model)
+    assert set(judge_offload(model, source.every)) == set(model.offload_)
+    source, model = without("link", "host")
+    assert model.offload_ is None and judge_offload(model, source.every) == {}
+    assert fit_page(model).count("has no link to a second memory tier") == len(WAYS)

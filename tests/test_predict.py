@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from perfmodel.errors import InputError
+from perfmodel.fitting import fit_source
 from perfmodel.hardware import HardwareProfile, hardware
 from perfmodel.hf_config import resolve
 from perfmodel.moe import MoEShape
 from perfmodel.offload import ACCESS_MODES, OffloadConstants, link_rate
 from perfmodel.placement import POLICIES, place
-from perfmodel.predict import Prediction, predict, slowdown_curve
+from perfmodel.predict import Prediction, Settings, predict, slowdown_curve
 from perfmodel.routing import routing
+from perfmodel.sources import only_source, read_sources
+from tests.captures_made import write_gpu_capture
 
 GH200 = hardware("gh200")
 SMALL = MoEShape("synthetic-small", n_experts=16, top_k=2, hidden=1024, inter=512)
@@ -188,3 +191,36 @@ def test_a_layer_is_no_faster_than_the_host_launches_it(op: str) -> None:
     assert quick.latency_ns == pytest.approx(free.latency_ns)
     assumed = predict(GH200, SMALL, routing("uniform", 16, 2, 4), op=op, launch="eager")
     assert assumed.latency_ns >= 0.999 * (16_000 if op == "grouped-gemm" else 150_000)
+
+
+def test_a_model_of_a_capture_says_how_sure_each_way_to_offload_is(tmp_path: Path) -> None:
+    # Times and constants of this capture are made up. Copies were measured nine times, mapped pages eighteen times.
+    source = only_source(read_sources([str(write_gpu_capture(tmp_path / "made-up"))]))
+    model = fit_source(source)
+    shape = resolve("olmoe")
+    batch = routing("power-law:1.2", shape.n_experts, shape.top_k, 64)
+
+    def of(access: str, frac: float = 0.5, machine: HardwareProfile = model.profile, **more: str) -> Prediction:
+        return predict(machine, shape, batch, frac, access, op="moe-layer", model=model, settings=Settings(**more))
+
+    resident, mapped, copied = of("copy", 0.0), of("zero-copy"), of("copy")
+    assert (resident.basis, mapped.basis, copied.basis) == ("fitted", "fitted", "extrapolated")
+    assert resident.interval is not None and mapped.interval is not None and copied.interval is None
+    assert mapped.interval[1] / mapped.latency_ns > resident.interval[1] / resident.latency_ns  # both errors act
+    assert "constants of zero-copy fitted on 18 observations" in mapped.reasons
+    assert copied.reasons[-2:] == (
+        "constants of copy fitted on 9 observations",
+        "too few of them could be held out, so nothing is known of their errors",
+    )
+    system = of("zero-copy", residency="system")
+    words = "no expert offloaded by zero-copy/system was among the observations: its constants are assumed"
+    assert system.interval is None and words in system.reasons
+
+    there = hardware("h200-sxm")
+    moved = of("copy", 0.0, there)
+    assert moved.basis == "extrapolated" and moved.interval is not None
+    assert moved.interval[1] / moved.latency_ns > 1.05 * resident.interval[1] / resident.latency_ns
+    words = "fitted on made-up: the interval is wider by what its constants may be on another machine"
+    assert words in moved.reasons
+    offloaded = of("zero-copy", 0.5, there)
+    assert offloaded.interval is None and "nothing is known of their errors on another machine" in offloaded.reasons

@@ -6,13 +6,16 @@ import pytest
 from perfmodel import report
 from perfmodel.analysis import analyse
 from perfmodel.diff import diff
+from perfmodel.evaluation import evaluate, report_of
 from perfmodel.fitting import fit_source
 from perfmodel.hardware import hardware
 from perfmodel.latency import LatencyModel
+from perfmodel.offload.fit import fit_offload, judge_offload
 from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary
 from perfmodel.readers import read_trace
-from perfmodel.sources import Source
+from perfmodel.sources import Source, only_source, read_sources
 from perfmodel.trace import Trace
+from tests.captures_made import write_gpu_capture
 from tests.made_up import MADE_UP_KERNEL, made_up_machine, made_up_observations
 from tests.traces_made import events, golden_rows, kernel, launch
 
@@ -136,3 +139,51 @@ def test_the_page_of_a_fit_to_few_measurements_promises_no_interval() -> None:
     assert model.confidence_ is None
     assert "interval      none: too few measurements could be held out" in page
     assert "residual      not used" in page and "nan" not in page.lower().split()
+
+
+def test_what_offloaded_experts_taught_stands_on_the_page_of_a_fit(tmp_path: Path) -> None:
+    source = only_source(read_sources([str(write_gpu_capture(tmp_path / "made-up"))]))
+    model = fit_source(source)
+    page = report.fit_page(model)
+    # Offloaded calls replayed from a graph are held against resident ones replayed from a graph.
+    assert source.other_launch is not None
+    every = pl.concat([source.observations, source.other_launch, source.offloaded])
+    assert source.every.equals(every)
+    found = fit_offload(model, every)
+    assert model.offload_ == found.to_json()
+    lines = page.split("\n")
+    for way, one in found.ways.items():
+        row = next(line for line in lines if line.split()[:2] == [str(way), str(one.n_observations)])
+        assert one.by_shape is not None and one.by_frac is None  # one fraction was measured
+        assert f"{100 * one.by_shape.median_frac:.1f} %" in row and " none " in row
+        for name, constant in one.constants.items():
+            row = next(line for line in lines if line.split()[:2] == [str(way), name])
+            assert f"{constant.value:.4g}" in row and f"{constant.low:.4g} to {constant.high:.4g}" in row
+            assert ("loosely" in row) != constant.is_known
+    assert page.index("offloaded experts, predicted without data of their shape") > page.index("interval      90 %")
+    result = report_of([evaluate(model, source.observations, "none")])
+    assert "offloaded experts" not in report.evaluation_page(result)
+    judged = judge_offload(model, source.every)
+    result["kernels"][0]["offload"] = judged
+    rows = report.evaluation_page(result).split("\n")
+    for way, errors in judged.items():
+        row = next(line for line in rows if line.split()[:2] == [way, str(errors["n"])])
+        assert f"{100 * errors['median_ape']:.1f} %" in row and row.endswith("fitted")
+    model.offload_ = None
+    assert report.fit_page(model) == page[: page.index("\n\nabsolute error of latencies with offloaded experts")]
+
+
+def test_a_fit_to_times_of_another_unit_or_a_busy_machine_is_not_to_be_trusted() -> None:
+    observations = made_up_observations(tokens=(1, 64, 4096))
+    screened = pl.Series([True] * observations.height)
+
+    def page(factor: pl.Expr) -> str:
+        made = observations.with_columns(time_ns=pl.col("time_ns") * factor)
+        source = Source("made up", MADE_UP_KERNEL, made_up_machine(), "bf16", made, made[:0], screened)
+        return report.fit_page(fit_source(source))
+
+    assert "NOT TO BE TRUSTED" not in page(pl.lit(1.0))
+    of_microseconds = page(pl.lit(1000.0))
+    assert "NOT TO BE TRUSTED" in of_microseconds and "interval      none" in of_microseconds
+    third_failed = page(pl.when(pl.int_range(pl.len()) % 3 == 0).then(6.0).otherwise(1.0))
+    assert "NOT TO BE TRUSTED" in third_failed and "interval      90 %" in third_failed

@@ -9,7 +9,7 @@ from perfmodel.errors import InputError, NotComparableError
 from perfmodel.hardware import hardware
 from perfmodel.moe_perf import MOE_PERF
 from perfmodel.sources import only_source, read_sources
-from tests.captures_made import write_synthetic_capture
+from tests.captures_made import write_gpu_capture, write_synthetic_capture
 from tests.made_up import made_up_machine
 from tests.test_moe_perf import made_up_table, row
 
@@ -140,3 +140,40 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     for path, words in ((tmp_path, "not a capture folder"), (tmp_path / "none.parquet", "no such file")):
         with pytest.raises(InputError, match=words):
             read_sources([str(path)])
+
+
+def test_what_a_capture_measured_in_another_dtype_is_a_kernel_to_be_asked_for(tmp_path: Path) -> None:
+    capture, said = str(write_gpu_capture(tmp_path / "made-up")), []
+    main = only_source(read_sources([capture], progress=said.append))
+    assert (main.kernel, main.dtype, set(main.observations["dtype"])) == ("synthetic", "bf16", {"bf16"})
+    assert said[-1] == "for measurements in another dtype add --kernel fp8"
+    fp8 = only_source(read_sources([capture], "fp8"))
+    assert (fp8.kernel, fp8.dtype, set(fp8.observations["dtype"])) == ("synthetic/fp8", "fp8", {"fp8"})
+    assert set(fp8.offloaded["dtype"]) == {"fp8"}
+    again = only_source(read_sources([capture], "synthetic"))
+    assert again.kernel == "synthetic" and again.observations.equals(main.observations)
+
+
+def test_resident_workloads_of_the_rarer_launch_stand_beside_offloaded_ones_alone(tmp_path: Path) -> None:
+    source = only_source(read_sources([str(write_gpu_capture(tmp_path / "made-up"))]))
+    assert source.observations["launch"].is_null().all() and source.other_launch is not None
+    assert set(source.other_launch["launch"]) == {"graph"} and set(source.other_launch["access"]) == {"resident"}
+    assert not set(source.other_launch["workload"]) & set(source.observations["workload"])
+    assert "graph" in set(source.offloaded["launch"])
+
+
+def test_a_kernel_of_another_version_is_found_where_that_is_wanted(tmp_path: Path) -> None:
+    table = made_up_kernels(tmp_path)
+    asked = f"{CUTLASS}/fp8".replace("9.9.9", "1.0")
+    assert names(read_sources([table], asked, any_version=True)) == [f"{CUTLASS}/fp8"]
+    assert names(read_sources([table], f"{CUTLASS}/fp8", any_version=True)) == [f"{CUTLASS}/fp8"]
+    with pytest.raises(InputError, match="no kernel contains"):
+        read_sources([table], asked)
+    with pytest.raises(InputError, match=r"no kernel contains .* \(choose with --kernel\)"):
+        read_sources([table], asked.replace("cutlass", "marlin"), any_version=True)
+
+
+def test_machines_are_never_pooled_and_no_kernel_is_asked_for_where_there_is_one(tmp_path: Path) -> None:
+    table = made_up_table(tmp_path, row(), row(device="NVIDIA H200"))
+    with pytest.raises(InputError, match=r"several machines cannot share a model.* on h100-sxm, .* on h200-sxm"):
+        only_source(read_sources([str(table)]))

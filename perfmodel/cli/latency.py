@@ -75,7 +75,9 @@ def evaluate(
     """
     from perfmodel import evaluation
     from perfmodel.latency import LatencyModel, load_model, shipped_models
+    from perfmodel.offload.fit import judge_offload
     from perfmodel.sources import read_sources
+    from perfmodel.transfer import transferred
 
     is_model = sources[0] in shipped_models() or sources[0].endswith(".json")
     if is_model and len(sources) == 1:
@@ -88,17 +90,34 @@ def evaluate(
         raise InputError("without a split there is nothing to judge but a model: give MODEL.json first")
     machine = machine_of(hardware_name) if hardware_name else None
     wanted = kernel or (None if given is None else given.kernel)
-    found, read = [], read_sources(sources[is_model:], wanted, machine, note)
+    found, offloaded = [], {}
+    read = read_sources(sources[is_model:], wanted, machine, note, any_version=kernel is None)
     for source in read:
         model = given if chosen == "none" and given else LatencyModel(source.profile, source.dtype, source.kernel)
+        is_here = given is not None and given.profile.quantities == source.profile.quantities
+        if model is given and not (is_here and given.kernel == source.kernel):
+            note(
+                f"{source.kernel} on {source.profile.name} is judged by a model of {given.kernel} on "
+                f"{given.profile.name}: nothing was fitted to it"
+            )
         if chosen != "none" and given is not None and type(given.constants_) is type(model.form.defaults):
             model.prior = given.constants_
         try:
             found.append(
                 evaluation.evaluate(
-                    model, source.observations, chosen, _told, is_screened=source.is_screened, machine=source.profile
+                    model,
+                    source.observations,
+                    chosen,
+                    _told,
+                    is_screened=source.is_screened,
+                    machine=source.profile,
+                    kernel=source.kernel,
                 )
             )
+            if model is given and source.offloaded.height:
+                moved = transferred(model, source.profile)
+                moved.offload_ = model.offload_  # shares of the link's and the host's rates, to be judged as they are
+                offloaded[len(found) - 1] = judge_offload(moved, source.every)
         except InputError as error:
             if len(read) > 1 and kernel is None:
                 note(f"left out {source.kernel}: {error}")
@@ -109,6 +128,8 @@ def evaluate(
     if not found:
         raise InputError(f"no kernel of these sources can be judged by the split {chosen!r}")
     result = evaluation.report_of(found)
+    for i, ways in offloaded.items():
+        result["kernels"][i]["offload"] = ways
     if as_json:
         print_json(result)
     else:

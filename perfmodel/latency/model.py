@@ -131,7 +131,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         self.held_out_ = np.exp(predicted)
         error = np.abs(predicted - measured)
         normal = error < ANOMALY_LOG
-        if normal.sum() < 10:
+        if normal.sum() < 10 or 2 * normal.sum() < len(normal):  # an interval of a minority promises nothing
             return
         quantile, scale = width_of(features[normal], error[normal], groups[normal])
         hull = hull_features(work, self.roof)

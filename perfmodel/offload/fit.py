@@ -5,7 +5,7 @@ error of the resident model does not end up in constants of the link; where a wo
 resident, the model's resident time stands for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +14,15 @@ import polars as pl
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
+from perfmodel.hardware import HardwareProfile
 from perfmodel.latency.confidence import conformal_quantile
 from perfmodel.latency.constants import solve
 from perfmodel.latency.model import LatencyModel
 from perfmodel.physics import Array, Work, total
 
 from .constants import ASSUMED, PRIORS, OffloadConstants
-from .device import Device, Host, Mask
-from .fitted import REREAD_ROWS, Fitted, HeldOut, OffloadFit, Way, WayFit
+from .device import Device, Host, Mask, rate_keys
+from .fitted import REREAD_ROWS, Fitted, HeldOut, OffloadFit, Way, WayFit, from_json
 from .modes import offload_parts
 
 MAX_FOLDS = 12
@@ -89,6 +90,51 @@ def fit_offload(
         )
         found[way] = _fit_way(way, measured, device)
     return OffloadFit(found)
+
+
+def without_rates(profile: HardwareProfile, offloaded: pl.DataFrame) -> dict[Way, str]:
+    """The ways among offloaded rows that a machine lacks a rate for (a probe failed), each with what is missing."""
+    found = {}
+    for access, residency in offloaded.select("access", "residency").unique().sort(pl.all()).iter_rows():
+        try:
+            rate_keys(profile, access, residency)
+        except InputError as error:
+            found[Way(access, residency)] = str(error)
+    return found
+
+
+def rows_of_other_ways(observations: pl.DataFrame, ways: Iterable[Way]) -> pl.DataFrame:
+    """The rows of an OBSERVATIONS table that are of none of these ways."""
+    for way in ways:
+        mine = (pl.col("access") == way.access) & pl.col("residency").eq_missing(pl.lit(way.residency))
+        observations = observations.filter(~mine)
+    return observations
+
+
+def judge_offload(model: LatencyModel, observations: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """How far the offloaded rows of an OBSERVATIONS table lie from what a model says of its own machine, by way: n,
+    median_ape, p90_ape, worst_ape, and whether the way's constants were fitted (else they are assumed).
+
+    As in a fit the model's added time stands on the measured resident time of a workload, where there is one.
+    """
+    rows = observations.filter(pl.col("dtype") == model.dtype)
+    away = rows.filter(pl.col("access") != "resident")
+    away = rows_of_other_ways(away, without_rates(model.profile, away)).select("access", "residency").unique()
+    known = from_json(model.offload_ or {})
+    found = {}
+    for access, residency in sorted(away.iter_rows(), key=str):
+        constants, is_fitted = known.constants_of(access, residency)
+        device = Device(model.profile, model.roof, model.form, model.constants_, constants, residency=residency)
+        measured = _measured(model, rows, Way(access, residency))
+        ape = np.abs(np.expm1(log_predicted(access, measured, device) - measured.log_ns))
+        found[str(Way(access, residency))] = {
+            "n": len(ape),
+            "median_ape": float(np.median(ape)),
+            "p90_ape": float(np.quantile(ape, 0.9)),
+            "worst_ape": float(ape.max()),
+            "is_fitted": is_fitted,
+        }
+    return found
 
 
 def _fit_way(way: Way, measured: Measured, device: Device) -> WayFit:

@@ -10,7 +10,7 @@ import numpy as np
 from perfmodel.text import NS_PER_S
 
 from .priors import Prior
-from .work import TILE_FIELDS, TILE_ROWS, Array, Ceilings, Index, Parts, Work, smooth_max, sum_parts
+from .work import TILE_FIELDS, TILE_ROWS, Array, Ceilings, Index, Parts, Work, elementwise, smooth_max, sum_parts
 
 TILE_COLS, STEP_TERMS = 128, 64  # what is assumed of a tile that is not known, and what overheads are scaled to
 ALIGNED = 16  # elements: a row of weights of another length is not read in vectors by kernels that Triton compiles
@@ -103,6 +103,7 @@ class Prepared:
     step: Array  # [batch], terms of K that a tile takes at a time
     odd: Array  # [batch, gemm], 1 where rows of weights are misaligned for the kernel
     chosen: Index | None  # [batch, gemm], number of the tile's height, null where the cheapest is taken
+    n_chosen: Array | None  # [batch, gemm], how many tiles of that height
 
 
 def prepare(work: Work, kernel: Kernel) -> Prepared:
@@ -122,7 +123,8 @@ def prepare(work: Work, kernel: Kernel) -> Prepared:
         small = (n_rows[:, None] / work.n_experts[:, None] <= SM90_MEAN_ROWS) | (work.n <= SM90_COLS)
         chosen = np.where(small, TILE_ROWS.index(SM90_SMALL[0]), TILE_ROWS.index(SM90_LARGE[0]))
         width = np.where(small, float(SM90_SMALL[1]), float(SM90_LARGE[1]))
-    return Prepared(work, n_rows, n_active, tiles, width, np.ceil(work.n / width), step, odd, chosen)
+    n_chosen = None if chosen is None else np.take_along_axis(tiles, chosen, axis=1)
+    return Prepared(work, n_rows, n_active, tiles, width, np.ceil(work.n / width), step, odd, chosen, n_chosen)
 
 
 def _tile_cost_rows(c: TiledConstants) -> Array:
@@ -142,13 +144,16 @@ def _column_cost(prepared: Prepared, g: int, c: TiledConstants) -> Array:
 def gemm_roofs(prepared: Prepared, roof: Ceilings, c: TiledConstants) -> list[tuple[Array, Array]]:
     """For each grouped GEMM the time to compute and to move memory, ns `[batch]`, all experts pooled (2.1, 3)."""
     work = prepared.work
-    cost = prepared.tiles * _tile_cost_rows(c)
-    cheapest = cost.min(axis=1)
-    batch = np.arange(len(cost))
+    per_tile = _tile_cost_rows(c)
+    if prepared.n_chosen is None:
+        cheapest = elementwise(np.minimum, list((prepared.tiles * per_tile).T))
     found = []
     for g in range(work.k.shape[1]):
         k, n = work.k[:, g], work.n[:, g]
-        rows = cheapest if prepared.chosen is None else cost[batch, prepared.chosen[:, g]]
+        if prepared.chosen is None or prepared.n_chosen is None:
+            rows = cheapest
+        else:
+            rows = prepared.n_chosen[:, g] * per_tile[prepared.chosen[:, g]]
         terms = np.where(k > 0, k + c.tile_overhead_terms, 0.0)
         slow = 1 + prepared.odd[:, g] * (c.misaligned_compute - 1)
         flops = 2 * rows * terms * _column_cost(prepared, g, c) * slow
@@ -232,7 +237,7 @@ def launch_floor_ns(work: Work, c: TiledConstants) -> Array:
 
 def with_launch_floor(parts: Parts, work: Work, c: TiledConstants) -> Parts:
     """Parts with what the host needs beyond them: a call lasts as long as the slower of device and host (model 1.1)."""
-    device = np.add.reduce(list(parts.values()))
+    device = elementwise(np.add, list(parts.values()))
     return {**parts, "launch": np.maximum(launch_floor_ns(work, c) - device, 0.0)}
 
 

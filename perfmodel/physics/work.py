@@ -1,5 +1,7 @@
 """What is computed and on what: batches of MoE workloads as arrays, ceilings of a machine, and parts of a latency."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -206,11 +208,16 @@ def ideal_work(work: Work) -> tuple[Array, Array]:
     return 2 * work.n_rows * weights, work.n_active * weights * work.weight_bytes
 
 
+def elementwise(of_two: np.ufunc, terms: Sequence[Array]) -> Array:
+    """A function of two arrays over several, from the first to the last; a ufunc's `reduce` would stack them first."""
+    return functools.reduce(of_two, terms)
+
+
 def smooth_max(terms: list[Array], p: float) -> tuple[Array, list[Array]]:
     """The smooth maximum (sum terms^p)^(1/p), and the share of it that each term accounts for; shares add up to it."""
-    top = np.maximum(np.maximum.reduce(terms), 1e-12)
+    top = np.maximum(elementwise(np.maximum, terms), 1e-12)
     powers = [(term / top) ** p for term in terms]
-    total = np.add.reduce(powers)
+    total = elementwise(np.add, powers)
     value = top * total ** (1 / p)
     return value, [value * power / np.maximum(total, 1e-12) for power in powers]
 
@@ -218,9 +225,9 @@ def smooth_max(terms: list[Array], p: float) -> tuple[Array, list[Array]]:
 def sum_parts(*several: Parts) -> Parts:
     """Add times part by part; a part that is absent counts as zero, one that all lack stays absent."""
     found = [part for part in PARTS if any(part in one for one in several)]
-    return {part: np.asarray(np.add.reduce([one[part] for one in several if part in one])) for part in found}
+    return {part: elementwise(np.add, [one[part] for one in several if part in one]) for part in found}
 
 
 def total(parts: Parts) -> Array:
     """The latency that the parts make up."""
-    return np.asarray(np.add.reduce(list(parts.values())))
+    return elementwise(np.add, list(parts.values()))

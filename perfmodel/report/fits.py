@@ -9,8 +9,12 @@ from perfmodel.report.words import table
 
 if TYPE_CHECKING:  # this brings scipy and scikit-learn, which reading a trace does not need
     from perfmodel.latency import LatencyModel
+    from perfmodel.offload.fitted import HeldOut
 
 MAX_TRUSTED = 1.0  # a half-width of 100 %
+MAX_ANOMALIES_FRAC = 0.25  # of the measurements, which intervals do not speak of
+MAX_TRUSTED_ERROR = 0.5  # median held-out error where there is no interval
+UNTRUSTED = "NOT TO BE TRUSTED: held-out errors are too large; was the machine busy, are times in another unit?"
 
 
 def fit_page(model: "LatencyModel") -> str:
@@ -37,8 +41,41 @@ def fit_page(model: "LatencyModel") -> str:
             + table([row(s) for s in [*shapes, "all"]], header),
             table(constants, ["constant", "value", ""]),
             _sureness(model),
+            *_offloaded(model),
         ]
     )
+
+
+def _offloaded(model: "LatencyModel") -> list[str]:
+    """What was learned of each way to reach offloaded experts: errors held out by shape and by offloaded fraction, the
+    interval, and each constant with its range; nothing where no expert was offloaded."""
+    missing = model.evidence_.get("offload_left_out", {})
+    lines = [f"no constants of {way}: {why}" for way, why in missing.items()]
+    if not model.offload_:
+        return lines
+    from perfmodel.offload.fitted import from_json
+
+    errors, constants = [], []
+    for way, one in from_json(model.offload_).ways.items():
+        width = "none" if one.log_half_width is None else f"+{100 * math.expm1(one.log_half_width):.0f} %"
+        held = [_held_out(found) for found in (one.by_shape, one.by_frac)]
+        errors.append([str(way), str(one.n_observations), str(one.n_with_resident), *held[0], *held[1], width])
+        for name, c in one.constants.items():
+            known = "" if c.is_known else "loosely: not narrowed to a quarter of what was believed"
+            constants.append([str(way), name, f"{c.value:.4g}", f"{c.low:.4g} to {c.high:.4g}", known])
+    header = ["way", "n", "beside resident", "by shape", "p90", "groups", "by fraction", "p90", "groups", "interval"]
+    return [
+        "absolute error of latencies with offloaded experts, predicted without data of their shape, then of their "
+        "offloaded\nfraction (medians; none: fewer than three to hold out)\n" + table(errors, header),
+        table(constants, ["way", "constant", "value", "90 % range", ""]),
+        *lines,
+    ]
+
+
+def _held_out(found: "HeldOut | None") -> list[str]:
+    if found is None:
+        return ["none", "", ""]
+    return [text.frac(found.median_frac), text.frac(found.p90_frac), str(found.n_groups)]
 
 
 def _sureness(model: "LatencyModel") -> str:
@@ -48,10 +85,13 @@ def _sureness(model: "LatencyModel") -> str:
     if model.tiles_ is not None:
         lines.append(f"tiles         as {model.tiles_.framework} configures its launches")
     if sure is None or model.typical_half_width_ is None:
-        return "\n".join([*lines, "interval      none: too few measurements could be held out"])
+        if model.errors_["model"]["all"]["median_ape_frac"] > MAX_TRUSTED_ERROR:
+            lines.append(UNTRUSTED)
+        words = "none: too few measurements could be held out, or most of them lie far from what is predicted"
+        return "\n".join([*lines, f"interval      {words}"])
     half_width = math.expm1(model.typical_half_width_)
-    if half_width > MAX_TRUSTED:
-        lines.append("NOT TO BE TRUSTED: held-out errors are too large; was the machine busy?")
+    if half_width > MAX_TRUSTED or sure.n_anomalies > MAX_ANOMALIES_FRAC * (sure.n_scores + sure.n_anomalies):
+        lines.append(UNTRUSTED)
     lines.append(
         f"interval      90 %, typically +{100 * half_width:.0f} % / -{100 * (1 - 1 / (1 + half_width)):.0f} %, from "
         f"{text.count(sure.n_scores)} held-out errors of {sure.n_groups} shapes"
@@ -71,12 +111,22 @@ def evaluation_page(result: Mapping[str, Any]) -> str:
         if one["screened"]["n"] != one["n"]:
             rows.append(_row("without failed configurations", one["screened"]))
         rows += [_row(name.replace("_", " "), errors) for name, errors in one["baselines"].items()]
-        blocks.append(f"{one['kernel']}, held out by {one['split']}\n" + table(rows, header))
+        how = "by the model as it is" if one["split"] == "none" else f"held out by {one['split']}"
+        blocks.append(f"{one['kernel']}, {how}\n" + table(rows, header))
         if len(one["shapes"]) > 1:
             blocks.append(table([_row(name, errors) for name, errors in one["shapes"].items()], ["shape", *header[1:]]))
+        if one.get("offload"):
+            rows = [
+                [way, str(e["n"]), *(text.frac(e[key]) for key in ("median_ape", "p90_ape", "worst_ape")),
+                 "fitted" if e["is_fitted"] else "assumed"]
+                for way, e in one["offload"].items()
+            ]  # fmt: skip
+            words = "with offloaded experts, on top of the measured resident time where there is one\n"
+            blocks.append(words + table(rows, ["way", "n", "median", "p90", "worst", "constants"]))
     if len(result["kernels"]) > 1:
         rows = [_row("all", result["overall"]), _row("without failed configurations", result["overall"]["screened"])]
-        blocks.append("all kernels, each by its own models\n" + table(rows, header))
+        how = "by the model as it is" if result["kernels"][0]["split"] == "none" else "each by its own models"
+        blocks.append(f"all kernels, {how}\n" + table(rows, header))
     return "\n\n".join(blocks)
 
 
