@@ -19,6 +19,7 @@ from .anomalies import anomalies
 from .confidence import (
     ANOMALY_LOG,
     DIRECTIONS,
+    LEAST_IN_STEP,
     Confidence,
     Ladder,
     ladder_of,
@@ -34,8 +35,8 @@ CLIP_LOG = 0.25  # a residual moves a physical prediction by no more than this, 
 LEAST_FOR_TREES, LEAST_GROUPS = 250, 5
 GAIN_FRAC = 0.02  # held-out error that a residual must take away to be used
 MAX_FOLDS = 12
-TOKEN_REACH = 16.0  # how many times more tokens than fitted an interval is offered for, if it was tried
-TOKEN_STEPS, OTHER_STEPS = (1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0)  # octaves
+# Octaves outside for which an interval is offered, if they were tried: by more tokens, and in any other direction.
+TOKEN_STEPS, OTHER_STEPS = (1.0, 2.0, 4.0), (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,19 +148,25 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         self.typical_half_width_ = float(np.median(inside.base_half_width(features)))
 
     def _by_tokens(self, work: Work, measured: Array, prior: Any, inside: Confidence) -> Ladder:
-        """How errors grow with more tokens than were fitted, tried on the smaller batches of these observations."""
+        """How errors grow with more tokens than were fitted: the largest batches of these observations, predicted by
+        models of batches smaller by each step."""
         n_tokens = work.mean(work.n_tokens)
-        few = n_tokens <= n_tokens.max() / TOKEN_REACH
-        if few.sum() < LEAST_FOR_TREES // 2 or (~few).sum() < LEAST_FOR_TREES // 4:
-            return Ladder()
-        small, large = np.flatnonzero(few), np.flatnonzero(~few)
-        trained = _train(self, work.take(small), measured[small], prior)
-        beyond = work.take(large)
-        predicted, features = _predict(self, beyond, *trained)
-        error = np.abs(np.log(predicted) - measured[large])
-        octaves = np.log2(n_tokens[large] / n_tokens[small].max())
-        normal = error < 2 * ANOMALY_LOG
-        return ladder_of(octaves[normal], (error / inside.base_half_width(features))[normal], TOKEN_STEPS)
+        octaves, relative = [], []
+        for before, step in zip((0.0, *TOKEN_STEPS), TOKEN_STEPS, strict=False):
+            small = np.flatnonzero(n_tokens <= n_tokens.max() / 2**step)
+            large = np.flatnonzero(n_tokens > n_tokens.max() / 2 ** (step - before))
+            if len(large) < LEAST_IN_STEP:  # then nearer ones count for it too
+                large = np.flatnonzero(n_tokens > n_tokens.max() / 2**step)
+            if len(small) < LEAST_FOR_TREES // 2 or len(large) < LEAST_IN_STEP:
+                continue
+            predicted, features = _predict(
+                self, work.take(large), *_train(self, work.take(small), measured[small], prior)
+            )
+            error = np.abs(np.log(predicted) - measured[large])
+            normal = error < 2 * ANOMALY_LOG
+            octaves.append(np.full(int(normal.sum()), step))
+            relative.append((error / inside.base_half_width(features))[normal])
+        return ladder_of(np.concatenate(octaves), np.concatenate(relative), TOKEN_STEPS) if octaves else Ladder()
 
     def predict(self, observations: pl.DataFrame) -> Array:
         """Predicted latency of each row, ns `[row]`."""
