@@ -37,7 +37,7 @@ N_STEPS = 6  # of Gauss and Newton; three are enough where nothing hits a limit
 MOVED = {0.0: 0.5, 0.5: 0.2, 1.0: 0.2, 2.0: 0.1}
 NOISIER = {1.0: 0.2, 1.5: 0.3, 2.0: 0.3, 3.0: 0.2}
 UNMOVED_PROB = 0.5  # from which on nothing moves
-PARTS = (0.25, 0.5, 0.75, 1.0)  # of the way from the transferred model to what the points say
+STEP_FRACS = (0.25, 0.5, 0.75, 1.0)  # of the way from the transferred model to what the points say
 SURE = 0.90  # one-sided, that leaving points out shows a gain and not chance
 GAIN_FRAC = 0.02  # of the zero-shot error, what leave-one-out errors must be below it for anything to change
 SCALAR_SPREAD = 0.05  # log units: what is left over all points once the constants have moved
@@ -128,7 +128,7 @@ def _origin(model: LatencyModel) -> dict[str, Any]:
         "kernel": model.kernel,
         "dtype": model.dtype,
         "n_observations": model.n_observations_,
-        "evidence": getattr(model, "evidence_", {}),
+        "evidence": model.evidence_,
     }
 
 
@@ -147,7 +147,7 @@ def _changes(
         i = at.names.index(name)
         row |= {"spread_before": float(points.spread[i]), "spread_after": float(solution.sd[i])}
         if not solution.is_free[i]:
-            why = f"the points leave more than {IDENTIFIED_FRAC:.0%} of its spread"
+            why = f"the points leave more than {100 * IDENTIFIED_FRAC:.0f} % of its spread"
         elif solution.unmoved_prob >= UNMOVED_PROB:
             why = "the points are as far off as the model's own errors are"
         elif part == 0:
@@ -190,7 +190,8 @@ def points_of(model: LatencyModel, observations: pl.DataFrame) -> Points:
 
 
 def solve(points: Points, weights: Array) -> Solution:
-    """The most likely constants given the points, `weights[point]` 0 for those that do not count."""
+    """The most likely constants given the points, `weights[point]` 0 for those that do not count (model A3
+    to A5)."""
     physics, spread = points.physics, points.spread
     slopes = physics.slopes(physics.z)
     used = weights > 0
@@ -226,7 +227,8 @@ def _judged(
     slopes: Array, spread: Array, sigma: Array, shape_of: NDArray[np.int64], weights: Array, off: Array
 ) -> tuple[float, float, float]:
     """How far constants moved and how much noisier the machine is, as multiples, by the marginal likelihood of the
-    transferred model's errors `off[point]` (evidence, MacKay 1992); and the probability that nothing moved."""
+    transferred model's errors `off[point]` (evidence, MacKay 1992; model A4); and the probability that nothing
+    moved."""
     shared = (shape_of[:, None] == shape_of[None, :]) * SHAPE_FRAC * np.outer(sigma, sigma)
     noise = shared + np.diag((1 - SHAPE_FRAC) * sigma**2 / weights)
     signal = (slopes * spread**2) @ slopes.T
@@ -269,11 +271,11 @@ def _left_out(points: Points, weights: Array) -> Array:
 
 
 def _part(left_out: Array, zero_shot: Array) -> float:
-    """How much of the way constants go, 0 or one of PARTS: where the gain of leave-one-out errors over those of the
-    transferred model is surest, by its lower limit (Student's t, SURE); anomalies count as ANOMALY_LOG."""
+    """How much of the way constants go, 0 or one of STEP_FRACS: where the gain of leave-one-out errors over those of
+    the transferred model is surest, by its lower limit (Student's t, SURE); anomalies count as ANOMALY_LOG."""
     before = np.minimum(np.abs(zero_shot), ANOMALY_LOG)
     best = 0.0, GAIN_FRAC * float(before.mean())
-    for part in PARTS:
+    for part in STEP_FRACS:
         gain = before - np.minimum(np.abs(zero_shot + part * (left_out - zero_shot)), ANOMALY_LOG)
         sure = _least_gain(gain)
         if gain.mean() >= GAIN_FRAC * before.mean() and sure > 0 and (best[0] == 0 or sure > best[1]):

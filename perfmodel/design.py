@@ -55,7 +55,7 @@ class Field:
         return covariance(self.slopes[rows], self.spread, self.sigma[rows], self.shape_of[rows])
 
     def open_variance(self, chosen: Sequence[int]) -> float:
-        """The variance of log latency, over all candidates on average, that unknown constants leave."""
+        """The variance of log latency, over all candidates on average, that unknown constants leave (model A6)."""
         return float((self.covariance(chosen) * self.asked).sum())
 
     def information(self, chosen: Sequence[int]) -> float:
@@ -224,7 +224,7 @@ def _points(model: LatencyModel, shape: MoEShape, n_tokens: int) -> list[dict[st
                         "hidden": shape.hidden, "inter": shape.inter, "n_gemms": shape.n_gemms, "gemm_k": gemm_k,
                         "gemm_n": gemm_n, "dtype": model.dtype, "n_tokens": n_tokens, "routing": name,
                         "device": "cuda" if model.profile.device == "gpu" else "cpu",
-                        "launch": getattr(model, "evidence_", {}).get("launch"),
+                        "launch": model.evidence_.get("launch"),
                         "tokens_per_expert": batch.counts[0].tolist(),
                     }
                 )  # fmt: skip

@@ -11,7 +11,7 @@ from perfmodel.offload import Device, Mask, link_rate, offload_parts
 from perfmodel.physics import Array, Work, total
 
 STEP_LOG = 0.01  # by how much a constant is moved to see what that does
-GEMMS = ("up", "down")
+GEMMS = ("up", "down")  # the grouped GEMMs of a layer, in the order of `Work.k`
 N_SENSITIVE, N_NEAREST = 5, 3
 
 
@@ -85,17 +85,18 @@ def _roofs(work: Work, device: Device) -> dict[str, str]:
         times = {"computing": float(compute.sum()), "memory": float(memory.sum())}
         binds = max(times, key=lambda roof: times[roof])
         ratio = max(times.values()) / max(min(times.values()), 1e-12)
-        found[GEMMS[g] if (work.layer > 0).all() or work.k.shape[1] > 1 else "GEMM"] = f"{binds} ({ratio:.1f}x)"
+        found[GEMMS[g]] = f"{binds} ({ratio:.1f}x)"
     return found
 
 
 def _knees(work: Work, offloaded: Mask, access: str, device: Device) -> dict[str, float]:
     """Rows n at which 2 n K N / F = w K N / B, of the achieved rates (the ridge point in rows), by source."""
-    c, roof = device.constants, device.roof
-    flops = roof.flops_per_s * getattr(c, "eff_compute", 1.0)
-    sources = {"device memory": roof.bytes_per_s * getattr(c, "eff_memory", 1.0)}
+    c, roof, o = device.constants, device.roof, device.offload
+    flops = roof.flops_per_s * c.eff_compute
+    sources = {"device memory": roof.bytes_per_s * c.eff_memory}
     if offloaded.any() and access in ("zero-copy", "copy", "copy-overlap"):
-        sources["the link"] = link_rate(device.profile, access, device.residency)[0]
+        share = o.link_eff if access == "zero-copy" else o.copy_eff
+        sources["the link"] = link_rate(device.profile, access, device.residency)[0] * share
     return {where: flops * work.weight_bytes / (2 * rate) for where, rate in sources.items()}
 
 
@@ -104,7 +105,8 @@ def _latency(work: Work, offloaded: Mask, access: str, device: Device) -> float:
 
 
 def _sensitivity(work: Work, offloaded: Mask, access: str, device: Device) -> dict[str, float]:
-    """d log latency / d log constant for every constant that matters, and for the rates of the machine."""
+    """d log latency / d log constant of the constants that matter most, at most N_SENSITIVE; efficiencies stand for the
+    rates of the machine."""
     base = _latency(work, offloaded, access, device)
     moved = np.exp(STEP_LOG)
     found = {}

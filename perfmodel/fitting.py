@@ -13,8 +13,7 @@ from perfmodel.offload.fit import fit_offload, rows_of_other_ways, without_rates
 from perfmodel.sources import Source
 
 MAX_POINTS = 1000  # measured points that a model keeps, to show and to name the nearest
-FOLDS_OF_BASELINES = 12
-SIGNIFICANT = 6
+SIGNIFICANT = 6  # digits of where a kept point lies
 
 
 def fit_source(source: Source, progress: Callable[[str], None] = lambda _: None) -> LatencyModel:

@@ -1,6 +1,7 @@
 """A fitted model on another machine, and what is believed of its constants there before anything is measured.
 
 Everything here is linear about the model as it is: log latencies, their slopes in the constants, normal errors.
+"(model A1)" is a formula of docs/model.md, section 12.
 """
 
 import copy
@@ -93,7 +94,7 @@ def transferred(
     model: LatencyModel, profile: HardwareProfile, *, dtype: str | None = None, kernel: str | None = None
 ) -> LatencyModel:
     """The model as one of another machine (or dtype, or kernel): the same constants, its efficiencies restated
-    relative to the ceilings of `profile`, so that it predicts what `model.forecast(work, profile)` does.
+    relative to the ceilings of `profile`, so that it predicts what `model.forecast(work, profile)` does (model A1).
 
     Raises InputError for a CPU where the model is of a GPU, and the other way.
     """
@@ -222,7 +223,8 @@ def covariance(
     slopes: Array, spread: Array, sigma: Array, shape_of: NDArray[np.int64], weights: Array | None = None
 ) -> Array:
     """The covariance of coordinates once points with these slopes `[point, name]` are measured, `[name, name]`:
-    inverse of the prior's information plus the points', whose errors a shape shares in part (SHAPE_FRAC)."""
+    inverse of the prior's information plus the points', whose errors a shape shares in part (SHAPE_FRAC; model
+    A2)."""
     joint = joint_covariance(slopes, spread, sigma, shape_of, weights)[0]
     return np.asarray(joint[: len(spread), : len(spread)])
 

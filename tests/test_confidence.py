@@ -13,7 +13,7 @@ from perfmodel.latency.confidence import (
     SLACK_OCTAVES,
     Ladder,
     confidence_from_json,
-    ladder,
+    ladder_of,
     octaves_outside,
     ranges_of,
     width_of,
@@ -63,14 +63,14 @@ def test_a_ladder_by_hand_joins_steps_of_too_few_errors_and_never_falls() -> Non
     relative = np.concatenate(
         [np.full(50, 9.0), np.full(n, 2.0), np.full(n - 1, 5.0), np.full(1, 7.0), np.full(3, 99.0)]
     )
-    found = ladder(octaves, relative, (0.5, 1.0, 2.0, 4.0))
+    found = ladder_of(octaves, relative, (0.5, 1.0, 2.0, 4.0))
     # Up to 0.5: 2. One too few lie up to 1, so that step joins the next: of 19 fives and one seven the 19th is a five.
     # Beyond 2 lie three, and no step offers them.
     assert found == Ladder((0.5, 2.0), (2.0, 5.0))
-    falling = ladder(np.repeat([0.4, 0.8, 1.6], n), np.repeat([2.0, 0.5, 3.0], n), (0.5, 1.0, 2.0))
+    falling = ladder_of(np.repeat([0.4, 0.8, 1.6], n), np.repeat([2.0, 0.5, 3.0], n), (0.5, 1.0, 2.0))
     assert falling == Ladder((0.5, 1.0, 2.0), (2.0, 2.0, 3.0))
-    assert ladder(np.repeat([0.4], n), np.repeat([0.3], n), (0.5,)) == Ladder((0.5,), (1.0,))
-    assert ladder(np.zeros(50), np.ones(50), (0.5, 1.0)) == Ladder()
+    assert ladder_of(np.repeat([0.4], n), np.repeat([0.3], n), (0.5,)) == Ladder((0.5,), (1.0,))
+    assert ladder_of(np.zeros(50), np.ones(50), (0.5, 1.0)) == Ladder()
 
 
 @pytest.mark.parametrize(

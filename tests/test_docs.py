@@ -1,6 +1,7 @@
 """Documents that cannot lie: the README's commands exist, decisions and data are indexed, names in docs are real."""
 
 import importlib
+import json
 import re
 import runpy
 import subprocess
@@ -12,12 +13,19 @@ import pytest
 
 from perfmodel.analysis import TABLES, analyse
 from perfmodel.bound import sweep
+from perfmodel.capture_lines import RESIDENCIES
+from perfmodel.design import design
 from perfmodel.diff import diff
+from perfmodel.evaluation import Errors, summary
+from perfmodel.explain import Explanation, Nearest
 from perfmodel.fusion import chains, fusion_table
 from perfmodel.groups import GROUPINGS
 from perfmodel.hardware import EVIDENCE, hardware
+from perfmodel.latency import FITTED_DIR, HULL, load_model
+from perfmodel.latency.store import OPS
 from perfmodel.offload import ACCESS_MODES, OffloadConstants
-from perfmodel.physics import BlasConstants, TiledConstants
+from perfmodel.offload.fitted import Fitted, HeldOut, WayFit
+from perfmodel.physics import PARTS, BlasConstants, TiledConstants
 from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary, Straggler, spread
 from perfmodel.readers.ncu import LAUNCHES
 from perfmodel.routing import PATTERNS
@@ -35,7 +43,9 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-COMMANDS = "analyze diff sweep fusion export fit evaluate predict check captures schedule list collect app"
+COMMANDS = (
+    "analyze diff sweep fusion export fit evaluate predict design calibrate check captures schedule list collect app"
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())
@@ -69,9 +79,8 @@ def test_the_model_page_names_every_constant_and_functions_that_exist() -> None:
     for constants in (TiledConstants, BlasConstants, OffloadConstants):
         for field in fields(constants):
             assert field.name in page, f"{constants.__name__}.{field.name}"
-    named = re.findall(
-        r"`((?:physics|latency|offload|routing|evaluation|baselines|tile_rules|explain|predict)(?:\.\w+)+)`", page
-    )
+    modules = "physics latency offload routing evaluation baselines tile_rules explain predict transfer adapt design"
+    named = re.findall(rf"`((?:{modules.replace(' ', '|')})(?:\.\w+)+)`", page)
     assert named
     for name in named:
         module, function = f"perfmodel.{name}".rsplit(".", 1)
@@ -125,6 +134,26 @@ def test_the_nomenclature_knows_every_column_and_every_key_of_json() -> None:
     named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")))
     assert keys_of(records) - named == set()
     assert {"explained_ns", "tklqt_ns_a", "roof_frac", "least_rank", "external id"} <= keys_of(records)
+
+
+def test_the_nomenclature_knows_the_keys_of_predictions_evaluations_designs_and_model_files() -> None:
+    model = load_model("epyc-zen4-2c-fp32")
+    table = pl.DataFrame({"measured_ns": [1.0], "predicted_ns": [1.0], "log_half_width": [0.1], "n_tokens": [1]})
+    path = FITTED_DIR / "epyc-zen4-2c-fp32.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    records = [
+        {f"{part}_ns": 0 for part in PARTS},
+        *(
+            {field.name: None for field in fields(one)}
+            for one in (Explanation, Nearest, Errors, Fitted, HeldOut, WayFit)
+        ),
+        summary(table),
+        design(model, 1, shapes=["olmoe"]),
+        {key: None for key in (*stored, *stored["confidence"], *stored["evidence"])},
+        {key: None for key in (*PARTS, *HULL, *OPS, *RESIDENCIES)},
+    ]
+    named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")))
+    assert keys_of(records) - named == set()
 
 
 def test_every_shipped_data_file_has_its_origin_written_down() -> None:

@@ -54,11 +54,16 @@ def fit(
 def evaluate(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="[MODEL.json] SOURCE...", help="A fitted model, then what to judge it by; or sources."),
+        typer.Argument(
+            metavar="[MODEL.json] SOURCE...",
+            help="A fitted model (file or shipped name), then what to judge it by; or sources alone.",
+        ),
     ],
     split: Annotated[
         str | None,
-        typer.Option(help="What is held out: shape, routing, tokens, random, or none to judge MODEL as it is."),
+        typer.Option(
+            help="What is held out: shape, routing, tokens, random; or none, to judge MODEL as it is (its default)."
+        ),
     ] = None,
     kernel: Kernel = None,
     hardware_name: Machine = None,

@@ -174,7 +174,7 @@ def width_of(features: Array, error: Array, groups: NDArray[np.int64]) -> tuple[
     return conformal_quantile(relative), learn(np.ones(len(error), dtype=bool))
 
 
-def ladder(octaves: Array, relative: Array, steps: Sequence[float]) -> Ladder:
+def ladder_of(octaves: Array, relative: Array, steps: Sequence[float]) -> Ladder:
     """How errors grow outside: for each step up to so many octaves, the quantile of `relative`, the held-out error
     over the half-width inside; at least 1, never falling. A step that too few errors reached joins the next one, and
     the last such steps are not offered."""

@@ -42,7 +42,8 @@ def solve(
     """The constants `names` of the dataclass `prior` that bring `log_predicted(constants)[item]` nearest to
     `log_measured[item]`: soft-L1 loss, priors around `prior`, normal in the logarithm or in the prior's unit.
 
-    `start` is where the search begins, `prior` when null. Errors of rows in one of `groups[item]` are taken to be
+    `start` is where the search begins, `prior` when null; it evaluates the model at `n_steps` places at most (slopes
+    apart). Errors of rows in one of `groups[item]` are taken to be
     alike where that makes the constants less sure; null: all rows are independent.
     """
     chosen = [priors[name] for name in names]
@@ -99,9 +100,7 @@ def _sigmas(slopes: Array, residuals: Array, prior_sigmas: Array, groups: NDArra
     return np.asarray(np.sqrt(variance))
 
 
-def fit_constants(
-    form: Form, work: Work, log_measured: Array, roof: Ceilings, prior: Any, *, start: Any = None, n_steps: int = 40
-) -> Any:
+def fit_constants(form: Form, work: Work, log_measured: Array, roof: Ceilings, prior: Any) -> Any:
     """The constants that bring predictions nearest to measurements, `log_measured[item]` (see `solve`). Constants that
     this work cannot inform stay at the prior."""
     if work.n_items > MAX_ROWS:
@@ -112,5 +111,5 @@ def fit_constants(
     def log_predicted(constants: Any) -> Array:
         return np.asarray(np.log(work.mean(total(form.parts(prepared, roof, constants)))))
 
-    solved = solve(form.identified(work), form.priors, prior, log_predicted, log_measured, start=start, n_steps=n_steps)
+    solved = solve(form.identified(work), form.priors, prior, log_predicted, log_measured)
     return replace(prior, **solved.values)

@@ -22,7 +22,7 @@ from .confidence import (
     LEAST_IN_STEP,
     Confidence,
     Ladder,
-    ladder,
+    ladder_of,
     octaves_outside,
     ranges_of,
     width_of,
@@ -141,7 +141,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         inside = Confidence(quantile, scale, ranges_of(hull), none, int(normal.sum()), tried.n_groups, n_anomalies)
         relative = (error / inside.base_half_width(features))[normal]
         ladders = {
-            direction: ladder(tried.octaves[direction][normal], relative, OTHER_STEPS) for direction in DIRECTIONS
+            direction: ladder_of(tried.octaves[direction][normal], relative, OTHER_STEPS) for direction in DIRECTIONS
         }
         ladders["tokens"] = self._by_tokens(work, measured, prior, inside)
         self.confidence_ = replace(inside, ladders=ladders)
@@ -166,7 +166,7 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
             normal = error < 2 * ANOMALY_LOG
             octaves.append(np.full(int(normal.sum()), step))
             relative.append((error / inside.base_half_width(features))[normal])
-        return ladder(np.concatenate(octaves), np.concatenate(relative), TOKEN_STEPS) if octaves else Ladder()
+        return ladder_of(np.concatenate(octaves), np.concatenate(relative), TOKEN_STEPS) if octaves else Ladder()
 
     def predict(self, observations: pl.DataFrame) -> Array:
         """Predicted latency of each row, ns `[row]`."""

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingRegressor
 from threadpoolctl import threadpool_limits
 
-Array = NDArray[np.float64]
+from perfmodel.physics import Array
+
 SIGNIFICANT = 7  # digits that thresholds and leaves are kept with
 
 

@@ -119,7 +119,7 @@ N_FEATURES, N_TILE_FEATURES = 18, 10  # columns of residual_features, and how ma
 
 def residual_features(work: Work, parts: Parts) -> Array:
     """What a learner of residuals sees of each item, `[item, feature]`: what the physics says of it, how its rows fill
-    tiles, its widths, and the launch configuration where known (docs/model.md 10)."""
+    tiles, its widths, and the launch configuration where known (docs/model.md, section 10)."""
     n_rows, n_active = work.n_rows, work.n_active
     latency = np.add.reduce([parts[name] for name in parts])
 

@@ -6,8 +6,6 @@ layer. `fit` learns constants from observations and gives what `fitted` describe
 page on the GH200 study. These need models and predictions and are imported by name.
 """
 
-from perfmodel.capture_lines import RESIDENCIES
-
 from .beside import DOMAINS, beside_parts
 from .constants import PRIORS, OffloadConstants
 from .device import ACCESS_MODES, LAYOUTS, SPREADS, Device, Host, Mask, link_rate, rate_keys, usable_modes
@@ -19,7 +17,6 @@ __all__ = [
     "DOMAINS",
     "LAYOUTS",
     "PRIORS",
-    "RESIDENCIES",
     "SPREADS",
     "CostTable",
     "Device",

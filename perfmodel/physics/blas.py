@@ -172,7 +172,7 @@ def _fresh_pages(work: Work) -> tuple[Array, Array]:
 
 
 def _roofs(calls: _Calls, work: Work, roof: Ceilings, c: BlasConstants) -> ExpertRoofs:
-    """The roofs of BLAS calls, ns, of the shape of `calls.rows` (models 2 and 3)."""
+    """The roofs of BLAS calls, ns, of the shape of `calls.rows` (models 2.6 and 3.1)."""
     active = calls.rows > 0
     is_call = active & (calls.k > 0)
     rows = np.where(is_call, calls.rows + np.where(calls.is_vector, 0.0, c.call_rows), 0.0)
@@ -199,19 +199,9 @@ def expert_roofs(work: Work, roof: Ceilings, c: BlasConstants, n_threads: int = 
     return found
 
 
-def expert_times(work: Work, roof: Ceilings, c: BlasConstants, n_threads: int = 1) -> list[Array]:
-    """What each expert's BLAS call lasts in each grouped GEMM, its fixed cost included, ns `[batch, expert]`; calls run
-    one after another, so sums over experts are times (model 4)."""
-    found = []
-    for g, roofs in enumerate(expert_roofs(work, roof, c, n_threads)):
-        value, _ = smooth_max([roofs.compute, roofs.weights + roofs.activations], SMOOTH_P)
-        is_call = (work.rows > 0) & (work.k[:, g, None] > 0)
-        found.append(np.where(is_call, value + c.active_ns, 0.0))
-    return found
-
-
 def gemm_parts(prepared: Prepared, roof: Ceilings, c: BlasConstants) -> Parts:
-    """The grouped GEMMs alone, by part, ns `[batch]`, without what calls and experts cost however small (model 4)."""
+    """The grouped GEMMs alone, by part, ns `[batch]`, without what calls and experts cost however small: each call
+    under its own maximum (model 4), plus fresh pages (3.2)."""
     roofs = _roofs(prepared.calls, prepared.work, roof, c)
     _, shares = smooth_max([roofs.compute, roofs.weights + roofs.activations], SMOOTH_P)
     n_batch = len(prepared.work.n_tokens)
@@ -223,7 +213,7 @@ def gemm_parts(prepared: Prepared, roof: Ceilings, c: BlasConstants) -> Parts:
 
 def other_parts(prepared: Prepared, roof: Ceilings, c: BlasConstants) -> Parts:
     """What is not GEMM: calls and experts; for whole layers also a fixed part, moving rows and tokens, and the router
-    (models 5 and 6)."""
+    (models 5.1 and 6.1)."""
     work = prepared.work
     ns_per_byte = NS_PER_S / roof.bytes_per_s
     n_calls = (work.k > 0).sum(axis=1).astype(np.float64)

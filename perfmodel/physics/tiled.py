@@ -128,7 +128,7 @@ def prepare(work: Work, kernel: Kernel) -> Prepared:
 
 
 def _tile_cost_rows(c: TiledConstants) -> Array:
-    """Rows' worth of compute that one tile of m rows costs, `[tile]`; a tile of 256 rows costs 256 (model 2)."""
+    """Rows' worth of compute that one tile of m rows costs, `[tile]`; a tile of 256 rows costs 256 (model 2.1)."""
     m = np.asarray(TILE_ROWS, dtype=np.float64)
     return np.asarray((m + c.tile_overhead_rows) / (1 + c.tile_overhead_rows / 256))
 
@@ -142,7 +142,7 @@ def _column_cost(prepared: Prepared, g: int, c: TiledConstants) -> Array:
 
 
 def gemm_roofs(prepared: Prepared, roof: Ceilings, c: TiledConstants) -> list[tuple[Array, Array]]:
-    """For each grouped GEMM the time to compute and to move memory, ns `[batch]`, all experts pooled (models 2, 3)."""
+    """For each grouped GEMM the time to compute and to move memory, ns `[batch]`, all experts pooled (2.1, 3)."""
     work = prepared.work
     per_tile = _tile_cost_rows(c)
     if prepared.n_chosen is None:
@@ -236,7 +236,7 @@ def launch_floor_ns(work: Work, c: TiledConstants) -> Array:
 
 
 def with_launch_floor(parts: Parts, work: Work, c: TiledConstants) -> Parts:
-    """Parts with what the host needs beyond them: a call lasts as long as the slower of device and host (model 8)."""
+    """Parts with what the host needs beyond them: a call lasts as long as the slower of device and host (model 1.1)."""
     device = elementwise(np.add, list(parts.values()))
     return {**parts, "launch": np.maximum(launch_floor_ns(work, c) - device, 0.0)}
 

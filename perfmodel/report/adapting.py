@@ -43,7 +43,8 @@ def calibration_page(model: "LatencyModel") -> str:
             for row in moved
         ]  # fmt: skip
         header = ["what changed", "before", "after", "+- before", "+- after"]
-        lines.append(table(rows, header) + f"\n{found['part']:.0%} of the way to what the points say by themselves")
+        way = f"{100 * found['part']:.0f} % of the way to what the points say by themselves"
+        lines.append(f"{table(rows, header)}\n{way}")
     else:
         lines.append("no constant changed: the model as it was transferred is kept")
     if stayed:
