@@ -69,6 +69,9 @@ OBSERVATIONS = pl.Schema(
 )
 
 
+IS_OFFLOADED = (pl.col("access") != RESIDENT) | (pl.col("offload_frac") > 0)  # of a row of OBSERVATIONS
+
+
 # One row: one measurement of a calibration probe in one run, `value` in the base unit `unit`; `params` are JSON. Null
 # `quantity`: a detail that no machine number stands for.
 CALIBRATIONS = pl.Schema(
@@ -244,12 +247,12 @@ def fitted_rows(observations: pl.DataFrame, dtype: str) -> tuple[pl.DataFrame, d
     Left out are other dtypes, offloaded experts, and the rarer kind of launch: calls that the host launches and calls
     replayed from a CUDA graph cost the host differently.
     """
-    mine = observations.filter(pl.col("dtype") == dtype, pl.col("access") == RESIDENT, pl.col("offload_frac") == 0)
+    mine = observations.filter(pl.col("dtype") == dtype, ~IS_OFFLOADED)
     launch = GRAPH if 2 * mine["launch"].is_not_null().sum() > mine.height else None
     other = pl.col("launch").is_null() if launch == GRAPH else pl.col("launch").is_not_null()
     reasons = {
         f"of a dtype other than {dtype}": pl.col("dtype") != dtype,
-        "with offloaded experts": (pl.col("access") != RESIDENT) | (pl.col("offload_frac") > 0),
+        "with offloaded experts": IS_OFFLOADED,
         "launched by the host, not replayed" if launch == GRAPH else "replayed from a CUDA graph": other,
     }
     n_left_out = {}

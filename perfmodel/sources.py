@@ -9,6 +9,7 @@ import polars as pl
 
 from perfmodel import text
 from perfmodel.capture import (
+    IS_OFFLOADED,
     Capture,
     fingerprint_differences,
     fitted_rows,
@@ -22,7 +23,6 @@ from perfmodel.hardware import HardwareProfile, hardware, profile_name
 from perfmodel.moe_perf import read_moe_perf
 
 Progress = Callable[[str], None]
-IS_OFFLOADED = (pl.col("access") != "resident") | (pl.col("offload_frac") > 0)
 
 
 @dataclass(frozen=True, eq=False)

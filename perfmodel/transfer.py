@@ -6,7 +6,8 @@ Everything here is linear about the model as it is: log latencies, their slopes 
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile, names, profile_name
 from perfmodel.latency import LatencyModel, base_half_width
-from perfmodel.physics import Array, Ceilings, Form, Prior, Work, ceilings, total, transferred_ceilings
+from perfmodel.latency.constants import Coordinates
+from perfmodel.physics import Array, Ceilings, Form, Work, ceilings, total, transferred_ceilings
 from perfmodel.tile_rules import TileRule, candidates
 
 # How far a constant moves from one machine, driver or kernel version to another: one sigma, natural log units. Shares
@@ -45,44 +47,6 @@ SHAPE_FRAC = 0.2  # of the variance of held-out errors, what all points of a sha
 SIGMAS_90 = 1.645  # a 90 % interval of a normal error in standard deviations
 LEAST_SIGMA, UNKNOWN_SIGMA = 0.02, 0.10  # log units: a floor, and the error of a model that could hold nothing out
 STEP = 1e-3  # of a coordinate, for slopes
-
-
-@dataclass(frozen=True, eq=False)
-class Coordinates:
-    """Some constants of a form as the numbers that a search moves, `[name]`: natural logarithms, or multiples of the
-    unit of a constant that may be zero."""
-
-    names: tuple[str, ...]
-    priors: tuple[Prior, ...]
-
-    @property
-    def is_log(self) -> Any:
-        """Which constants are fitted in the logarithm."""
-        return np.array([prior.unit is None for prior in self.priors], dtype=bool)
-
-    @property
-    def unit(self) -> Array:
-        """What one step of a constant is that is not."""
-        return np.array([prior.unit or 1.0 for prior in self.priors])
-
-    def encode(self, values: Sequence[float]) -> Array:
-        """Coordinates of the values of the constants, in the order of names."""
-        x = np.array(values, dtype=np.float64)
-        return np.where(self.is_log, np.log(np.where(self.is_log, x, 1.0)), x / self.unit)
-
-    def of(self, constants: Any) -> Array:
-        """Coordinates of the constants of a model."""
-        return self.encode([getattr(constants, name) for name in self.names])
-
-    def decode(self, z: Array, others: Any) -> Any:
-        """Constants at these coordinates, those not named as in `others`."""
-        values = np.where(self.is_log, np.exp(np.where(self.is_log, z, 0.0)), z * self.unit)
-        return replace(others, **{n: float(v) for n, v in zip(self.names, values, strict=True)})
-
-    @property
-    def limits(self) -> tuple[Array, Array]:
-        """The lowest and the highest coordinates that the priors allow."""
-        return self.encode([p.low for p in self.priors]), self.encode([p.high for p in self.priors])
 
 
 def coordinates(form: Form, names: Sequence[str]) -> Coordinates:
@@ -152,17 +116,18 @@ def _of_other_dtype(model: LatencyModel, profile: HardwareProfile, dtype: str) -
 
 
 class Physics:
-    """Log latencies of some work as a function of the constants alone, and their slopes; the residual stays as it is.
-
-    `offset[item]` is what the residual adds at the model's own constants.
-    """
+    """Log latencies of some work as a function of the constants alone, and their slopes; residuals stay as they are."""
 
     def __init__(self, model: LatencyModel, work: Work) -> None:
         self.model, self.work = model, work
         self.at = coordinates(model.form, model.form.identified(work))
         self.prepared = model.form.prepare(work)
         self.z = self.at.of(model.constants_)
-        self.offset = np.log(model.forecast(work).ns) - self.physical(self.z)
+
+    @cached_property
+    def offset(self) -> Array:
+        """What the residual adds at the model's own constants, log ns `[item]`."""
+        return np.asarray(np.log(self.model.forecast(self.work).ns) - self.physical(self.z))
 
     def constants(self, z: Array) -> Any:
         """The constants at these coordinates; those whose coordinate is the model's keep its very value."""

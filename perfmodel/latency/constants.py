@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,44 @@ ANCHOR_GROUPS = 30.0  # an anchor's prior weighs as if the rows were this many i
 LOSS_SCALE = 0.1  # a residual of 10 % is where the loss turns from squares to absolute values
 MAX_ROWS = 2000  # of more, as many are drawn: constants this few need no more
 LEAST_NOISE_LOG = 1e-3  # measurements are never taken to be surer than this
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """Some constants of a form as the numbers that a search moves, `[name]`: natural logarithms, or multiples of the
+    unit of a constant that may be zero."""
+
+    names: tuple[str, ...]
+    priors: tuple[Prior, ...]
+
+    @cached_property
+    def is_log(self) -> Any:
+        """Which constants are fitted in the logarithm."""
+        return np.array([prior.unit is None for prior in self.priors], dtype=bool)
+
+    @cached_property
+    def unit(self) -> Array:
+        """What one step of a constant is that is not."""
+        return np.array([prior.unit or 1.0 for prior in self.priors])
+
+    def encode(self, values: Sequence[float]) -> Array:
+        """Coordinates of the values of the constants, in the order of names."""
+        x = np.array(values, dtype=np.float64)
+        return np.where(self.is_log, np.log(np.where(self.is_log, x, 1.0)), x / self.unit)
+
+    def of(self, constants: Any) -> Array:
+        """Coordinates of the constants of a model."""
+        return self.encode([getattr(constants, name) for name in self.names])
+
+    def decode(self, z: Array, others: Any) -> Any:
+        """Constants at these coordinates, those not named as in `others`."""
+        values = np.where(self.is_log, np.exp(np.where(self.is_log, z, 0.0)), z * self.unit)
+        return replace(others, **{n: float(v) for n, v in zip(self.names, values, strict=True)})
+
+    @property
+    def limits(self) -> tuple[Array, Array]:
+        """The lowest and the highest coordinates that the priors allow."""
+        return self.encode([p.low for p in self.priors]), self.encode([p.high for p in self.priors])
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,31 +82,20 @@ def solve(
     `log_measured[item]`: soft-L1 loss, priors around `prior`, normal in the logarithm or in the prior's unit.
 
     `start` is where the search begins, `prior` when null; it evaluates the model at `n_steps` places at most (slopes
-    apart). Errors of rows in one of `groups[item]` are taken to be
-    alike where that makes the constants less sure; null: all rows are independent.
+    apart). Errors of rows in one of `groups[item]` are taken to be alike where that makes the constants less sure;
+    null: all rows are independent.
     """
-    chosen = [priors[name] for name in names]
-    is_log = np.array([p.unit is None for p in chosen], dtype=bool)
-    unit = np.array([p.unit or 1.0 for p in chosen])
-
-    def encode(values: list[float]) -> Array:
-        x = np.array(values)
-        return np.where(is_log, np.log(np.where(is_log, x, 1.0)), x / unit)
-
-    def decode(z: Array) -> dict[str, float]:
-        values = np.where(is_log, np.exp(np.where(is_log, z, 0.0)), z * unit)
-        return {n: float(v) for n, v in zip(names, values, strict=True)}
-
+    chosen = tuple(priors[name] for name in names)
+    at = Coordinates(tuple(names), chosen)
     n = len(log_measured)
     weight = LOSS_SCALE * np.array([np.sqrt(n / ANCHOR_GROUPS if p.anchor else PRIOR_ROWS) / p.sigma for p in chosen])
-    centre = encode([getattr(prior, name) for name in names])
-    lower, upper = encode([p.low for p in chosen]), encode([p.high for p in chosen])
+    centre, (lower, upper) = at.of(prior), at.limits
 
     def residuals(z: Array) -> Array:
-        predicted = log_predicted(replace(prior, **decode(z)))
+        predicted = log_predicted(at.decode(z, prior))
         return np.concatenate([predicted - log_measured, (z - centre) * weight])
 
-    begin = centre if start is None else encode([getattr(start, name) for name in names])
+    begin = centre if start is None else at.of(start)
     solved = least_squares(
         residuals,
         np.clip(begin, lower + 1e-6, upper - 1e-6),
@@ -78,8 +106,9 @@ def solve(
     )
     noise = max(1.4826 * float(np.median(np.abs(solved.fun[:n]))), LEAST_NOISE_LOG)
     sigmas = _sigmas(solved.jac[:n] / noise, solved.fun[:n] / noise, np.array([p.sigma for p in chosen]), groups)
+    found = at.decode(solved.x, prior)
     return Solved(
-        decode(solved.x),
+        {name: getattr(found, name) for name in names},
         {name: float(s) for name, s in zip(names, sigmas, strict=True)},
         float(solved.cost),
         noise,

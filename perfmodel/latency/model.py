@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +30,7 @@ from .confidence import (
 )
 from .constants import fit_constants
 from .trees import Trees, grow
-from .work import hull_features, residual_features, work_of
+from .work import hull_features, launched, residual_features, work_of
 
 CLIP_LOG = 0.25  # a residual moves a physical prediction by no more than this, log units
 LEAST_FOR_TREES, LEAST_GROUPS = 250, 5
@@ -41,11 +42,12 @@ TOKEN_STEPS, OTHER_STEPS = (1.0, 2.0, 4.0), (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """Predicted latencies, `[item]`: `ns`, and the half-width of the interval in log units, NaN where none can be
-    given because the item lies too far outside what was fitted."""
+    """Predicted latencies, `[item]`: `ns`, the half-width of the interval in log units, NaN where none can be given
+    because the item lies too far outside what was fitted, and `physical_ns`, what it is without the residual."""
 
     ns: Array
     log_half_width: Array
+    physical_ns: Array
 
 
 class LatencyModel(BaseEstimator):  # type: ignore[misc]
@@ -116,8 +118,9 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
     def _tiles(self, observations: pl.DataFrame, measured: Array, prior: Any) -> tuple[TileRule | None, Work, Any]:
         """The rule of launch configurations that explains the measurements best, of those the kernel may have."""
         found = []
+        unconfigured = work_of(observations)
         for rule in candidates(self.kernel, self.profile):
-            work = work_of(observations, rule)
+            work = launched(unconfigured, observations, rule)
             constants = fit_constants(self.form, work, measured, self.roof, prior)
             error = np.abs(np.log(_physical(self, work, constants)[0]) - measured)
             found.append((float(np.minimum(error, ANOMALY_LOG).mean()), rule, work, constants))
@@ -152,17 +155,16 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
         models of batches smaller by each step."""
         n_tokens = work.mean(work.n_tokens)
         octaves, relative = [], []
-        for before, step in zip((0.0, *TOKEN_STEPS), TOKEN_STEPS, strict=False):
+        for before, step in pairwise((0.0, *TOKEN_STEPS)):
             small = np.flatnonzero(n_tokens <= n_tokens.max() / 2**step)
             large = np.flatnonzero(n_tokens > n_tokens.max() / 2 ** (step - before))
             if len(large) < LEAST_IN_STEP:  # then nearer ones count for it too
                 large = np.flatnonzero(n_tokens > n_tokens.max() / 2**step)
             if len(small) < LEAST_FOR_TREES // 2 or len(large) < LEAST_IN_STEP:
                 continue
-            predicted, features = _predict(
-                self, work.take(large), *_train(self, work.take(small), measured[small], prior)
-            )
-            error = np.abs(np.log(predicted) - measured[large])
+            constants, residual = _train(self, work.take(small), measured[small], prior)
+            physical, features = _physical(self, work.take(large), constants)
+            error = np.abs(np.log(_with_residual(physical, features, residual)) - measured[large])
             normal = error < 2 * ANOMALY_LOG
             octaves.append(np.full(int(normal.sum()), step))
             relative.append((error / inside.base_half_width(features))[normal])
@@ -194,11 +196,13 @@ class LatencyModel(BaseEstimator):  # type: ignore[misc]
 
     def forecast(self, work: Work, profile: HardwareProfile | None = None) -> Forecast:
         """Latency of each item of work with its interval, on this model's machine or on another of the same kind."""
-        ns, features = _predict(self, work, self.constants_, self.residual_, profile)
+        physical, features = _physical(self, work, self.constants_, profile)
+        ns = _with_residual(physical, features, self.residual_)
         if self.confidence_ is None:
-            return Forecast(ns, np.full(len(ns), np.nan))
+            return Forecast(ns, np.full(len(ns), np.nan), physical)
         width = self.confidence_.half_width(features, hull_features(work, self.roof))
-        return Forecast(ns, np.where(np.logical_or.reduce(list(self._unseen(work).values())), np.nan, width))
+        width = np.where(np.logical_or.reduce(list(self._unseen(work).values())), np.nan, width)
+        return Forecast(ns, width, physical)
 
     def outside(self, work: Work) -> list[str]:
         """The axes along which any item lies outside what was fitted, each as a phrase; empty when inside."""
@@ -283,17 +287,11 @@ def _train(model: LatencyModel, work: Work, measured: Array, prior: Any) -> tupl
     return constants, _residual(features, measured - np.log(physical))
 
 
-def _predict(
-    model: LatencyModel,
-    work: Work,
-    constants: Any,
-    residual: Trees | None,
-    profile: HardwareProfile | None = None,
-) -> tuple[Array, Array]:
-    physical, features = _physical(model, work, constants, profile)
+def _with_residual(physical: Array, features: Array, residual: Trees | None) -> Array:
+    """Physical predictions, ns `[item]`, moved by what the trees say of their features; as they are without trees."""
     if residual is None:
-        return physical, features
-    return physical * np.exp(np.clip(residual.predict(features), -CLIP_LOG, CLIP_LOG)), features
+        return physical
+    return np.asarray(physical * np.exp(np.clip(residual.predict(features), -CLIP_LOG, CLIP_LOG)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,9 +343,8 @@ def _held_out(
         constants, residual = _train(model, work.take(train), measured[train], prior)
         if len(names) < LEAST_GROUPS:
             residual = None
-        asked = work.take(test)
-        physical[held] = np.log(_predict(model, asked, constants, None)[0])
-        hybrid[held] = np.log(_predict(model, asked, constants, residual)[0])
+        alone, features = _physical(model, work.take(test), constants)
+        physical[held], hybrid[held] = np.log(alone), np.log(_with_residual(alone, features, residual))
         ranges = ranges_of({name: values[~held] for name, values in hull.items()})
         outside = octaves_outside(ranges, {name: values[held] for name, values in hull.items()})
         for direction, values in outside.items():

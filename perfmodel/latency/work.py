@@ -1,5 +1,7 @@
 """Observations as work for the physical model, and the features by which workloads differ to it."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 
@@ -14,6 +16,7 @@ from perfmodel.physics import (
     Work,
     element_bytes,
     ideal_work,
+    nearest_tile,
 )
 from perfmodel.routing import published_counts
 from perfmodel.tile_rules import TileRule
@@ -41,8 +44,7 @@ def work_of(observations: pl.DataFrame, tiles: TileRule | None = None) -> Work:
     is_layer = op.is_in(LAYER_OPS).to_numpy()[item_of]
     hidden, inter, up = column("hidden"), column("inter"), column("n_gemms") - 1
     weight, activation = element_bytes(dtypes[0])
-    tile = None if tiles is None else tiles.of(observations)
-    return Work(
+    work = Work(
         counts=counts,
         routing_of=routing_of,
         item_of=item_of,
@@ -57,8 +59,13 @@ def work_of(observations: pl.DataFrame, tiles: TileRule | None = None) -> Work:
         n_experts=column("n_experts"),
         weight_bytes=weight,
         activation_bytes=activation,
-        tile=None if tile is None else tile[item_of],
     )
+    return launched(work, observations, tiles)
+
+
+def launched(work: Work, observations: pl.DataFrame, tiles: TileRule | None) -> Work:
+    """The work of these observations, its launches configured as `tiles` says; null: as nobody knows."""
+    return replace(work, tile=None if tiles is None else tiles.of(observations)[work.item_of])
 
 
 def _routings(observations: pl.DataFrame) -> tuple[Counts, np.ndarray, np.ndarray]:
@@ -149,7 +156,7 @@ def residual_features(work: Work, parts: Parts) -> Array:
         columns.append(tiles[:, TILE_ROWS.index(m)] * m / n_rows)
     if work.tile is not None:
         rows, cols, terms = (np.log(work.tile[:, TILE_FIELDS.index(name)]) for name in ("rows", "cols", "terms"))
-        height = np.abs(np.exp(rows)[:, None] - TILE_ROWS).argmin(axis=1)
+        height = nearest_tile(work.tile[:, TILE_FIELDS.index("rows")])
         n_tiles = tiles[np.arange(len(tiles)), height]
         width = np.exp(cols)
         columns += [rows, cols, terms, *work.tile[:, 3:].T, n_tiles * np.exp(rows) / n_rows]

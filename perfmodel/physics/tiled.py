@@ -10,7 +10,19 @@ import numpy as np
 from perfmodel.text import NS_PER_S
 
 from .priors import Prior
-from .work import TILE_FIELDS, TILE_ROWS, Array, Ceilings, Index, Parts, Work, elementwise, smooth_max, sum_parts
+from .work import (
+    TILE_FIELDS,
+    TILE_ROWS,
+    Array,
+    Ceilings,
+    Index,
+    Parts,
+    Work,
+    elementwise,
+    nearest_tile,
+    smooth_max,
+    sum_parts,
+)
 
 TILE_COLS, STEP_TERMS = 128, 64  # what is assumed of a tile that is not known, and what overheads are scaled to
 ALIGNED = 16  # elements: a row of weights of another length is not read in vectors by kernels that Triton compiles
@@ -115,8 +127,8 @@ def prepare(work: Work, kernel: Kernel) -> Prepared:
     step = np.full(len(work.n), float(STEP_TERMS))
     chosen: Index | None = None
     if work.tile is not None:
-        given = work.tile[:, TILE_FIELDS.index("rows")]
-        chosen = np.repeat(np.abs(given[:, None] - TILE_ROWS).argmin(axis=1)[:, None], work.n.shape[1], axis=1)
+        height = nearest_tile(work.tile[:, [TILE_FIELDS.index("rows")]])
+        chosen = np.repeat(height, work.n.shape[1], axis=1)
         width = np.repeat(work.tile[:, [TILE_FIELDS.index("cols")]], work.n.shape[1], axis=1)
         step = work.tile[:, TILE_FIELDS.index("terms")]
     elif kernel.sm90_rule:

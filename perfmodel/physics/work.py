@@ -142,6 +142,11 @@ class Work:
         return np.asarray(np.bincount(self.item_of, values, n) / np.bincount(self.item_of, minlength=n))
 
 
+def nearest_tile(rows: Array) -> Index:
+    """The number in TILE_ROWS of the tile nearest to each height, of the shape of `rows`."""
+    return np.asarray(np.abs(rows[..., None] - TILE_ROWS).argmin(axis=-1), dtype=np.int64)
+
+
 def ceilings(profile: HardwareProfile, dtype: str) -> Ceilings:
     """What bounds GEMMs of a dtype on a machine: achieved rates where known, else a stated share of the nominal peak.
 
