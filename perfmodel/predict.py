@@ -251,11 +251,12 @@ def _learned(basis: Basis, work: Work, shape: MoEShape) -> tuple[Array, float | 
     if model is None or model.dtype != shape.dtype:
         return np.ones(len(work.k)), None
     forecast = model.forecast(work, basis.device.profile)
-    physical = physics.total(basis.device.form.resident_parts(work, basis.device.roof, basis.device.constants))
     width = forecast.log_half_width
     if model.profile.quantities != basis.device.profile.quantities:
         width = zero_shot_half_width(model, work, basis.device.profile)
-    return forecast.ns / physical, None if np.isnan(width).any() else float(np.average(width, weights=forecast.ns))
+    return forecast.ns / forecast.physical_ns, None if np.isnan(width).any() else float(
+        np.average(width, weights=forecast.ns)
+    )
 
 
 def _corrected(parts: Parts, correction: Array) -> Parts:

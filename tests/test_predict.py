@@ -224,3 +224,21 @@ def test_a_model_of_a_capture_says_how_sure_each_way_to_offload_is(tmp_path: Pat
     assert words in moved.reasons
     offloaded = of("zero-copy", 0.5, there)
     assert offloaded.interval is None and "nothing is known of their errors on another machine" in offloaded.reasons
+
+
+def test_the_hosts_time_does_not_change_what_a_residual_says_of_the_device() -> None:
+    from perfmodel.latency import load_model
+    from perfmodel.predict import Settings
+
+    fitted, h100 = load_model("h100-sxm-vllm-triton-bf16"), hardware("h100-sxm")
+    shape = resolve("qwen3-30b-a3b")
+    batch = routing("uniform", shape.n_experts, shape.top_k, 4096)
+    free, bound = (
+        predict(h100, shape, batch, op="fused-moe", model=fitted, launch="eager", settings=Settings(host_ns=ns))
+        for ns in (1.0, 30e6)
+    )
+    device = {part: ns for part, ns in free.parts.items() if part != "launch"}
+    assert math.fsum(device.values()) < 10e6
+    for part, ns in device.items():
+        assert bound.parts[part] == pytest.approx(ns, rel=0.02), part
+    assert bound.bottleneck == "launch"
