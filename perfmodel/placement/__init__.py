@@ -9,12 +9,16 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 from perfmodel.routing import Counts, Shares
 
-RESIDENT, OFFLOADED = 0, 1
+# Where an expert is and who computes it: in device memory; in host memory and copied to the device before the device
+# computes it; computed by the host's CPU; inside the memory modules that hold it; read by the device in place.
+TIERS = ("resident", "copied", "host", "near-data", "in-place")
+RESIDENT, COPIED, ON_HOST, NEAR_DATA, IN_PLACE = range(len(TIERS))
+OFFLOADED = 1  # of policies that only know device memory and the rest
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The memory tier of each expert, `tier[layer, expert]`: 0 device memory, 1 host memory."""
+    """The tier of each expert, `tier[layer, expert]`: 0 device memory, any other number host memory (see TIERS)."""
 
     policy: str
     tier: NDArray[np.int8]

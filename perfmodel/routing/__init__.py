@@ -31,6 +31,7 @@ from .patterns import (
     uniform_shares,
 )
 from .published import PUBLISHED, is_published, published_counts
+from .recording import Loads, Recording
 from .statistics import coverage_curve, experts_for_coverage, max_over_mean
 from .steps import FAMILIES, family_usages, synthetic_counts, synthetic_steps
 
@@ -41,6 +42,8 @@ __all__ = [
     "PATTERNS",
     "PUBLISHED",
     "Counts",
+    "Loads",
+    "Recording",
     "Routing",
     "Shares",
     "coverage_curve",
