@@ -1,0 +1,166 @@
+"""What a layer costs by where its experts are: loads that experts add up to, and how loads make a time.
+
+A row is one step of one layer, steps outermost. The time of a row is `compose` of its loads, convex and never falling,
+and a charge where any expert asks for it. Placements may be relaxed: `[layer, expert, tier]`, each expert's parts
+summing to 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perfmodel.errors import InputError
+
+Array = NDArray[np.float64]
+Tiers = NDArray[np.int8]
+Experts = NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
+Compose = Callable[[Array], Array]  # loads [row, resource] to ns [row], and to slopes [row, resource]
+ROWS_AT_ONCE = 2**19  # of loads that are composed in one go
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """What experts of one tier add: `values[row, expert, k]` to the resource `resources[k]`, ns."""
+
+    resources: tuple[int, ...]
+    values: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """The cost of all placements of some layers over some steps.
+
+    `blocks[tier]` are loads by expert, `compose_slopes` is a subgradient of `compose`. `fixed_ns[row]` is added, as is the
+    largest `charge_ns[row, expert, tier]` among the experts of a row: what is paid once for having any such expert.
+    """
+
+    blocks: tuple[Block, ...]
+    n_resources: int
+    compose: Compose
+    compose_slopes: Compose
+    fixed_ns: Array
+    charge_ns: Array
+    n_layers: int
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of a layer."""
+        return int(self.charge_ns.shape[1])
+
+    @property
+    def n_tiers(self) -> int:
+        """Tiers an expert may be in."""
+        return len(self.blocks)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that costs are means over."""
+        return len(self.fixed_ns) // self.n_layers
+
+    def by_layer(self, of_rows: Array) -> Array:
+        """Means over steps, `[layer, ...]`, of what is known of rows, `[row, ...]`."""
+        return np.asarray(of_rows.reshape(self.n_steps, self.n_layers, *of_rows.shape[1:]).mean(axis=0))
+
+    def of_rows(self, of_layers: NDArray[Number]) -> NDArray[Number]:
+        """What is said of layers, `[layer, ...]`, for each row, `[row, ...]`."""
+        return np.tile(of_layers, (self.n_steps, *(1,) * (of_layers.ndim - 1)))
+
+    def loads(self, parts: Array) -> Array:
+        """Loads `[row, resource]` of a relaxed placement `parts[layer, expert, tier]`."""
+        found = np.zeros((len(self.fixed_ns), self.n_resources))
+        for tier, block in enumerate(self.blocks):
+            share = self.of_rows(parts[:, :, tier])[:, None, :]
+            found[:, block.resources] += (share @ block.values)[:, 0]
+        return found
+
+    def shift(self, expert: Experts, by: Array) -> Array:
+        """How loads change, `[row, i, resource]`, when parts of `expert[layer, i]` change by `by[layer, i, tier]`."""
+        found = np.zeros((len(self.fixed_ns), expert.shape[1], self.n_resources))
+        rows, experts = np.arange(len(found))[:, None], self.of_rows(expert)
+        for tier, block in enumerate(self.blocks):
+            found[:, :, block.resources] += block.values[rows, experts] * self.of_rows(by[:, :, tier])[:, :, None]
+        return found
+
+    def compose_layers(self, loads: Array) -> Array:
+        """Mean time over steps, ns `[layer, ...]`, of loads `[row, ..., resource]`, without fixed times and charges."""
+        flat = loads.reshape(-1, self.n_resources)
+        pieces = range(0, len(flat), ROWS_AT_ONCE)
+        times = np.concatenate([self.compose(flat[start : start + ROWS_AT_ONCE]) for start in pieces])
+        return self.by_layer(times.reshape(loads.shape[:-1]))
+
+    def charges(self, tier: Tiers) -> Array:
+        """Mean charge over steps, ns `[layer]`, of a placement."""
+        chosen = np.take_along_axis(self.charge_ns, self.of_rows(tier)[:, :, None].astype(np.int64), axis=2)
+        return self.by_layer(chosen[:, :, 0].max(axis=1))
+
+    def layers_ns(self, tier: Tiers) -> Array:
+        """Mean time over steps of each layer, ns `[layer]`, of a placement `tier[layer, expert]`."""
+        composed = self.compose_layers(self.loads(one_hot(tier, self.n_tiers)))
+        return composed + self.by_layer(self.fixed_ns) + self.charges(tier)
+
+    def slopes(self, parts: Array) -> tuple[Array, Array]:
+        """A tangent from below at a relaxed placement, charges left out: slopes `[layer, expert, tier]` and what stands
+        beside them, `[layer]`, so that their sum over the experts of any placement is at most its time."""
+        loads = self.loads(parts)
+        by_resource = self.compose_slopes(loads)
+        beside = self.by_layer(self.compose(loads) - (by_resource * loads).sum(axis=1))
+        found = [
+            self.by_layer((block.values @ by_resource[:, block.resources, None])[:, :, 0]) for block in self.blocks
+        ]
+        return np.stack(found, axis=2), beside
+
+    def placements_ns(self, tier: Tiers, row: int = 0) -> Array:
+        """Time of many placements of one row, ns `[placement]`, of `tier[placement, expert]`."""
+        loads = np.zeros((len(tier), self.n_resources))
+        charge = np.zeros(len(tier))
+        for number, block in enumerate(self.blocks):
+            chosen = (tier == number).astype(np.float32)
+            loads[:, block.resources] += chosen @ block.values[row].astype(np.float32)
+            for value in np.unique(self.charge_ns[row, :, number]):
+                if value > 0:
+                    asks = (self.charge_ns[row, :, number] == value).astype(np.float32)
+                    charge = np.maximum(charge, np.where(chosen @ asks > 0.5, value, 0.0))
+        pieces = range(0, len(loads), ROWS_AT_ONCE)
+        times = [self.compose(loads[start : start + ROWS_AT_ONCE]) for start in pieces]
+        return np.asarray(np.concatenate(times) + self.fixed_ns[row] + charge)
+
+
+def one_hot(tier: Tiers, n_tiers: int) -> Array:
+    """A placement `tier[layer, expert]` as parts `[layer, expert, tier]`."""
+    return np.asarray(tier[:, :, None] == np.arange(n_tiers), dtype=np.float64)
+
+
+def additive(cost_ns: Array) -> Costs:
+    """Costs where experts go one after another: a layer takes the sum of `cost_ns[layer, expert, tier]`."""
+    return _from_table(cost_ns, lambda loads: loads[:, 0], np.ones_like, [0] * cost_ns.shape[-1])
+
+
+def parallel(cost_ns: Array) -> Costs:
+    """Costs where tiers work side by side: a layer takes the longest tier's sum of `cost_ns[layer, expert, tier]`."""
+
+    def of_slowest(loads: Array) -> Array:
+        return np.asarray(loads.argmax(axis=1)[:, None] == np.arange(loads.shape[1]), dtype=np.float64)
+
+    return _from_table(cost_ns, _slowest, of_slowest, list(range(cost_ns.shape[-1])))
+
+
+def _slowest(loads: Array) -> Array:
+    """The largest load; a handful of columns are compared faster one by one."""
+    found = loads[:, 0]
+    for column in range(1, loads.shape[1]):
+        found = np.maximum(found, loads[:, column])
+    return found
+
+
+def _from_table(cost_ns: Array, compose: Compose, slopes: Compose, resource_of: list[int]) -> Costs:
+    if cost_ns.ndim != 3 or not (np.isfinite(cost_ns) & (cost_ns >= 0)).all():
+        raise InputError(
+            f"costs of shape {cost_ns.shape}, expected [layer, expert, tier], each a time of at least 0 ns"
+        )
+    blocks = tuple(Block((r,), cost_ns[:, :, tier, None]) for tier, r in enumerate(resource_of))
+    n_layers = len(cost_ns)
+    return Costs(blocks, max(resource_of) + 1, compose, slopes, np.zeros(n_layers), np.zeros(cost_ns.shape), n_layers)
