@@ -22,9 +22,10 @@ from perfmodel.offload import (
     offload_parts,
     usable_modes,
 )
-from perfmodel.offload.beside import COPIED, NEAR_DATA, ON_HOST, RESIDENT, longest_first
+from perfmodel.offload.beside import longest_first
 from perfmodel.offload.paged import expected_misses
 from perfmodel.physics import Ceilings, Counts, TiledConstants, Work, form_of, tiled, total
+from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
 
 RATES = {  # round numbers, of no machine: 1 TFLOP/s, 100 GB/s; a link of 10 GB/s there, 5 GB/s back
     "link_h2d_copy_bytes_per_s": 10e9,

@@ -1,8 +1,8 @@
 """Experts that others compute beside the device: the host's CPU, or the memory modules that hold them.
 
-A layer whose experts are split over several of these, some of them copied to the device meanwhile, is one composition
-of which the access modes `cpu` and `near-data` are the simplest cases (TriMoE, arXiv 2603.01058; HybriMoE, 2504.05897;
-ktransformers). Numbers in brackets are those of docs/model.md. Times are ns.
+A layer whose experts are split over several of these, some copied to the device meanwhile or read in place, is one
+composition of which the access modes `cpu` and `near-data` are the simplest cases (TriMoE, arXiv 2603.01058; HybriMoE,
+2504.05897; ktransformers). Numbers in brackets are those of docs/model.md. Times are ns.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.physics import Array, Parts, Work, sum_parts, tiled, total
+from perfmodel.placement import COPIED, IN_PLACE, NEAR_DATA, ON_HOST
 from perfmodel.text import NS_PER_S
 
 from .device import (
@@ -30,36 +31,36 @@ from .device import (
     require_near_data,
     require_one_of,
 )
+from .in_place import in_place_parts
 from .overlap import exposed_ns
 
-# Where an expert is computed: in place on the device, there after a copy beside other work, on the host's CPU, inside
-# memory modules.
-DOMAINS = ("resident", "copied", "host", "near-data")
-RESIDENT, COPIED, ON_HOST, NEAR_DATA = range(len(DOMAINS))
-Domains = NDArray[np.int64]
+Domains = NDArray[np.integer]
 
 
 def beside_parts(work: Work, domain: Domains, device: Device) -> tuple[Parts, list[str | None]]:
-    """Latency by part, ns `[batch]`, with each expert where `domain[batch, expert]` says (a number in DOMAINS), and for
-    each row the part that outlasts what runs beside it (None: the largest part binds). Models 7.4 to 7.6.
+    """Latency by part, ns `[batch]`, with each expert where `domain[batch, expert]` says (a number of placement.TIERS),
+    and for each row the part that outlasts what runs beside it (None: the largest part binds). Models 7.4 to 7.6.
 
     The layer lasts as long as the slowest of device, host and memory modules, and adds their results. Raises InputError
     for a machine that lacks what a domain needs.
     """
     awake = work.rows > 0
-    copied, on_host, near_data = (awake & (domain == d) for d in (COPIED, ON_HOST, NEAR_DATA))
+    copied, on_host, near_data, read = (awake & (domain == d) for d in (COPIED, ON_HOST, NEAR_DATA, IN_PLACE))
     away = on_host | near_data
     elsewhere = np.isin(domain, (ON_HOST, NEAR_DATA))
-    prepared = tiled.prepare(part_of(work, ~elsewhere, work.n_experts - elsewhere.sum(axis=1)), device.kernel)
-    gemms = tiled.gemm_parts(prepared, device.roof, device.constants)
-    is_shared = copied.any(axis=1) & on_host.any(axis=1) | (device.link_busy & on_host.any(axis=1))
+    here = part_of(work, ~elsewhere, work.n_experts - elsewhere.sum(axis=1))
+    if read.any():
+        gemms = in_place_parts(here, read, device)
+    else:
+        gemms = tiled.gemm_parts(tiled.prepare(here, device.kernel), device.roof, device.constants)
+    is_shared = ((copied | read).any(axis=1) | device.link_busy) & on_host.any(axis=1)
     exposed = _by_contention(is_shared, lambda shared: _copy_side(work, copied, total(gemms), device, shared))
-    crossing = _crossing_ns(work, away, device)
+    crossing = np.where(away, crossing_each_ns(work, device), 0.0).sum(axis=1)
     host = _by_contention(is_shared, lambda shared: host_ns(work, on_host, device, contended=shared))
     host = np.where(on_host.any(axis=1), host + crossing, 0.0)
     modules = np.zeros_like(host)
     if near_data.any():
-        modules = near_data_ns(work, near_data, copied | on_host, device)
+        modules = near_data_ns(work, near_data, copied | on_host | read, device)
         modules = np.where(near_data.any(axis=1), modules + crossing, 0.0)
     on_device = total(gemms) + exposed
     beyond = np.maximum(np.maximum(host, modules) - on_device, 0.0)
@@ -99,21 +100,20 @@ def _layout_bytes_per_s(device: Device) -> float:
     return host_bytes_per_s(device.profile) / device.profile["n_ndp_count"]
 
 
-def _crossing_ns(work: Work, away: Mask, device: Device) -> Array:
-    """Activations of experts computed elsewhere, out of the device and back over the link, `[batch]` ns."""
-    n_rows = np.where(away, work.rows, 0.0).sum(axis=1)
+def crossing_each_ns(work: Work, device: Device) -> Array:
+    """Activations of each expert, out of the device and back over the link, `[batch, expert]` ns."""
     last = np.maximum((work.n > 0).sum(axis=1) - 1, 0)
     out_width, back_width = work.k[:, 0], work.n[np.arange(len(last)), last]
     forth, back = back_rate(device.profile)[0], link_rate(device.profile, "copy")[0]
-    return np.asarray(n_rows * work.activation_bytes * (out_width / forth + back_width / back) * NS_PER_S)
+    per_row = work.activation_bytes * (out_width / forth + back_width / back) * NS_PER_S
+    return np.asarray(work.rows * per_row[:, None])
 
 
 def host_ns(work: Work, on_host: Mask, device: Device, *, contended: bool = False) -> Array:
     """How long the CPU computes the experts of `on_host[batch, expert]`, one after another, `[batch]` ns (7.4).
 
-    A fitted model of the CPU (`Device.host`) says it where there is one. Else each takes the longer of its FLOPs and of
-    reading its weights. `contended` where copies of weights share the host's memory: then at the rates measured so, and
-    weights are read with what the copies leave of the bandwidth, at least half of it.
+    A fitted model of the CPU (`Device.host`) says it where there is one, else the rates of the machine. `contended`
+    where copies of weights share the host's memory.
     """
     awake = on_host & (work.rows > 0)
     if device.host is not None:
@@ -122,6 +122,16 @@ def host_ns(work: Work, on_host: Mask, device: Device, *, contended: bool = Fals
         part = replace(part, layer=none, router=none, eager=none, tile=None)
         host = device.host
         return np.where(awake.any(axis=1), total(host.form.resident_parts(part, host.roof, host.constants)), 0.0)
+    return np.asarray(np.where(awake, host_each_ns(work, device, contended=contended), 0.0).sum(axis=1))
+
+
+def host_each_ns(work: Work, device: Device, *, contended: bool = False) -> Array:
+    """How long each expert takes on the CPU at the rates of the machine, `[batch, expert]` ns (7.4): the longer of its
+    FLOPs and of reading its weights.
+
+    `contended`: at the rates measured beside copies, and weights are read with what the copies leave of the bandwidth,
+    at least half of it.
+    """
     profile, o = device.profile, device.offload
     bytes_per_s = host_bytes_per_s(profile)
     if contended:
@@ -129,33 +139,38 @@ def host_ns(work: Work, on_host: Mask, device: Device, *, contended: bool = Fals
     flops_per_s = host_gemm(profile, contended=contended)[1].value * o.host_eff_compute
     reading = expert_bytes(work) / (bytes_per_s * o.host_eff_memory)
     computing = 2.0 * work.rows * (work.k * work.n).sum(axis=1, keepdims=True) / flops_per_s
-    per_expert = np.maximum(reading, computing) * NS_PER_S + o.host_expert_ns
-    return np.asarray(np.where(awake, per_expert, 0.0).sum(axis=1))
+    return np.asarray(np.maximum(reading, computing) * NS_PER_S + o.host_expert_ns)
 
 
 def near_data_ns(work: Work, near_data: Mask, read: Mask, device: Device) -> Array:
     """How long the busiest memory module works on the experts of `near_data[batch, expert]`, `[batch]` ns (7.5).
 
-    An expert takes the longer of its FLOPs and of its weights at the module's rates: on one module where it is
-    `localised`, on all at once where `striped`. Before that modules serve the weights of `read[batch, expert]` to
-    device and host (TriMoE's T_cont), each with its part of the bandwidth of host memory.
+    An expert is on one module where it is `localised`, on all at once where `striped`. Before that modules serve the
+    weights of `read[batch, expert]` to device and host (TriMoE's T_cont), each with its part of the bandwidth.
     """
-    require_near_data(device.profile)
     require_one_of("layout", device.layout, LAYOUTS)
     require_one_of("spread", device.spread, SPREADS)
-    profile, eff = device.profile, device.offload.ndp_eff
-    n = int(profile["n_ndp_count"])
-    weights = (work.k * work.n).sum(axis=1, keepdims=True)
-    computing = 2.0 * work.rows * weights / (profile["ndp_peak_flops_per_s"] * eff)
-    reading = weights * work.weight_bytes / (profile["ndp_peak_bytes_per_s"] * eff)
-    times = np.where(near_data & (work.rows > 0), np.maximum(computing, reading), 0.0) * NS_PER_S
-    served = np.where(read & (work.rows > 0), expert_bytes(work), 0.0) / host_bytes_per_s(profile) * NS_PER_S
+    computing, serving = near_data_each_ns(work, device)
+    n = int(device.profile["n_ndp_count"])
+    times, served = np.where(near_data, computing, 0.0), np.where(read, serving, 0.0)
     if device.layout == "striped":
         return np.asarray(times.sum(axis=1) / n + served.sum(axis=1))
     contended = _even(served * n, n)
     if device.spread == "even":
         return np.asarray((_even(times, n) + contended).max(axis=1))
     return np.asarray(longest_first(times, contended).max(axis=1))
+
+
+def near_data_each_ns(work: Work, device: Device) -> tuple[Array, Array]:
+    """How long each expert takes on one memory module, the longer of its FLOPs and of its weights at its rates, and
+    how long all modules together serve its weights to others, `[batch, expert]` ns; 0 without rows."""
+    require_near_data(device.profile)
+    profile, eff = device.profile, device.offload.ndp_eff
+    weights = (work.k * work.n).sum(axis=1, keepdims=True)
+    computing = 2.0 * work.rows * weights / (profile["ndp_peak_flops_per_s"] * eff)
+    reading = weights * work.weight_bytes / (profile["ndp_peak_bytes_per_s"] * eff)
+    awake = (work.rows > 0) * NS_PER_S
+    return np.maximum(computing, reading) * awake, expert_bytes(work) / host_bytes_per_s(profile) * awake
 
 
 def _even(values: Array, n: int) -> Array:

@@ -179,8 +179,13 @@ def expert_bytes(work: Work) -> Array:
 
 def copies_ns(work: Work, copied: Mask, bytes_per_s: float, o: OffloadConstants) -> Array:
     """How long the link carries the experts of `copied[batch, expert]` that have rows, `[batch]` ns."""
+    return np.asarray(np.where(copied, copy_each_ns(work, bytes_per_s, o), 0.0).sum(axis=1))
+
+
+def copy_each_ns(work: Work, bytes_per_s: float, o: OffloadConstants) -> Array:
+    """How long the link carries each expert, `[batch, expert]` ns; 0 without rows."""
     per_expert = expert_bytes(work) / (bytes_per_s * o.copy_eff) * NS_PER_S + o.copy_ns
-    return np.asarray(np.where(copied & (work.rows > 0), per_expert, 0.0).sum(axis=1))
+    return np.asarray(np.where(work.rows > 0, per_expert, 0.0))
 
 
 def counts_ns(work: Work, active: Mask, o: OffloadConstants) -> Array:

@@ -6,10 +6,10 @@ Numbers in brackets are those of docs/model.md. Times are ns.
 import numpy as np
 
 from perfmodel.capture_lines import RESIDENCIES
-from perfmodel.physics import Array, Parts, Work, smooth_max, sum_parts, tiled
-from perfmodel.text import NS_PER_S
+from perfmodel.physics import Array, Parts, Work, sum_parts, tiled
+from perfmodel.placement import NEAR_DATA, ON_HOST, RESIDENT
 
-from .beside import NEAR_DATA, ON_HOST, RESIDENT, beside_parts
+from .beside import beside_parts
 from .device import (
     ACCESS_MODES,
     Device,
@@ -21,6 +21,7 @@ from .device import (
     require_near_data,
     require_one_of,
 )
+from .in_place import in_place_parts
 from .overlap import exposed_ns
 from .paged import paged_parts
 
@@ -59,46 +60,18 @@ def _in_place(work: Work, offloaded: Mask, device: Device) -> tuple[Parts, Bindi
     other = tiled.other_parts(work, device.roof, device.constants)
     n_gone = offloaded.sum(axis=1)
     if device.residency != "split":
-        return sum_parts(_zero_copy(work, offloaded, device), other), [None] * len(n_gone)
+        return sum_parts(in_place_parts(work, offloaded, device), other), [None] * len(n_gone)
     here = part_of(work, ~offloaded, work.n_experts - n_gone)
     there = part_of(work, offloaded, n_gone)
     is_two = (here.rows.any(axis=1) & there.rows.any(axis=1)).astype(np.float64)
     second = is_two * (work.k > 0).sum(axis=1) * device.constants.call_ns
     parts = sum_parts(
         tiled.gemm_parts(tiled.prepare(here, device.kernel), device.roof, device.constants),
-        _zero_copy(there, offloaded, device),
+        in_place_parts(there, offloaded, device),
         other,
         {"overhead": second + counts_ns(work, offloaded & (work.rows > 0), device.offload)},
     )
     return parts, [None] * len(n_gone)
-
-
-def _zero_copy(work: Work, offloaded: Mask, device: Device) -> Parts:
-    """Grouped GEMMs that read offloaded weights over the link, again for each further row block (7.1).
-
-    Of the experts a share `link_overlap_frac` runs pooled under one maximum, the rest one after another; resident ones
-    are pooled with each other in either case, as they are when nothing is offloaded.
-    """
-    o, c = device.offload, device.constants
-    rate = link_rate(device.profile, "zero-copy", device.residency)[0] * o.link_eff
-    reads = 1 + o.reread_frac * np.maximum(np.ceil(work.rows / o.reread_rows) - 1, 0)
-    gemms = []
-    for g, roofs in enumerate(tiled.expert_roofs(work, device.kernel, device.roof, c)):
-        weight_bytes = work.k[:, g, None] * work.n[:, g, None] * work.weight_bytes
-        link = np.where(offloaded & (work.rows > 0), weight_bytes * reads / rate * NS_PER_S, 0.0)
-        memory = np.where(offloaded, roofs.activations, roofs.weights + roofs.activations)
-        _, own = smooth_max([np.where(offloaded, x, 0.0) for x in (roofs.compute, memory, link)], c.smooth_p)
-        _, rest = smooth_max([np.where(offloaded, 0.0, x).sum(axis=1) for x in (roofs.compute, memory)], c.smooth_p)
-        _, pooled = smooth_max([x.sum(axis=1) for x in (roofs.compute, memory, link)], c.smooth_p)
-        serial = [own[0].sum(axis=1) + rest[0], own[1].sum(axis=1) + rest[1], own[2].sum(axis=1)]
-        om = o.link_overlap_frac
-        gemms.append(
-            {
-                part: (1 - om) * one + om * all_
-                for part, one, all_ in zip(("compute", "memory", "link"), serial, pooled, strict=True)
-            }
-        )
-    return sum_parts(*gemms)
 
 
 def _arrived_parts(work: Work, offloaded: Mask, device: Device) -> Parts:

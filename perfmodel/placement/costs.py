@@ -6,7 +6,7 @@ summing to 1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -34,8 +34,9 @@ class Block:
 class Costs:
     """The cost of all placements of some layers over some steps.
 
-    `blocks[tier]` are loads by expert, `compose_slopes` is a subgradient of `compose`. `fixed_ns[row]` is added, as is the
-    largest `charge_ns[row, expert, tier]` among the experts of a row: what is paid once for having any such expert.
+    `blocks[tier]` are loads by expert, `compose_slopes` is a subgradient of `compose`. Added are `fixed_ns[row]` and
+    the largest `charge_ns[row, expert, tier]` among the experts of a row: what is paid once for having any such expert. A
+    step counts `weights[step]` of all, which sum to 1.
     """
 
     blocks: tuple[Block, ...]
@@ -44,7 +45,7 @@ class Costs:
     compose_slopes: Compose
     fixed_ns: Array
     charge_ns: Array
-    n_layers: int
+    weights: Array
 
     @property
     def n_experts(self) -> int:
@@ -59,11 +60,16 @@ class Costs:
     @property
     def n_steps(self) -> int:
         """Steps that costs are means over."""
-        return len(self.fixed_ns) // self.n_layers
+        return len(self.weights)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that are placed."""
+        return len(self.fixed_ns) // self.n_steps
 
     def by_layer(self, of_rows: Array) -> Array:
         """Means over steps, `[layer, ...]`, of what is known of rows, `[row, ...]`."""
-        return np.asarray(of_rows.reshape(self.n_steps, self.n_layers, *of_rows.shape[1:]).mean(axis=0))
+        return np.asarray(np.tensordot(self.weights, of_rows.reshape(self.n_steps, -1, *of_rows.shape[1:]), axes=1))
 
     def of_rows(self, of_layers: NDArray[Number]) -> NDArray[Number]:
         """What is said of layers, `[layer, ...]`, for each row, `[row, ...]`."""
@@ -162,5 +168,21 @@ def _from_table(cost_ns: Array, compose: Compose, slopes: Compose, resource_of: 
             f"costs of shape {cost_ns.shape}, expected [layer, expert, tier], each a time of at least 0 ns"
         )
     blocks = tuple(Block((r,), cost_ns[:, :, tier, None]) for tier, r in enumerate(resource_of))
-    n_layers = len(cost_ns)
-    return Costs(blocks, max(resource_of) + 1, compose, slopes, np.zeros(n_layers), np.zeros(cost_ns.shape), n_layers)
+    n, n_layers = max(resource_of) + 1, len(cost_ns)
+    return Costs(blocks, n, compose, slopes, np.zeros(n_layers), np.zeros(cost_ns.shape), np.ones(1))
+
+
+def joined(several: list[Costs], shares: list[float]) -> Costs:
+    """The costs of the same layers over the steps of several, of which each counts its share of all time."""
+    blocks = tuple(
+        Block(same[0].resources, np.concatenate([block.values for block in same]))
+        for same in zip(*(costs.blocks for costs in several), strict=True)
+    )
+    total = sum(shares)
+    return replace(
+        several[0],
+        blocks=blocks,
+        fixed_ns=np.concatenate([costs.fixed_ns for costs in several]),
+        charge_ns=np.concatenate([costs.charge_ns for costs in several]),
+        weights=np.concatenate([c.weights * share / total for c, share in zip(several, shares, strict=True)]),
+    )

@@ -1,4 +1,4 @@
-"""Memory that experts share: budgets over tiers, whether a placement keeps them, and how one that does not is mended."""
+"""Memory that experts share: budgets over tiers, whether a placement keeps them, and how to mend one that does not."""
 
 from dataclasses import dataclass
 
@@ -48,8 +48,8 @@ class Memory:
         return all((self.room_bytes(tier, budget) >= -self.slack_bytes).all() for budget in self.budgets)
 
     def mended(self, tier: Tiers, loss: Array) -> Tiers:
-        """A placement that keeps the budgets: of tiers that hold too much, those experts leave that lose least by it per
-        byte, `loss[layer, expert, tier]`. Raises InputError where they find no room."""
+        """A placement that keeps the budgets: of tiers that hold too much, those experts leave that lose least by it
+        per byte, `loss[layer, expert, tier]`. Raises InputError where they find no room."""
         tier = tier.copy()
         for _ in range(4 * len(self.budgets)):
             over = [b for b in self.budgets if (self.room_bytes(tier, b) < -self.slack_bytes).any()]
@@ -62,8 +62,10 @@ class Memory:
 
     def _leave(self, tier: Tiers, budget: Budget, loss: Array) -> None:
         """Move as many experts out of what a budget limits as it holds too many."""
-        full = [b for b in self.budgets if b is not budget and (self.room_bytes(tier, b) <= self.slack_bytes).all()]
-        open_to = ~np.any([self.holds(b) for b in (budget, *full)], axis=0)
+        open_to = ~np.any([self.holds(b) for b in self.budgets], axis=0)
+        if not open_to.any():  # no tier is without limit
+            full = [b for b in self.budgets if b is not budget and (self.room_bytes(tier, b) <= self.slack_bytes).all()]
+            open_to = ~np.any([self.holds(b) for b in (budget, *full)], axis=0)
         if not open_to.any():
             raise InputError(self._no_room(budget, tier))
         options = np.where(open_to, loss, np.inf)
@@ -85,6 +87,6 @@ class Memory:
         held = float(np.where(self.holds(budget)[tier], self.size_bytes, 0.0).sum())
         each = " for each layer" if budget.of_each_layer else ""
         return (
-            f"the experts take {float(self.size_bytes.sum()):,.0f} bytes and do not fit: {held:,.0f} bytes are left for "
-            f"a budget of {budget.capacity_bytes:,.0f} bytes{each}, and no other memory has room"
+            f"the experts take {float(self.size_bytes.sum()):,.0f} bytes and do not fit: {held:,.0f} bytes are left "
+            f"for a budget of {budget.capacity_bytes:,.0f} bytes{each}, and no other memory has room"
         )

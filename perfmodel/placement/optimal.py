@@ -15,8 +15,10 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
 from .costs import Array, Costs, Tiers, one_hot
+from .exact import exactly
 from .memory import Budget, Memory
 
+SMALL = 100  # choices of an expert and a tier up to which the best placement is found for certain
 MAX_ROUNDS, RELAXED_GAP, ENOUGH = 60, 1e-4, 3e-4
 N_MOVES, N_MOVES_OF_STEPS = 48, 20  # moves of a layer that are tried in pairs at a time
 N_PRICED, PRICE_STEP, MAX_POLISH, PATIENCE = 10, 0.02, 24, 4
@@ -44,10 +46,13 @@ def minimise(
     """The placement of least mean time over steps, summed over layers, within the budgets, of experts of
     `size_bytes[layer, expert]`.
 
-    `starts` are placements that the result is never worse than, as far as they keep the budgets. Raises InputError
-    where the experts do not fit into all tiers together.
+    `starts` are placements that the result is never worse than, as far as they keep the budgets; few choices are solved
+    exactly. Raises InputError where the experts do not fit into all tiers together.
     """
     memory = Memory(np.broadcast_to(size_bytes, (costs.n_layers, costs.n_experts)), budgets, costs.n_tiers)
+    if costs.n_layers * costs.n_experts * costs.n_tiers <= SMALL:
+        tier, bound_ns = exactly(costs, memory)
+        return Solution(tier, float(costs.layers_ns(tier).sum()), bound_ns)
     relaxed = _relax(costs, memory, starts)
     rng = np.random.default_rng(seed)
     candidates = [_balanced(costs, memory, relaxed, rng), *filter(memory.fits, starts)]
@@ -148,8 +153,8 @@ class _Program:
         self.time[tangent, column] = chosen.sum(axis=1) + self.beside[tangent]
 
     def solved(self) -> tuple[Array, Array, list[Array], float]:
-        """The best mixture within the budgets: shares `[layer, column]`, weights of tangents `[tangent, layer]`, for each
-        budget the price of a byte, ns `[layer]`, and the time without charges, ns."""
+        """The best mixture within the budgets: shares `[layer, column]`, weights of tangents `[tangent, layer]`, for
+        each budget the price of a byte, ns `[layer]`, and the time without charges, ns."""
         n_layers, n, j = len(self.charge), len(self.columns), len(self.slopes)
         layer = np.arange(n_layers)
         at = (layer[:, None] * n + np.arange(n)).ravel()  # variables of a layer's columns; then one for its time
@@ -230,7 +235,7 @@ def _rounded(costs: Costs, memory: Memory, relaxed: _Relaxed) -> Tiers:
         to = np.where(now > 1e-9, time, np.inf).argmin(axis=1)
         parts[layers, expert] = whole[to]
         loads = loads + shift[np.arange(len(loads)), costs.of_rows(to)]
-    return parts.argmax(axis=2).astype(np.int8)
+    return np.asarray(parts.argmax(axis=2), dtype=np.int8)
 
 
 def _balanced(costs: Costs, memory: Memory, relaxed: _Relaxed, rng: np.random.Generator) -> Tiers:
@@ -260,9 +265,9 @@ def _balanced(costs: Costs, memory: Memory, relaxed: _Relaxed, rng: np.random.Ge
 def _exchanged(
     costs: Costs, memory: Memory, relaxed: _Relaxed, tier: Tiers, rng: np.random.Generator, price: float | None
 ) -> Tiers:
-    """The same or a better placement by one or two moves in each layer, the best of all pairs of those that prices hardly
-    tell apart, where a gap counts a random part of itself. Memory counts so many times its price, or (null) no layer may
-    take more of it."""
+    """The same or a better placement by one or two moves in each layer: the best pair of those moves that prices hardly
+    tell apart, where a gap counts a random part of itself. Memory counts so many times its price, or (null) no layer
+    may take more of it."""
     n = min(N_MOVES if costs.n_steps == 1 else N_MOVES_OF_STEPS, costs.n_experts * (costs.n_tiers - 1))
     now = np.take_along_axis(relaxed.reduced, tier[:, :, None].astype(np.int64), axis=2)
     gap = np.abs(relaxed.reduced - now) * rng.random(relaxed.reduced.shape)
