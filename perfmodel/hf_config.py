@@ -277,6 +277,11 @@ def read_config(path: str | Path) -> MoEShape:
     )
 
 
+def read_fields(path: str | Path) -> Fields:
+    """The fields of the language model in a config.json, `model_type` that of a known family; raises as read_config."""
+    return _language_model(Path(path).name, _load(Path(path)))[0]
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
