@@ -24,7 +24,8 @@ class ModelMemory:
 
     `kv_full_bytes_per_token` are those of layers that keep every token of a sequence, `kv_window_bytes_per_token` those
     of layers that keep its last `window_tokens`; `state_bytes` are those of a sequence whatever its length (linear
-    attention and Mamba). `n_model_layers` counts all layers. `notes` say what is null or assumed and why.
+    attention and Mamba). `n_model_layers` counts all layers, `moe_layers` are the places of those with experts,
+    from 0. `notes` say what is null or assumed and why.
     """
 
     n_non_expert_params: int | None = None
@@ -34,6 +35,7 @@ class ModelMemory:
     window_tokens: int | None = None
     state_bytes: float | None = None
     n_model_layers: int | None = None
+    moe_layers: tuple[int, ...] | None = None
     source: str = ""
     notes: tuple[str, ...] = ()
 
@@ -75,7 +77,12 @@ def memory_of(fields: Fields, shape: MoEShape, kv_element_bytes: float = 2.0) ->
     model_type = str(fields.get("model_type"))
     rest = _BY_TYPE.get(model_type)
     n_layers = fields.get(_LAYERS)
-    found = ModelMemory(n_model_layers=n_layers if isinstance(n_layers, int) else None, source=fields.file)
+    family = next(one for one in hf_config.FAMILIES if model_type in one.model_types.split())
+    found = ModelMemory(
+        n_model_layers=n_layers if isinstance(n_layers, int) else None,
+        moe_layers=tuple(family.moe_layers(fields)),
+        source=fields.file,
+    )
     if rest is None:
         note = f"weights besides experts and the KV cache of model_type {model_type!r} are not read from its config"
         return replace(found, notes=(note,))
@@ -114,7 +121,7 @@ _WORDS = {
     **{"linear_attention": "linear", "mamba": "mamba", "M": "mamba"},
     **{"moe": "none", "mlp": "none", "E": "none", "-": "none"},
 }
-_LAYERS = "num_hidden_layers n_layers"
+_LAYERS = "num_hidden_layers n_layers num_layers"
 _HIDDEN = "hidden_size d_model"
 _HEADS = "num_attention_heads n_heads"
 

@@ -106,6 +106,7 @@ def test_a_file_whose_tiers_stand_in_another_order_means_the_same_tiers(tmp_path
         ({"tier": [[0, 1, 2], [0, 0, 2]]}, "lists of 4 numbers"),
         ({"tier": [[0, 1, 2, 9], [0, 0, 2, 1]]}, "tier holds 9, expected 0 to 4"),
         ({"tier": [[0, 1, 2, True], [0, 0, 2, 1]]}, "tier holds True"),
+        ({"tier": [[0, 1, 2, None], [0, 0, 2, 1]]}, "tier holds None"),
         ({"tier": [[0, 1, 2, 0.5], [0, 0, 2, 1]]}, "tier holds 0.5"),
         ({"tier": []}, "tiers of shape (0, 4)"),
         ({"tiers": ["resident", "moon"]}, "expected names of resident, copied"),
@@ -130,6 +131,28 @@ def test_a_damaged_placement_file_is_refused_in_one_sentence(
     with pytest.raises(InputError, match=re.escape(words)) as caught:
         read_placement(path)
     assert "p.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**40) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.data())
+def test_whatever_stands_in_a_placement_file_it_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = json.loads(placement_json(placed([[0, 1, 2, 0], [0, 0, 2, 1]])))
+    at = content["shape"] if data.draw(st.booleans()) else content
+    at[data.draw(st.sampled_from(sorted(at)))] = data.draw(ANY_JSON)
+    path = tmp_path_factory.getbasetemp() / "odd.json"
+    path.write_text(json.dumps(content))
+    try:
+        assert read_placement(path).placement.tier.shape == (2, 4)
+    except InputError as error:
+        assert "\n" not in str(error)
 
 
 def test_missing_keys_and_files_and_values_that_are_no_json_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from perfmodel.model_memory import ModelMemory, model_memory
 from perfmodel.moe import MoEShape
 from perfmodel.placement.budget import WORKSPACE_BYTES, expert_budget, host_need
 
+CONFIGS = Path(__file__).parent / "data" / "configs"
+
 # Billions of parameters by the model cards, without layers for multi-token prediction. Scout's 109 count its image
 # encoder: 34 layers of width 1408 and MLP width 5632 have 34 x (4 x 1408^2 + 2 x 1408 x 5632) = 0.8 billion weights.
 PUBLISHED = {
@@ -49,7 +51,10 @@ def test_the_catalogue_and_its_config_fields_speak_of_one_model() -> None:
     for name in PUBLISHED:
         shape, config = moe.shape(name), moe.config_of(name)
         assert config["hidden_size"] == shape.hidden
-        assert model_memory(name).n_model_layers == config["num_hidden_layers"] >= shape.n_layers
+        memory = model_memory(name)
+        assert memory.n_model_layers == config["num_hidden_layers"]
+        first = config.get("first_k_dense_replace", 0)  # in all of these models the layers without experts come first
+        assert memory.moe_layers == tuple(range(first, first + shape.n_layers))
 
 
 def test_a_shape_of_no_model_has_nulls_and_says_so() -> None:
@@ -136,6 +141,27 @@ def test_parameters_are_those_that_transformers_makes(model_type: str, tmp_path:
     routed = [p for name, p in model.named_parameters() if re.search(r"(?<!shared_)experts\..*(proj|weight)$", name)]
     assert sum(p.numel() for p in routed) == n_routed_params(shape)
     assert memory.n_non_expert_params == pytest.approx(n_all - n_routed_params(shape), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ("llama-4-maverick", tuple(range(1, 48, 2))),
+        ("nemotron-3-nano", tuple(range(1, 46, 2))),
+        ("jamba-v0.1", tuple(range(1, 32, 2))),
+        ("deepseek-v3", tuple(range(3, 61))),
+        ("minimax-m3", tuple(range(3, 60))),
+        ("longcat-flash", tuple(range(28))),
+    ],
+)
+def test_the_places_of_layers_with_experts(model: str, layers: tuple[int, ...]) -> None:
+    assert model_memory(str(CONFIGS / f"{model}.json")).moe_layers == layers
+
+
+def test_every_config_places_as_many_layers_as_its_shape_counts() -> None:
+    for path in CONFIGS.glob("*.json"):
+        places = model_memory(str(path)).moe_layers
+        assert places is not None and len(set(places)) == hf_config.read_config(path).n_layers
 
 
 def config_file(tmp_path: Path, **fields: object) -> str:

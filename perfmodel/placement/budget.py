@@ -13,7 +13,7 @@ WORKSPACE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class Budget:
+class DeviceBudget:
     """What one device holds, in bytes; its capacity less everything else is `expert_bytes`, the room for experts.
 
     `n_experts` whole experts fit over all layers, `n_experts_per_layer` in each layer when all have the same number, as
@@ -51,7 +51,7 @@ def expert_budget(
     workspace_bytes: float = WORKSPACE_BYTES,
     n_staging_experts: int = 0,
     n_copies: int = 0,
-) -> Budget:
+) -> DeviceBudget:
     """How many bytes and experts of a model fit into a device beside the rest of the model and its KV cache.
 
     `capacity_bytes` is what the engine may use of the device; `n_sequences` of `n_context_tokens` tokens each are in
@@ -67,7 +67,7 @@ def expert_budget(
         unknown = "weights besides experts" if memory.non_expert_bytes is None else "the KV cache"
         raise InputError(f"{shape.name}: the bytes of {unknown} are not known ({'; '.join(memory.notes)}); state them")
     n_all = shape.n_layers * shape.n_experts
-    found = Budget(
+    found = DeviceBudget(
         capacity_bytes,
         memory.non_expert_bytes,
         kv_bytes,
@@ -93,7 +93,7 @@ def expert_budget(
             f"{shape.name}: {text.n_bytes(capacity_bytes)} of device memory leave no room for an expert of "
             f"{text.n_bytes(shape.expert_bytes)}: {taken}"
         )
-    return Budget(**{**vars(found), "n_experts": n_experts, "n_experts_per_layer": n_experts // shape.n_layers})
+    return DeviceBudget(**{**vars(found), "n_experts": n_experts, "n_experts_per_layer": n_experts // shape.n_layers})
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MAX_LAYERS = 10_000  # far above any model; a larger number is a slip
 _SIZES = {one.name for one in fields(MoEShape)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlacedModel:
     """A placement and the model it is for.
 
@@ -190,7 +190,7 @@ def _placed(content: dict[str, Any]) -> PlacedModel:
 
 
 def _whole_numbers(values: list[Any], key: str) -> list[int]:
-    odd = next((value for value in values if type(value) is not int or not 0 <= value < 2**31), None)
-    if odd is not None:
-        raise InputError(f"{key} holds {odd!r}, expected whole numbers from 0")
+    for value in values:
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise InputError(f"{key} holds {value!r}, expected whole numbers from 0")
     return values

@@ -15,7 +15,7 @@ from perfmodel.errors import InputError
 from .exported import Exported, compact_json, npy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeviceMap:
     """Which expert each slot holds, `expert[layer, device, slot]`; every expert of a layer has one slot or several.
 

@@ -62,8 +62,9 @@ def llama_cpp(
     split = np.flatnonzero(held.any(axis=1) & ~held.all(axis=1))
     n_first, first = n_cpu_moe(placed, load)
     flags = [f"-ngl 999 -ot '{rules}'" if rules else "-ngl 999", f"-ngl 999 --n-cpu-moe {n_first}"]
+    either = f"# one or the other\n{flags[0]}\n{flags[1]}\n"
     return Exported(
-        {f"{name}.llama-cpp.txt": ("\n".join(flags) + "\n").encode()},
+        {f"{name}.llama-cpp.txt": either.encode()},
         tuple(flags),
         (
             *(() if found.is_exact else (f"-ot moves whole projections of layers: {found.words()}",)),
