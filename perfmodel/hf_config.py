@@ -73,68 +73,69 @@ class Fields:
         return value if isinstance(value, list) else None
 
 
-# Which layers hold experts: one rule per habit of naming them. Each counts the MoE layers of a config.
+# Which layers hold experts, counted from 0: one rule per habit of naming them.
 
 
-def _every_layer(keys: str) -> Callable[[Fields], int]:
-    return lambda fields: fields.whole(keys)
+def _every_layer(keys: str) -> Callable[[Fields], list[int]]:
+    return lambda fields: list(range(fields.whole(keys)))
 
 
-def _after_dense(keys: str) -> Callable[[Fields], int]:
+def _after_dense(keys: str) -> Callable[[Fields], list[int]]:
     """The rule of the DeepSeek line: the first layers are dense, then every moe_layer_freq-th holds experts.
 
     `mlp_layer_types` and a list of `moe_layer_freq` name each layer and win over the count of dense ones in `keys`.
     """
 
-    def rule(fields: Fields) -> int:
+    def rule(fields: Fields) -> list[int]:
         if (types := fields.per_layer("mlp_layer_types")) is not None:
-            return sum(kind != "dense" for kind in types)
+            return [layer for layer, kind in enumerate(types) if kind != "dense"]
         if (flags := fields.per_layer("moe_layer_freq")) is not None:
-            return sum(map(bool, flags))
+            return [layer for layer, flag in enumerate(flags) if flag]
         every = fields.whole("moe_layer_freq", default=1) or 1
-        return sum(layer % every == 0 for layer in range(fields.whole(keys), fields.whole("num_hidden_layers")))
+        return [i for i in range(fields.whole(keys), fields.whole("num_hidden_layers")) if i % every == 0]
 
     return rule
 
 
-def _sparse_step(fields: Fields) -> int:
+def _sparse_step(fields: Fields) -> list[int]:
     """Qwen: layers whose number from 1 is a multiple of decoder_sparse_step, less those in mlp_only_layers."""
     step, dense = fields.whole("decoder_sparse_step", default=1) or 1, fields.listed("mlp_only_layers")
-    return sum((layer + 1) % step == 0 and layer not in dense for layer in range(fields.whole("num_hidden_layers")))
+    return [i for i in range(fields.whole("num_hidden_layers")) if (i + 1) % step == 0 and i not in dense]
 
 
-def _interleaved(fields: Fields) -> int:
+def _interleaved(fields: Fields) -> list[int]:
     """Llama 4: the layers listed in moe_layers, otherwise every interleave_moe_layer_step-th."""
     if listed := fields.listed("moe_layers"):
-        return len(listed)
-    return fields.whole("num_hidden_layers") // (fields.whole("interleave_moe_layer_step", default=1) or 1)
+        return listed
+    step = fields.whole("interleave_moe_layer_step", default=1) or 1
+    return list(range(step - 1, fields.whole("num_hidden_layers"), step))
 
 
-def _block_pattern(fields: Fields) -> int:
+def _block_pattern(fields: Fields) -> list[int]:
     """Nemotron-H: `moe` entries of layers_block_type, or letters E of hybrid_override_pattern."""
     blocks = fields.get("layers_block_type hybrid_override_pattern")
     if not isinstance(blocks, str | list):
         raise InputError(f"{fields.file}: missing field, tried layers_block_type, hybrid_override_pattern")
-    return blocks.count("E" if isinstance(blocks, str) else "moe")
+    return [layer for layer, block in enumerate(blocks) if block in ("E", "moe")]
 
 
-def _index_range(fields: Fields) -> int:
+def _index_range(fields: Fields) -> list[int]:
     """ERNIE 4.5: every moe_layer_interval-th layer from moe_layer_start_index to moe_layer_end_index (-1: the last)."""
     n_layers, every = fields.whole("num_hidden_layers"), fields.whole("moe_layer_interval", default=1) or 1
     end = n_layers - 1 if fields.get("moe_layer_end_index") == -1 else fields.whole("moe_layer_end_index", n_layers - 1)
     layers = range(fields.whole("moe_layer_start_index"), min(end + 1, n_layers))
-    return sum((layer + 1) % every == 0 for layer in layers)
+    return [layer for layer in layers if (layer + 1) % every == 0]
 
 
-def _period(fields: Fields) -> int:
+def _period(fields: Fields) -> list[int]:
     """Jamba: layers at expert_layer_offset within each expert_layer_period."""
     period, offset = fields.whole("expert_layer_period") or 1, fields.whole("expert_layer_offset")
-    return sum(layer % period == offset for layer in range(fields.whole("num_hidden_layers")))
+    return [layer for layer in range(fields.whole("num_hidden_layers")) if layer % period == offset]
 
 
-def _after_skipped(fields: Fields) -> int:
+def _after_skipped(fields: Fields) -> list[int]:
     """Hunyuan: all layers after moe_layer_num_skipped dense ones."""
-    return fields.whole("num_hidden_layers") - fields.whole("moe_layer_num_skipped", default=0)
+    return list(range(fields.whole("moe_layer_num_skipped", default=0), fields.whole("num_hidden_layers")))
 
 
 _ALL = _every_layer("num_hidden_layers")
@@ -151,7 +152,7 @@ class Family:
     model_types: str
     experts: str
     inter: str
-    n_moe_layers: Callable[[Fields], int]
+    moe_layers: Callable[[Fields], list[int]]
     top_k: str = "num_experts_per_tok"
     hidden: str = "hidden_size"  # a latent width comes first: it is what the experts see
     shared: str = ""  # number of shared experts
@@ -259,7 +260,7 @@ def read_config(path: str | Path) -> MoEShape:
     dense = experts in (0, 1) or (experts is None and fields.get(family.top_k) is None)
     if dense or (family.switch and fields.get(family.switch) is not True):
         raise InputError(f"{path.name} describes a dense model: no experts in {', '.join(family.experts.split())}")
-    n_layers = family.n_moe_layers(fields)
+    n_layers = len(family.moe_layers(fields))
     if n_layers < 1:
         raise InputError(f"{path.name} describes a dense model: none of its layers holds experts")
     quantisation = fields.table("quantization_config") or _companion(path)
@@ -275,6 +276,11 @@ def read_config(path: str | Path) -> MoEShape:
         dtype=_expert_dtype(fields, Fields(path.name, quantisation)),
         source=f"{path.name} of model_type {fields.get('model_type')}",
     )
+
+
+def read_fields(path: str | Path) -> Fields:
+    """The fields of the language model in a config.json, `model_type` that of a known family; raises as read_config."""
+    return _language_model(Path(path).name, _load(Path(path)))[0]
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from perfmodel.errors import InputError
 
@@ -92,7 +93,20 @@ def names() -> list[str]:
 
 def shape(source: str) -> MoEShape:
     """The shape of a catalogue name; raises InputError listing the valid names. `hf_config.resolve` takes files too."""
+    table = _entry(source)
+    table.pop("config", None)
+    return MoEShape(name=source, **table)
+
+
+def config_of(source: str) -> dict[str, Any]:
+    """The fields of the published config.json that a catalogue entry keeps, by their names there; empty without one.
+
+    Raises InputError listing the valid names.
+    """
+    return dict(_entry(source).get("config", {}))
+
+
+def _entry(source: str) -> dict[str, Any]:
     if source not in names():
         raise InputError(f"unknown shape {source!r}; known: {', '.join(names())}, or the path of a config.json")
-    table = tomllib.loads((MODEL_DIR / f"{source}.toml").read_text(encoding="utf-8"))
-    return MoEShape(name=source, **table)
+    return tomllib.loads((MODEL_DIR / f"{source}.toml").read_text(encoding="utf-8"))

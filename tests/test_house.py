@@ -15,7 +15,7 @@ LIBRARY = sorted((ROOT / "perfmodel").rglob("*.py"))
 LEVELS = (
     {"errors"},
     {"text", "moe", "routing", "workers"},
-    {"trace", "hardware", "hf_config"},
+    {"trace", "hardware", "hf_config", "model_memory"},
     {"cache"},
     {"readers", "classify", "placement", "physics", "capture", "capture_lines", "intervals", "lanes"},
     {"launch", "moe_perf", "tile_rules"},
@@ -34,7 +34,7 @@ LEVELS = (
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 RECORDS = ("errors", "text", "moe", "routing", "hardware", "hf_config")  # all that collectors may import
-SUFFIXES = ("_ns", "_bytes", "_flops", "_per_s", "_frac", "_count", "_per_byte")
+SUFFIXES = ("_ns", "_bytes", "_flops", "_per_s", "_frac", "_count", "_per_byte", "_per_token")
 UNIT_WORDS = ("time", "latency", "duration", "bandwidth", "bytes", "flops")
 
 
