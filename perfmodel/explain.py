@@ -7,7 +7,7 @@ import numpy as np
 
 from perfmodel import text
 from perfmodel.latency import LatencyModel, hull_features
-from perfmodel.offload import Device, Mask, link_rate, offload_parts
+from perfmodel.offload import Device, Tier, link_rate, modes_of, placement_parts
 from perfmodel.physics import Array, Work, total
 
 STEP_LOG = 0.01  # by how much a constant is moved to see what that does
@@ -65,13 +65,13 @@ class Explanation:
         return found
 
 
-def explain(work: Work, offloaded: Mask, access: str, device: Device, model: LatencyModel | None) -> Explanation:
+def explain(work: Work, tier: Tier, access: str, device: Device, model: LatencyModel | None) -> Explanation:
     """What a prediction for this work under this placement rests on."""
     return Explanation(
         roofs=_roofs(work, device),
         rows_per_active_expert=float((work.n_rows / work.n_active).mean()),
-        knee_rows=_knees(work, offloaded, access, device),
-        sensitivity=_sensitivity(work, offloaded, access, device),
+        knee_rows=_knees(work, tier, access, device),
+        sensitivity=_sensitivity(work, tier, access, device),
         nearest=_nearest(work, device, model),
     )
 
@@ -89,32 +89,33 @@ def _roofs(work: Work, device: Device) -> dict[str, str]:
     return found
 
 
-def _knees(work: Work, offloaded: Mask, access: str, device: Device) -> dict[str, float]:
+def _knees(work: Work, tier: Tier, access: str, device: Device) -> dict[str, float]:
     """Rows n at which 2 n K N / F = w K N / B, of the achieved rates (the ridge point in rows), by source."""
     c, roof, o = device.constants, device.roof, device.offload
     flops = roof.flops_per_s * c.eff_compute
     sources = {"device memory": roof.bytes_per_s * c.eff_memory}
-    if offloaded.any() and access in ("zero-copy", "copy", "copy-overlap"):
-        share = o.link_eff if access == "zero-copy" else o.copy_eff
-        sources["the link"] = link_rate(device.profile, access, device.residency)[0] * share
+    over_link = [mode for mode in modes_of(access) if mode in ("zero-copy", "copy", "copy-overlap")]
+    if tier.any() and over_link:
+        share = o.link_eff if over_link[0] == "zero-copy" else o.copy_eff
+        sources["the link"] = link_rate(device.profile, over_link[0], device.residency)[0] * share
     return {where: flops * work.weight_bytes / (2 * rate) for where, rate in sources.items()}
 
 
-def _latency(work: Work, offloaded: Mask, access: str, device: Device) -> float:
-    return float(total(offload_parts(work, offloaded, access, device)[0]).mean())
+def _latency(work: Work, tier: Tier, access: str, device: Device) -> float:
+    return float(total(placement_parts(work, tier, access, device)[0]).mean())
 
 
-def _sensitivity(work: Work, offloaded: Mask, access: str, device: Device) -> dict[str, float]:
+def _sensitivity(work: Work, tier: Tier, access: str, device: Device) -> dict[str, float]:
     """d log latency / d log constant of the constants that matter most, at most N_SENSITIVE; efficiencies stand for the
     rates of the machine."""
-    base = _latency(work, offloaded, access, device)
+    base = _latency(work, tier, access, device)
     moved = np.exp(STEP_LOG)
     found = {}
     for part in ("constants", "offload"):
         values = getattr(device, part)
         for field in fields(values):
             changed = replace(values, **{field.name: getattr(values, field.name) * moved})
-            latency = _latency(work, offloaded, access, replace(device, **{part: changed}))
+            latency = _latency(work, tier, access, replace(device, **{part: changed}))
             found[field.name] = float(np.log(latency / base) / STEP_LOG)
     ranked = sorted(found, key=lambda name: -abs(found[name]))
     return {name: round(found[name], 4) for name in ranked[:N_SENSITIVE] if abs(found[name]) > 0.005}

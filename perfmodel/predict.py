@@ -10,11 +10,11 @@ from perfmodel import physics, text
 from perfmodel.errors import InputError
 from perfmodel.explain import Explanation, explain
 from perfmodel.hardware import HardwareProfile
-from perfmodel.latency import COVERAGE, LatencyModel
+from perfmodel.latency import COVERAGE, Forecast, LatencyModel
 from perfmodel.moe import MoEShape
-from perfmodel.offload import ACCESS_MODES, Device, Host, offload_parts, rate_keys
+from perfmodel.offload import ACCESS_MODES, Device, Host, Tier, modes_of, placement_parts, rate_keys
 from perfmodel.offload.fitted import OffloadFit, Way, from_json
-from perfmodel.physics import Array, Parts, Work
+from perfmodel.physics import Array, Parts, Work, total
 from perfmodel.placement import Placement, place
 from perfmodel.routing import Routing
 from perfmodel.transfer import zero_shot_half_width
@@ -216,19 +216,23 @@ def predict_placement(
     settings: Settings = Settings(),
     explained: bool = False,
 ) -> Prediction:
-    """What one MoE layer costs when the placement's experts are offloaded, against all experts resident."""
+    """What one MoE layer costs when the placement's experts are offloaded, against all experts resident.
+
+    `access` is one mode, or several with a plus (`copy-overlap+cpu`), of which the placement's tiers choose.
+    """
     basis = basis.reaching(access, routing, settings, op)
     launch = launch or ("eager" if settings.host_ns is not None else basis.launch)
     work = work_of(shape, routing, op, launch, basis.tile(shape, routing.n_tokens))
     off = placement.offloaded
-    correction, half_width = _learned(basis, work, shape)
+    correction, forecast = _learned(basis, work, shape)
     baseline = _corrected(basis.device.form.resident_parts(work, basis.device.roof, basis.device.constants), correction)
-    raw, binding = offload_parts(work, off, access, basis.device)
+    raw, binding = placement_parts(work, placement.tier, access, basis.device)
     parts = _corrected(raw, correction)
     means = {name: float(value.mean()) for name, value in parts.items()}
     latency = math.fsum(means.values())
-    way = (access, settings.residency) if off.any() else None
-    reasons, kind, sure = _evidence(basis, work, shape, way, half_width)
+    modes = modes_of(access) if off.any() else ()
+    ways = [(mode, settings.residency) for mode in modes]
+    reasons, kind, sure = _evidence(basis, work, shape, ways, _half_width(basis, work, forecast))
     return Prediction(
         latency_ns=latency,
         baseline_latency_ns=math.fsum(float(value.mean()) for value in baseline.values()),
@@ -240,23 +244,36 @@ def predict_placement(
         n_offloaded=round(placement.n_offloaded / off.shape[0]),
         n_experts=shape.n_experts,
         offloaded_bytes=placement.n_offloaded / off.shape[0] * shape.expert_bytes,
-        explanation=explain(work, off, access, basis.device, basis.model) if explained else None,
+        explanation=explain(work, placement.tier, access, basis.device, basis.model) if explained else None,
     )
 
 
-def _learned(basis: Basis, work: Work, shape: MoEShape) -> tuple[Array, float | None]:
-    """What the model's residual multiplies the device's time by, `[batch]`, and the half-width of the interval of all
-    layers together, log units, null where any lies too far outside."""
+def placement_ns(basis: Basis, work: Work, shape: MoEShape, tier: Tier, access: str) -> Array:
+    """Latency of each row of work, ns `[batch]`, with each expert in `tier[batch, expert]`, as `predict_placement` has
+    it but without evidence; `basis` is one that reaches the access modes."""
+    parts, _ = placement_parts(work, tier, access, basis.device)
+    return total(_corrected(parts, _learned(basis, work, shape)[0]))
+
+
+def _learned(basis: Basis, work: Work, shape: MoEShape) -> tuple[Array, Forecast | None]:
+    """What the model's residual multiplies the device's time by, `[batch]`, and its forecast of the resident layer,
+    null without a model of this dtype."""
     model = basis.model
     if model is None or model.dtype != shape.dtype:
         return np.ones(len(work.k)), None
     forecast = model.forecast(work, basis.device.profile)
+    return forecast.ns / forecast.physical_ns, forecast
+
+
+def _half_width(basis: Basis, work: Work, forecast: Forecast | None) -> float | None:
+    """The half-width of the interval of all layers together, log units, null where any lies too far outside."""
+    model = basis.model
+    if forecast is None or model is None:
+        return None
     width = forecast.log_half_width
     if model.profile.quantities != basis.device.profile.quantities:
         width = zero_shot_half_width(model, work, basis.device.profile)
-    return forecast.ns / forecast.physical_ns, None if np.isnan(width).any() else float(
-        np.average(width, weights=forecast.ns)
-    )
+    return None if np.isnan(width).any() else float(np.average(width, weights=forecast.ns))
 
 
 def _corrected(parts: Parts, correction: Array) -> Parts:
@@ -272,14 +289,14 @@ def _bottleneck(means: dict[str, float], binding: list[str | None]) -> str:
 
 
 def _evidence(
-    basis: Basis, work: Work, shape: MoEShape, way: tuple[str, str | None] | None, half_width: float | None
+    basis: Basis, work: Work, shape: MoEShape, ways: list[tuple[str, str | None]], half_width: float | None
 ) -> tuple[list[str], str, float | None]:
     """Why to believe a prediction: reasons in words, the basis, and the half-width of the interval in log units.
 
-    `way` is the access mode and residency, null when nothing is offloaded.
+    `ways` are access modes with their residency, none when nothing is offloaded.
     """
     profile, model = basis.device.profile, basis.model
-    keys = (*basis.device.roof.from_keys, *(rate_keys(profile, *way) if way else ()))
+    keys = (*basis.device.roof.from_keys, *(key for way in ways for key in rate_keys(profile, *way)))
     if model is None:
         keys += tuple(key for key in LAUNCH_KEYS if key in profile.quantities)
     reasons = [_cited(key, basis.device) for key in dict.fromkeys(keys)]
@@ -295,7 +312,7 @@ def _evidence(
     is_here = model.profile.quantities == profile.quantities
     elsewhere = [] if is_here else [f"fitted on {model.profile.name}"]
     unknown = [] if model.dtype == shape.dtype else [f"fitted on {model.dtype}, this shape is {shape.dtype}"]
-    if way:
+    for way in ways:
         known = basis.offload.way(*way) if basis.offload is not None else None
         if known is None:
             unknown.append(f"no expert offloaded by {Way(*way)} was among the observations: its constants are assumed")

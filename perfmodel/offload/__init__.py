@@ -9,22 +9,27 @@ placements of the same layers. `fit` learns constants from observations and give
 from .beside import beside_parts
 from .constants import PRIORS, OffloadConstants
 from .device import ACCESS_MODES, LAYOUTS, SPREADS, Device, Host, Mask, link_rate, rate_keys, usable_modes
-from .modes import offload_parts
+from .modes import MIXABLE, TIER_OF, Tier, modes_of, offload_parts, placement_parts
 from .table import placement_costs
 
 __all__ = [
     "ACCESS_MODES",
     "LAYOUTS",
+    "MIXABLE",
     "PRIORS",
     "SPREADS",
+    "TIER_OF",
     "Device",
     "Host",
     "Mask",
     "OffloadConstants",
+    "Tier",
     "beside_parts",
     "link_rate",
+    "modes_of",
     "offload_parts",
     "placement_costs",
+    "placement_parts",
     "rate_keys",
     "usable_modes",
 ]

@@ -92,14 +92,14 @@ class OffloadFit:
     ways: dict[Way, WayFit]
 
     def constants_of(self, access: str, residency: str | None = None) -> tuple[OffloadConstants, bool]:
-        """The constants of a way, and whether it was measured; one that never was has the assumed defaults.
+        """The constants of a way, or of several modes (`copy-overlap+cpu`), and whether all were measured; one that
+        never was has the assumed defaults.
 
         Zero-copy without a residency is `mapped`.
         """
-        found = self.way(access, residency)
-        if found is None:
-            return ASSUMED, False
-        return replace(ASSUMED, **{name: one.value for name, one in found.constants.items()}), True
+        ways = [self.way(mode, residency if mode == "zero-copy" else None) for mode in access.split("+")]
+        values = {name: one.value for way in ways if way is not None for name, one in way.constants.items()}
+        return replace(ASSUMED, **values), None not in ways
 
     def way(self, access: str, residency: str | None = None) -> WayFit | None:
         """What was learned of a way, null when it never was measured."""

@@ -4,10 +4,12 @@ Numbers in brackets are those of docs/model.md. Times are ns.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perfmodel.capture_lines import RESIDENCIES
+from perfmodel.errors import InputError
 from perfmodel.physics import Array, Parts, Work, sum_parts, tiled
-from perfmodel.placement import NEAR_DATA, ON_HOST, RESIDENT
+from perfmodel.placement import COPIED, IN_PLACE, NEAR_DATA, ON_HOST, RESIDENT
 
 from .beside import beside_parts
 from .device import (
@@ -18,6 +20,7 @@ from .device import (
     counts_ns,
     link_rate,
     part_of,
+    rate_keys,
     require_near_data,
     require_one_of,
 )
@@ -26,6 +29,36 @@ from .overlap import exposed_ns
 from .paged import paged_parts
 
 Binding = list[str | None]
+Tier = NDArray[np.integer]
+
+# The tier of what an access mode reaches. Modes whose experts others compute, or that are read meanwhile, mix.
+TIER_OF = {"zero-copy": IN_PLACE, "copy": COPIED, "copy-overlap": COPIED, "cpu": ON_HOST, "near-data": NEAR_DATA}
+MIXABLE = ("zero-copy", "copy-overlap", "cpu", "near-data")
+
+
+def modes_of(access: str) -> tuple[str, ...]:
+    """The access modes of one, or of several that are written with a plus (`copy-overlap+cpu`); raises InputError for
+    an unknown one and for those that do not mix."""
+    modes = tuple(access.split("+"))
+    for mode in modes:
+        require_one_of("access mode", mode, ACCESS_MODES if len(modes) == 1 else MIXABLE)
+    if len(set(modes)) < len(modes):
+        raise InputError(f"access {access!r} names a mode twice")
+    return modes
+
+
+def placement_parts(work: Work, tier: Tier, access: str, device: Device) -> tuple[Parts, Binding]:
+    """Latency by part, ns `[batch]`, and what binds, with each expert in `tier[batch, expert]`, a number of
+    placement.TIERS, of one access mode or several (see `modes_of`).
+
+    Of one mode it only counts whether an expert is resident. Raises InputError as `offload_parts` does.
+    """
+    modes = modes_of(access)
+    if len(modes) == 1:
+        return offload_parts(work, tier != RESIDENT, access, device)
+    for mode in modes:
+        _ = rate_keys(device.profile, mode)  # refuses machines that lack what it needs
+    return beside_parts(work, tier, device)
 
 
 def offload_parts(work: Work, offloaded: Mask, access: str, device: Device) -> tuple[Parts, Binding]:

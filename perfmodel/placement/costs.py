@@ -35,8 +35,8 @@ class Costs:
     """The cost of all placements of some layers over some steps.
 
     `blocks[tier]` are loads by expert, `compose_slopes` is a subgradient of `compose`. Added are `fixed_ns[row]` and
-    the largest `charge_ns[row, expert, tier]` among the experts of a row: what is paid once for having any such expert. A
-    step counts `weights[step]` of all, which sum to 1.
+    the largest `charge_ns[row, expert, tier]` among the experts of a row: what is paid once for having any such expert.
+    A step counts `weights[step]` of all, which sum to 1.
     """
 
     blocks: tuple[Block, ...]

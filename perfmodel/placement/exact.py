@@ -16,8 +16,8 @@ def exactly(costs: Costs, memory: Memory) -> tuple[Tiers, float]:
     """The placement of least mean time within the budgets and a bound on all, ns: the same but for rounding.
 
     Each round solves the program and adds the tangent at its solution (outer approximation, Duran and Grossmann,
-    Mathematical Programming 1986). For some hundred choices; takes as long as it takes for more. Raises InputError where
-    no placement keeps the budgets.
+    Mathematical Programming 1986). For some hundred choices; takes as long as it takes for more. Raises InputError
+    where no placement keeps the budgets.
     """
     shape = (costs.n_layers, costs.n_experts, costs.n_tiers)
     n, n_layers, n_rows = int(np.prod(shape)), costs.n_layers, len(costs.fixed_ns)

@@ -1,0 +1,144 @@
+"""A placement problem of one machine, model and routing, and what any placement costs there."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from perfmodel.errors import InputError
+from perfmodel.moe import MoEShape
+from perfmodel.offload import TIER_OF, link_rate, modes_of, placement_costs
+from perfmodel.offload.beside import crossing_each_ns, host_each_ns
+from perfmodel.offload.device import copy_each_ns
+from perfmodel.physics import Array, Work, smooth_max, tiled
+from perfmodel.placement import ON_HOST, RESIDENT, Placement
+from perfmodel.placement.costs import Costs, Tiers, joined
+from perfmodel.placement.memory import Budget
+from perfmodel.predict import Basis, Prediction, Settings, placement_ns, predict_placement, work_of
+from perfmodel.routing import Counts, Routing, Shares
+
+from .windows import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Where should the experts of a model live? `access` is one mode or several (see `offload.modes_of`),
+    `capacity_bytes` the device memory for the experts of all layers of the batches, `host_bytes` that of the host
+    (null: enough)."""
+
+    basis: Basis
+    shape: MoEShape
+    access: str
+    batches: tuple[Batch, ...]
+    capacity_bytes: float
+    host_bytes: float | None = None
+    op: str = "moe-layer"
+    settings: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        n_experts = self.batches[0].fitted.shape[2]
+        if n_experts != self.shape.n_experts:
+            raise InputError(f"the routing is for {n_experts} experts, {self.shape.name} has {self.shape.n_experts}")
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that are placed."""
+        return int(self.batches[0].fitted.shape[1])
+
+    @property
+    def tiers(self) -> tuple[int, ...]:
+        """The tiers an expert may be in, numbers of placement.TIERS, device memory first."""
+        return (RESIDENT, *(TIER_OF[mode] for mode in modes_of(self.access)))
+
+    @property
+    def popularity(self) -> Shares:
+        """The share of each expert in its layer in what decides, `[layer, expert]`, each pass counted as often as it is
+        made."""
+        loads = sum(b.n_passes * b.fitted.mean(axis=0) for b in self.batches)
+        shares: Shares = loads / np.sum(loads, axis=1, keepdims=True)
+        return shares
+
+    @property
+    def size_bytes(self) -> Array:
+        """Bytes of each expert, `[layer, expert]`."""
+        return np.full((self.n_layers, self.shape.n_experts), self.shape.expert_bytes)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The memory that tiers share, as positions in `tiers`."""
+        device = Budget((0,), self.capacity_bytes)
+        elsewhere = tuple(range(1, len(self.tiers)))
+        return (device,) if self.host_bytes is None else (device, Budget(elsewhere, self.host_bytes))
+
+
+def rows_of(question: Question, counts: Counts, n_tokens: int) -> tuple[Basis, Work]:
+    """What computes, and one batch row for each step of each layer, steps outermost."""
+    flat = counts.reshape(-1, counts.shape[2])
+    routing = Routing("window", flat, n_tokens, question.shape.top_k, np.tile(question.popularity, (len(counts), 1)))
+    basis = question.basis.reaching(question.access, routing, question.settings, question.op)
+    launch = "eager" if question.settings.host_ns is not None else basis.launch
+    return basis, work_of(question.shape, routing, question.op, launch, basis.tile(question.shape, n_tokens))
+
+
+def steps_ns(question: Question, counts: Counts, n_tokens: int, tier: Tiers) -> Array:
+    """Latency of each step and layer, ns `[step, layer]`, of a placement `tier[layer, expert]`, or one for each step
+    `[step, layer, expert]`, of numbers of placement.TIERS."""
+    basis, work = rows_of(question, counts, n_tokens)
+    rows = np.broadcast_to(tier, counts.shape).reshape(-1, counts.shape[2])
+    return placement_ns(basis, work, question.shape, rows, question.access).reshape(counts.shape[:2])
+
+
+def resident_ns(question: Question, counts: Counts, n_tokens: int) -> Array:
+    """The same with all experts in device memory."""
+    return steps_ns(question, counts, n_tokens, np.zeros(counts.shape[1:], dtype=np.int8))
+
+
+def costs_of(question: Question, *, held_out: bool = False, n_steps: int | None = None) -> Costs:
+    """The costs of all placements over the steps that decide (or those that judge), tiers by position in `tiers`."""
+    found = []
+    for batch in question.batches:
+        counts = (batch.held_out if held_out else batch.fitted)[:n_steps]
+        basis, work = rows_of(question, counts, batch.n_tokens)
+        serial = "copy" in modes_of(question.access)
+        found.append(placement_costs(work, question.tiers, basis.device, question.n_layers, serial=serial))
+    return joined(found, [batch.n_passes for batch in question.batches])
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """What each expert of a step takes by itself, ns `[step x layer, expert]`: on the device, over the link, on the
+    host."""
+
+    device_ns: Array
+    link_ns: Array
+    host_ns: Array
+
+
+def alone(question: Question, counts: Counts, n_tokens: int) -> Alone:
+    """What policies that dispatch step by step go by."""
+    basis, work = rows_of(question, counts, n_tokens)
+    device = basis.device
+    on_device = np.zeros_like(work.rows)
+    for roofs in tiled.expert_roofs(work, device.kernel, device.roof, device.constants):
+        on_device += smooth_max([roofs.compute, roofs.weights + roofs.activations], device.constants.smooth_p)[0]
+    link = copy_each_ns(work, link_rate(device.profile, "copy")[0], device.offload)
+    has_host = ON_HOST in question.tiers
+    host = host_each_ns(work, device) + crossing_each_ns(work, device) if has_host else np.full_like(link, np.inf)
+    return Alone(on_device, link, np.where(work.rows > 0, host, 0.0))
+
+
+def prediction(question: Question, batch: Batch, tier: Tiers) -> Prediction:
+    """The prediction for the steps that judge, with its interval, parts and reasons."""
+    counts = batch.held_out
+    flat = counts.reshape(-1, counts.shape[2])
+    shares = np.tile(question.popularity, (len(counts), 1))
+    routing = Routing("held-out steps", flat, batch.n_tokens, question.shape.top_k, shares)
+    rows = np.broadcast_to(tier, counts.shape).reshape(-1, counts.shape[2])
+    return predict_placement(
+        question.basis,
+        question.shape,
+        routing,
+        Placement("", rows),
+        question.access,
+        op=question.op,
+        settings=question.settings,
+    )

@@ -1,0 +1,109 @@
+"""Steps of a batch from a recording: a window to decide on, and a later one to judge by."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perfmodel.errors import InputError
+from perfmodel.routing import Counts, Recording, Shares, drawn_counts, expected_counts
+
+N_STEPS = 8  # of a window: enough for means, few enough for many placements
+FITTED_FRAC = 0.5  # of the recorded steps that decide; the others judge
+DRAWN_ONE_BY_ONE = 2**15  # tokens x experts up to which each token draws its experts without repeating one
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Passes of so many tokens: `fitted[step, layer, expert]` counts that a placement is decided on, `held_out` those
+    it is judged by. Each pass counts `n_passes` among batches of several sizes."""
+
+    n_tokens: int
+    n_passes: float
+    fitted: Counts
+    held_out: Counts
+
+
+def batches(
+    recording: Recording,
+    sizes: dict[int, float],
+    top_k: int,
+    n_steps: int = N_STEPS,
+    later: Recording | None = None,
+    seed: int = 0,
+) -> tuple[tuple[Batch, ...], str]:
+    """Batches of each size (tokens: passes) with both windows, and in words what they rest on.
+
+    Recorded steps are joined until they have as many tokens as the batch. The first half of them decides, the second
+    judges; or all decide, and those of `later` judge. Where only sums were recorded, both windows are drawn from them.
+    Counts are taken as recorded where steps have exactly the tokens of the batch, else drawn from the steps' shares.
+    """
+    if top_k > recording.loads.shape[2]:
+        raise InputError(f"{recording.name} has {recording.loads.shape[2]} experts, fewer than top-k {top_k}")
+    found = []
+    for number, (n_tokens, n_passes) in enumerate(sizes.items()):
+        steps = _joined_steps(recording, n_tokens)
+        if later is not None:
+            if later.loads.shape[1:] != recording.loads.shape[1:]:
+                raise InputError(
+                    f"{later.name} has {later.loads.shape[1]} layers of {later.loads.shape[2]} experts, "
+                    f"{recording.name} {recording.loads.shape[1]} of {recording.loads.shape[2]}"
+                )
+            parts = steps, _joined_steps(later, n_tokens)
+        elif len(steps) > 1:
+            n_fitted = max(1, round(FITTED_FRAC * len(steps)))
+            parts = steps[:n_fitted], steps[n_fitted:]
+        else:
+            parts = steps, steps
+        rng = np.random.default_rng([seed, number])
+        fitted, held_out = (_window(part, n_tokens, top_k, n_steps, rng) for part in parts)
+        found.append(Batch(n_tokens, n_passes, fitted, held_out))
+    return tuple(found), _words(recording, later, min(len(_joined_steps(recording, n)) for n in sizes))
+
+
+def _words(recording: Recording, later: Recording | None, n: int) -> str:
+    if later is not None:
+        return f"decided on {recording.name}, judged by {later.name}"
+    if n > 1:
+        order = "the first half" if recording.is_ordered else "one half (steps are in no order)"
+        return f"decided on {order} of {recording.name}, judged by the other"
+    return (
+        f"{recording.name} has no steps to hold out: both windows are drawn from the same shares, which says nothing "
+        "of routing that changes"
+    )
+
+
+def _joined_steps(recording: Recording, n_tokens: int) -> NDArray[np.float64]:
+    """Loads `[group, layer, expert]` of consecutive steps that have at least n_tokens together, where tokens are known.
+
+    A layer that no step of a group loads has its load of all steps.
+    """
+    loads = recording.loads
+    if recording.n_tokens is not None and len(loads) > 1:
+        ends = np.cumsum(recording.n_tokens)
+        groups = np.minimum((ends - 1) // n_tokens, max(ends[-1] // n_tokens - 1, 0))
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        loads = np.add.reduceat(loads, starts, axis=0)
+    empty = loads.sum(axis=2) == 0
+    if empty.any():
+        loads = np.where(empty[:, :, None], recording.loads.sum(axis=0), loads)
+    return loads
+
+
+def _window(steps: NDArray[np.float64], n_tokens: int, top_k: int, n_steps: int, rng: np.random.Generator) -> Counts:
+    """Counts `[step, layer, expert]` of n_steps batches, from steps spread evenly over those recorded."""
+    chosen = steps[np.linspace(0, len(steps) - 1, n_steps).round().astype(int)] if len(steps) > n_steps else steps
+    if (chosen.sum(axis=2) == n_tokens * top_k).all() and (chosen == chosen.round()).all() and chosen.max() <= n_tokens:
+        return chosen.astype(np.int64)
+    chosen = chosen[np.arange(n_steps) % len(chosen)]
+    shares: Shares = chosen / chosen.sum(axis=2, keepdims=True)
+    rows = shares.reshape(-1, shares.shape[2])
+    if n_tokens * rows.shape[1] <= DRAWN_ONE_BY_ONE:
+        seeds = rng.integers(2**31, size=len(rows))
+        counts = np.stack([drawn_counts(row, n_tokens, top_k, int(s)) for row, s in zip(rows, seeds, strict=True)])
+    else:
+        counts = rng.multinomial(n_tokens * top_k, rows).astype(np.int64)
+        over = counts.max(axis=1) > n_tokens  # a token selects an expert once
+        if over.any():
+            counts[over] = expected_counts(rows[over], n_tokens, top_k)
+    return counts.reshape(shares.shape)
