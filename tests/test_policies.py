@@ -331,7 +331,17 @@ def test_hybrimoe_lets_the_cpu_take_the_lightest_resident_expert_when_the_device
     assert DISPATCHES["hybrimoe"](faster).tolist() == [[RESIDENT, ON_HOST, ON_HOST]]
 
 
+def test_draws_go_to_the_device() -> None:
+    one = np.ones((1, 1))
+    for tokens, resident in ((3, True), (3, False)):
+        draw = Steps(np.full((1, 1), tokens), np.full((1, 1), resident), 2 * one, 3 * one, (2 if resident else 5) * one)
+        assert DISPATCHES["hybrimoe"](draw).tolist() == DISPATCHES["fiddler"](draw).tolist() == [[int(not resident)]]
+
+
 def test_arrays_that_do_not_belong_together_are_refused() -> None:
     one = np.ones((1, 3))
+    for wrong in (-1.0, np.inf, np.nan):
+        with pytest.raises(InputError, match="fetch_ns holds values"):
+            Steps(np.ones((1, 3), dtype=np.int64), np.ones((1, 3), dtype=bool), one, wrong * one, one)
     with pytest.raises(InputError, match="expected all of one"):
         Steps(np.ones((1, 3), dtype=np.int64), np.ones((1, 4), dtype=bool), one, one, one)

@@ -143,8 +143,8 @@ def _why() -> str:
     at_high = [f for f, row in zip(fractions(), predicted(SETTINGS[-1]), strict=True) if f > 0 and row[2] < row[0]]
     return f"""## Why front-loading beats random and uniform
 
-In the model, not because the CPU has less to compute, but because it has something to compute in fewer layers. Each such
-layer waits for it once. At {_percent(frac)} on the GPUs, for a token:
+In the model, not because the CPU has less to compute, but because it has something to compute in fewer layers. Each
+such layer waits for it once. At {_percent(frac)} on the GPUs, for a token:
 
 {
         markdown_table(

@@ -25,7 +25,7 @@ SAME_FRAC = 1e-9  # spans this near to each other are the same but for rounding
 class Steps:
     """What a dispatch may know, all `[row, expert]`: `tokens` on each expert, whether it is `resident`, and what it
     costs by itself: `gpu_ns` the device once its weights are there, `fetch_ns` the link for its weights, `host_ns` the
-    CPU. Raises InputError for shapes that differ."""
+    CPU. Raises InputError for shapes that differ, and costs that are not finite or below 0."""
 
     tokens: NDArray[np.int64]
     resident: Mask
@@ -37,6 +37,10 @@ class Steps:
         shapes = {name: getattr(self, name).shape for name in self.__dataclass_fields__}
         if self.tokens.ndim != 2 or len(set(shapes.values())) > 1:
             raise InputError(f"dispatch: arrays of shapes {shapes}, expected all of one [row, expert]")
+        for name in ("gpu_ns", "fetch_ns", "host_ns"):
+            cost = getattr(self, name)
+            if not (np.isfinite(cost) & (cost >= 0)).all():
+                raise InputError(f"dispatch: {name} holds values that are not finite or below 0, expected times")
 
     @property
     def awake(self) -> Mask:
