@@ -162,11 +162,13 @@ def write_golden_predictions() -> None:
 
 
 if __name__ == "__main__":
+    from perfmodel.offload.kt_page import write as write_strategies
     from perfmodel.offload.study_page import write as write_study
 
     if sys.argv[1:] != ["readme"]:
         write_accuracy(fit_captures(), fit_published())
         write_study(ROOT / "docs")
+        write_strategies(ROOT / "docs")
         write_golden_predictions()
     target = ROOT / "README.md"
     target.write_text(with_outputs(target.read_text(encoding="utf-8")), encoding="utf-8")

@@ -3,7 +3,8 @@
 `constants` are what is assumed or fitted of each mode, `device` the machine as modes see it, `modes` their latency by
 part; `in_place`, `overlap`, `beside` and `paged` are the compositions that need more room. `table` evaluates many
 placements of the same layers. `fit` learns constants from observations and gives what `fitted` describes; `study` and
-`study_page` make the page on the GH200 study. These need models and predictions and are imported by name.
+`study_page` make the page on the GH200 study, `kt_study` and `kt_page` that on ktransformers. These need models and
+predictions and are imported by name.
 """
 
 from .beside import beside_parts

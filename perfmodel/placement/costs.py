@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
+from .problem import Tiers
+
 Array = NDArray[np.float64]
-Tiers = NDArray[np.int8]
 Experts = NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 Compose = Callable[[Array], Array]  # loads [row, resource] to ns [row], and to slopes [row, resource]

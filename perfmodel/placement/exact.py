@@ -6,8 +6,9 @@ from scipy.sparse import csr_matrix
 
 from perfmodel.errors import InputError
 
-from .costs import Costs, Tiers, one_hot
+from .costs import Costs, one_hot
 from .memory import Memory
+from .problem import Tiers
 
 MAX_TANGENTS, TIGHT = 200, 1e-9
 

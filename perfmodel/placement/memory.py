@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
-from .costs import Array, Tiers
+from .costs import Array
+from .problem import Tiers
 
 Mask = NDArray[np.bool_]
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
-from .costs import Array, Costs, Tiers, one_hot
+from .costs import Array, Costs, one_hot
 from .exact import exactly
 from .memory import Budget, Memory
+from .problem import Tiers
 
 SMALL = 100  # choices of an expert and a tier up to which the best placement is found for certain
 MAX_ROUNDS, RELAXED_GAP, ENOUGH = 60, 1e-4, 3e-4

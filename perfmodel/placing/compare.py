@@ -1,20 +1,9 @@
 """Policies side by side: what each one's placement costs in steps that it has not seen."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from perfmodel import offload
-from perfmodel.errors import InputError
-from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
-from perfmodel.placement.costs import Array, Costs, Tiers, one_hot
-from perfmodel.placement.dispatch import DISPATCHES
-from perfmodel.placement.optimal import Solution, minimise
-from perfmodel.placement.static import POLICIES, Problem
-from perfmodel.routing import Counts
-
-from .question import Question, alone, costs_of, resident_ns, steps_ns
+from perfmodel.placement.costs import Array, Tiers
+from perfmodel.placement.optimal import Solution
 
 OPTIMAL = "optimal"
 CACHE = "lru"

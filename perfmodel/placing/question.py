@@ -10,8 +10,8 @@ from perfmodel.offload import TIER_OF, link_rate, modes_of, placement_costs
 from perfmodel.offload.beside import crossing_each_ns, host_each_ns
 from perfmodel.offload.device import copy_each_ns
 from perfmodel.physics import Array, Work, smooth_max, tiled
-from perfmodel.placement import ON_HOST, RESIDENT, Placement
-from perfmodel.placement.costs import Costs, Tiers, joined
+from perfmodel.placement import ON_HOST, RESIDENT, Placement, Tiers
+from perfmodel.placement.costs import Costs, joined
 from perfmodel.placement.memory import Budget
 from perfmodel.predict import Basis, Prediction, Settings, placement_ns, predict_placement, work_of
 from perfmodel.routing import Counts, Routing, Shares
