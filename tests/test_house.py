@@ -27,6 +27,7 @@ LEVELS = (
     {"evaluation"},
     {"sources"},
     {"adapt", "design", "fitting", "explain", "offload", "predict"},
+    {"placing"},
     {"schedule", "report"},
     {"figures"},
     {"cli"},

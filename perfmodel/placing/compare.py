@@ -1,24 +1,34 @@
 """Policies side by side: what each one's placement costs in steps that it has not seen."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from perfmodel.placement.costs import Array, Tiers
-from perfmodel.placement.optimal import Solution
+import numpy as np
 
-OPTIMAL = "optimal"
-CACHE = "lru"
-# Policies that decide in each step who computes what is not resident: what is resident, and how the step is divided.
+from perfmodel.errors import InputError
+from perfmodel.placement import COPIED, ON_HOST, POLICIES, RESIDENT, Problem, Tiers
+from perfmodel.placement.costs import Array, Costs
+from perfmodel.placement.dispatch import DISPATCHES, Steps
+from perfmodel.placement.optimal import Solution, minimise
+from perfmodel.routing import Counts
+
+from .question import Question, alone, costs_of, steps_ns
+
+OPTIMAL, CACHE, FORESEEN = "optimal", "lru", "foreseen"
+# Policies that divide each step anew among device and host: by what they keep resident, and their dispatch.
 DISPATCHED = {"fiddler": ("fiddler", "fiddler"), "hybrimoe": ("frequency", "hybrimoe")}
+BEST_DISPATCH = "balanced"
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a policy's placement `tier[layer, expert]` (numbers of placement.TIERS) costs: `fitted_ns[batch]` in the steps
-    that decided, `held_out_ns[batch]` in those that judge, means of a layer; `resident_ns[batch]` with all experts resident.
+    """What a policy costs: mean latency of a layer by batch, ns, in the steps that decided (`fitted_ns[batch]`) and in
+    those that judge (`held_out_ns[batch]`), and of the latter with all experts resident (`resident_ns[batch]`).
 
-    `slowdown` weighs batches by their passes. `dispatch` names how experts that are not resident are divided in each step
-    (null: as the tiers say). `gap_frac` and `bound_ns` say how far from the best the placement can be by its own table of
-    costs (null: no bound).
+    `tier[layer, expert]` are numbers of placement.TIERS; `dispatch` names how what is not resident is divided in each
+    step (null: as the tiers say). `passes[batch]` weigh batches. `solution` is null for policies without a bound.
     """
 
     policy: str
@@ -37,5 +47,123 @@ class Outcome:
 
     @property
     def fitted_total_ns(self) -> float:
-        """Time of all passes in the steps that decided."""
+        """Time of a layer in all passes of the steps that decided."""
         return float(self.fitted_ns @ self.passes)
+
+
+def policy_names(question: Question) -> tuple[str, ...]:
+    """The policies that can answer a question, ours last."""
+    static = [name for name in POLICIES if name not in DISPATCHED]
+    dispatched = list(DISPATCHED) if _divides(question) else []
+    return (*static, *dispatched, CACHE, OPTIMAL)
+
+
+def _divides(question: Question) -> bool:
+    """Whether the device or the host may compute an expert that is in host memory."""
+    return {COPIED, ON_HOST} <= set(question.tiers)
+
+
+def compare(question: Question, names: tuple[str, ...], progress: Progress = lambda _: None) -> list[Outcome]:
+    """What each of the named policies costs, in their order; `optimal` knows the others and is never slower than any of
+    them in the steps that decided. Raises InputError for a name that is not among `policy_names`."""
+    known = (*policy_names(question), FORESEEN)
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown placement policy {name!r}; known here: {', '.join(known)}")
+    costs = costs_of(question)
+    colder = _coldest(question, costs)
+    found: dict[str, Outcome] = {}
+    for name in [name for name in names if name not in (OPTIMAL, FORESEEN)]:
+        progress(f"{name} ...")
+        found[name] = _cached(question) if name == CACHE else _by_policy(question, name, colder)
+    if OPTIMAL in names:
+        progress("optimal ...")
+        found[OPTIMAL] = _optimal(question, costs, colder, [one for name, one in found.items() if name != CACHE])
+    if FORESEEN in names:
+        progress("what could have been known ...")
+        found[FORESEEN] = replace(_optimal(_swapped(question), costs_of(question, held_out=True), colder, []))
+        found[FORESEEN] = evaluated(question, FORESEEN, found[FORESEEN].tier, found[FORESEEN].dispatch)
+    return [found[name] for name in names]
+
+
+def best_of(outcomes: list[Outcome]) -> Outcome:
+    """The one that is fastest in the steps that decided: what a person would choose, knowing no others. Caches do not
+    count, for they are no placement."""
+    return min((one for one in outcomes if one.policy not in (CACHE, FORESEEN)), key=lambda one: one.fitted_total_ns)
+
+
+def _swapped(question: Question) -> Question:
+    """The question of who has seen the steps that judge."""
+    batches = tuple(replace(b, fitted=b.held_out, held_out=b.fitted) for b in question.batches)
+    return replace(question, batches=batches)
+
+
+def _coldest(question: Question, costs: Costs) -> Tiers:
+    """The tier outside device memory in which each expert is fastest by its own longest load, `[layer, expert]`."""
+    longest = np.stack([costs.by_layer(block.values.max(axis=2)) for block in costs.blocks[1:]], axis=2)
+    return np.array(question.tiers[1:], dtype=np.int8)[longest.argmin(axis=2)]
+
+
+def _by_policy(question: Question, name: str, colder: Tiers) -> Outcome:
+    """The outcome of a published policy, which knows popularity, sizes and memory."""
+    keeps, dispatch = DISPATCHED.get(name, (name, None))
+    problem = Problem(question.popularity, question.size_bytes, question.capacity_bytes)
+    tier = np.where(POLICIES[keeps](problem) == RESIDENT, RESIDENT, colder).astype(np.int8)
+    return evaluated(question, name, tier, dispatch)
+
+
+def _optimal(question: Question, costs: Costs, colder: Tiers, others: list[Outcome]) -> Outcome:
+    """The placement of least predicted time. The search goes by the table of costs; what it and the others found is then
+    judged by the full formulas, each with and without dividing steps anew."""
+    position = {tier: at for at, tier in enumerate(question.tiers)}
+    starts = tuple(np.vectorize(position.get, otypes=[np.int8])(one.tier) for one in others)
+    solution = minimise(costs, question.size_bytes, question.budgets, starts)
+    tier = np.array(question.tiers, dtype=np.int8)[solution.tier]
+    candidates = [evaluated(question, OPTIMAL, tier, None)]
+    if _divides(question):
+        candidates.append(evaluated(question, OPTIMAL, tier, BEST_DISPATCH))
+        best = min(others, key=lambda one: one.fitted_total_ns, default=None)
+        if best is not None:
+            candidates.append(evaluated(question, OPTIMAL, best.tier, BEST_DISPATCH))
+    found = min([*candidates, *others], key=lambda one: one.fitted_total_ns)
+    return replace(found, policy=OPTIMAL, solution=solution)
+
+
+def _cached(question: Question) -> Outcome:
+    """A cache of each layer's experts, least recently used out, as large as the memory: the expected misses."""
+    n_slots = int(question.capacity_bytes // (question.n_layers * question.shape.expert_bytes))
+    if n_slots < 1:
+        raise InputError("a cache needs room for an expert of each layer")
+    settings = replace(question.settings, n_slots=min(n_slots, question.shape.n_experts))
+    cached = replace(question, access="paged", settings=settings)
+    tier = np.ones(question.popularity.shape, dtype=np.int8)
+    return evaluated(cached, CACHE, tier, None)
+
+
+def evaluated(question: Question, policy: str, tier: Tiers, dispatch: str | None) -> Outcome:
+    """What a placement costs in both windows, by the full formulas."""
+
+    def mean_ns(counts: Counts, n_tokens: int) -> float:
+        domains = tier if dispatch is None else divided(question, counts, n_tokens, tier, dispatch)
+        return float(steps_ns(question, counts, n_tokens, domains).mean())
+
+    all_resident = np.zeros_like(tier)
+    batches = question.batches
+    return Outcome(
+        policy,
+        tier,
+        dispatch,
+        np.array([mean_ns(b.fitted, b.n_tokens) for b in batches]),
+        np.array([mean_ns(b.held_out, b.n_tokens) for b in batches]),
+        np.array([float(steps_ns(question, b.held_out, b.n_tokens, all_resident).mean()) for b in batches]),
+        np.array([b.n_passes for b in batches]),
+    )
+
+
+def divided(question: Question, counts: Counts, n_tokens: int, tier: Tiers, dispatch: str) -> Tiers:
+    """Who computes what in each step, `[step, layer, expert]`, where a dispatch divides what is not resident."""
+    each = alone(question, counts, n_tokens)
+    tokens = counts.reshape(-1, counts.shape[2])
+    resident = np.tile(tier == RESIDENT, (len(counts), 1))
+    steps = Steps(tokens, resident, each.device_ns, each.link_ns, each.host_ns)
+    return DISPATCHES[dispatch](steps).reshape(counts.shape)
