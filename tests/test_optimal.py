@@ -70,11 +70,10 @@ def test_large_placements_come_near_their_bound_and_keep_their_budgets(make) -> 
     for size, budgets in [
         (uneven, (Budget((0,), 350.0),)),
         (even, (Budget((0,), 20.0, True), Budget((1,), 200.0))),
-        (uneven, (Budget((0,), 20.0, True), Budget((1,), 300.0))),
     ]:
         found = minimise(costs, size, budgets)
         assert Memory(size, budgets, 3).fits(found.tier)
-        assert 0 <= found.gap_frac < (0.01 if make is additive else 0.04)
+        assert 0 <= found.gap_frac < (0.003 if make is additive else 0.03)
         assert found.time_ns == pytest.approx(float(costs.layers_ns(found.tier).sum()))
 
 

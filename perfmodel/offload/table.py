@@ -101,14 +101,14 @@ def _norm(loads: Array, p: float) -> Array:
 
 
 def placement_costs(
-    work: Work, tiers: tuple[int, ...], device: Device, n_layers: int, *, serial: bool = False
+    work: Work, tiers: tuple[int, ...], device: Device, n_layers: int, *, serial: bool = False, contended: bool = False
 ) -> Costs:
     """The costs of all placements of the layers of `work` into some of placement.TIERS, steps outermost in its batch.
 
     The order of `tiers` numbers them; `serial` copies before computing (access mode copy). As `offload_parts` and
     `beside_parts` have it but for small things: the tile is that of all experts together, an overlapped copy has no
-    last chunk, modules share their work evenly, host and link do not slow each other, and launches by the host are left
-    out. Raises InputError for a machine that lacks what a tier needs.
+    last chunk, modules share their work evenly, host and link slow each other always (`contended`) or never, and
+    launches by the host are left out. Raises InputError for a machine that lacks what a tier needs.
     """
     if len(set(tiers)) < len(tiers) or not set(tiers) <= set(range(len(TIERS))):
         raise InputError(f"tiers are {tiers}, expected different numbers of {', '.join(TIERS)}")
@@ -125,13 +125,15 @@ def placement_costs(
     for number, tier in enumerate(tiers):
         if tier in (COPIED, ON_HOST, NEAR_DATA):
             charge[:, :, number] = np.where(awake, told + (0.0 if tier == COPIED else merge), 0.0)
-    blocks = tuple(_block(work, tier, device, resources, tiers) for tier in tiers)
+    blocks = tuple(_block(work, tier, device, resources, tiers, contended) for tier in tiers)
     fixed = total(tiled.other_parts(work, device.roof, c))
     n_steps = len(work.k) // n_layers
     return Costs(blocks, resources.n, composition.ns, composition.slopes, fixed, charge, np.full(n_steps, 1 / n_steps))
 
 
-def _block(work: Work, tier: int, device: Device, resources: Resources, tiers: tuple[int, ...]) -> Block:
+def _block(
+    work: Work, tier: int, device: Device, resources: Resources, tiers: tuple[int, ...], contended: bool
+) -> Block:
     """What experts of one tier add to which loads."""
     at = resources.shared
     found: dict[int, Array] = {}
@@ -151,13 +153,13 @@ def _block(work: Work, tier: int, device: Device, resources: Resources, tiers: t
         if tier == IN_PLACE:
             found[at] = own
     if tier == COPIED:
-        found[at + 1] = copy_each_ns(work, link_rate(device.profile, "copy")[0], device.offload)
+        found[at + 1] = copy_each_ns(work, link_rate(device.profile, "copy", contended=contended)[0], device.offload)
     if tier in (ON_HOST, NEAR_DATA):
         crossing = crossing_each_ns(work, device)
         found[at + 2] = crossing * (ON_HOST in tiers)
         found[at + 3] = crossing * (modules is not None)
     if tier == ON_HOST:
-        found[at + 2] = np.where(work.rows > 0, host_each_ns(work, device), 0.0) + found[at + 2]
+        found[at + 2] = np.where(work.rows > 0, host_each_ns(work, device, contended=contended), 0.0) + found[at + 2]
     if modules is not None:
         computing, serving = modules
         n = device.profile["n_ndp_count"]

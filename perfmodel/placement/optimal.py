@@ -7,13 +7,14 @@ placements (Lagrange; Fisher, Management Science 1981). The mixture is rounded, 
 apart are tried in pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix
 
+from .charges import Charges
 from .costs import Array, Costs, one_hot
 from .exact import exactly
 from .memory import Budget, Memory
@@ -21,9 +22,9 @@ from .problem import Tiers
 
 SMALL = 100  # choices of an expert and a tier up to which the best placement is found for certain
 MAX_ROUNDS, RELAXED_GAP, ENOUGH = 60, 1e-4, 3e-4
+CHOICE_S = 0.5  # seconds that the best choice of whole columns may take
 N_MOVES, N_MOVES_OF_STEPS = 48, 20  # moves of a layer that are tried in pairs at a time
 N_PRICED, PRICE_STEP, MAX_POLISH, PATIENCE = 10, 0.02, 24, 4
-N_CHARGES = 16  # levels of charges that pricing tells apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def minimise(
         return Solution(tier, float(costs.layers_ns(tier).sum()), bound_ns)
     relaxed = _relax(costs, memory, starts)
     rng = np.random.default_rng(seed)
-    candidates = [_balanced(costs, memory, relaxed, rng), *filter(memory.fits, starts)]
+    candidates = [_balanced(costs, memory, relaxed, rng), *filter(memory.fits, (*relaxed.chosen, *starts))]
     found = min(candidates, key=lambda tier: float(costs.layers_ns(tier).sum()))
     found = _polished(costs, memory, relaxed, found, rng)
     time_ns = float(costs.layers_ns(found).sum())
@@ -67,12 +68,13 @@ def minimise(
 class _Relaxed:
     """What the linear program leaves: a mixture of placements `[layer, expert, tier]`, what experts cost at the last
     prices of loads and memory, `reduced[layer, expert, tier]`, the prices of a byte in each tier, `[layer, tier]`, and
-    the best bound."""
+    the best bound. `chosen` are placements that take one column for each layer, where charges make that worth it."""
 
     mixture: Array
     reduced: Array
     byte_prices: Array
     bound_ns: float
+    chosen: tuple[Tiers, ...] = ()
 
 
 def _relax(costs: Costs, memory: Memory, starts: tuple[Tiers, ...]) -> _Relaxed:
@@ -100,7 +102,7 @@ def _relax(costs: Costs, memory: Memory, starts: tuple[Tiers, ...]) -> _Relaxed:
             paid += budget.capacity_bytes * float(price.sum() if budget.of_each_layer else price[0])
         slopes = np.einsum("jl,jlet->let", weights, np.stack(program.slopes))
         reduced = slopes + byte_prices[:, None, :] * memory.size_bytes[:, :, None]
-        column, least = _cheapest(reduced, program.charge)
+        column, least = program.charge.cheapest(reduced)
         beside = float((weights * np.stack(program.beside)).sum())
         bound = max(bound, fixed + beside + float(least.sum()) - paid)
         found = _Relaxed(mixture, reduced, byte_prices, bound)
@@ -113,7 +115,8 @@ def _relax(costs: Costs, memory: Memory, starts: tuple[Tiers, ...]) -> _Relaxed:
             program.add_tangent(mixture)
         program.add_column(column)
     assert found is not None
-    return found
+    chosen = program.chosen() if costs.charge_ns.any() else None
+    return found if chosen is None else replace(found, chosen=(_filled(costs, memory, chosen),))
 
 
 class _Program:
@@ -121,9 +124,7 @@ class _Program:
 
     def __init__(self, costs: Costs, memory: Memory) -> None:
         self.costs, self.memory = costs, memory
-        self.charge = costs.by_layer(
-            costs.charge_ns
-        )  # a layer pays at least what one of its experts alone makes it pay
+        self.charge = Charges(costs)
         self.columns: list[Tiers] = []
         self.slopes: list[Array] = []  # [layer, expert, tier] of each tangent
         self.beside: list[Array] = []  # [layer]
@@ -134,7 +135,7 @@ class _Program:
     def add_column(self, tier: Tiers) -> None:
         """Let a placement be mixed in."""
         self.columns.append(tier)
-        self.charges.append(np.take_along_axis(self.charge, tier[:, :, None].astype(np.int64), 2).max(axis=(1, 2)))
+        self.charges.append(self.charge.of(tier))
         sizes = self.memory.size_bytes
         self.held.append([np.where(self.memory.holds(b)[tier], sizes, 0.0).sum(axis=1) for b in self.memory.budgets])
         for number in range(len(self.slopes)):
@@ -156,7 +157,43 @@ class _Program:
     def solved(self) -> tuple[Array, Array, list[Array], float]:
         """The best mixture within the budgets: shares `[layer, column]`, weights of tangents `[tangent, layer]`, for
         each budget the price of a byte, ns `[layer]`, and the time without charges, ns."""
-        n_layers, n, j = len(self.charge), len(self.columns), len(self.slopes)
+        n_layers, n, j = self.costs.n_layers, len(self.columns), len(self.slopes)
+        goal, below, limits, whole, bounds = self._matrices()
+        flat = np.concatenate(limits)
+        done = linprog(goal, below, flat, whole, np.ones(n_layers), np.stack(bounds, axis=1), method="highs-ds")
+        if done.status:
+            raise RuntimeError(f"the linear program of a placement was not solved: {done.message}")
+        duals = -done.ineqlin.marginals
+        prices, start = [], j * n_layers
+        for budget, limit in zip(self.memory.budgets, limits[1:], strict=True):
+            of_byte = duals[start : start + len(limit)] / max(budget.capacity_bytes, 1.0)
+            prices.append(np.broadcast_to(of_byte, n_layers))
+            start += len(limit)
+        shares = done.x[: n_layers * n].reshape(n_layers, n)
+        return shares, duals[: j * n_layers].reshape(j, n_layers), prices, float(done.x[n_layers * n :].sum())
+
+    def chosen(self) -> Tiers | None:
+        """One column for each layer, the best choice that is found in a moment; null where none is."""
+        n_layers, n = self.costs.n_layers, len(self.columns)
+        goal, below, limits, whole, bounds = self._matrices()
+        constraints = [LinearConstraint(below, -np.inf, np.concatenate(limits)), LinearConstraint(whole, 1, 1)]
+        options = {"time_limit": CHOICE_S, "mip_rel_gap": RELAXED_GAP}
+        done = milp(
+            goal,
+            integrality=np.arange(len(goal)) < n_layers * n,
+            bounds=Bounds(*bounds),
+            constraints=constraints,
+            options=options,
+        )
+        if done.x is None:
+            return None
+        column = done.x[: n_layers * n].reshape(n_layers, n).argmax(axis=1)
+        return np.stack([self.columns[number][layer] for layer, number in enumerate(column)])
+
+    def _matrices(self) -> tuple[Array, csr_matrix, list[Array], csr_matrix, tuple[Array, Array]]:
+        """The goal over shares `[layer, column]` and times `[layer]`; rows that stay below limits, tangents first, then
+        budgets; rows that sum to one; and bounds."""
+        n_layers, n, j = self.costs.n_layers, len(self.columns), len(self.slopes)
         layer = np.arange(n_layers)
         at = (layer[:, None] * n + np.arange(n)).ravel()  # variables of a layer's columns; then one for its time
         rows, where, values, limits = [], [], [], [np.zeros(j * n_layers)]
@@ -177,45 +214,10 @@ class _Program:
         size = n_layers * (n + 1)
         below = csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(where))), (n_rows, size))
         whole = csr_matrix((np.ones(n_layers * n), (np.repeat(layer, n), at)), (n_layers, size))
-        price = np.concatenate([np.stack(self.charges, axis=1).ravel(), np.ones(n_layers)])
-        bounds = np.zeros((size, 2))
-        bounds[:, 1], bounds[n_layers * n :, 0] = np.inf, -np.inf
-        ones = np.ones(n_layers)
-        done = linprog(price, below, np.concatenate(limits), whole, ones, bounds, method="highs-ds")
-        if done.status:
-            raise RuntimeError(f"the linear program of a placement was not solved: {done.message}")
-        duals = -done.ineqlin.marginals
-        prices, start = [], j * n_layers
-        for budget, limit in zip(self.memory.budgets, limits[1:], strict=True):
-            of_byte = duals[start : start + len(limit)] / max(budget.capacity_bytes, 1.0)
-            prices.append(np.broadcast_to(of_byte, n_layers))
-            start += len(limit)
-        shares = done.x[: n_layers * n].reshape(n_layers, n)
-        return shares, duals[: j * n_layers].reshape(j, n_layers), prices, float(done.x[n_layers * n :].sum())
-
-
-def _cheapest(reduced: Array, charge: Array) -> tuple[Tiers, Array]:
-    """The placement of each layer that costs least at the prices, and at most how much, ns `[layer]`.
-
-    All levels of charge are tried: experts that ask for no more than a level are free to go anywhere.
-    """
-    if not charge.any():
-        return reduced.argmin(axis=2).astype(np.int8), reduced.min(axis=2).sum(axis=1)
-    n_layers = len(charge)
-    flat = np.sort(charge.reshape(n_layers, -1), axis=1)
-    picks = np.unique(np.linspace(0, flat.shape[1] - 1, N_CHARGES).astype(int))
-    best = np.full(n_layers, np.inf)
-    tier = np.zeros(reduced.shape[:2], dtype=np.int8)
-    lower = np.zeros(n_layers)  # the smallest charge that is above the level before
-    for level in flat[:, picks].T:
-        allowed = np.where(charge <= level[:, None, None], reduced, np.inf)
-        cost = allowed.min(axis=2).sum(axis=1) + lower
-        better = cost < best
-        best = np.where(better, cost, best)
-        tier[better] = allowed.argmin(axis=2)[better]
-        above = np.where(charge > level[:, None, None], charge, np.inf).reshape(n_layers, -1).min(axis=1)
-        lower = np.where(np.isfinite(above), above, lower)
-    return tier, best
+        goal = np.concatenate([np.stack(self.charges, axis=1).ravel(), np.ones(n_layers)])
+        lower, upper = np.zeros(size), np.full(size, np.inf)
+        lower[n_layers * n :], upper[: n_layers * n] = -np.inf, 1.0
+        return goal, below, limits, whole, (lower, upper)
 
 
 def _rounded(costs: Costs, memory: Memory, relaxed: _Relaxed) -> Tiers:
@@ -247,20 +249,67 @@ def _balanced(costs: Costs, memory: Memory, relaxed: _Relaxed, rng: np.random.Ge
     for number in range(N_PRICED):
         factor *= 1 + (-1 if memory.fits(tier) else 1) * PRICE_STEP / (number + 1)
         tier = _exchanged(costs, memory, relaxed, tier, rng, factor)
-    for _ in range(costs.n_experts):
+    return _filled(costs, memory, memory.mended(_emptied(costs, memory, tier), relaxed.reduced))
+
+
+def _emptied(costs: Costs, memory: Memory, tier: Tiers) -> Tiers:
+    """A placement that keeps its budgets, where it can: half of what is too much leaves at a time, the experts that
+    lose least by it."""
+    tier = tier.copy()
+    for _ in range(MAX_POLISH):
         over = [b for b in memory.budgets if (memory.room_bytes(tier, b) < -memory.slack_bytes).any()]
         if not over:
             break
-        gains, held = _gains(costs, tier), memory.holds(over[0])
-        per_byte = np.where(held[tier][:, :, None] & ~held, gains / memory.size_bytes[:, :, None], np.inf)
-        loss, place = _best_of_layers(per_byte)
-        room = np.broadcast_to(memory.room_bytes(tier, over[0]), costs.n_layers).copy()
-        for layer in np.argsort(loss):
-            if room[layer] < -memory.slack_bytes and loss[layer] < np.inf:
-                expert, to = _at(place[layer], costs.n_tiers)
-                tier[layer, expert] = to
-                room += _spread(over[0], int(layer), costs.n_layers) * memory.size_bytes[layer, expert]
-    return memory.mended(tier, relaxed.reduced)
+        held, size = memory.holds(over[0]), memory.size_bytes
+        loss = np.where(held[tier][:, :, None] & ~held, _gains(costs, tier), np.inf)
+        need = np.broadcast_to(np.maximum(-memory.room_bytes(tier, over[0]), 0.0), costs.n_layers)[:, None]
+        order = np.argsort(loss.min(axis=2) / size, axis=None if not over[0].of_each_layer else 1, kind="stable")
+        rank = size.ravel()[order] if order.ndim == 1 else np.take_along_axis(size, order, axis=1)
+        before = np.cumsum(rank, axis=-1) - rank
+        leaves = np.zeros(size.shape, dtype=bool)
+        if order.ndim == 1:
+            leaves.ravel()[order] = before < np.maximum(need[0] / 2, 1e-9)
+        else:
+            np.put_along_axis(leaves, order, (before < np.maximum(need / 2, 1e-9)) & (need > 0), axis=1)
+        leaves &= np.isfinite(loss.min(axis=2))
+        if not leaves.any():
+            break
+        tier[leaves] = loss.argmin(axis=2)[leaves]
+    return tier
+
+
+def _filled(costs: Costs, memory: Memory, tier: Tiers) -> Tiers:
+    """A faster placement where budgets have room left: experts that gain most move, as many at a time as fit, half as
+    many where that was too many at once."""
+    now_ns, share = float(costs.layers_ns(tier).sum()), 1.0
+    for _ in range(MAX_POLISH):
+        gains = _gains(costs, tier)
+        gain, to = gains.min(axis=2), gains.argmin(axis=2).astype(np.int8)
+        tried = tier.copy()
+        room = [memory.room_bytes(tier, b).copy() for b in memory.budgets]
+        helps = [int(place) for place in np.argsort(gain, axis=None, kind="stable") if gain.ravel()[place] < 0]
+        for place in helps[: max(1, int(share * len(helps)))]:
+            layer, expert = divmod(place, costs.n_experts)
+            fits = True
+            for r, b in zip(room, memory.budgets, strict=True):
+                held = memory.holds(b)
+                more = memory.size_bytes[layer, expert] * (float(held[to[layer, expert]]) - held[tier[layer, expert]])
+                fits = fits and r[layer if b.of_each_layer else 0] - more >= -memory.slack_bytes
+            if not fits:
+                continue
+            for r, b in zip(room, memory.budgets, strict=True):
+                held = memory.holds(b)
+                more = memory.size_bytes[layer, expert] * (float(held[to[layer, expert]]) - held[tier[layer, expert]])
+                r[layer if b.of_each_layer else 0] -= more
+            tried[layer, expert] = to[layer, expert]
+        tried_ns = float(costs.layers_ns(tried).sum())
+        if tried_ns < now_ns * (1 - 1e-9):
+            tier, now_ns = tried, tried_ns
+        elif share > 0.02:
+            share /= 4
+        else:
+            break
+    return tier
 
 
 def _exchanged(

@@ -12,7 +12,7 @@ from perfmodel.placement.dispatch import DISPATCHES, Steps
 from perfmodel.placement.optimal import Solution, minimise
 from perfmodel.routing import Counts
 
-from .question import Question, alone, costs_of, steps_ns
+from .question import Question, alone, costs_of, resident_ns, steps_ns
 
 OPTIMAL, CACHE, FORESEEN = "optimal", "lru", "foreseen"
 # Policies that divide each step anew among device and host: by what they keep resident, and their dispatch.
@@ -113,18 +113,19 @@ def _by_policy(question: Question, name: str, colder: Tiers) -> Outcome:
 
 
 def _optimal(question: Question, costs: Costs, colder: Tiers, others: list[Outcome]) -> Outcome:
-    """The placement of least predicted time. The search goes by the table of costs; what it and the others found is then
-    judged by the full formulas, each with and without dividing steps anew."""
+    """The placement of least predicted time. The search goes by the table of costs, where others help it to start; what
+    it and the others found is then judged by the full formulas, each with and without dividing steps anew."""
     position = {tier: at for at, tier in enumerate(question.tiers)}
     starts = tuple(np.vectorize(position.get, otypes=[np.int8])(one.tier) for one in others)
     solution = minimise(costs, question.size_bytes, question.budgets, starts)
-    tier = np.array(question.tiers, dtype=np.int8)[solution.tier]
-    candidates = [evaluated(question, OPTIMAL, tier, None)]
+    tiers = [np.array(question.tiers, dtype=np.int8)[solution.tier]]
+    if len(question.tiers) > 2:  # host and link slow each other, which the table leaves out
+        busy = minimise(costs_of(question, contended=True), question.size_bytes, question.budgets, starts)
+        tiers.append(np.array(question.tiers, dtype=np.int8)[busy.tier])
+    candidates = [evaluated(question, OPTIMAL, tier, None) for tier in tiers]
     if _divides(question):
-        candidates.append(evaluated(question, OPTIMAL, tier, BEST_DISPATCH))
-        best = min(others, key=lambda one: one.fitted_total_ns, default=None)
-        if best is not None:
-            candidates.append(evaluated(question, OPTIMAL, best.tier, BEST_DISPATCH))
+        tiers += [one.tier for one in sorted(others, key=lambda one: one.fitted_total_ns)[:1]]
+        candidates += [evaluated(question, OPTIMAL, tier, BEST_DISPATCH) for tier in tiers]
     found = min([*candidates, *others], key=lambda one: one.fitted_total_ns)
     return replace(found, policy=OPTIMAL, solution=solution)
 
@@ -147,7 +148,6 @@ def evaluated(question: Question, policy: str, tier: Tiers, dispatch: str | None
         domains = tier if dispatch is None else divided(question, counts, n_tokens, tier, dispatch)
         return float(steps_ns(question, counts, n_tokens, domains).mean())
 
-    all_resident = np.zeros_like(tier)
     batches = question.batches
     return Outcome(
         policy,
@@ -155,7 +155,7 @@ def evaluated(question: Question, policy: str, tier: Tiers, dispatch: str | None
         dispatch,
         np.array([mean_ns(b.fitted, b.n_tokens) for b in batches]),
         np.array([mean_ns(b.held_out, b.n_tokens) for b in batches]),
-        np.array([float(steps_ns(question, b.held_out, b.n_tokens, all_resident).mean()) for b in batches]),
+        np.array([float(resident_ns(question, b.held_out, b.n_tokens).mean()) for b in batches]),
         np.array([b.n_passes for b in batches]),
     )
 
@@ -166,4 +166,4 @@ def divided(question: Question, counts: Counts, n_tokens: int, tier: Tiers, disp
     tokens = counts.reshape(-1, counts.shape[2])
     resident = np.tile(tier == RESIDENT, (len(counts), 1))
     steps = Steps(tokens, resident, each.device_ns, each.link_ns, each.host_ns)
-    return DISPATCHES[dispatch](steps).reshape(counts.shape)
+    return np.asarray(DISPATCHES[dispatch](steps).reshape(counts.shape), dtype=np.int8)

@@ -6,7 +6,7 @@ import numpy as np
 
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
-from perfmodel.offload import TIER_OF, link_rate, modes_of, placement_costs
+from perfmodel.offload import ACCESS_MODES, TIER_OF, link_rate, modes_of, placement_costs
 from perfmodel.offload.beside import crossing_each_ns, host_each_ns
 from perfmodel.offload.device import copy_each_ns
 from perfmodel.physics import Array, Work, smooth_max, tiled
@@ -89,17 +89,21 @@ def steps_ns(question: Question, counts: Counts, n_tokens: int, tier: Tiers) -> 
 
 def resident_ns(question: Question, counts: Counts, n_tokens: int) -> Array:
     """The same with all experts in device memory."""
-    return steps_ns(question, counts, n_tokens, np.zeros(counts.shape[1:], dtype=np.int8))
+    basis, work = rows_of(question, counts, n_tokens)
+    resident = np.zeros(work.rows.shape, dtype=np.int8)
+    return placement_ns(basis, work, question.shape, resident, ACCESS_MODES[0]).reshape(counts.shape[:2])
 
 
-def costs_of(question: Question, *, held_out: bool = False, n_steps: int | None = None) -> Costs:
-    """The costs of all placements over the steps that decide (or those that judge), tiers by position in `tiers`."""
+def costs_of(question: Question, *, held_out: bool = False, contended: bool = False) -> Costs:
+    """The costs of all placements over the steps that decide (or those that judge), tiers by position in `tiers`;
+    `contended` where host and link are always busy at once."""
     found = []
     for batch in question.batches:
-        counts = (batch.held_out if held_out else batch.fitted)[:n_steps]
+        counts = batch.held_out if held_out else batch.fitted
         basis, work = rows_of(question, counts, batch.n_tokens)
         serial = "copy" in modes_of(question.access)
-        found.append(placement_costs(work, question.tiers, basis.device, question.n_layers, serial=serial))
+        device, n_layers = basis.device, question.n_layers
+        found.append(placement_costs(work, question.tiers, device, n_layers, serial=serial, contended=contended))
     return joined(found, [batch.n_passes for batch in question.batches])
 
 
