@@ -1,0 +1,191 @@
+"""Is there a hot set worth exploiting: what keeping the hottest experts resident saves over placing by size alone.
+
+The rule and its constants are in docs/routing.md; they are the same for every recording.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perfmodel import text
+
+from .patterns import Shares
+from .recording import Recording
+from .sampling import SamplingError, held_out_curves, is_counted, sampling_error
+from .statistics import active_chances, expected_active, n_resident_of, selection_chances, served_curves
+from .temporal import WINDOWS, HotSetOverlap, hot_set_overlap
+
+RESIDENT_FRAC = 0.5  # of experts, where nothing else is asked for
+RESIDENT_FRACS = (0.25, 0.5, 0.75)
+LEAST_GAIN = 0.10  # less of the offloaded assignments saved than this is no benefit ...
+LARGE_GAIN = 0.25  # ... and less than this is a slight one
+N_SIGMA = 3.0  # by so many standard deviations a following hot set must do better than chance
+CERTAIN = 0.01  # the chance of as much skew under uniform routing from which on skew is taken for real
+HOT, SLIGHT, MOVING, NONE, UNCLEAR = "hot set", "slight hot set", "moving hot set", "no benefit", "unclear"
+
+
+@dataclass(frozen=True)
+class ResidentGain:
+    """What the hottest n_resident experts of each layer serve when they are resident, mean over layers.
+
+    `served_frac` of the assignments of the sample they were chosen in, `held_out_frac` of others (null for weights, of
+    which no sample can be held out), `by_size_frac` what as many serve under uniform routing. `gain_frac` is how much
+    of the offloaded assignments is saved against that, held out where known; `most_gain_frac` in the sample.
+    """
+
+    resident_frac: float
+    n_resident: int
+    served_frac: float
+    held_out_frac: float | None
+    by_size_frac: float
+    gain_frac: float
+    most_gain_frac: float
+
+
+@dataclass(frozen=True)
+class DecodeGain:
+    """What the hot set saves in a batch of few tokens, where each active offloaded expert costs once: means of layers.
+
+    Experts expected to be active, under the recorded and under uniform routing; active offloaded ones with the hottest
+    resident and with as many experts resident without regard to routing; the part of them that is saved.
+    """
+
+    n_tokens: int
+    n_active: float
+    n_active_uniform: float
+    n_offloaded_active: float
+    n_offloaded_active_by_size: float
+    gain_frac: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a hot set is worth exploiting: a label, a reason in plain words, and the figures behind them.
+
+    `label` is `hot set`, `slight hot set`, `moving hot set` (worth a cache, not a placement), `no benefit` or
+    `unclear` (too small a sample). `decode` is empty where top-k is unknown; `overlap` is of the windows whose last
+    hot set serves the next best, null for too few steps.
+    """
+
+    label: str
+    reason: str
+    gains: tuple[ResidentGain, ...]
+    decode: tuple[DecodeGain, ...]
+    overlap: HotSetOverlap | None
+    sampling: SamplingError | None
+
+
+def gain_over_size(served_frac: float, by_size_frac: float) -> float:
+    """How much of the offloaded assignments is saved where resident experts serve more than their part by size."""
+    return 0.0 if by_size_frac >= 1 else 1.0 - (1.0 - served_frac) / (1.0 - by_size_frac)
+
+
+def judge(
+    recording: Recording,
+    n_tokens: Sequence[int] = (),
+    resident_frac: float = RESIDENT_FRAC,
+    windows: Sequence[int] = WINDOWS,
+) -> Verdict:
+    """Whether a hot set of this recording is worth exploiting with resident_frac of experts in device memory.
+
+    `n_tokens` are batches of decode to judge, where top-k is known. `windows` are steps whose hot set is tried on the
+    next ones. Raises InputError for a fraction outside 0 to 1.
+    """
+    counts = recording.loads.sum(axis=0)
+    n_experts = counts.shape[1]
+    counted = is_counted(recording.loads)
+    served = served_curves(counts).mean(axis=0)
+    held_out = held_out_curves(counts).mean(axis=0) if counted else None
+    fracs = sorted({*RESIDENT_FRACS, resident_frac})
+    gains = tuple(_resident_gain(frac, served, held_out) for frac in fracs)
+    judged = gains[fracs.index(resident_frac)]
+    sampling = sampling_error(counts, recording.top_k) if counted else None
+    overlap = None
+    if recording.is_ordered:
+        found = [hot_set_overlap(recording.loads, window, judged.n_resident) for window in windows]
+        overlap = max((each for each in found if each), key=lambda each: each.last_frac, default=None)
+    top_k = recording.top_k
+    decode = (
+        () if top_k is None else tuple(_decode_gain(recording.shares, top_k, n, judged.n_resident) for n in n_tokens)
+    )
+    label, reason = _judged(judged, n_experts, sampling, overlap)
+    return Verdict(label, reason, gains, decode, overlap, sampling)
+
+
+def _resident_gain(frac: float, served: Shares, held_out: Shares | None) -> ResidentGain:
+    n_experts = len(served) - 1
+    n_resident = n_resident_of(frac, n_experts)
+    by_size = n_resident / n_experts
+    in_sample = float(served[n_resident])
+    unseen = None if held_out is None else float(held_out[n_resident])
+    most = gain_over_size(in_sample, by_size)
+    least = most if unseen is None else min(gain_over_size(unseen, by_size), most)
+    return ResidentGain(frac, n_resident, in_sample, unseen, by_size, least, most)
+
+
+def _decode_gain(shares: Shares, top_k: int, n_tokens: int, n_resident: int) -> DecodeGain:
+    n_experts = shares.shape[1]
+    chances = active_chances(selection_chances(shares, top_k), n_tokens)
+    coldest = np.argsort(-shares, axis=1, kind="stable")[:, n_resident:]
+    offloaded = float(np.take_along_axis(chances, coldest, axis=1).sum(axis=1).mean())
+    n_active = float(chances.sum(axis=1).mean())
+    by_size = n_active * (1.0 - n_resident / n_experts)
+    n_uniform = float(expected_active(np.full((1, n_experts), 1.0 / n_experts), top_k, [n_tokens])[0, 0])
+    return DecodeGain(n_tokens, n_active, n_uniform, offloaded, by_size, 1.0 - offloaded / by_size if by_size else 0.0)
+
+
+def _judged(
+    gain: ResidentGain, n_experts: int, sampling: SamplingError | None, overlap: HotSetOverlap | None
+) -> tuple[str, str]:
+    """The label and the reason; the first rule that holds decides (docs/routing.md, Statistics)."""
+    if gain.n_resident in (0, n_experts):
+        return NONE, f"With {gain.n_resident} of {n_experts} experts resident there is nothing to choose."
+    hot, even = f"the hottest {gain.n_resident} of {n_experts} experts of each layer", text.frac(gain.by_size_frac)
+    kept, moved, surely_moved = gain.gain_frac, gain.gain_frac, -1.0
+    if overlap is not None:
+        # Chance alone lets any set serve this much more; weights are taken for exact.
+        chance = (
+            N_SIGMA * np.sqrt(gain.by_size_frac * (1.0 - gain.by_size_frac) / max(overlap.n_judged, 1.0))
+            if sampling
+            else 0.0
+        )
+        kept = gain_over_size(overlap.static_frac, gain.by_size_frac)
+        moved = gain_over_size(overlap.last_frac, gain.by_size_frac)
+        surely_moved = gain_over_size(overlap.last_frac - chance, gain.by_size_frac)
+    if overlap is not None and kept < LEAST_GAIN <= surely_moved:
+        return MOVING, (
+            f"The hot set moves: {hot} in the first half of the recording serve {text.frac(overlap.static_frac)} of "
+            f"assignments in the second, against {even} by size alone; chosen anew from the last "
+            f"{text.counted(overlap.window_steps, 'step')} {text.frac(overlap.last_frac)}. A static placement is not "
+            "worth it; a cache that follows may be."
+        )
+    served = text.frac(gain.served_frac if gain.held_out_frac is None else gain.held_out_frac)
+    figures = (
+        f"{hot} serve {served} of assignments, against {even} under uniform routing: "
+        f"{text.frac(max(gain.gain_frac, 0.0))} of offloaded assignments saved"
+    )
+    if gain.most_gain_frac < LEAST_GAIN:
+        return NONE, f"No benefit: {figures}. Place by size, not by popularity."
+    is_chance = sampling is not None and bool((sampling.p_value > CERTAIN).mean() > 0.5)
+    if is_chance or gain.gain_frac < LEAST_GAIN:
+        also = ", and uniform routing of as few tokens could look as uneven" if is_chance else ""
+        return UNCLEAR, (
+            f"The sample is too small to say: {hot} serve {text.frac(gain.served_frac)} of the assignments they were "
+            f"chosen by, but {served} of others ({even} by size alone){also}. Record more tokens; until then place "
+            "by size."
+        )
+    if overlap is not None and kept < LEAST_GAIN:
+        return UNCLEAR, (
+            f"Too few steps to say: {figures}, but those of the first half serve {text.frac(overlap.static_frac)} of "
+            f"the second and those of the last window {text.frac(overlap.last_frac)}. Record more steps; until then "
+            "place by size."
+        )
+    label, words = (HOT, "a hot set") if min(gain.gain_frac, kept) >= LARGE_GAIN else (SLIGHT, "a slight hot set")
+    reason = f"There is {words}: {figures}."
+    if moved >= kept + LEAST_GAIN:
+        reason += (
+            f" It moves over time: chosen in the first half it saves {text.frac(kept)} in the second, chosen anew from "
+            f"the last window {text.frac(moved)}, so that a cache may do better than a placement."
+        )
+    return label, reason
