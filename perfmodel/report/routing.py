@@ -86,7 +86,7 @@ def _layers(summary: RoutingSummary, width: int, n_rows: int) -> str:
     ]
     covered = f"experts that serve a part of assignments, mean of layers: {', '.join(parts)}"
     lines.append(wrapped(covered, width, "", "  "))
-    lines.append(_depth(summary))
+    lines.append(wrapped(_depth(summary), width, "", "  "))
     return "\n".join(line for line in lines if line)
 
 
@@ -104,13 +104,15 @@ def _cells(values: list[float]) -> list[str]:
 
 def _depth(summary: RoutingSummary) -> str:
     found = summary.layers
-    if len(found.layers) < 2 or summary.verdict.label == UNCLEAR or float(np.ptp(found.gini)) < 0.02:
+    gains = summary.verdict.layer_gain_frac
+    if len(gains) < 2 or summary.verdict.label == UNCLEAR:
         return ""
     steep, flat = int(np.argmax(found.gini)), int(np.argmin(found.gini))
     return (
         f"most concentrated: layer {found.layers[steep]} (90 % of assignments on "
         f"{text.frac(float(found.covering_frac[steep, NINETY]))} of experts), least: layer {found.layers[flat]} "
-        f"({text.frac(float(found.covering_frac[flat, NINETY]))})"
+        f"({text.frac(float(found.covering_frac[flat, NINETY]))}); in {int((gains >= LEAST_GAIN).sum())} of "
+        f"{text.counted(len(gains), 'layer')} the hot set saves {100 * LEAST_GAIN:.0f} % or more"
     )
 
 

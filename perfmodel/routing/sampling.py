@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .batches import MAX_DRAWN
-from .files import Counts
 from .patterns import Shares
 from .recording import MAX_LOAD, Loads
 
 N_DRAWN = 64  # random uniform routings, of which the mean and the 95th percentile are told
 N_SPLITS = 8  # random halvings of a sample
+MIN_STEPS = 8  # from which on whole steps are halved, and not their assignments
 SEED = 0
 
 
@@ -97,22 +97,30 @@ def uniform_counts(n_tokens: int, n_experts: int, top_k: int, n_draws: int, rng:
     return drawn
 
 
-def held_out_curves(counts: Loads | Counts) -> Shares:
+def held_out_curves(loads: Loads) -> Shares | None:
     """The part of unseen assignments that the experts hottest in as many others serve, `[layer, n_experts + 1]`.
 
-    Each assignment falls at random into one of two halves; hot experts are chosen in one and judged by the other, as
-    mean over halvings and both directions. Half a sample chooses worse than the whole, so this is the cautious side of
-    what the recorded hot set does on new tokens; what it serves of the sample it was chosen in is the other.
+    Of loads `[step, layer, expert]`, steps are divided into two halves at random, because tokens of one step are alike;
+    under MIN_STEPS steps each assignment falls into one of two halves. Hot experts are chosen in one half and judged
+    by the other, as mean over halvings and both directions. Half a sample chooses worse than the whole, so this is the
+    cautious side of what the recorded hot set does on new tokens. Null for weights of few steps, which have no halves.
     """
     rng = np.random.default_rng(SEED)
-    whole = np.minimum(counts, MAX_LOAD).astype(np.int64)
-    half = rng.binomial(whole, 0.5, size=(N_SPLITS, *whole.shape))
-    chosen_in = np.concatenate([half, whole - half]).astype(np.float64)
+    n_steps, whole = len(loads), loads.sum(axis=0)
+    if n_steps >= MIN_STEPS:
+        is_first = rng.permuted(np.tile(np.arange(n_steps) < n_steps // 2, (N_SPLITS, 1)), axis=1)
+        half = np.tensordot(is_first.astype(np.float64), loads, axes=1)
+    elif is_counted(loads):
+        n_whole = np.minimum(whole, MAX_LOAD).astype(np.int64)
+        half = rng.binomial(n_whole, 0.5, size=(N_SPLITS, *n_whole.shape)).astype(np.float64)
+    else:
+        return None
+    chosen_in = np.concatenate([half, np.maximum(whole - half, 0.0)])
     judged_by = np.roll(chosen_in, N_SPLITS, axis=0)  # by the other half
     ranked = np.take_along_axis(judged_by, hottest_first(chosen_in, rng), axis=-1)
-    served = np.cumsum(ranked, axis=-1) / np.maximum(judged_by.sum(axis=-1, keepdims=True), 1.0)
-    curve: Shares = served.mean(axis=0)
-    return np.concatenate([np.zeros((len(curve), 1)), curve], axis=1)
+    n_judged = ranked.sum(axis=(0, 2))[:, None]  # over all halvings, as a layer may be idle in one
+    served = np.cumsum(ranked.sum(axis=0), axis=1) / n_judged
+    return np.concatenate([np.zeros((len(served), 1)), served], axis=1)
 
 
 def hottest_first(loads: Loads, rng: np.random.Generator) -> NDArray[np.int64]:

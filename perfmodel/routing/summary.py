@@ -41,7 +41,11 @@ class RoutingSummary:
         """All of it as JSON holds it: null where a figure cannot be told."""
         recording = self.recording
         chance = _chance_rows(self.verdict.sampling, len(self.layers.layers))
-        rows = [row | more for row, more in zip(self.layers.to_dicts(), chance, strict=True)]
+        gains = self.verdict.layer_gain_frac.tolist()
+        rows = [
+            row | {"gain_frac": gain_frac} | more
+            for row, gain_frac, more in zip(self.layers.to_dicts(), gains, chance, strict=True)
+        ]
         return {
             "name": recording.name,
             "n_steps": len(recording.loads),

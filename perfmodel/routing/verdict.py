@@ -5,6 +5,7 @@ The rule and its constants are in docs/routing.md; they are the same for every r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,7 +23,10 @@ LEAST_GAIN = 0.10  # less of the offloaded assignments saved than this is no ben
 LARGE_GAIN = 0.25  # ... and less than this is a slight one
 N_SIGMA = 3.0  # by so many standard deviations a following hot set must do better than chance
 CERTAIN = 0.01  # the chance of as much skew under uniform routing from which on skew is taken for real
+TINY = 1e-12  # where nothing is offloaded, nothing is saved
 HOT, SLIGHT, MOVING, NONE, UNCLEAR = "hot set", "slight hot set", "moving hot set", "no benefit", "unclear"
+
+Part = TypeVar("Part", float, Shares)
 
 
 @dataclass(frozen=True)
@@ -64,21 +68,22 @@ class Verdict:
     """Whether a hot set is worth exploiting: a label, a reason in plain words, and the figures behind them.
 
     `label` is `hot set`, `slight hot set`, `moving hot set` (worth a cache, not a placement), `no benefit` or
-    `unclear` (too small a sample). `decode` is empty where top-k is unknown; `overlap` is of the windows whose last
-    hot set serves the next best, null for too few steps.
+    `unclear` (too small a sample). `layer_gain_frac[layer]` is the gain it is judged by. `decode` is empty where top-k
+    is unknown; `overlap` is of the windows whose last hot set serves the next best, null for too few steps.
     """
 
     label: str
     reason: str
     gains: tuple[ResidentGain, ...]
+    layer_gain_frac: Shares
     decode: tuple[DecodeGain, ...]
     overlap: HotSetOverlap | None
     sampling: SamplingError | None
 
 
-def gain_over_size(served_frac: float, by_size_frac: float) -> float:
+def gain_over_size(served_frac: Part, by_size_frac: float) -> Part:
     """How much of the offloaded assignments is saved where resident experts serve more than their part by size."""
-    return 0.0 if by_size_frac >= 1 else 1.0 - (1.0 - served_frac) / (1.0 - by_size_frac)
+    return (served_frac - by_size_frac) / max(1.0 - by_size_frac, TINY)  # 1 - (1 - served) / (1 - by size)
 
 
 def judge(
@@ -94,13 +99,11 @@ def judge(
     """
     counts = recording.loads.sum(axis=0)
     n_experts = counts.shape[1]
-    counted = is_counted(recording.loads)
-    served = served_curves(counts).mean(axis=0)
-    held_out = held_out_curves(counts).mean(axis=0) if counted else None
+    served, held_out = served_curves(counts), held_out_curves(recording.loads)
     fracs = sorted({*RESIDENT_FRACS, resident_frac})
     gains = tuple(_resident_gain(frac, served, held_out) for frac in fracs)
     judged = gains[fracs.index(resident_frac)]
-    sampling = sampling_error(counts, recording.top_k) if counted else None
+    sampling = sampling_error(counts, recording.top_k) if is_counted(recording.loads) else None
     overlap = None
     if recording.is_ordered:
         found = [hot_set_overlap(recording.loads, window, judged.n_resident) for window in windows]
@@ -110,15 +113,16 @@ def judge(
         () if top_k is None else tuple(_decode_gain(recording.shares, top_k, n, judged.n_resident) for n in n_tokens)
     )
     label, reason = _judged(judged, n_experts, sampling, overlap)
-    return Verdict(label, reason, gains, decode, overlap, sampling)
+    by_layer = (served if held_out is None else held_out)[:, judged.n_resident]
+    return Verdict(label, reason, gains, gain_over_size(by_layer, judged.by_size_frac), decode, overlap, sampling)
 
 
 def _resident_gain(frac: float, served: Shares, held_out: Shares | None) -> ResidentGain:
-    n_experts = len(served) - 1
+    n_experts = served.shape[1] - 1
     n_resident = n_resident_of(frac, n_experts)
     by_size = n_resident / n_experts
-    in_sample = float(served[n_resident])
-    unseen = None if held_out is None else float(held_out[n_resident])
+    in_sample = float(served[:, n_resident].mean())
+    unseen = None if held_out is None else float(held_out[:, n_resident].mean())
     most = gain_over_size(in_sample, by_size)
     least = most if unseen is None else min(gain_over_size(unseen, by_size), most)
     return ResidentGain(frac, n_resident, in_sample, unseen, by_size, least, most)
