@@ -373,6 +373,16 @@ def test_gains_by_hand() -> None:
     assert found.decode[1].n_active == pytest.approx(4) and found.decode[1].gain_frac == pytest.approx(0, abs=1e-9)
 
 
+def test_the_largest_decode_batch_that_is_worth_it_is_found_among_all() -> None:
+    made = drawn("power-law:1", 8, 512)
+    found = rt.judge(made, range(1, 300))
+    gains = [each.gain_frac for each in found.decode]
+    assert gains == sorted(gains, reverse=True)
+    assert found.n_decode_tokens == sum(gain >= 0.1 for gain in gains) > 1
+    assert rt.judge(drawn("uniform", 8, 512)).n_decode_tokens == 0
+    assert rt.judge(drawn("one-hot:8", 8, 512)).n_decode_tokens is None  # the others are never used
+
+
 @pytest.mark.parametrize(
     ("name", "label"),
     [

@@ -175,19 +175,17 @@ def _decode(summary: RoutingSummary, width: int) -> str:
 def _decode_words(summary: RoutingSummary) -> str:
     if summary.verdict.label == NONE:
         return "In decode the hot set saves no more than that, and less the larger the batch."
-    gains = {row.n_tokens: row.gain_frac for row in summary.verdict.decode}
-    least = f"{100 * LEAST_GAIN:.0f} % of copies"
-    if min(gains.values()) >= LEAST_GAIN:
-        return f"Decode: the hot set saves {least} or more in all of these batches."
-    worth = [n_tokens for n_tokens, gain_frac in gains.items() if gain_frac >= LEAST_GAIN]
+    most, least = summary.verdict.n_decode_tokens, f"{100 * LEAST_GAIN:.0f} %"
+    if most is None:
+        return f"Decode: the hot set saves {least} or more of the experts to be copied, however large the batch."
     first = (
-        f"Decode: up to {text.counted(max(worth), 'token')} a step the hot set saves {least} or more."
-        if worth
-        else f"These batches use too many experts for the hot set to save {least}."
+        f"Decode: up to {text.counted(most, 'token')} a step the hot set saves {least} or more of the experts to copy."
+        if most
+        else f"Even a single token uses too many experts for the hot set to save {least} of those to copy."
     )
     return (
-        f"{first} In larger ones and in prefill nearly as many experts are active with it as without, and copying "
-        "offloaded weights costs the same; it then only saves assignments that are computed off the device."
+        f"{first} In larger batches and in prefill nearly as many are active with it as without, and copying offloaded "
+        "weights costs the same; it then only saves assignments that are computed off the device."
     )
 
 

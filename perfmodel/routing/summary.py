@@ -60,6 +60,7 @@ class RoutingSummary:
                 "reason": self.verdict.reason,
                 "resident_frac": self.resident_frac,
                 "resident": [asdict(each) for each in self.verdict.gains],
+                "n_decode_tokens": self.verdict.n_decode_tokens,
                 "decode": [asdict(each) for each in self.verdict.decode],
             },
             "n_active_per_step": self.n_active_per_step,

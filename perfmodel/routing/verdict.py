@@ -3,6 +3,7 @@
 The rule and its constants are in docs/routing.md; they are the same for every recording.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,11 +15,12 @@ from perfmodel import text
 from .patterns import Shares
 from .recording import Recording
 from .sampling import SamplingError, held_out_curves, is_counted, sampling_error
-from .statistics import active_chances, expected_active, n_resident_of, selection_chances, served_curves
+from .statistics import active_chances, n_resident_of, selection_chances, served_curves
 from .temporal import WINDOWS, HotSetOverlap, hot_set_overlap
 
 RESIDENT_FRAC = 0.5  # of experts, where nothing else is asked for
 RESIDENT_FRACS = (0.25, 0.5, 0.75)
+MOST_TOKENS = 2**20  # of a batch: a gain that is left here stays
 LEAST_GAIN = 0.10  # less of the offloaded assignments saved than this is no benefit ...
 LARGE_GAIN = 0.25  # ... and less than this is a slight one
 N_SIGMA = 3.0  # by so many standard deviations a following hot set must do better than chance
@@ -69,7 +71,9 @@ class Verdict:
 
     `label` is `hot set`, `slight hot set`, `moving hot set` (worth a cache, not a placement), `no benefit` or
     `unclear` (too small a sample). `layer_gain_frac[layer]` is the gain it is judged by. `decode` is empty where top-k
-    is unknown; `overlap` is of the windows whose last hot set serves the next best, null for too few steps.
+    is unknown; `n_decode_tokens` is the largest batch in which the hot set saves LEAST_GAIN of the active offloaded
+    experts, null where any does or top-k is unknown. `overlap` is of the windows whose last hot set serves the next
+    best, null for too few steps; `sampling` is null for weights.
     """
 
     label: str
@@ -77,6 +81,7 @@ class Verdict:
     gains: tuple[ResidentGain, ...]
     layer_gain_frac: Shares
     decode: tuple[DecodeGain, ...]
+    n_decode_tokens: int | None
     overlap: HotSetOverlap | None
     sampling: SamplingError | None
 
@@ -108,13 +113,11 @@ def judge(
     if recording.is_ordered:
         found = [hot_set_overlap(recording.loads, window, judged.n_resident) for window in windows]
         overlap = max((each for each in found if each), key=lambda each: each.last_frac, default=None)
-    top_k = recording.top_k
-    decode = (
-        () if top_k is None else tuple(_decode_gain(recording.shares, top_k, n, judged.n_resident) for n in n_tokens)
-    )
+    decode, n_decode_tokens = _decode(recording, n_tokens, judged.n_resident)
     label, reason = _judged(judged, n_experts, sampling, overlap)
     by_layer = (served if held_out is None else held_out)[:, judged.n_resident]
-    return Verdict(label, reason, gains, gain_over_size(by_layer, judged.by_size_frac), decode, overlap, sampling)
+    layer_gain_frac = gain_over_size(by_layer, judged.by_size_frac)
+    return Verdict(label, reason, gains, layer_gain_frac, decode, n_decode_tokens, overlap, sampling)
 
 
 def _resident_gain(frac: float, served: Shares, held_out: Shares | None) -> ResidentGain:
@@ -128,15 +131,28 @@ def _resident_gain(frac: float, served: Shares, held_out: Shares | None) -> Resi
     return ResidentGain(frac, n_resident, in_sample, unseen, by_size, least, most)
 
 
-def _decode_gain(shares: Shares, top_k: int, n_tokens: int, n_resident: int) -> DecodeGain:
-    n_experts = shares.shape[1]
-    chances = active_chances(selection_chances(shares, top_k), n_tokens)
-    coldest = np.argsort(-shares, axis=1, kind="stable")[:, n_resident:]
-    offloaded = float(np.take_along_axis(chances, coldest, axis=1).sum(axis=1).mean())
-    n_active = float(chances.sum(axis=1).mean())
-    by_size = n_active * (1.0 - n_resident / n_experts)
-    n_uniform = float(expected_active(np.full((1, n_experts), 1.0 / n_experts), top_k, [n_tokens])[0, 0])
-    return DecodeGain(n_tokens, n_active, n_uniform, offloaded, by_size, 1.0 - offloaded / by_size if by_size else 0.0)
+def _decode(
+    recording: Recording, n_tokens: Sequence[int], n_resident: int
+) -> tuple[tuple[DecodeGain, ...], int | None]:
+    """The gains of batches, and the largest batch with a gain of LEAST_GAIN; it falls as batches grow."""
+    if recording.top_k is None:
+        return (), None
+    shares, top_k = recording.shares, recording.top_k
+    ranked = np.sort(selection_chances(shares, top_k), axis=1)[:, ::-1]
+    uniform = selection_chances(np.full((1, shares.shape[1]), 1.0 / shares.shape[1]), top_k)
+
+    def of(n: int) -> DecodeGain:
+        chances = active_chances(ranked, n)
+        n_active = float(chances.sum(axis=1).mean())
+        offloaded = float(chances[:, n_resident:].sum(axis=1).mean())
+        by_size = n_active * (1.0 - n_resident / shares.shape[1])
+        gain = (by_size - offloaded) / max(by_size, TINY)
+        return DecodeGain(n, n_active, float(active_chances(uniform, n).sum()), offloaded, by_size, gain)
+
+    found = tuple(of(n) for n in n_tokens)
+    if of(MOST_TOKENS).gain_frac >= LEAST_GAIN:
+        return found, None
+    return found, bisect.bisect_left(range(1, MOST_TOKENS), True, key=lambda n: of(n).gain_frac < LEAST_GAIN)
 
 
 def _judged(
