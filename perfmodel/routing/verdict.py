@@ -155,6 +155,20 @@ def _decode(
     return found, bisect.bisect_left(range(1, MOST_TOKENS), True, key=lambda n: of(n).gain_frac < LEAST_GAIN)
 
 
+def _over_time(gain: ResidentGain, overlap: HotSetOverlap | None, is_sample: bool) -> tuple[float, float, float]:
+    """Gains in the second half of hot sets chosen in the first and anew from the last window, and what of it is sure.
+
+    Chance alone lets any set serve N_SIGMA standard deviations more; weights are taken for exact.
+    """
+    if overlap is None:
+        return gain.gain_frac, gain.gain_frac, -1.0
+    by_size = gain.by_size_frac
+    deviation = np.sqrt(by_size * (1.0 - by_size) / max(overlap.n_judged, 1.0)) if is_sample else 0.0
+    served = overlap.static_frac, overlap.last_frac, overlap.last_frac - N_SIGMA * float(deviation)
+    kept, moved, surely_moved = (gain_over_size(each, by_size) for each in served)
+    return kept, moved, surely_moved
+
+
 def _judged(
     gain: ResidentGain, n_experts: int, sampling: SamplingError | None, overlap: HotSetOverlap | None
 ) -> tuple[str, str]:
@@ -162,17 +176,7 @@ def _judged(
     if gain.n_resident in (0, n_experts):
         return NONE, f"With {gain.n_resident} of {n_experts} experts resident there is nothing to choose."
     hot, even = f"the hottest {gain.n_resident} of {n_experts} experts of each layer", text.frac(gain.by_size_frac)
-    kept, moved, surely_moved = gain.gain_frac, gain.gain_frac, -1.0
-    if overlap is not None:
-        # Chance alone lets any set serve this much more; weights are taken for exact.
-        chance = (
-            N_SIGMA * np.sqrt(gain.by_size_frac * (1.0 - gain.by_size_frac) / max(overlap.n_judged, 1.0))
-            if sampling
-            else 0.0
-        )
-        kept = gain_over_size(overlap.static_frac, gain.by_size_frac)
-        moved = gain_over_size(overlap.last_frac, gain.by_size_frac)
-        surely_moved = gain_over_size(overlap.last_frac - chance, gain.by_size_frac)
+    kept, moved, surely_moved = _over_time(gain, overlap, sampling is not None)
     if overlap is not None and kept < LEAST_GAIN <= surely_moved:
         return MOVING, (
             f"The hot set moves: {hot} in the first half of the recording serve {text.frac(overlap.static_frac)} of "
