@@ -330,6 +330,17 @@ def test_chance_makes_no_temporal_experts_and_no_groups(n_tokens: int) -> None:
     assert not any(found.groups)
 
 
+def test_experts_that_meet_by_chance_in_few_steps_are_no_group() -> None:
+    rng = np.random.default_rng(0)
+    steps = np.full((12, 1, 60), 100.0)
+    steps[:, 0, :40] = rng.permuted(np.tile([900.0] * 2 + [0] * 10, (40, 1)), axis=1).T
+    found = rt.experts_in_time(steps, np.arange(1))
+    assert found is not None and found.is_temporal.sum() > 30
+    together = np.corrcoef(steps[:, 0, :40], rowvar=False)
+    assert (together[np.triu_indices(40, 1)] > 0.99).sum() > 3  # some pairs share both of their steps
+    assert found.groups == ((),) and found.pairs == ()
+
+
 def test_few_tokens_say_nothing_of_consistent_experts() -> None:
     assert rt.experts_in_time(np.ones((8, 1, 4)), np.arange(1)) is None  # 8 steps of a uniform share make one
     weights = rt.experts_in_time(np.full((8, 1, 4), 0.25), np.arange(1))  # shares are taken for exact
@@ -404,6 +415,18 @@ def test_a_uniform_router_with_few_tokens_never_has_a_hot_set(n_tokens: int, see
     assert rt.judge(whole).label in (UNCLEAR, NONE)
     steps = drawn("uniform", 8, n_tokens, n_layers=1, n_experts=16, top_k=2, seed=seed)
     assert rt.judge(steps).label in (UNCLEAR, NONE)
+
+
+def test_uniform_routing_is_taken_for_a_hot_set_in_few_samples_of_a_hundred() -> None:
+    labels = [rt.judge(drawn("uniform", 1, 12, n_layers=1, n_experts=8, top_k=1, seed=i)).label for i in range(150)]
+    assert sum(label in (HOT, SLIGHT, MOVING) for label in labels) <= 5
+
+
+def test_a_few_steps_that_disagree_are_too_few() -> None:
+    rng = np.random.default_rng(3)
+    steps = rng.permuted(np.tile([60.0] * 8 + [2] * 56, (6, 4, 1)), axis=2)  # a hot set of its own in every step
+    found = rt.judge(recording(steps))
+    assert found.gains[1].gain_frac > 0.1 and found.label == UNCLEAR and "Too few steps to say" in found.reason
 
 
 def test_steep_routing_is_seen_in_few_tokens_and_small_skew_is_not() -> None:

@@ -4,7 +4,6 @@ Everything is over `loads[step, layer, expert]` of steps that follow each other 
 """
 
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ USED_SHARE = 0.5  # an expert is used in a step that sends it at least this part
 # Steps are joined until a uniform share is this many assignments: it then falls below half by chance in 4 % of steps.
 LEAST_SHARE_COUNT = 8
 GROUP_CORRELATION = 0.5  # experts of a group are linked by at least this correlation ...
-FALSE_LINKS = 0.05  # ... and one that chance would give any pair of the layer with less than this probability
+FALSE_LINKS = 0.05  # ... and by more common steps than chance would give any pair of the layer with this probability
 N_PAIRS = 5
 
 
@@ -157,7 +156,7 @@ def experts_in_time(
     used_frac = n_used / np.maximum((totals > 0).sum(axis=0), 1)
     weight = (relative * used).sum(axis=0) / np.maximum(n_used, 1)
     temporal = (n_used > 0) & (used_frac <= temporal_most_frac) & (weight >= temporal_least_weight)
-    rows = [_together(relative[:, i], np.flatnonzero(temporal[i]), int(layers[i])) for i in range(n_layers)]
+    rows = [_together(relative[:, i], used[:, i], np.flatnonzero(temporal[i]), int(layers[i])) for i in range(n_layers)]
     with np.errstate(invalid="ignore"):
         temporal_weight = (weight * temporal).sum(axis=1) / temporal.sum(axis=1)
     return ExpertsInTime(
@@ -174,18 +173,21 @@ def experts_in_time(
 
 
 def _together(
-    relative: Shares, experts: NDArray[np.int64], layer: int
+    relative: Shares, used: NDArray[np.bool_], experts: NDArray[np.int64], layer: int
 ) -> tuple[tuple[tuple[int, ...], ...], float, list[Pair]]:
     """Groups of experts linked by correlation over steps, the mean correlation inside groups, and the linked pairs."""
     from scipy.sparse.csgraph import connected_components
+    from scipy.stats import hypergeom
 
     n_pairs = len(experts) * (len(experts) - 1) // 2
     if not n_pairs:
         return (), float("nan"), []
     correlation = np.asarray(np.corrcoef(relative[:, experts], rowvar=False))
-    # What no pair of the layer reaches by chance: Fisher's transformation, one tail, shared out over all pairs.
-    by_chance = np.tanh(NormalDist().inv_cdf(1.0 - FALSE_LINKS / n_pairs) / np.sqrt(len(relative) - 3))
-    linked = np.triu(correlation >= max(GROUP_CORRELATION, by_chance), 1)
+    is_used = used[:, experts].astype(np.int64)
+    n_used, n_both = is_used.sum(axis=0), is_used.T @ is_used
+    # How likely as many steps are common to two that are used in so many steps each, at random.
+    by_chance = hypergeom.sf(n_both - 1, len(used), n_used[:, None], n_used[None, :])
+    linked = np.triu((correlation >= GROUP_CORRELATION) & (by_chance < FALSE_LINKS / n_pairs), 1)
     _, label = connected_components(linked, directed=False)
     members = [np.flatnonzero(label == i) for i in np.unique(label)]
     members = sorted((each for each in members if len(each) > 1), key=lambda each: -len(each))
