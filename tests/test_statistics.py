@@ -488,7 +488,7 @@ def test_resident_experts_are_what_offloading_leaves() -> None:
     for n_experts in (1, 2, 5, 8, 60, 64):
         for frac in (0, 0.1, 0.25, 0.3125, 0.5, 0.75, 1):
             assert n_resident_of(1 - frac, n_experts) == n_experts - n_offloaded_of(1 - (1 - frac), n_experts)
-    with pytest.raises(InputError, match=r"resident fraction is 1\.2, expected 0 to 1"):
+    with pytest.raises(InputError, match=r"a fraction of experts is 1\.2, expected 0 to 1"):
         n_resident_of(1.2, 8)
 
 
@@ -542,12 +542,15 @@ def test_the_command_reads_a_file_and_prints_a_page_in_ascii_or_json(
     page = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, env=env)
     assert page.returncode == 0, page.stderr
     words = page.stdout.decode("ascii")
-    assert "?" not in words and "20 of 30 layers" in words and "#" in words and "against made.npz: " in words
+    assert "?" not in words and "20 of 30 layers" in words and "#" in words and "against made.npz@2: " in words
     assert "made.npz: 16 steps, 30 layers (3 to 32), 64 experts, top-8, 1,024 tokens" in words
-    app(["routing", path, "--layers", "3,9", "--window", "2", "--tokens", "7", "--json"], standalone_mode=False)
+    app(
+        ["routing", path, "--layers", "3,9", "--window", "2", "--hot", "0.5", "--tokens", "7", "--json"],
+        standalone_mode=False,
+    )
     values = json.loads(capsys.readouterr().out)
     assert [row["layer"] for row in values["layers"]] == [3, 9]
-    assert [row["window_steps"] for row in values["overlaps"]] == [2]
+    assert [(row["window_steps"], row["random_frac"]) for row in values["overlaps"]] == [(2, 0.5)]
     assert [row["n_tokens"] for row in values["verdict"]["decode"]] == [7]
 
 
@@ -559,7 +562,7 @@ def test_the_command_reads_a_file_and_prints_a_page_in_ascii_or_json(
         (["uniform", "--shape", "olmoe", "--layers", "99"], "has no layer 99; its layers are 0, 1,"),
         (["uniform", "--shape", "olmoe", "--top-k", "3"], "--top-k is 3, but uniform (olmoe) says 8"),
         (["uniform", "--shape", "olmoe", "--tokens", "1,x"], "--tokens is 'x', expected a whole number"),
-        (["uniform", "--shape", "olmoe", "--resident", "2"], "resident fraction is 2, expected 0 to 1"),
+        (["uniform", "--shape", "olmoe", "--resident", "2"], "a fraction of experts is 2, expected 0 to 1"),
     ],
 )
 def test_mistakes_get_one_sentence(words: list[str], sentence: str) -> None:

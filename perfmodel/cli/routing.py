@@ -33,6 +33,9 @@ def routing(
     resident: Annotated[
         str, typer.Option(help="Fraction of each layer's experts in device memory that the verdict is for.")
     ] = f"{routings.RESIDENT_FRAC:.0%}",
+    hot: Annotated[
+        str, typer.Option(help="Fraction of each layer's experts that is called hot where windows are compared.")
+    ] = f"{routings.HOT_FRAC:.0%}",
     against: Annotated[
         list[str] | None,
         typer.Option(help="Another recording of the model, to try the hot set on; may be repeated."),
@@ -52,6 +55,8 @@ def routing(
             found = _drawn(name, shape, whole(steps, "--steps"), whole(step_tokens, "--step-tokens"))
         else:
             found = _read(name)
+            file, _, _ = files.split_source(name)
+            found = replace(found, name=f"{Path(file).name}{name[len(file) :]}")  # which of several keys it is
         if top_k is not None:
             found = _with_top_k(found, whole(top_k, "--top-k"))
         return found if layers is None else routings.selected(found, _numbers(layers, "--layers", least=0))
@@ -62,6 +67,7 @@ def routing(
         fraction(resident, "--resident"),
         [whole(each, "--window") for each in window or ()] or routings.WINDOWS,
         [recording_of(other) for other in against or ()],
+        fraction(hot, "--hot"),
     )
     if as_json:
         print_json(summary.to_json())
@@ -101,7 +107,7 @@ def _read(source: str) -> Recording:
     loads = chosen if chosen.ndim == 3 else np.atleast_2d(chosen)[None]
     beside = arrays if "counts" in arrays and key in ("", "counts") else {}
     found = Recording(
-        Path(file).name + (f"#{key}" if key else ""),
+        Path(file).name,
         loads,
         np.asarray(beside.get("layers", np.arange(loads.shape[1])), dtype=np.int64),
         int(beside["top_k"]) if "top_k" in beside else None,

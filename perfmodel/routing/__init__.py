@@ -49,13 +49,14 @@ from .statistics import (
 )
 from .steps import FAMILIES, family_usages, synthetic_counts, synthetic_steps
 from .summary import DECODE_TOKENS, RoutingSummary, selected, summarise
-from .temporal import WINDOWS, ExpertsInTime, HotSetOverlap, experts_in_time, hot_set_overlap
+from .temporal import HOT_FRAC, WINDOWS, ExpertsInTime, HotSetOverlap, experts_in_time, hot_set_overlap
 from .verdict import RESIDENT_FRAC, DecodeGain, ResidentGain, Verdict, judge
 
 __all__ = [
     "COVERED_FRACS",
     "DECODE_TOKENS",
     "FAMILIES",
+    "HOT_FRAC",
     "MAX_DRAWN",
     "N_DRAWS",
     "PATTERNS",

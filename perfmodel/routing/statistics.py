@@ -129,7 +129,7 @@ def n_resident_of(resident_frac: float, n_experts: int) -> int:
     Raises InputError for a fraction outside 0 to 1.
     """
     if not 0 <= resident_frac <= 1:
-        raise InputError(f"resident fraction is {resident_frac:g}, expected 0 to 1")
+        raise InputError(f"a fraction of experts is {resident_frac:g}, expected 0 to 1")
     return n_experts - int(np.floor((1.0 - resident_frac) * n_experts + 0.5))
 
 

@@ -78,8 +78,11 @@ def summarise(
     resident_frac: float = RESIDENT_FRAC,
     windows: Sequence[int] = WINDOWS,
     against: Sequence[Recording] = (),
+    hot_frac: float = HOT_FRAC,
 ) -> RoutingSummary:
     """All that is said of the routing of a recording; `against` are others that its hot experts are tried on.
+
+    The verdict and comparisons are about resident_frac of experts, overlaps of windows about the hot_frac hottest.
 
     Raises InputError for fractions and batches that cannot be, top-k outside 1 to the number of experts, and others
     that are of another model.
@@ -89,7 +92,7 @@ def summarise(
         raise InputError(f"a batch of {min(n_tokens)} tokens, expected at least 1")
     if recording.top_k is not None and not 1 <= recording.top_k <= n_experts:
         raise InputError(f"top-k {recording.top_k} is outside 1 to the number of experts, {n_experts}")
-    n_hot = max(n_resident_of(HOT_FRAC, n_experts), 1)
+    n_hot = max(n_resident_of(hot_frac, n_experts), 1)
     found = [hot_set_overlap(recording.loads, window, n_hot) for window in windows] if recording.is_ordered else []
     used = recording.loads.any(axis=2)
     return RoutingSummary(
