@@ -23,10 +23,14 @@ from perfmodel.cli import models  # noqa: F401
 
 # isort: split
 from perfmodel.cli import captures  # noqa: F401
+
+# isort: split
+from perfmodel.cli import routing  # noqa: F401
 from perfmodel.cli.shell import app, note
 from perfmodel.errors import InputError
+from perfmodel.report.words import BARS
 
-_IN_ASCII = {"µ": "u", "…": "~"}
+_IN_ASCII = {"µ": "u", "…": "~"} | dict(zip(BARS, "_.:-=+*#", strict=True))
 EXIT_BUG = 70  # none of the documented codes: a defect of ours must not read as "slower"
 
 

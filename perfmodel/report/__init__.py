@@ -5,10 +5,12 @@ from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.ranks import ranks_page
+from perfmodel.report.routing import MOST_LAYERS, routing_page
 from perfmodel.report.traces import findings_text, trace_page
 from perfmodel.report.words import N_TOP, WIDTH, table
 
 __all__ = [
+    "MOST_LAYERS",
     "N_TOP",
     "WIDTH",
     "capture_page",
@@ -21,6 +23,7 @@ __all__ = [
     "fit_page",
     "fusion_page",
     "ranks_page",
+    "routing_page",
     "schedule_page",
     "sweep_page",
     "table",

@@ -8,6 +8,7 @@ from perfmodel import text
 N_TOP = 10  # rows of a table
 WIDTH = 120  # columns of a page where no terminal says how wide it is
 MIN_NAME_WIDTH = 24
+BARS = "▁▂▃▄▅▆▇█"  # heights, lowest first
 # Figures as the titles of columns.
 HEADERS = {
     "n_calls": "calls",

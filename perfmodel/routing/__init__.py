@@ -1,8 +1,9 @@
 """How tokens spread over experts: routing patterns with stated definitions, routing files, statistics of skew.
 
 A routing is named by a pattern (`patterns`) or a file (`files`); `batches` makes the counts of a batch of it, `steps`
-those of several steps and layers, `published` those of a public collection of measurements, and `statistics` says how
-skewed counts are. docs/routing.md has the definitions.
+those of several steps and layers, `published` those of a public collection of measurements, `statistics`,
+`sampling` and `temporal` say how skewed a recording is, how sure that is and whether it lasts, and `verdict` whether it
+is worth anything; `summary` has all of that. docs/routing.md has the definitions.
 """
 
 from .batches import (
@@ -32,29 +33,68 @@ from .patterns import (
 )
 from .published import PUBLISHED, is_published, published_counts
 from .recording import Loads, Recording
-from .statistics import coverage_curve, experts_for_coverage, max_over_mean
+from .sampling import SamplingError, held_out_curves, is_counted, sampling_error
+from .statistics import (
+    COVERED_FRACS,
+    Comparison,
+    LayerStatistics,
+    compare,
+    coverage_curve,
+    covering_fracs,
+    expected_active,
+    experts_for_coverage,
+    layer_statistics,
+    max_over_mean,
+    served_curves,
+)
 from .steps import FAMILIES, family_usages, synthetic_counts, synthetic_steps
+from .summary import DECODE_TOKENS, RoutingSummary, selected, summarise
+from .temporal import HOT_FRAC, WINDOWS, ExpertsInTime, HotSetOverlap, experts_in_time, hot_set_overlap
+from .verdict import RESIDENT_FRAC, DecodeGain, ResidentGain, Verdict, judge
 
 __all__ = [
+    "COVERED_FRACS",
+    "DECODE_TOKENS",
     "FAMILIES",
+    "HOT_FRAC",
     "MAX_DRAWN",
     "N_DRAWS",
     "PATTERNS",
     "PUBLISHED",
+    "RESIDENT_FRAC",
+    "WINDOWS",
+    "Comparison",
     "Counts",
+    "DecodeGain",
+    "ExpertsInTime",
+    "HotSetOverlap",
+    "LayerStatistics",
     "Loads",
     "Recording",
+    "ResidentGain",
     "Routing",
+    "RoutingSummary",
+    "SamplingError",
     "Shares",
+    "Verdict",
+    "compare",
     "coverage_curve",
     "coverage_shares",
+    "covering_fracs",
     "drawn_counts",
+    "expected_active",
     "expected_counts",
     "experts_for_coverage",
+    "experts_in_time",
     "family_usages",
+    "held_out_curves",
+    "hot_set_overlap",
+    "is_counted",
     "is_pattern",
     "is_published",
+    "judge",
     "layer_shares",
+    "layer_statistics",
     "link_skew_shares",
     "max_over_mean",
     "mmlu_like_shares",
@@ -69,6 +109,10 @@ __all__ = [
     "routing",
     "routing_keys",
     "sample_choices",
+    "sampling_error",
+    "selected",
+    "served_curves",
+    "summarise",
     "synthetic_counts",
     "synthetic_steps",
     "uniform_shares",

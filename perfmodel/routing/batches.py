@@ -66,7 +66,7 @@ def expected_counts(shares: Shares, n_tokens: int, top_k: int) -> Counts:
         raise InputError(f"number of tokens is {n_tokens}, expected at least 1")
     counts = np.empty((n_layers, n_experts), dtype=np.int64)
     for layer in range(n_layers):
-        ideal = _capped(shares[layer], float(n_tokens), float(n_tokens * top_k))
+        ideal = capped(shares[layer], float(n_tokens), float(n_tokens * top_k))
         whole = np.floor(ideal + 1e-9).astype(np.int64)
         remainder = np.where(whole < n_tokens, ideal - whole, -1.0)
         order = np.argsort(-remainder, kind="stable")
@@ -75,7 +75,7 @@ def expected_counts(shares: Shares, n_tokens: int, top_k: int) -> Counts:
     return counts
 
 
-def _capped(shares: Shares, cap: float, total: float) -> NDArray[np.float64]:
+def capped(shares: Shares, cap: float, total: float) -> NDArray[np.float64]:
     """Water filling: shares x total with no entry above cap; shares of zero join only when the others are full."""
     ideal = np.zeros_like(shares)
     free = np.ones(len(shares), dtype=bool)
