@@ -82,7 +82,7 @@ def test_the_search_for_large_placements_is_right_on_small_ones(seed: int, monke
     costs, size = curved(seed, n_experts=4), np.ones((2, 4))
     budgets = (Budget((0,), 3.0),)
     best = best_of_all(costs, size, budgets)
-    monkeypatch.setattr("perfmodel.placement.optimal.SMALL", 0)
+    monkeypatch.setattr("perfmodel.placement.exact.MAX_OPTIONS", 0)
     found = minimise(costs, size, budgets)
     assert found.bound_ns <= best * (1 + 1e-9)
     assert best * (1 - 1e-9) <= found.time_ns <= best * 1.03

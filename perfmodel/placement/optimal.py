@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
 from .charges import Charges
@@ -20,9 +20,7 @@ from .exact import exactly
 from .memory import Budget, Memory
 from .problem import Tiers
 
-SMALL = 100  # choices of an expert and a tier up to which the best placement is found for certain
 MAX_ROUNDS, RELAXED_GAP, ENOUGH = 60, 1e-4, 3e-4
-CHOICE_S = 0.5  # seconds that the best choice of whole columns may take
 N_MOVES, N_MOVES_OF_STEPS = 48, 20  # moves of a layer that are tried in pairs at a time
 N_PRICED, PRICE_STEP, MAX_POLISH, PATIENCE = 10, 0.02, 24, 4
 
@@ -52,12 +50,14 @@ def minimise(
     exactly. Raises InputError where the experts do not fit into all tiers together.
     """
     memory = Memory(np.broadcast_to(size_bytes, (costs.n_layers, costs.n_experts)), budgets, costs.n_tiers)
-    if costs.n_layers * costs.n_experts * costs.n_tiers <= SMALL:
-        tier, bound_ns = exactly(costs, memory)
-        return Solution(tier, float(costs.layers_ns(tier).sum()), bound_ns)
+    best = exactly(costs, memory)
+    if best is not None:
+        time_ns = float(costs.layers_ns(best).sum())
+        return Solution(best, time_ns, time_ns)
     relaxed = _relax(costs, memory, starts)
     rng = np.random.default_rng(seed)
-    candidates = [_balanced(costs, memory, relaxed, rng), *filter(memory.fits, (*relaxed.chosen, *starts))]
+    candidates = [_balanced(costs, memory, relaxed, rng), _filled(costs, memory, relaxed.largest)]
+    candidates += filter(memory.fits, starts)
     found = min(candidates, key=lambda tier: float(costs.layers_ns(tier).sum()))
     found = _polished(costs, memory, relaxed, found, rng)
     time_ns = float(costs.layers_ns(found).sum())
@@ -68,13 +68,13 @@ def minimise(
 class _Relaxed:
     """What the linear program leaves: a mixture of placements `[layer, expert, tier]`, what experts cost at the last
     prices of loads and memory, `reduced[layer, expert, tier]`, the prices of a byte in each tier, `[layer, tier]`, and
-    the best bound. `chosen` are placements that take one column for each layer, where charges make that worth it."""
+    the best bound. `largest` takes of each layer the column of the largest share, whole, for charges' sake."""
 
     mixture: Array
     reduced: Array
     byte_prices: Array
     bound_ns: float
-    chosen: tuple[Tiers, ...] = ()
+    largest: Tiers
 
 
 def _relax(costs: Costs, memory: Memory, starts: tuple[Tiers, ...]) -> _Relaxed:
@@ -105,7 +105,7 @@ def _relax(costs: Costs, memory: Memory, starts: tuple[Tiers, ...]) -> _Relaxed:
         column, least = program.charge.cheapest(reduced)
         beside = float((weights * np.stack(program.beside)).sum())
         bound = max(bound, fixed + beside + float(least.sum()) - paid)
-        found = _Relaxed(mixture, reduced, byte_prices, bound)
+        found = _Relaxed(mixture, reduced, byte_prices, bound, program.columns[0])
         underrated = float(costs.compose_layers(costs.loads(mixture)).sum()) - program_ns
         charges = float((shares * np.stack(program.charges, axis=1)).sum())
         reached = fixed + program_ns + underrated + charges
@@ -115,8 +115,8 @@ def _relax(costs: Costs, memory: Memory, starts: tuple[Tiers, ...]) -> _Relaxed:
             program.add_tangent(mixture)
         program.add_column(column)
     assert found is not None
-    chosen = program.chosen() if costs.charge_ns.any() else None
-    return found if chosen is None else replace(found, chosen=(_filled(costs, memory, chosen),))
+    largest = np.stack(program.columns)[shares.argmax(axis=1), np.arange(costs.n_layers)]
+    return replace(found, largest=memory.mended(largest, found.reduced))
 
 
 class _Program:
@@ -171,24 +171,6 @@ class _Program:
             start += len(limit)
         shares = done.x[: n_layers * n].reshape(n_layers, n)
         return shares, duals[: j * n_layers].reshape(j, n_layers), prices, float(done.x[n_layers * n :].sum())
-
-    def chosen(self) -> Tiers | None:
-        """One column for each layer, the best choice that is found in a moment; null where none is."""
-        n_layers, n = self.costs.n_layers, len(self.columns)
-        goal, below, limits, whole, bounds = self._matrices()
-        constraints = [LinearConstraint(below, -np.inf, np.concatenate(limits)), LinearConstraint(whole, 1, 1)]
-        options = {"time_limit": CHOICE_S, "mip_rel_gap": RELAXED_GAP}
-        done = milp(
-            goal,
-            integrality=np.arange(len(goal)) < n_layers * n,
-            bounds=Bounds(*bounds),
-            constraints=constraints,
-            options=options,
-        )
-        if done.x is None:
-            return None
-        column = done.x[: n_layers * n].reshape(n_layers, n).argmax(axis=1)
-        return np.stack([self.columns[number][layer] for layer, number in enumerate(column)])
 
     def _matrices(self) -> tuple[Array, csr_matrix, list[Array], csr_matrix, tuple[Array, Array]]:
         """The goal over shares `[layer, column]` and times `[layer]`; rows that stay below limits, tangents first, then
