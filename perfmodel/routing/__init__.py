@@ -2,7 +2,8 @@
 
 A routing is named by a pattern (`patterns`) or a file (`files`); `batches` makes the counts of a batch of it, `steps`
 those of several steps and layers, `published` those of a public collection of measurements, and `statistics` says how
-skewed counts are. docs/routing.md has the definitions.
+skewed counts are. A file becomes a `recording`, by way of `torch_files`, `json_files` and `tables` for what is written
+in it, and `arrays`, `selections`, `engines` and `dumps` for what that means. docs/routing.md has the definitions.
 """
 
 from .batches import (
@@ -14,7 +15,7 @@ from .batches import (
     routing,
     sample_choices,
 )
-from .files import Counts, layer_shares, read_shares, routing_keys, write_counts
+from .files import Counts, layer_shares, read_recording, read_shares, routing_keys, write_counts
 from .patterns import (
     PATTERNS,
     Shares,
@@ -65,6 +66,7 @@ __all__ = [
     "pattern_usages",
     "power_law_shares",
     "published_counts",
+    "read_recording",
     "read_shares",
     "routing",
     "routing_keys",

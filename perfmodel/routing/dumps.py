@@ -1,0 +1,144 @@
+"""SGLang's dumps of forward passes, `per_pass` and `per_token`: one dump for each rank. numpy only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perfmodel.errors import InputError
+
+from .engines import Map, engine_draft, logical_loads, map_of
+from .recording import Draft, Hints, loads_of
+from .selections import draft_of_ids, ids_of
+
+RECORDED_TOP_K = 8  # slots that the recorder has for each token
+FORWARD_MODES = {"prefill": 1, "decode": 2}  # of SGLang's ForwardMode; others mix both, verify drafts or are idle
+COUNTS, IDS = "global_physical_count", "topk_ids_of_layer"
+MAP = "last_physical_to_logical_map"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass as one rank saw it: logical counts `[layer, expert]` or ids `[token, layer, slot]`."""
+
+    place: tuple[int, str]  # number of the pass, and which part of it where it was split
+    rank: int
+    values: NDArray[Any]
+
+
+def is_dump(value: object) -> bool:
+    """Whether an object is a dump of forward passes."""
+    return isinstance(value, dict) and isinstance(value.get("records"), list) and MAP in value
+
+
+def draft_of_dumps(name: str, dumps: Sequence[Mapping[str, Any]], hints: Hints) -> Draft:
+    """The recording in the dumps of one or several ranks; a step is a forward pass.
+
+    Ranks that recorded the same are counted once, ranks that did not are added. Raises InputError for damaged dumps,
+    dumps without counts, and a pass that a rank recorded twice.
+    """
+    records = [record for dump in dumps for record in dump["records"]]
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{name} has no records of forward passes")
+    field = IDS if all(IDS in record for record in records) else COUNTS
+    if hints.phase is not None and field == COUNTS:
+        raise InputError(f"{name}: its passes do not say whether they are {hints.phase}; only per_token dumps do")
+    passes: list[Pass] = []
+    notes: tuple[str, ...] = ()
+    maps = [map_of(name, dump[MAP]) for dump in dumps]
+    n_experts = max(int(slots.max()) + 1 for slots in maps)
+    if hints.n_experts is not None:
+        n_experts = min(n_experts, hints.n_experts) if field == IDS else n_experts
+    if any((slots != np.arange(slots.shape[1])).any() for slots in maps):
+        notes = ("the map of experts is that of the end: passes before a rebalancing may count for other experts",)
+    for number, (dump, slots) in enumerate(zip(dumps, maps, strict=True)):
+        kept = [
+            r for r in dump["records"] if hints.phase is None or r.get("forward_mode") == FORWARD_MODES[hints.phase]
+        ]
+        passes += [_pass(name, number, record, field, slots, n_experts) for record in kept]
+    if not passes:
+        raise InputError(f"{name} has no {hints.phase} pass among its {len(records)}")
+    if len(passes) < len(records):
+        notes += (f"{len(passes)} of {len(records)} passes are {hints.phase}; the others are left out",)
+    passes, more = _once(name, passes)
+    build = _of_tokens if field == IDS else _of_counts
+    return build(name, passes, hints, notes + more, n_experts)
+
+
+def _pass(name: str, number: int, record: Mapping[str, Any], field: str, slots: Map, n_experts: int) -> Pass:
+    place, rank = record.get("forward_pass_id"), record.get("rank", number)
+    values = record.get(field)
+    if type(place) is not int or type(rank) is not int or not isinstance(values, np.ndarray):
+        raise InputError(
+            f"{name}: a record has no forward_pass_id or {field}; its keys are {', '.join(map(str, record))}"
+        )
+    where = f"{name}: pass {place}"
+    if field == COUNTS:
+        values = logical_loads(where, loads_of(where, values), slots, n_experts)[0]
+    elif values.size:
+        values = _logical_ids(where, ids_of(where, values).transpose(1, 0, 2), slots, n_experts)
+    return Pass((place, str(record.get("gatherer_key", ""))), rank, values)
+
+
+def _logical_ids(name: str, ids: NDArray[np.signedinteger], slots: Map, n_experts: int) -> NDArray[np.signedinteger]:
+    """Ids of logical experts of `ids[token, layer, slot]`; what is in no slot gets an id that is too large."""
+    n_layers, n_slots = slots.shape
+    if ids.shape[1] != n_layers:
+        raise InputError(f"{name} has {ids.shape[1]} layers, the map of experts has {n_layers}")
+    known = np.where(slots < 0, n_experts, slots)
+    beyond = np.full((n_layers, 1), n_experts)
+    logical = np.hstack([known, beyond])[np.arange(n_layers)[:, None], np.clip(ids, 0, n_slots)]
+    return np.where(ids < 0, -1, logical)
+
+
+def _once(name: str, passes: list[Pass]) -> tuple[list[Pass], tuple[str, ...]]:
+    """The passes in order of time, of ranks that differ; and notes. Tensor-parallel ranks all see the same tokens."""
+    passes = sorted(passes, key=lambda one: (one.rank, one.place))
+    for one, other in pairwise(passes):
+        if (one.rank, one.place) == (other.rank, other.place):
+            raise InputError(f"{name}: rank {one.rank} recorded pass {one.place[0]} twice")
+    seen: dict[int, Any] = {}
+    for one in passes:
+        digest = seen.setdefault(one.rank, sha256())
+        digest.update(repr((one.place, one.values.shape)).encode())
+        digest.update(np.ascontiguousarray(one.values))
+    first: dict[bytes, int] = {}
+    for rank, digest in seen.items():
+        first.setdefault(digest.digest(), rank)
+    kept = sorted((one for one in passes if one.rank in first.values()), key=lambda one: one.place)
+    if len(seen) == 1:
+        return kept, (f"this is what rank {passes[0].rank} recorded; other ranks may have seen other tokens",)
+    if len(first) < len(seen):
+        return kept, (f"{len(seen)} ranks recorded the tokens of {len(first)}, which are counted once",)
+    return kept, (f"what {len(seen)} ranks recorded is added up",)
+
+
+def _of_counts(name: str, passes: list[Pass], hints: Hints, notes: tuple[str, ...], n_experts: int) -> Draft:
+    steps = {place: step for step, place in enumerate(dict.fromkeys(one.place for one in passes))}
+    n_layers = len(passes[0].values)
+    loads = np.zeros((len(steps), n_layers, n_experts))
+    for one in passes:
+        if len(one.values) != n_layers:
+            raise InputError(f"{name}: its passes have {len(one.values)} and {n_layers} layers")
+        loads[steps[one.place]] += one.values
+    loads = loads[loads.any(axis=(1, 2))]
+    if not loads.size:
+        raise InputError(f"{name} recorded nothing: all its counts are zero")
+    return engine_draft(loads, hints, True, notes)
+
+
+def _of_tokens(name: str, passes: list[Pass], hints: Hints, notes: tuple[str, ...], n_experts: int) -> Draft:
+    passes = [one for one in passes if one.values.size]
+    if len({one.values.shape[1:] for one in passes}) != 1:
+        raise InputError(f"{name}: its passes have no tokens, or different numbers of layers")
+    steps = {place: step for step, place in enumerate(dict.fromkeys(one.place for one in passes))}
+    ids = np.concatenate([one.values for one in passes])
+    step_of = np.repeat([steps[one.place] for one in passes], [len(one.values) for one in passes])
+    draft = draft_of_ids(name, ids, hints, notes, step_of, n_experts)
+    more = (f"the recorder keeps {RECORDED_TOP_K} experts of a token, so a larger top-k would look like this",)
+    notes = draft.notes + more * (draft.top_k == RECORDED_TOP_K)
+    return replace(draft, notes=notes, phase=hints.phase)
