@@ -20,11 +20,17 @@ COUNTS = "counts"  # the array that is meant where none is named
 BESIDE_COUNTS = ("layers", "top_k", "n_tokens")
 LOGICAL = "logical_count"  # SGLang's buffer
 SLOTS = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
-PLACEMENTS = (*SLOTS, "expert_to_ep_rank", "moe_layer_count", "layer_list")  # what a placement file is known by
+PLACEMENTS = (*SLOTS, "expert_to_ep_rank", "expert_map")
 PER_SLOT = ("expert_load_window", "expert_load_pass", "global_physical_count")
 MEANT = (COUNTS, "activation_freq", "weight", "expert_counts")  # taken where a file has just one of these names
 
 Arrays = Mapping[str, NDArray[Any]]
+
+
+def refuse_key(name: str, key: str) -> None:
+    """InputError where a key is given for a file whose parts have no names."""
+    if key:
+        raise InputError(f"{name} holds no arrays by name, so leave out #{key}")
 
 
 def draft_of_arrays(name: str, arrays: Arrays, key: str, hints: Hints, is_lenient: bool) -> Draft:
@@ -42,15 +48,13 @@ def draft_of_arrays(name: str, arrays: Arrays, key: str, hints: Hints, is_lenien
         found = [one for one in PER_SLOT if one in arrays]
         if key in found or (not key and len(found) == 1):
             return draft_of_buffer(name, arrays[key or found[0]], hints, map_of(name, arrays[slots]))
-    if not key and len(arrays) > 1 and all(is_named_ids(one) for one in arrays):
+    if not key and len(arrays) > 1 and hints.kind != "counts" and all(is_named_ids(one) for one in arrays):
         return _draft_of_requests(name, arrays, hints)
     chosen = key or _meant(arrays)
-    if not key and chosen not in arrays and set(arrays) & set(PLACEMENTS):
+    if chosen in PLACEMENTS or (not key and chosen not in arrays and set(arrays) & set(PLACEMENTS)):
         raise InputError(f"{name} says where experts are placed and not how often they are used; expected counts")
     if chosen not in arrays:
         raise InputError(f"{name} holds {', '.join(arrays)}; choose one as {name}#{next(iter(arrays))}")
-    if chosen in SLOTS:
-        raise InputError(f"{name}: {chosen} says where experts are placed and not how often they are used")
     if chosen == COUNTS and all(one in arrays for one in BESIDE_COUNTS):
         return _draft_of_own(name, arrays)
     return draft_of_array(name, chosen, arrays[chosen], hints, is_lenient)

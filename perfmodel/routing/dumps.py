@@ -89,10 +89,10 @@ def _logical_ids(name: str, ids: NDArray[np.signedinteger], slots: Map, n_expert
     n_layers, n_slots = slots.shape
     if ids.shape[1] != n_layers:
         raise InputError(f"{name} has {ids.shape[1]} layers, the map of experts has {n_layers}")
-    known = np.where(slots < 0, n_experts, slots)
-    beyond = np.full((n_layers, 1), n_experts)
-    logical = np.hstack([known, beyond])[np.arange(n_layers)[:, None], np.clip(ids, 0, n_slots)]
-    return np.where(ids < 0, -1, logical)
+    known = np.full((n_layers, n_slots + 2), n_experts, dtype=np.int32)  # what is beyond the slots comes after them
+    known[:, :n_slots][slots >= 0] = slots[slots >= 0]
+    known[:, -1] = -1  # which id -1 finds, no selection
+    return np.asarray(known[np.arange(n_layers)[:, None], np.minimum(ids, n_slots)])
 
 
 def _once(name: str, passes: list[Pass]) -> tuple[list[Pass], tuple[str, ...]]:
@@ -101,6 +101,8 @@ def _once(name: str, passes: list[Pass]) -> tuple[list[Pass], tuple[str, ...]]:
     for one, other in pairwise(passes):
         if (one.rank, one.place) == (other.rank, other.place):
             raise InputError(f"{name}: rank {one.rank} recorded pass {one.place[0]} twice")
+    if passes[0].rank == passes[-1].rank:
+        return passes, (f"this is what rank {passes[0].rank} recorded; other ranks may have seen other tokens",)
     seen: dict[int, Any] = {}
     for one in passes:
         digest = seen.setdefault(one.rank, sha256())
@@ -110,8 +112,6 @@ def _once(name: str, passes: list[Pass]) -> tuple[list[Pass], tuple[str, ...]]:
     for rank, digest in seen.items():
         first.setdefault(digest.digest(), rank)
     kept = sorted((one for one in passes if one.rank in first.values()), key=lambda one: one.place)
-    if len(seen) == 1:
-        return kept, (f"this is what rank {passes[0].rank} recorded; other ranks may have seen other tokens",)
     if len(first) < len(seen):
         return kept, (f"{len(seen)} ranks recorded the tokens of {len(first)}, which are counted once",)
     return kept, (f"what {len(seen)} ranks recorded is added up",)

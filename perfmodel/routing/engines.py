@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 
 from .recording import Draft, Hints, Loads, loads_of, tokens_of
-from .selections import MAX_EXPERTS
+from .selections import MAX_EXPERTS, MAX_SHARED
 
 MIN_NONZERO = 64  # counts that must share a factor before it is believed to be a number of ranks
-MAX_SHARED = 4  # experts at the end that may be fused shared ones
 
 Map = NDArray[np.int64]
 
@@ -38,9 +37,11 @@ def logical_loads(name: str, physical: Loads, slots: Map, n_experts: int) -> Loa
             f"{name}: counts are of {physical.shape[1]} layers and {physical.shape[2]} slots, the map of experts of "
             f"{slots.shape[0]} and {slots.shape[1]}"
         )
-    belongs = slots[:, :, None] == np.arange(n_experts)  # [layer, slot, expert]
-    logical: Loads = np.matmul(physical.transpose(1, 0, 2), belongs.astype(np.float64)).transpose(1, 0, 2)
-    return logical
+    used = slots >= 0
+    n_layers = len(slots)
+    places = (np.arange(n_layers)[:, None] * n_experts + slots)[used]
+    rows = [np.bincount(places, weights=step[used], minlength=n_layers * n_experts) for step in physical]
+    return np.stack(rows).astype(np.float64).reshape(-1, n_layers, n_experts)
 
 
 def draft_of_buffer(name: str, counts: NDArray[Any], hints: Hints, slots: Map | None = None) -> Draft:

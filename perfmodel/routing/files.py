@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError, first_line
 
-from .arrays import BESIDE_COUNTS, COUNTS, draft_of_arrays
+from .arrays import BESIDE_COUNTS, COUNTS, draft_of_arrays, refuse_key
 from .dumps import draft_of_dumps, is_dump
 from .json_files import draft_of_json
 from .patterns import Shares, pattern_usages
@@ -38,14 +38,19 @@ def split_source(source: str) -> tuple[str, str, int | None]:
 
     A file or folder that exists under the whole name is that one, whatever signs are in its name.
     """
-    if Path(source).exists():
+    if _is_there(source):
         return source, "", None
     found = re.fullmatch(r"(?P<rest>.+)@(?P<layer>\d{1,9})", source, re.DOTALL)
     rest, layer = (found["rest"], int(found["layer"])) if found else (source, None)
-    if Path(rest).exists():
+    if _is_there(rest):
         return rest, "", layer
     file, _, key = rest.partition("#")
     return file, key, layer
+
+
+def _is_there(name: str) -> bool:
+    """Whether there is a file or folder of that name; nothing else can be read."""
+    return bool(name) and (Path(name).is_file() or Path(name).is_dir())
 
 
 def read_recording(
@@ -160,10 +165,10 @@ def _read(source: str, hints: Hints, is_lenient: bool) -> tuple[str, Draft]:
     """The name of the file of a source and what is in it: of one layer, where the source names it."""
     file, key, layer = split_source(source)
     path = Path(file)
-    if not path.exists():
+    if not _is_there(file):
         known = ", ".join(pattern_usages())
         raise InputError(f"no routing file {file!r}, and no pattern of that name; patterns: {known}")
-    draft = _draft_of_folder(path, hints) if path.is_dir() else _draft(path, key, hints, is_lenient)
+    draft = _draft(path, key, hints, is_lenient) if path.is_file() else _draft_of_folder(path, key, hints)
     n_layers = draft.loads.shape[1]
     if layer is None:
         return path.name, draft
@@ -184,7 +189,8 @@ def _without_idle_layers(draft: Draft) -> Draft:
     return replace(draft, loads=draft.loads[:, busy], layers=draft.layers[busy], notes=notes)
 
 
-def _draft_of_folder(path: Path, hints: Hints) -> Draft:
+def _draft_of_folder(path: Path, key: str, hints: Hints) -> Draft:
+    refuse_key(path.name, key)
     dumps = [found for file in sorted(path.glob("*.pt")) if is_torch_file(file) and is_dump(found := read_torch(file))]
     if not dumps:
         raise InputError(f"{path.name} is a folder without .pt dumps of forward passes, which SGLang writes by rank")
@@ -197,9 +203,11 @@ def _draft(path: Path, key: str, hints: Hints, is_lenient: bool) -> Draft:
         if is_torch_file(path):
             found = read_torch(path)
             if is_dump(found):
+                refuse_key(path.name, key)
                 return draft_of_dumps(path.name, [found], hints)
             return draft_of_arrays(path.name, _tensors(path.name, found), key, hints, is_lenient)
         if _begins(path, b"PAR1"):
+            refuse_key(path.name, key)
             return draft_of_parquet(path, hints)
         if _begins(path, b"{", b"["):
             return draft_of_json(path, key, hints, is_lenient)
@@ -207,8 +215,11 @@ def _draft(path: Path, key: str, hints: Hints, is_lenient: bool) -> Draft:
             return draft_of_arrays(path.name, _numpy_arrays(path), key, hints, is_lenient)
         if path.suffix in BINARY:
             raise ValueError("its first bytes are of no such file")
-        table = draft_of_csv(path, hints)
-        return table or draft_of_arrays(path.name, {"": _bare_table(path)}, key, hints, is_lenient)
+        table = draft_of_csv(path, hints, is_lenient)
+        if table is None:
+            return draft_of_arrays(path.name, {"": _bare_table(path)}, key, hints, is_lenient)
+        refuse_key(path.name, key)
+        return table
     except InputError:
         raise
     except (ValueError, OSError, EOFError, BadZipFile, MemoryError) as error:

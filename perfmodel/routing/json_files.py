@@ -3,7 +3,8 @@
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
-from .arrays import draft_of_arrays
+from .arrays import draft_of_arrays, refuse_key
 from .recording import Draft, Hints, loads_of
 from .selections import MAX_EXPERTS, draft_of_ids, ids_of
 
@@ -27,17 +28,21 @@ def draft_of_json(path: Path, key: str, hints: Hints, is_lenient: bool) -> Draft
     """
     name = path.name
     values = json_values(path)
-    first = next(values, None)
-    if isinstance(first, dict) and "forward_pass_id" in first:
-        return _draft_of_passes(name, first, values, hints)
-    requests = list(_requests(name, first, hints))
-    second = next(values, None)
-    while second is not None:
-        requests += _requests(name, second, hints)
-        second = next(values, None)
+    first = next(values)
+    rows = chain(first if isinstance(first, list) and first and isinstance(first[0], dict) else [first], values)
+    head = next(rows)
+    if isinstance(head, dict) and "forward_pass_id" in head:
+        refuse_key(name, key)
+        return _draft_of_passes(name, chain([head], rows), hints)
+    requests: list[NDArray[np.signedinteger]] = []
+    is_alone = True
+    for number, row in enumerate(chain([head], rows)):
+        is_alone = number == 0
+        requests += _requests(name, row, hints)
     if requests:
+        refuse_key(name, key)
         return _draft_of_requests(name, requests, hints)
-    arrays = _arrays(first, hints)
+    arrays = _arrays(head, hints) if is_alone else {}
     if not arrays:
         raise InputError(f"{name} is JSON without counts, {ROUTED} or any other known form of a recording")
     return draft_of_arrays(name, arrays, key, hints, is_lenient)
@@ -109,26 +114,25 @@ def _draft_of_requests(name: str, requests: list[NDArray[np.signedinteger]], hin
     return draft_of_ids(name, np.concatenate(requests), hints, notes)
 
 
-def _draft_of_passes(name: str, first: dict[str, Any], rest: Iterator[Any], hints: Hints) -> Draft:
-    """The recording in lines that have `forward_pass_id` and `expert_counts`, `[experts]` or `[layers, experts]`."""
-    numbers, counts, n_rows = [], [], 0
-    row: Any = first
-    while row is not None:
+def _draft_of_passes(name: str, rows: Iterable[Any], hints: Hints) -> Draft:
+    """The recording in rows that have `forward_pass_id` and `expert_counts`, `[experts]` or `[layers, experts]`."""
+    numbers, counts = [], []
+    for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or "forward_pass_id" not in row:
-            raise InputError(f"{name}: line {n_rows + 1} has no forward_pass_id")
-        n_rows += 1
-        if hints.phase is None or str(row.get("forward_mode")).lower() == hints.phase:
-            array = _array(row.get("expert_counts"))
-            if array is None or array.ndim not in (1, 2):
-                raise InputError(
-                    f"{name}: line {n_rows} has no expert_counts [layers, experts]; how many experts are used does not "
-                    "say which"
-                )
-            counts.append(loads_of(name, array)[0])
-            numbers.append(row["forward_pass_id"])
-        row = next(rest, None)
+            raise InputError(f"{name}: row {number} has no forward_pass_id")
+        if hints.phase is not None and str(row.get("forward_mode")).lower() != hints.phase:
+            continue
+        array = _array(row.get("expert_counts"))
+        if array is None or array.ndim not in (1, 2):
+            raise InputError(
+                f"{name}: row {number} has no expert_counts [layers, experts]; how many experts are used does not say "
+                "which"
+            )
+        counts.append(loads_of(name, array)[0])
+        numbers.append(row["forward_pass_id"])
     if len({one.shape for one in counts}) != 1:
-        raise InputError(f"{name}: its passes have different layers or experts, or none is {hints.phase}")
+        words = "its passes have different layers or experts" if counts else f"none of its passes is {hints.phase}"
+        raise InputError(f"{name}: {words}")
     loads = np.stack(counts)
     filled = np.asarray(loads.any(axis=(1, 2)))
     notes = () if filled.all() else (f"{int((~filled).sum())} of {len(filled)} passes are empty and left out",)

@@ -9,8 +9,10 @@ from .recording import Draft, Hints, Loads
 
 BLOCK = 1 << 22  # ids that are counted at once, so that room for their places stays small
 MAX_EXPERTS = 1 << 14  # of one layer; no model has a quarter of them
+MAX_SHARED = 4  # experts after the routed ones that may be fused shared ones
 MAX_SIZE = 1 << 28  # counts of one recording
-MAX_TOP_K = 32
+MAX_TOP_K, MAX_GUESSED = 32, 1024  # slots and ids of what may be guessed to be ids; every model known has fewer
+LEAST_SPREAD, LEAST_ROWS = 0.05, 64  # of sums over layers, and how many of them; lost tokens spread counts by less
 ID_NAMES = ("routed_experts", "topk_ids")  # what engines call such arrays
 
 
@@ -22,26 +24,26 @@ def is_named_ids(name: str) -> bool:
 def kind_of(array: NDArray[np.generic]) -> str | None:
     """Whether an array `[a, b, c]` is `counts` of [steps, layers, experts] or `ids` of [tokens, layers, top_k].
 
-    Null where it may be either. Ids are whole, below MAX_EXPERTS, and all different for one token and layer; counts of
-    one step add up to the same in every layer, which ids do in a few tokens by chance.
+    Null where it may be either. Ids are whole, below MAX_GUESSED, and all different for one token and layer. The counts
+    of a step add up to the same in every layer, or nearly where some are lost; ids do so in a few tokens by chance.
     """
     if array.ndim != 3 or array.dtype.kind not in "iu" or array.shape[2] > MAX_TOP_K or not array.size:
         return "counts"
     ids = array[:, ~_constant_layers(array)]
-    if not ids.size or ids.min() < -1 or ids.max() >= MAX_EXPERTS:
+    if not ids.size or ids.min() < -1 or ids.max() >= MAX_GUESSED:
         return "counts"
     ranked = np.sort(ids, axis=2)
     if ((np.diff(ranked, axis=2) == 0) & (ranked[:, :, 1:] >= 0)).any():
         return "counts"
     if ids.min() == -1:
         return "ids"
-    sums = ids.sum(axis=2)
-    agree = (sums == sums[:, :1]).all(axis=1).mean()
+    sums = ids.sum(axis=2, dtype=np.float64)
     if ids.shape[1] == 1:
         return "counts" if len(sums) == 1 or (np.diff(sums[:, 0]) == 0).mean() > 0.5 else None
-    if agree == 1:
+    spread = sums.std(axis=1) / np.maximum(sums.mean(axis=1), 1)
+    if not spread.any():
         return "counts"
-    return "ids" if agree < 0.5 and sums.size >= 64 else None
+    return "ids" if np.median(spread) > LEAST_SPREAD and sums.size >= LEAST_ROWS else None
 
 
 def _constant_layers(ids: NDArray[np.generic]) -> NDArray[np.bool_]:
@@ -75,7 +77,8 @@ def draft_of_ids(
     """What tokens selected, `ids[token, layer, slot]` with -1 for no selection, as loads by step.
 
     `step_of[token]` ascends; without it a step is `hints.step_tokens` tokens. Ids from n_experts on are left out and
-    noted. Layers of zeros alone are dense layers. Raises InputError for no selection at all.
+    noted, where they can be fused shared experts. Layers of zeros alone are dense layers. Raises InputError for no
+    selection at all, and for ids that are larger.
     """
     real = (ids >= 0).any(axis=(1, 2))
     if not real.all():
@@ -88,6 +91,8 @@ def draft_of_ids(
     if n_experts is None:
         n_experts = int(ids.max()) + 1
         notes += (f"the number of experts is not in the file; the largest id makes it {n_experts}",)
+    if ids.max() >= n_experts + MAX_SHARED:
+        raise InputError(f"{name} names expert {ids.max()}, expected 0 to {n_experts - 1}")
     steps = np.arange(n_tokens) // hints.step_tokens if step_of is None else step_of
     shape = (int(steps[-1]) + 1, n_layers, n_experts)
     if np.prod(shape, dtype=np.float64) > MAX_SIZE:

@@ -30,22 +30,24 @@ LONG = "layer, expert[, count][, step or token]"
 MAX_LAYERS = 512  # rows of two or three numbers beyond any model's layers are no table of counts
 
 
-def draft_of_csv(path: Path, hints: Hints) -> Draft | None:
+def draft_of_csv(path: Path, hints: Hints, is_lenient: bool) -> Draft | None:
     """The recording in a CSV file of the long form, or with a header; null where it is a bare table of counts.
 
     Without a header, rows of two or three numbers are `layer,expert[,step]` where `hints.kind` is ids, or where there
-    are more of them than a model has layers. Raises InputError for columns that are not known, ValueError for no CSV.
+    are more of them than a model has layers. `is_lenient` is whether what may be either is counts. Raises InputError
+    for columns that are not known and for what may be either, ValueError for no CSV.
     """
     with path.open("rb") as file:
         first = next((line for line in file if line.strip() and not line.startswith(b"#")), b"").decode("utf-8")
     has_header = not _are_numbers(first)
-    n_columns = first.count(",") + 1
-    if not has_header and (n_columns not in (2, 3) or hints.kind == "counts"):
+    kind = hints.kind or ("ids" if has_header else _kind_of_rows(path, first.count(",") + 1, hints))
+    if kind is None and not is_lenient:
+        raise InputError(
+            f"{path.name}: rows of {first.count(',') + 1} numbers may be counts of as many experts, or layer,expert of "
+            "selections; say which by kind, counts or ids"
+        )
+    if not has_header and kind != "ids":
         return None
-    if not has_header and hints.kind != "ids":
-        with path.open("rb") as file:
-            if sum(1 for line in file if line.strip()) <= MAX_LAYERS:
-                return None
     import polars as pl
 
     try:
@@ -56,6 +58,18 @@ def draft_of_csv(path: Path, hints: Hints) -> Draft | None:
     if not has_header:
         table = table.rename(dict(zip(table.columns, ("layer", "expert", "step"), strict=False)))
     return draft_of_table(path.name, table, hints)
+
+
+def _kind_of_rows(path: Path, n_columns: int, hints: Hints) -> str | None:
+    """Whether rows without a header are counts or a layer and expert each (ids); null where they may be either."""
+    if n_columns not in (2, 3) or n_columns == hints.n_experts:
+        return "counts"
+    with path.open("rb") as file:
+        if sum(1 for line in file if line.strip()) > MAX_LAYERS:
+            return "ids"
+    rows = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8")
+    may_be_ids = (rows == np.floor(rows)).all() and len(np.unique(rows[:, 0])) < len(rows)  # layers come again
+    return None if may_be_ids else "counts"
 
 
 def draft_of_parquet(path: Path, hints: Hints) -> Draft:
