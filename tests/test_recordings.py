@@ -185,6 +185,12 @@ def test_ranks_that_counted_the_same_tokens_are_counted_once(tmp_path: Path) -> 
         expected = {"tp": 1, "dp": 3, "ep": 1}[folder]
         np.testing.assert_array_equal(recording.loads, expected * np.array(LOGICAL))
         assert noted(recording, f"3 ranks recorded the tokens of {len(set(factors))}, which are counted once")
+    late = [pass_made_up(0, 0, PASSES[0]), *(pass_made_up(i, 1, counts) for i, counts in enumerate(PASSES))]
+    recording = read_recording(dump_made_up(tmp_path / "late.pt", late))  # one rank stopped a pass later
+    assert recording.loads.tolist() == LOGICAL and noted(recording, "2 ranks recorded the tokens of 1")
+    other = [pass_made_up(0, 0, PASSES[0]), pass_made_up(0, 1, PASSES[1])]
+    recording = read_recording(dump_made_up(tmp_path / "other.pt", other))
+    assert recording.loads.tolist() == [np.add(*LOGICAL).tolist()] and noted(recording, "2 ranks recorded is added up")
     whole = [pass_made_up(i, rank, counts) for rank in (0, 1) for i, counts in enumerate(PASSES)]
     assert read_recording(dump_made_up(tmp_path / "both.pt", whole)).loads.tolist() == LOGICAL
     (tmp_path / "none").mkdir()
@@ -290,6 +296,28 @@ def test_ids_of_tokens_become_steps(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.npz: found top-k 4, expected 2"):
         read_recording(source, top_k=2)
     np.testing.assert_allclose(rt.read_shares(source), counted_by_hand(ids) / (1100 * TOP_K))
+
+
+def test_a_name_says_that_numbers_are_ids(tmp_path: Path) -> None:
+    ids = ids_made_up(3)
+    for name in ("routed_experts.npy", "run7_topk_ids.npy"):
+        np.save(tmp_path / name, ids)
+        np.testing.assert_array_equal(
+            read_recording(str(tmp_path / name), n_experts=N_EXPERTS).loads[0], counted_by_hand(ids)
+        )
+    counts = counted_by_hand(ids)
+    for array in (counts, counts[None].astype(int)):
+        np.save(tmp_path / "routed_experts_counts.npy", array)
+        np.testing.assert_array_equal(read_recording(str(tmp_path / "routed_experts_counts.npy")).loads[0], counts)
+
+
+def test_a_model_says_how_many_experts_ids_are_of(tmp_path: Path) -> None:
+    ids = np.minimum(ids_made_up(200, top_k=1), 9)  # the last experts are never selected
+    source = save_npz(tmp_path / "a.npz", routed_experts=ids)
+    assert rt.read_shares(source).shape == (N_LAYERS, 10)
+    assert rt.routing(source, N_EXPERTS, 2, 64).counts.shape[1] == N_EXPERTS
+    with pytest.raises(InputError, match="names expert 9, expected 0 to 3"):
+        rt.routing(source, 4, 2, 64)
 
 
 def test_requests_follow_each_other_and_one_may_be_chosen(tmp_path: Path) -> None:
@@ -664,6 +692,7 @@ def test_arguments_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
 
 
 def made_up_files(folder: Path) -> list[Path]:
+    """A small file of each form but Parquet: where that is damaged, polars may end the process."""
     folder.mkdir()
     ids = ids_made_up(20)
     stat_made_up(folder / "stat.pt", counts_made_up(2))
@@ -675,7 +704,6 @@ def made_up_files(folder: Path) -> list[Path]:
     np.save(folder / "ids.npy", ids)
     (folder / "rows.csv").write_text("layer,expert,count\n0,1,2\n0,0,3\n1,1,4\n")
     (folder / "bare.csv").write_text("1,2,3,4\n5,6,7,8\n")
-    pl.DataFrame({"layer": [0, 0, 1], "expert": [0, 1, 1]}).write_parquet(folder / "rows.parquet")
     return sorted(folder.iterdir())
 
 

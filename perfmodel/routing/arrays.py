@@ -63,18 +63,19 @@ def draft_of_arrays(name: str, arrays: Arrays, key: str, hints: Hints, is_lenien
 def draft_of_array(name: str, key: str, array: NDArray[Any], hints: Hints, is_lenient: bool) -> Draft:
     """The recording in one array: counts, up to [steps, layers, experts], or ids [tokens, layers, top_k].
 
-    Which of them is said by `hints.kind`, else by the array's name, else by its numbers (see `kind_of`). Steps of zeros
-    are left out. Raises InputError where it cannot be told.
+    Which of them is said by `hints.kind`, else by the name of the array or its file, else by its numbers (see
+    `kind_of`). Steps of zeros are left out. Raises InputError where it cannot be told.
     """
-    kind = hints.kind or ("ids" if is_named_ids(key) else kind_of(array))
+    is_named = array.ndim > 2 and is_named_ids(key or name)
+    kind = hints.kind or ("ids" if is_named else kind_of(array))
     if kind is None and not is_lenient:
         raise InputError(
             f"{name}: whole numbers of shape {array.shape} may be counts [steps, layers, experts] or ids [tokens, "
             "layers, top_k]; say which by kind, counts or ids"
         )
     if kind == "ids":
-        guessed = ("read as ids of experts, because no token repeats one and the sums are no counts",)
-        notes = () if hints.kind or is_named_ids(key) else guessed
+        guessed = ("read as ids of experts, because no token repeats one and layers do not add up to the same",)
+        notes = () if hints.kind or is_named else guessed
         return draft_of_ids(name, ids_of(name, array), hints, notes)
     loads = loads_of(name, array)
     filled = np.asarray(loads.any(axis=(1, 2)))

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,25 +94,32 @@ def _logical_ids(name: str, ids: NDArray[np.signedinteger], slots: Map, n_expert
 
 
 def _once(name: str, passes: list[Pass]) -> tuple[list[Pass], tuple[str, ...]]:
-    """The passes in order of time, of ranks that differ; and notes. Tensor-parallel ranks all see the same tokens."""
-    passes = sorted(passes, key=lambda one: (one.rank, one.place))
-    for one, other in pairwise(passes):
-        if (one.rank, one.place) == (other.rank, other.place):
+    """The passes in order of time, and notes: one of the ranks that agree in all passes which they share.
+
+    Tensor-parallel ranks see the same tokens; data-parallel ranks see others, expert-parallel ones only their experts.
+    """
+    of_rank: dict[int, dict[tuple[int, str], Pass]] = {}
+    for one in sorted(passes, key=lambda one: one.rank):
+        if of_rank.setdefault(one.rank, {}).setdefault(one.place, one) is not one:
             raise InputError(f"{name}: rank {one.rank} recorded pass {one.place[0]} twice")
-    if passes[0].rank == passes[-1].rank:
-        return passes, (f"this is what rank {passes[0].rank} recorded; other ranks may have seen other tokens",)
-    seen: dict[int, Any] = {}
-    for one in passes:
-        digest = seen.setdefault(one.rank, sha256())
-        digest.update(repr((one.place, one.values.shape)).encode())
-        digest.update(np.ascontiguousarray(one.values))
-    first: dict[bytes, int] = {}
-    for rank, digest in seen.items():
-        first.setdefault(digest.digest(), rank)
-    kept = sorted((one for one in passes if one.rank in first.values()), key=lambda one: one.place)
-    if len(first) < len(seen):
-        return kept, (f"{len(seen)} ranks recorded the tokens of {len(first)}, which are counted once",)
-    return kept, (f"what {len(seen)} ranks recorded is added up",)
+    groups: list[dict[tuple[int, str], Pass]] = []
+    for own in of_rank.values():
+        like = next((group for group in groups if _agree(group, own)), None)
+        if like is None:
+            groups.append(own)
+        else:
+            like.update({place: one for place, one in own.items() if place not in like})
+    kept = sorted((one for group in groups for one in group.values()), key=lambda one: one.place)
+    if len(of_rank) == 1:
+        return kept, (f"this is what rank {passes[0].rank} recorded; other ranks may have seen other tokens",)
+    if len(groups) < len(of_rank):
+        return kept, (f"{len(of_rank)} ranks recorded the tokens of {len(groups)}, which are counted once",)
+    return kept, (f"what {len(of_rank)} ranks recorded is added up",)
+
+
+def _agree(some: Mapping[tuple[int, str], Pass], others: Mapping[tuple[int, str], Pass]) -> bool:
+    shared = some.keys() & others.keys()
+    return bool(shared) and all(np.array_equal(some[place].values, others[place].values) for place in shared)
 
 
 def _of_counts(name: str, passes: list[Pass], hints: Hints, notes: tuple[str, ...], n_experts: int) -> Draft:

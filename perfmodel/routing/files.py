@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,15 +80,15 @@ def read_recording(
     return Recording(name, draft.loads, draft.layers, draft.top_k, draft.n_tokens, draft.is_ordered, draft.notes)
 
 
-def read_shares(source: str) -> Shares:
+def read_shares(source: str, n_experts: int | None = None) -> Shares:
     """Shares `[layer, expert]` of a routing file of any known form, summed over steps (see `read_recording`).
 
     Of several arrays one is chosen as `FILE#KEY`, else the one called `counts`; of several layers one as `FILE@LAYER`,
-    counted from 0 in the order of the file. Three axes that may be steps or tokens are steps. Expert ids keep their
-    order. Raises InputError for a missing file, other shapes, negative or all-zero layers; dense layers of an engine's
-    recording are left out.
+    counted from 0 in the order of the file. Expert ids keep their order; of a file that lists ids, `n_experts` says how
+    many experts there are, else the largest id does. What may be counts or ids is counts. Dense layers of an engine's
+    recording are left out. Raises InputError for a missing file, other shapes, negative or all-zero layers.
     """
-    name, draft = _read(source, Hints(), is_lenient=True)
+    name, draft = _read(source, Hints(n_experts), is_lenient=True)
     if draft.has_dense_layers:
         draft = _without_idle_layers(draft)
     counts = draft.loads.sum(axis=0)
@@ -120,7 +119,7 @@ def routing_keys(path: str | Path) -> list[str]:
         keys = [key for key in _numpy_arrays(path) if key] if _is_numpy(path) else []
     except InputError:
         raise
-    except (ValueError, OSError, EOFError, BadZipFile, MemoryError) as error:
+    except Exception as error:  # what reads a damaged file may raise anything at all
         raise InputError(f"{path.name} is not a routing file ({KNOWN}): {first_line(error)}") from None
     return [key for key in keys if COUNTS not in keys or key not in BESIDE_COUNTS]
 
@@ -168,7 +167,7 @@ def _read(source: str, hints: Hints, is_lenient: bool) -> tuple[str, Draft]:
     if not _is_there(file):
         known = ", ".join(pattern_usages())
         raise InputError(f"no routing file {file!r}, and no pattern of that name; patterns: {known}")
-    draft = _draft(path, key, hints, is_lenient) if path.is_file() else _draft_of_folder(path, key, hints)
+    draft = _draft(path, key, hints, is_lenient)
     n_layers = draft.loads.shape[1]
     if layer is None:
         return path.name, draft
@@ -198,8 +197,10 @@ def _draft_of_folder(path: Path, key: str, hints: Hints) -> Draft:
 
 
 def _draft(path: Path, key: str, hints: Hints, is_lenient: bool) -> Draft:
-    """What is in a file, whatever its form; InputError where it is none that is known."""
+    """What is in a file or folder, whatever its form; InputError where it is none that is known."""
     try:
+        if path.is_dir():
+            return _draft_of_folder(path, key, hints)
         if is_torch_file(path):
             found = read_torch(path)
             if is_dump(found):
@@ -222,7 +223,7 @@ def _draft(path: Path, key: str, hints: Hints, is_lenient: bool) -> Draft:
         return table
     except InputError:
         raise
-    except (ValueError, OSError, EOFError, BadZipFile, MemoryError) as error:
+    except Exception as error:  # what reads a damaged file may raise anything at all
         raise InputError(f"{path.name} is not a routing file ({KNOWN}): {first_line(error)}") from None
 
 

@@ -17,8 +17,8 @@ ID_NAMES = ("routed_experts", "topk_ids")  # what engines call such arrays
 
 
 def is_named_ids(name: str) -> bool:
-    """Whether the name of an array says that it holds ids."""
-    return any(word in name.lower() for word in ID_NAMES)
+    """Whether the name of an array or its file says that it holds ids."""
+    return any(word in name.lower() for word in ID_NAMES) and "count" not in name.lower()
 
 
 def kind_of(array: NDArray[np.generic]) -> str | None:
@@ -49,7 +49,7 @@ def kind_of(array: NDArray[np.generic]) -> str | None:
 def _constant_layers(ids: NDArray[np.generic]) -> NDArray[np.bool_]:
     """Which layers hold only zeros, while others do not: engines leave a place for dense layers and never fill it."""
     zero: NDArray[np.bool_] = ~np.asarray(ids.any(axis=(0, 2)))
-    impossible = ids.shape[2] > 1 or (len(ids) > 1 and not zero.all())
+    impossible = ids.shape[2] > 1 or (len(ids) >= LEAST_ROWS and not zero.all())
     return zero if impossible else np.zeros_like(zero)
 
 
@@ -116,11 +116,11 @@ def draft_of_ids(
 
 def _counted(
     ids: NDArray[np.signedinteger], steps: NDArray[np.signedinteger], shape: tuple[int, int, int]
-) -> tuple[Loads, NDArray[np.uint8], int, int]:
+) -> tuple[Loads, NDArray[np.uint16], int, int]:
     """Loads `[step, layer, expert]`, experts selected `[token, layer]`, ids beyond the experts, and repeated ids."""
     n_tokens, n_layers, n_slots = ids.shape
     n_experts = shape[2]
-    loads, n_selected = np.zeros(shape), np.empty((n_tokens, n_layers), dtype=np.uint8)
+    loads, n_selected = np.zeros(shape), np.empty((n_tokens, n_layers), dtype=np.uint16)
     dense = _constant_layers(ids)
     n_outside = n_twice = 0
     block = max(1, BLOCK // (n_layers * n_slots))

@@ -52,7 +52,7 @@ def draft_of_csv(path: Path, hints: Hints, is_lenient: bool) -> Draft | None:
 
     try:
         table = pl.read_csv(path, has_header=has_header, comment_prefix="#", infer_schema_length=None)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise ValueError(first_line(error)) from None
     table = table.rename({old: old.strip() for old in table.columns})
     if not has_header:
@@ -78,7 +78,7 @@ def draft_of_parquet(path: Path, hints: Hints) -> Draft:
 
     try:
         table = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"{path.name} is a damaged Parquet file: {first_line(error)}") from None
     return draft_of_table(path.name, table, hints)
 
