@@ -123,6 +123,16 @@ def test_fused_shared_experts_at_the_end_are_left_out_and_named(tmp_path: Path) 
     assert noted(recording, "fused shared experts") and recording.top_k == TOP_K
     with pytest.raises(InputError, match=r"fused\.pt: found experts 17, expected 8"):
         read_recording(str(tmp_path / "fused.pt"), n_experts=8)
+    with pytest.raises(
+        InputError, match=r"other\.pt: found experts 16, expected 15"
+    ):  # another model, not a shared expert
+        read_recording(stat_made_up(tmp_path / "other.pt", counts), n_experts=15)
+
+
+def test_a_top_k_that_does_not_fit_the_counts_is_noted(tmp_path: Path) -> None:
+    recording = read_recording(stat_made_up(tmp_path / "stat.pt", counts_made_up(2)), top_k=7)
+    assert recording.top_k is None and recording.n_tokens is None
+    assert noted(recording, "no whole number of tokens x top-k 7")
 
 
 def test_an_empty_buffer_is_refused(tmp_path: Path) -> None:
@@ -316,6 +326,8 @@ def test_a_model_says_how_many_experts_ids_are_of(tmp_path: Path) -> None:
     source = save_npz(tmp_path / "a.npz", routed_experts=ids)
     assert rt.read_shares(source).shape == (N_LAYERS, 10)
     assert rt.routing(source, N_EXPERTS, 2, 64).counts.shape[1] == N_EXPERTS
+    with pytest.raises(InputError, match="names expert 9, expected 0 to 8"):  # by some tokens, so not a shared expert
+        rt.routing(source, 9, 2, 64)
     with pytest.raises(InputError, match="names expert 9, expected 0 to 3"):
         rt.routing(source, 4, 2, 64)
 
@@ -625,6 +637,12 @@ def test_unusable_tables_are_refused(tmp_path: Path, text: str, words: str) -> N
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(InputError, match=rf"^rows\.csv.*{words}|^{words}"):
         read_recording(str(tmp_path / "rows.csv"))
+
+
+def test_a_mark_of_the_byte_order_at_the_beginning_is_read_past(tmp_path: Path) -> None:
+    for text, loads in (("layer,expert\n0,1\n", [[0, 1]]), ("1,2,3,4\n5,6,7,8\n", [[1, 2, 3, 4], [5, 6, 7, 8]])):
+        (tmp_path / "excel.csv").write_text(text, encoding="utf-8-sig")
+        assert read_recording(str(tmp_path / "excel.csv")).loads.tolist() == [loads]
 
 
 def test_a_key_is_refused_where_nothing_has_a_name(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_views_strides_offsets_and_shared_storages(tmp_path: Path) -> None:
         "part": base[1:, ::2, 3],
         "scalar": base[2, 1, 4],
         "empty": base[:0],
+        "nothing": torch.zeros(0, 3),
         "expanded": torch.tensor([7.0, 8.0])[:, None].expand(2, 3),
         "brain": torch.linspace(-3, 3, 12).bfloat16().reshape(3, 4).t(),
         "parameter": torch.nn.Parameter(torch.ones(2, 2)),
@@ -177,6 +178,9 @@ def test_older_and_other_formats_are_refused_in_a_sentence(tmp_path: Path) -> No
         archive.writestr("a/data.pkl", bytes(10**6))
     with pytest.raises(InputError, match=r"bomb\.pt is compressed inside"):
         read_torch(tmp_path / "bomb.pt")
+    by_number = archive_of(tmp_path / "number.pt", b"\x80\x02\x82\x01.")
+    with pytest.raises(InputError, match=r"number\.pt names a class by a number"):
+        read_torch(by_number)
     far = archive_of(tmp_path / "far.pt", b"\x80\x02K\x01r\xff\xff\xff\x7f.")
     with pytest.raises(InputError, match=r"far\.pt is a damaged file .* numbers an object 2147483647"):
         read_torch(far)

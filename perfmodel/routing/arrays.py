@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 
 from .engines import draft_of_buffer, map_of
-from .recording import Draft, Hints, loads_of, tokens_of
+from .recording import Draft, Hints, loads_of
 from .selections import draft_of_ids, ids_of, is_named_ids, kind_of
 
 COUNTS = "counts"  # the array that is meant where none is named
@@ -83,9 +83,7 @@ def draft_of_array(name: str, key: str, array: NDArray[Any], hints: Hints, is_le
     if filled.any() and not filled.all():
         notes = (f"{int((~filled).sum())} of {len(filled)} steps are empty and left out",)
         loads = loads[filled]
-    n_tokens = tokens_of(loads, hints.top_k)
-    top_k = None if n_tokens is None else hints.top_k
-    return Draft(loads, np.arange(loads.shape[1], dtype=np.int64), top_k, n_tokens, True, notes)
+    return Draft(loads, np.arange(loads.shape[1], dtype=np.int64), notes=notes)
 
 
 def _meant(arrays: Arrays) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
-from .recording import Draft, Hints, Loads, loads_of, tokens_of
+from .recording import MAX_WHOLE, Draft, Hints, Loads, loads_of
 from .selections import MAX_EXPERTS, MAX_SHARED
 
 MIN_NONZERO = 64  # counts that must share a factor before it is believed to be a number of ranks
@@ -61,13 +61,23 @@ def draft_of_buffer(name: str, counts: NDArray[Any], hints: Hints, slots: Map | 
 
 def engine_draft(loads: Loads, hints: Hints, is_ordered: bool, notes: tuple[str, ...]) -> Draft:
     """A draft of logical loads with a row for each layer of the model; fused shared experts at the end are left out."""
-    if hints.n_experts is not None and 0 < loads.shape[2] - hints.n_experts <= MAX_SHARED:
+    if hints.n_experts is not None and _ends_in_shared(loads, hints.n_experts):
         notes += (f"experts from {hints.n_experts} on are left out: fused shared experts are recorded as if routed",)
         loads = loads[:, :, : hints.n_experts]
     layers = np.arange(loads.shape[1], dtype=np.int64)
-    n_tokens = tokens_of(loads, hints.top_k)
-    top_k = None if n_tokens is None else hints.top_k
-    return Draft(loads, layers, top_k, n_tokens, is_ordered, notes, has_dense_layers=True)
+    return Draft(loads, layers, None, None, is_ordered, notes, has_dense_layers=True)
+
+
+def _ends_in_shared(loads: Loads, n_experts: int) -> bool:
+    """Whether what comes after the routed experts is shared: few experts that every token of a step uses.
+
+    Their load is then the same in every layer, and no routed expert has more.
+    """
+    if not 0 < loads.shape[2] - n_experts <= MAX_SHARED:
+        return False
+    loads = loads[:, loads.any(axis=(0, 2))]
+    of_shared = loads[:, :, n_experts:].sum(axis=2)
+    return bool((of_shared == of_shared[:, :1]).all() and (loads[:, :, :n_experts].max(axis=2) <= of_shared).all())
 
 
 def _in_order(loads: Loads) -> tuple[Loads, bool, tuple[str, ...]]:
@@ -96,7 +106,7 @@ def _in_order(loads: Loads) -> tuple[Loads, bool, tuple[str, ...]]:
 def _of_one_rank(loads: Loads) -> tuple[Loads, tuple[str, ...]]:
     """Loads divided by the factor that all of them share, which is the number of ranks that counted the same tokens."""
     nonzero = loads[loads > 0]
-    if (nonzero != np.floor(nonzero)).any() or nonzero.max() > 2**53:
+    if (nonzero != np.floor(nonzero)).any() or nonzero.max() > MAX_WHOLE:
         return loads, ()
     factor = int(np.gcd.reduce(nonzero.astype(np.int64)))
     if factor == 1:

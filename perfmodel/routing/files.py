@@ -19,7 +19,7 @@ from .arrays import BESIDE_COUNTS, COUNTS, draft_of_arrays, refuse_key
 from .dumps import draft_of_dumps, is_dump
 from .json_files import draft_of_json
 from .patterns import Shares, pattern_usages
-from .recording import MAX_LOAD, STEP_TOKENS, Draft, Hints, Recording
+from .recording import MAX_LOAD, STEP_TOKENS, Draft, Hints, Recording, tokens_of
 from .tables import draft_of_csv, draft_of_parquet
 from .torch_files import is_torch_file, read_torch
 
@@ -77,6 +77,8 @@ def read_recording(
     if draft.phase != phase:
         raise InputError(f"{name} does not say which of its tokens are {phase}; leave phase out")
     draft = _without_idle_layers(draft)
+    if top_k is not None and draft.top_k is None:
+        draft = _with_tokens(draft, top_k)
     return Recording(name, draft.loads, draft.layers, draft.top_k, draft.n_tokens, draft.is_ordered, draft.notes)
 
 
@@ -177,6 +179,15 @@ def _read(source: str, hints: Hints, is_lenient: bool) -> tuple[str, Draft]:
     return path.name, replace(draft, loads=draft.loads[:, one], layers=draft.layers[one])
 
 
+def _with_tokens(draft: Draft, top_k: int) -> Draft:
+    """A draft of counts with top-k and the tokens of each step, where its counts are a whole number of them."""
+    n_tokens = tokens_of(draft.loads, top_k)
+    if n_tokens is None:
+        words = f"the loads of a step are no whole number of tokens x top-k {top_k}, the same in all layers"
+        return replace(draft, notes=(*draft.notes, words))
+    return replace(draft, top_k=top_k, n_tokens=n_tokens)
+
+
 def _without_idle_layers(draft: Draft) -> Draft:
     """A draft without the layers that have no load in any step, where another has."""
     busy = np.asarray(draft.loads.any(axis=(0, 2)))
@@ -247,7 +258,7 @@ def _numpy_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _bare_table(path: Path) -> NDArray[np.float64]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     return np.loadtxt(text.splitlines(), delimiter=",", ndmin=2) if text.strip() else np.empty((0, 0))
 
 

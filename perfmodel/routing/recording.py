@@ -15,6 +15,7 @@ from .patterns import Shares
 
 Loads = NDArray[np.float64]
 MAX_LOAD = 1e18
+MAX_WHOLE = 2.0**53  # whole numbers beyond it are not all different in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +122,10 @@ def loads_of(name: str, array: NDArray[np.generic]) -> Loads:
     return loads.reshape((1,) * (3 - loads.ndim) + loads.shape)
 
 
-def tokens_of(loads: Loads, top_k: int | None) -> NDArray[np.int64] | None:
-    """The tokens of each step, where all layers with load agree on a whole number of them; null otherwise."""
-    busy = loads.any(axis=(0, 2))
-    if top_k is None or not busy.any():
-        return None
-    sums = loads.sum(axis=2)[:, busy]
+def tokens_of(loads: Loads, top_k: int) -> NDArray[np.int64] | None:
+    """The tokens of each step, where all layers agree on a whole number of them; null otherwise."""
+    sums = loads.sum(axis=2)
     n_tokens: Loads = sums[:, 0] / top_k
-    if (sums != sums[:, :1]).any() or (n_tokens != np.floor(n_tokens)).any() or (n_tokens > MAX_LOAD).any():
+    if (sums != sums[:, :1]).any() or (n_tokens != np.floor(n_tokens)).any() or (sums > MAX_WHOLE).any():
         return None
     return np.asarray(n_tokens, dtype=np.int64)

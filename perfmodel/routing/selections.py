@@ -77,8 +77,8 @@ def draft_of_ids(
     """What tokens selected, `ids[token, layer, slot]` with -1 for no selection, as loads by step.
 
     `step_of[token]` ascends; without it a step is `hints.step_tokens` tokens. Ids from n_experts on are left out and
-    noted, where they can be fused shared experts. Layers of zeros alone are dense layers. Raises InputError for no
-    selection at all, and for ids that are larger.
+    noted where they can be fused shared experts, which every token uses. Layers of zeros alone are dense layers. Raises
+    InputError for no selection at all, and for other ids from n_experts on.
     """
     real = (ids >= 0).any(axis=(1, 2))
     if not real.all():
@@ -98,6 +98,10 @@ def draft_of_ids(
     if np.prod(shape, dtype=np.float64) > MAX_SIZE:
         raise InputError(f"{name} would be {shape[0]} steps of {n_layers} x {n_experts} counts; take longer steps")
     loads, n_selected, n_outside, n_twice = _counted(ids, steps, shape)
+    numbers = np.unique(n_selected[:, loads.any(axis=(0, 2))])
+    top_k = int(numbers[0]) if len(numbers) == 1 else None
+    if n_outside and top_k is None:  # shared experts are used by every token, as often by one as by another
+        raise InputError(f"{name} names expert {ids.max()}, expected 0 to {n_experts - 1}")
     if n_outside:
         notes += (
             f"{n_outside} selections of ids from {n_experts} on are left out: fused shared experts are recorded as if "
@@ -105,8 +109,6 @@ def draft_of_ids(
         )
     if n_twice:
         notes += (f"{n_twice} times a token names an expert twice, which a router does not",)
-    numbers = np.unique(n_selected[:, loads.any(axis=(0, 2))])
-    top_k = int(numbers[0]) if len(numbers) == 1 else None
     if top_k is None:
         notes += ("tokens select different numbers of experts, so top-k and the tokens of a step are unknown",)
     tokens = None if top_k is None else np.bincount(steps, minlength=shape[0])

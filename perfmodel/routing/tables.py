@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError, first_line
 
-from .recording import Draft, Hints, loads_of, tokens_of
+from .recording import Draft, Hints, loads_of
 from .selections import MAX_EXPERTS, MAX_SIZE
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def draft_of_csv(path: Path, hints: Hints, is_lenient: bool) -> Draft | None:
     for columns that are not known and for what may be either, ValueError for no CSV.
     """
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip() and not line.startswith(b"#")), b"").decode("utf-8")
+        first = next((line for line in file if line.strip() and not line.startswith(b"#")), b"").decode("utf-8-sig")
     has_header = not _are_numbers(first)
     kind = hints.kind or ("ids" if has_header else _kind_of_rows(path, first.count(",") + 1, hints))
     if kind is None and not is_lenient:
@@ -67,7 +67,7 @@ def _kind_of_rows(path: Path, n_columns: int, hints: Hints) -> str | None:
     with path.open("rb") as file:
         if sum(1 for line in file if line.strip()) > MAX_LAYERS:
             return "ids"
-    rows = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8")
+    rows = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
     may_be_ids = (rows == np.floor(rows)).all() and len(np.unique(rows[:, 0])) < len(rows)  # layers come again
     return None if may_be_ids else "counts"
 
@@ -143,12 +143,11 @@ def _draft_of_rows(name: str, columns: dict[str, NDArray[Any]], hints: Hints) ->
         loads_of(name, count)
     place = np.ravel_multi_index((step, layer, expert), shape)
     loads = np.bincount(place, weights=count, minlength=int(np.prod(shape))).astype(np.float64).reshape(shape)
-    top_k = hints.top_k
-    if n_tokens is not None and top_k is None:
-        sums = loads.sum(axis=2) / n_tokens[:, None]
-        top_k = int(sums[0, 0]) if (sums == np.floor(sums[0, 0])).all() and sums[0, 0] >= 1 else None
-    n_tokens = tokens_of(loads, top_k)
-    return Draft(loads, layers, None if n_tokens is None else top_k, n_tokens, True, notes)
+    if n_tokens is not None:
+        top_k = int(loads[0, 0].sum() / n_tokens[0])
+        if (loads.sum(axis=2) == (n_tokens * top_k)[:, None]).all():
+            return Draft(loads, layers, top_k, n_tokens, notes=notes)
+    return Draft(loads, layers, notes=notes)
 
 
 def _are_numbers(line: str) -> bool:

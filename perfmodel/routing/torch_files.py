@@ -104,15 +104,18 @@ def _read_archive(name: str, archive: ZipFile) -> Any:
         raise InputError(f"{name} is compressed inside, as torch.save never does")  # small files could become huge
     order = ">" if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") == b"big" else "<"
     program = archive.read(pickles[0])
-    _check_memo(name, program)
+    _check_program(name, program)
     return _Unpickler(name, program, archive, f"{folder}data/", order).load()
 
 
-def _check_memo(name: str, program: bytes) -> None:
-    """InputError where a pickle numbers an object beyond its own length: room would be made for all numbers below."""
+def _check_program(name: str, program: bytes) -> None:
+    """InputError where a pickle would make room for more objects than it has bytes, or take a class by its number in
+    this process, past `find_class`."""
     for operation, argument, _ in pickletools.genops(program):
         if operation.name in ("PUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= len(program):
             raise InputError(f"{name} is a damaged file of torch.save: it numbers an object {argument}")
+        if operation.name in ("EXT1", "EXT2", "EXT4"):
+            raise InputError(f"{name} names a class by a number, as torch.save never does")
 
 
 class _Unpickler(pickle.Unpickler):
