@@ -77,6 +77,20 @@ def test_plain_values_stay_and_classes_become_inert(tmp_path: Path) -> None:
     assert all(isinstance(found[key], Unreadable) for key in ("device", "path", "fp8"))
 
 
+def test_numpy_arrays_of_numbers_are_read_and_others_are_null(tmp_path: Path) -> None:
+    arrays = {
+        "plain": np.arange(6, dtype=np.int64).reshape(2, 3),
+        "turned": np.asfortranarray(np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)),
+        "big": np.arange(3, dtype=">u2"),
+        "flags": np.array([True, False]),
+    }
+    found = read_torch(saved(tmp_path / "arrays.pt", {**arrays, "words": np.array(["a"]), "any": np.array([{}])}))
+    assert found.pop("words") is None and found.pop("any") is None
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    np.testing.assert_array_equal(read_torch(saved(tmp_path / "one.pt", arrays["plain"])), arrays["plain"])
+
+
 class Caller:
     """An object whose pickle calls a function when it is loaded."""
 

@@ -1,7 +1,7 @@
 """What torch.save wrote, read without torch and without running anything that is in the file. numpy only.
 
 The format is a zip archive of `data.pkl`, a pickle that names storages, and the storages' bytes as `data/0`, `data/1`,
-... A pickle is a program. Here it may call three functions that put arrays together, all of them below; every other
+... A pickle is a program. Here it may call what puts tensors and numpy arrays together, all of it below; every other
 name in it stands for `Unreadable`, which ignores what it is called with.
 """
 
@@ -33,6 +33,10 @@ STORAGES = {
 }  # fmt: skip
 
 
+NUMPY_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+MULTIARRAY = ("numpy._core.multiarray", "numpy.core.multiarray")
+
+
 class Element(NamedTuple):
     """A torch dtype by its name in torch, or the dtype of a class of storages."""
 
@@ -53,6 +57,29 @@ class Unreadable:
 
     def extend(self, values: object) -> None:
         """What a pickle does to a list."""
+
+
+class NumpyDtype:
+    """The dtype of a numpy array in a pickle, of plain numbers alone."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.dtype = np.dtype(code if code in NUMPY_CODES else "V")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class NumpyArray:
+    """A numpy array in a pickle, where it is made empty and filled by its state."""
+
+    array: NDArray[Any] | None = None
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, of, is_fortran, data = state
+        if isinstance(of, NumpyDtype) and isinstance(data, bytes) and of.dtype.kind != "V":
+            self.array = np.frombuffer(data, of.dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 class Storage(NamedTuple):
@@ -80,8 +107,9 @@ def is_torch_file(path: Path) -> bool:
 def read_torch(path: Path) -> Any:
     """The object in a file of torch.save: dicts, lists and plain values, with numpy arrays for tensors.
 
-    bfloat16 becomes float32. Objects of other classes become `Unreadable`; nothing in the file is run. Raises
-    InputError for files of torch before 1.6, TorchScript, damaged files, and tensors that reach outside their storage.
+    bfloat16 becomes float32. numpy arrays are read where they are the object itself or in its dict, as null where they
+    hold other than numbers. Objects of other classes become `Unreadable`; nothing in the file is run. Raises InputError
+    for files of torch before 1.6, TorchScript, damaged files, and tensors that reach outside their storage.
     """
     with path.open("rb") as file:
         if file.read(len(LEGACY)) == LEGACY:
@@ -105,7 +133,10 @@ def _read_archive(name: str, archive: ZipFile) -> Any:
     order = ">" if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") == b"big" else "<"
     program = archive.read(pickles[0])
     _check_program(name, program)
-    return _Unpickler(name, program, archive, f"{folder}data/", order).load()
+    found = _Unpickler(name, program, archive, f"{folder}data/", order).load()
+    if not isinstance(found, dict):
+        return found.array if isinstance(found, NumpyArray) else found
+    return {key: value.array if isinstance(value, NumpyArray) else value for key, value in found.items()}
 
 
 def _check_program(name: str, program: bytes) -> None:
@@ -138,7 +169,11 @@ class _Unpickler(pickle.Unpickler):
             return Element(STORAGES[name])
         if module == "torch" and name in ELEMENTS:
             return Element(name)
-        known = {("collections", "OrderedDict"): OrderedDict, ("torch", "Size"): tuple}
+        if module in MULTIARRAY and name == "_reconstruct":
+            return NumpyArray
+        if (module, name) == ("_codecs", "encode"):  # how old pickles write bytes
+            return lambda text, _: text.encode("latin1")
+        known = {("collections", "OrderedDict"): OrderedDict, ("torch", "Size"): tuple, ("numpy", "dtype"): NumpyDtype}
         return known.get((module, name), Unreadable)
 
     def persistent_load(self, pid: Any) -> Storage | Unreadable:
