@@ -1,17 +1,14 @@
 """The command about routing: how a recording spreads tokens over experts, and whether there is a hot set."""
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from perfmodel import hf_config, report
 from perfmodel import routing as routings
+from perfmodel.cli import recordings
 from perfmodel.cli.shell import Json, app, fraction, print_json, print_words, whole, width
-from perfmodel.errors import InputError
-from perfmodel.routing import Recording, files
+from perfmodel.routing import Recording
 
 
 @app.command()
@@ -41,24 +38,29 @@ def routing(
         typer.Option(help="Another recording of the model, to try the hot set on; may be repeated."),
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="Of a pattern: catalogue name or config.json that says layers, experts, top-k.")
+        str | None,
+        typer.Option(help="Catalogue name or config.json that says experts and top-k, and layers of a pattern."),
     ] = None,
-    steps: Annotated[str, typer.Option(help="Of a pattern: steps to draw.")] = "16",
-    step_tokens: Annotated[str, typer.Option(help="Of a pattern: tokens of each step.")] = "512",
+    steps: recordings.Steps = "16",
+    step_tokens: recordings.StepTokens = "512",
+    kind: recordings.Kind = None,
+    phase: recordings.Phase = None,
     top: Annotated[str | None, typer.Option(help="Rows of the table of layers; 20 unless given.")] = None,
     as_json: Json = False,
 ) -> None:
     """How routing spreads over experts, layers and time: is there a hot set, and what does placing by it save."""
 
+    hints = recordings.Hints(
+        shape=None if shape is None else hf_config.resolve(shape),
+        top_k=None if top_k is None else whole(top_k, "--top-k"),
+        n_steps=whole(steps, "--steps"),
+        step_tokens=whole(step_tokens, "--step-tokens"),
+        kind=kind,
+        phase=phase,
+    )
+
     def recording_of(name: str) -> Recording:
-        if _is_pattern(name):
-            found = _drawn(name, shape, whole(steps, "--steps"), whole(step_tokens, "--step-tokens"))
-        else:
-            found = _read(name)
-            file, _, _ = files.split_source(name)
-            found = replace(found, name=f"{Path(file).name}{name[len(file) :]}")  # which of several keys it is
-        if top_k is not None:
-            found = _with_top_k(found, whole(top_k, "--top-k"))
+        found = recordings.recording_of(name, hints)
         return found if layers is None else routings.selected(found, _numbers(layers, "--layers", least=0))
 
     summary = routings.summarise(
@@ -74,53 +76,6 @@ def routing(
     else:
         n_rows = report.MOST_LAYERS if top is None else whole(top, "--top")
         print_words(report.routing_page(summary, width(), n_rows))
-
-
-def _is_pattern(source: str) -> bool:
-    is_named = routings.is_pattern(source) or source.partition(":")[0] in routings.FAMILIES
-    return is_named and not Path(source).is_file()
-
-
-def _drawn(name: str, shape: str | None, n_steps: int, n_tokens: int) -> Recording:
-    """A recording drawn from a pattern or family for the sizes of a shape."""
-    if shape is None:
-        raise InputError(f"routing {name!r} is a pattern: give --shape for its layers, experts and top-k")
-    sizes = hf_config.resolve(shape)
-    shares = routings.synthetic_steps(name, n_steps, sizes.n_layers, sizes.n_experts, seed=0)
-    counts = routings.synthetic_counts(shares, n_tokens, sizes.top_k, seed=0)
-    return Recording(
-        f"{name} ({sizes.name})",
-        counts.astype(np.float64),
-        np.arange(sizes.n_layers),
-        sizes.top_k,
-        np.full(n_steps, n_tokens),
-        notes=("drawn from a pattern, not recorded",),
-    )
-
-
-def _read(source: str) -> Recording:
-    """The recording in a file of counts `[experts]`, `[layers, experts]` or `[steps, layers, experts]`."""
-    routings.read_shares(source)  # refuses what is no routing file, in words
-    file, key, layer = files.split_source(source)
-    arrays = files._read_arrays(Path(file))
-    chosen = np.asarray(files._choose(Path(file), arrays, key), dtype=np.float64)
-    loads = chosen if chosen.ndim == 3 else np.atleast_2d(chosen)[None]
-    beside = arrays if "counts" in arrays and key in ("", "counts") else {}
-    found = Recording(
-        Path(file).name,
-        loads,
-        np.asarray(beside.get("layers", np.arange(loads.shape[1])), dtype=np.int64),
-        int(beside["top_k"]) if "top_k" in beside else None,
-        np.asarray(beside["n_tokens"], dtype=np.int64) if "n_tokens" in beside else None,
-    )
-    return found if layer is None else routings.selected(found, [int(found.layers[layer])])
-
-
-def _with_top_k(recording: Recording, top_k: int) -> Recording:
-    """The recording with the top-k that a person gave; raises InputError where the file says another."""
-    if recording.top_k not in (None, top_k):
-        raise InputError(f"--top-k is {top_k}, but {recording.name} says {recording.top_k}")
-    return replace(recording, top_k=top_k)
 
 
 def _numbers(words: str, option: str, least: int = 1) -> list[int]:

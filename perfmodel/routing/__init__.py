@@ -1,9 +1,11 @@
 """How tokens spread over experts: routing patterns with stated definitions, routing files, statistics of skew.
 
 A routing is named by a pattern (`patterns`) or a file (`files`); `batches` makes the counts of a batch of it, `steps`
-those of several steps and layers, `published` those of a public collection of measurements, `statistics`,
-`sampling` and `temporal` say how skewed a recording is, how sure that is and whether it lasts, and `verdict` whether it
-is worth anything; `summary` has all of that. docs/routing.md has the definitions.
+those of several steps and layers, `published` those of a public collection of measurements. A file becomes a
+`recording`, by way of `torch_files`, `json_files` and `tables` for what is written in it, and `arrays`, `selections`,
+`engines` and `dumps` for what that means. `statistics`, `sampling` and `temporal` say how skewed a recording is, how
+sure that is and whether it lasts, and `verdict` whether it is worth anything; `summary` has all of that.
+docs/routing.md has the definitions.
 """
 
 from .batches import (
@@ -15,7 +17,7 @@ from .batches import (
     routing,
     sample_choices,
 )
-from .files import Counts, layer_shares, read_shares, routing_keys, write_counts
+from .files import Counts, layer_shares, read_recording, read_shares, routing_keys, write_counts
 from .patterns import (
     PATTERNS,
     Shares,
@@ -47,7 +49,7 @@ from .statistics import (
     max_over_mean,
     served_curves,
 )
-from .steps import FAMILIES, family_usages, synthetic_counts, synthetic_steps
+from .steps import FAMILIES, family_usages, synthetic_counts, synthetic_recording, synthetic_steps
 from .summary import DECODE_TOKENS, RoutingSummary, selected, summarise
 from .temporal import HOT_FRAC, WINDOWS, ExpertsInTime, HotSetOverlap, experts_in_time, hot_set_overlap
 from .verdict import RESIDENT_FRAC, DecodeGain, ResidentGain, Verdict, judge
@@ -105,6 +107,7 @@ __all__ = [
     "pattern_usages",
     "power_law_shares",
     "published_counts",
+    "read_recording",
     "read_shares",
     "routing",
     "routing_keys",
@@ -114,6 +117,7 @@ __all__ = [
     "served_curves",
     "summarise",
     "synthetic_counts",
+    "synthetic_recording",
     "synthetic_steps",
     "uniform_shares",
     "write_counts",

@@ -110,7 +110,7 @@ def routing(source: str, n_experts: int, top_k: int, n_tokens: int) -> Routing:
     Small batches are drawn at random (seeded, at least N_DRAWS rows over the layers), because it matters which experts
     a few tokens wake; large ones are their expected counts. `uniform` stays balanced to within one token per expert.
     """
-    shares = pattern_shares(source, n_experts) if is_pattern(source) else read_shares(source)
+    shares = pattern_shares(source, n_experts) if is_pattern(source) else read_shares(source, n_experts)
     if shares.shape[1] != n_experts:
         raise InputError(f"routing {source!r} is for {shares.shape[1]} experts, the model shape has {n_experts}")
     counts = expected_counts(shares, n_tokens, top_k)

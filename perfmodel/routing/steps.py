@@ -10,6 +10,7 @@ from perfmodel.errors import InputError
 
 from .batches import MAX_DRAWN, drawn_counts, expected_counts
 from .files import Counts
+from .recording import Recording
 from .patterns import (
     DEFAULT_EXPONENT,
     Argument,
@@ -116,3 +117,18 @@ def synthetic_counts(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Co
         seeds = np.random.SeedSequence(seed).generate_state(len(rows))
         counts = np.stack([drawn_counts(row, n_tokens, top_k, int(own)) for row, own in zip(rows, seeds, strict=True)])
     return counts.reshape(n_steps, n_layers, n_experts)
+
+
+def synthetic_recording(
+    name: str, n_steps: int, n_layers: int, n_experts: int, n_tokens: int, top_k: int, seed: int = 0
+) -> Recording:
+    """A recording drawn from a pattern or family, of steps of n_tokens tokens; its notes say that it was drawn."""
+    shares = synthetic_steps(name, n_steps, n_layers, n_experts, seed)
+    return Recording(
+        f"{name}, drawn",
+        synthetic_counts(shares, n_tokens, top_k, seed).astype(np.float64),
+        np.arange(n_layers),
+        top_k,
+        np.full(n_steps, n_tokens),
+        notes=("drawn from a pattern, not recorded",),
+    )
