@@ -6,6 +6,7 @@ from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.traces import findings_text, trace_page
+from perfmodel.report.trimoe import trimoe_page
 from perfmodel.report.words import N_TOP, WIDTH, table
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "sweep_page",
     "table",
     "trace_page",
+    "trimoe_page",
 ]
