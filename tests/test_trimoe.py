@@ -16,7 +16,19 @@ from perfmodel.offload.beside import near_data_ns
 from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT, TIERS
 from perfmodel.predict import basis_of, work_of
 from perfmodel.routing import Routing
-from perfmodel.trimoe import Costs, Machine, Options, Table, busy, greedy, machine_of, read_table, refine, schedule
+from perfmodel.trimoe import (
+    Costs,
+    Machine,
+    Options,
+    Table,
+    busy,
+    costs_of,
+    greedy,
+    machine_of,
+    read_table,
+    refine,
+    schedule,
+)
 from perfmodel.trimoe.scheduler import UNIT_OF, _makespans_after
 
 TRIMOE, V2 = hardware("trimoe"), moe.shape("deepseek-v2")
@@ -214,6 +226,14 @@ def test_greedy_takes_the_cheapest_and_the_memory_for_idle_experts() -> None:
     assert [TIERS[d] for d in greedy(costs)[0]] == ["resident", "host", "near-data", "near-data"]
     assert np.array_equal(schedule(costs, is_refined=False), greedy(costs))
     assert UNIT_OF[[RESIDENT, COPIED]].tolist() == [0, 0]
+
+
+def test_times_of_ones_own_are_scheduled_too() -> None:
+    inf = np.inf
+    times = np.array([[[inf, 9.0, 5.0, 4.0], [inf, 9.0, 5.0, 4.0], [1.0, inf, 5.0, 4.0]]])
+    assert schedule(costs_of(times)).tolist() in ([[NEAR_DATA, ON_HOST, RESIDENT]], [[ON_HOST, NEAR_DATA, RESIDENT]])
+    apart = costs_of(times, np.array([[0, 1, 0]]), 2)
+    assert schedule(apart).tolist() == [[NEAR_DATA, NEAR_DATA, RESIDENT]]
 
 
 def test_layers_are_scheduled_independently() -> None:

@@ -49,10 +49,11 @@ def trimoe(
     table: Annotated[
         list[str] | None, typer.Option(help="Times by tokens: gpu=FILE.csv, cpu=..., ndp=..., columns tokens and ns.")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="A fitted model of the GPU's kernel, as of `predict`.")] = None,
     as_json: Json = False,
 ) -> None:
     """Decode with experts on GPU, CPU and near-data memory modules (TriMoE), beside baselines and published figures."""
-    from perfmodel import hf_config, trimoe
+    from perfmodel import hf_config, latency, trimoe
     from perfmodel.offload.device import require_near_data
     from perfmodel.trimoe.prediction import HOT_FROM
     from perfmodel.trimoe.study import SCALES
@@ -73,7 +74,7 @@ def trimoe(
         source=routing,
         n_steps=whole(steps, "--steps"),
         n_layers=min(whole(layers, "--layers"), moe_shape.n_layers),
-        n_slots=None if hbm_slots is None else int(hbm_slots) if hbm_slots == "0" else whole(hbm_slots, "--hbm-slots"),
+        n_slots=None if hbm_slots is None else _slots(hbm_slots),
         budget_bytes=None if hbm_budget is None else text.parse_bytes(hbm_budget),
     )
     work = replace(
@@ -81,6 +82,7 @@ def trimoe(
         options=options,
         attention_ns=0.0 if attention is None else text.parse_ns(attention),
         tables=dict(_table(word) for word in table or ()),
+        model=latency.load_model(model) if model else None,
     )
     if cold_below is not None:
         below = number(cold_below, "--cold-below")
@@ -100,6 +102,12 @@ def trimoe(
         print_json({**found.to_json(), "sensitivity": rows})
     else:
         print_words(report.trimoe_page(found, ranged, routing, width()))
+
+
+def _slots(word: str) -> int:
+    if not word.isdecimal():
+        raise InputError(f"--hbm-slots is {word!r}, expected a whole number, 0 or more")
+    return int(word)
 
 
 def _scale(word: str | None, option: str, profile: hardware.HardwareProfile, key: str) -> float:

@@ -37,7 +37,8 @@ def trimoe_page(found: "Comparison", scaled: Sequence[tuple[str, "Comparison"]],
     lines += [
         f"utilisation   {_beside(text.frac(found.utilisation_frac), UTILISATION, found.utilisation_frac)}, mean of "
         f"{', '.join(f'{UNIT_WORDS[unit]} {text.frac(value)}' for unit, value in system.utilisation.items())}; "
-        f"modules with the reads they serve {text.frac(system.dimm_busy_frac)}",
+        f"modules with the reads they serve {text.frac(system.dimm_busy_frac)}, then the mean is "
+        f"{text.frac(found.utilisation_with_reads_frac)}",
         f"bottleneck    {UNIT_WORDS[found.bottleneck]} in {text.frac(slowest_frac)} of layers",
         f"overhead      {_beside(text.frac(system.overhead_frac), OVERHEAD, system.overhead_frac)}",
     ]

@@ -5,7 +5,7 @@ need, `relayout` what is moved for it, `simulate` steps of a model under a syste
 it is compared with, `steps` the routing. `study` and `study_page` make docs/trimoe.md.
 """
 
-from .costs import Costs, Machine, Options, Table, machine_of, read_table
+from .costs import Costs, Machine, Options, Table, costs_of, machine_of, read_table
 from .prediction import Accuracy, Bounds, accuracy, classify, ema
 from .relayout import Layout, Relayout, Window, relayout
 from .scheduler import Busy, busy, greedy, refine, schedule
@@ -35,6 +35,7 @@ __all__ = [
     "busy",
     "classify",
     "compare",
+    "costs_of",
     "ema",
     "greedy",
     "machine_of",

@@ -132,6 +132,15 @@ class Costs:
         return replace(self, cost_ns=cost)
 
 
+def costs_of(cost_ns: Array, home: Index | None = None, n_dimms: int = 1) -> Costs:
+    """Costs of times of your own, `cost_ns[batch, expert, domain]` (infinite where impossible): near-data times are
+    spent in module `home[batch, expert]` (null: the first), and modules serve no reads."""
+    at_home = np.zeros_like(cost_ns)
+    at_home[..., NEAR_DATA] = np.where(np.isfinite(cost_ns[..., NEAR_DATA]), cost_ns[..., NEAR_DATA], 0.0)
+    where = np.zeros(cost_ns.shape[:2], dtype=np.int64) if home is None else home
+    return Costs(cost_ns, np.zeros_like(cost_ns), at_home, where, n_dimms)
+
+
 @dataclass(frozen=True, eq=False)
 class Machine:
     """The three places where an expert of one shape is computed, and how long its weights take to each of them.

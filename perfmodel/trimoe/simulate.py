@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from perfmodel import text
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
+from perfmodel.latency import LatencyModel
 from perfmodel.moe import MoEShape
 from perfmodel.physics import Array
 from perfmodel.placement import COPIED, NEAR_DATA
@@ -48,7 +50,8 @@ class Workload:
     `steps[step, layer, expert]` to be timed; `n_slots` experts of each layer have room in device memory.
 
     `attention_ns` is the time per layer beside its experts, under which weights may move too (0: attention is not
-    modelled, and hides nothing). `tables` are times by tokens that stand before the computed ones.
+    modelled, and hides nothing). `tables` are times by tokens that stand before the computed ones, `model` a fitted
+    model of the GPU's kernel (null: default constants).
     """
 
     profile: HardwareProfile
@@ -61,6 +64,7 @@ class Workload:
     new_frac: float = NEW_FRAC
     attention_ns: float = 0.0
     tables: dict[str, Table] = field(default_factory=dict)
+    model: LatencyModel | None = None
 
     def machine(self, system: System) -> Machine:
         """The machine as far as a system uses it."""
@@ -72,7 +76,7 @@ class Workload:
             has_ndp=o.has_ndp and system.has_ndp,
         )
         most = int(np.ceil(max(self.before.max(), self.steps.max())))
-        return machine_of(self.profile, self.shape, most, options=options, tables=self.tables)
+        return machine_of(self.profile, self.shape, most, options=options, model=self.model, tables=self.tables)
 
 
 def workload(
@@ -102,8 +106,15 @@ def workload(
         n_slots = int(budget // (shape.expert_bytes * shape.n_layers))
     if n_slots < 0:
         raise InputError(f"{n_slots} experts of a layer in device memory, expected at least 0")
+    n_slots = min(n_slots, n_experts)
+    taken, room = n_slots * shape.n_layers * shape.expert_bytes, profile["memory_capacity_bytes"]
+    if taken > room:
+        raise InputError(
+            f"{n_slots} experts of each of {shape.n_layers} layers take {text.n_bytes(taken)}, the device memory of "
+            f"{profile.name!r} is {text.n_bytes(room)}"
+        )
     loads = recording.loads
-    return Workload(profile, shape, loads[:n_before], loads[n_before:], min(n_slots, n_experts), options)
+    return Workload(profile, shape, loads[:n_before], loads[n_before:], n_slots, options)
 
 
 @dataclass(frozen=True, eq=False)

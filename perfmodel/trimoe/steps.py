@@ -11,8 +11,8 @@ from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
 from perfmodel.routing import Recording, Shares, is_pattern, read_shares, synthetic_counts, synthetic_steps
 from perfmodel.routing.files import COUNTS, split_source
-from perfmodel.routing.patterns import Argument, numbers_after
-from perfmodel.routing.steps import FAMILIES
+from perfmodel.routing.patterns import Argument, numbers_after, pattern_usages
+from perfmodel.routing.steps import FAMILIES, family_usages
 
 FAMILY = "three-class"
 # arXiv 2603.01058: more than 70 % of experts carry about 8 % of tokens (cold), 20 to 40 % carry up to 70 % (warm). The
@@ -77,8 +77,11 @@ def steps_of(source: str, shape: MoEShape, n_tokens: int, n_steps: int, n_layers
 
 def _file_shares(source: str, n_steps: int) -> Shares:
     """Shares `[step, layer, expert]` of a routing file; one that knows no steps is the same in each of `n_steps`."""
-    overall = read_shares(source)
     file, key, layer = split_source(source)
+    if not Path(file).is_file():
+        known = ", ".join([f"{FAMILY}[:{CHURN.name.upper()}]", *family_usages(), *pattern_usages()])
+        raise InputError(f"no routing file {file!r}, and no routing of that name; known: {known}")
+    overall = read_shares(source)
     counts = np.empty(0)
     if Path(file).suffix != ".csv":
         loaded = np.load(file, allow_pickle=False)
