@@ -147,6 +147,13 @@ def test_a_table_joins_its_points_and_ends_at_the_last(tmp_path) -> None:
         machine_of(TRIMOE, V2, 20, tables={"tpu": table})
 
 
+def test_tables_of_large_batches_have_fewer_points_and_the_same_times() -> None:
+    small, large = (machine_of(TRIMOE, V2, n).gpu for n in (4096, 10**9))
+    tokens = np.arange(1.0, 4097.0)
+    assert np.array_equal(small.at(tokens), large.at(tokens)) and len(large.tokens) < 10_000
+    assert large.tokens[-1] == 10**9
+
+
 @pytest.mark.parametrize(
     "content", ["", "tokens,ns\n", "a,b\n1,2\n", "tokens,ns\n1,x\n", "tokens,ns\n2,5\n1,5\n", "tokens,ns\n1,-5\n"]
 )

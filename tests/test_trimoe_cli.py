@@ -55,6 +55,8 @@ def test_json_holds_the_same_with_units_and_switches_change_it() -> None:
     assert "cpu" not in bare["systems"]["TriMoE without CPU, refinement, relayout"]["utilisation"]
     slow = json.loads(run("--json", "--ndp-bandwidth", "0.5x", "--ndp-flops", "500GFLOP/s", "--hbm-slots", "0"))
     assert slow["n_slots"] == 0 and slow["step_ns"] > whole["step_ns"]
+    classes = json.loads(run("--json", "--cold-below", "0.5", "--hot-from", "3"))
+    assert classes["bounds"] == {"cold_below": 0.5, "hot_from": 3.0}
     quarter = next(row for row in whole["sensitivity"] if row["ndp_computing_scale"] == 0.25)
     alone = json.loads(run("--json", "--ndp-flops", "0.25x"))
     assert alone["step_ns"] == pytest.approx(quarter["step_ns"])
@@ -101,6 +103,7 @@ def test_a_recorded_routing_and_tables_of_times_are_read(tmp_path) -> None:
         (("--routing", "nope"), "no routing file 'nope'.*three-class"),
         (("--table", "gpu"), "expected DOMAIN=FILE.csv"),
         (("--cold-below", "-2"), "--cold-below is '-2'"),
+        (("--cold-below", "5"), "classes begin at 5 and 4 mean loads"),
         (("--batch", "many"), "--batch is 'many', expected a whole number"),
     ],
 )

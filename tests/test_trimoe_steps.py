@@ -269,4 +269,8 @@ def test_a_workload_is_refused_that_does_not_fit_its_shape() -> None:
         workload(MACHINE, SMALL, recording, 3)
     assert workload(MACHINE, GLM, steps_of("uniform", GLM, 8, 2, 1), 1).n_slots == 25  # 40 GB of 45 layers' experts
     assert workload(MACHINE, SMALL, recording, 1, budget_bytes=0).n_slots == 0
+    with pytest.raises(InputError, match="no order of time"):
+        workload(MACHINE, SMALL, replace(recording, is_ordered=False), 1)
+    with pytest.raises(InputError, match="more than 100,000,000 loads"):
+        steps_of("uniform", SMALL, 8, 10**9, 2)
     assert isinstance(recording, Recording)

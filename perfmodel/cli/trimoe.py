@@ -43,6 +43,7 @@ def trimoe(
     cold_below: Annotated[
         str | None, typer.Option(help="Mean loads below which experts are cold; what suits earlier steps unless given.")
     ] = None,
+    hot_from: Annotated[str | None, typer.Option(help="Mean loads from which experts are hot; 4 unless given.")] = None,
     attention: Annotated[
         str | None, typer.Option(help="Time per layer beside its experts, such as 200us, under which weights may move.")
     ] = None,
@@ -55,7 +56,7 @@ def trimoe(
     """Decode with experts on GPU, CPU and near-data memory modules (TriMoE), beside baselines and published figures."""
     from perfmodel import hf_config, latency, trimoe
     from perfmodel.offload.device import require_near_data
-    from perfmodel.trimoe.prediction import HOT_FROM
+    from perfmodel.trimoe.prediction import COLD_BELOW, HOT_FROM
     from perfmodel.trimoe.study import SCALES
     from perfmodel.trimoe.systems import variant
 
@@ -84,9 +85,9 @@ def trimoe(
         tables=dict(_table(word) for word in table or ()),
         model=latency.load_model(model) if model else None,
     )
-    if cold_below is not None:
-        below = number(cold_below, "--cold-below")
-        work = replace(work, bounds=trimoe.Bounds(below, max(HOT_FROM, below)))
+    hot = HOT_FROM if hot_from is None else number(hot_from, "--hot-from")
+    cold = min(COLD_BELOW, hot) if cold_below is None else number(cold_below, "--cold-below")
+    work = replace(work, bounds=trimoe.Bounds(cold, hot))
     system = variant(has_cpu=not no_cpu, has_amx=not no_amx, is_refined=not no_refinement, has_relayout=not no_relayout)
     fitted = cold_below is None
     found = trimoe.compare(work, system, has_fitted_bounds=fitted)

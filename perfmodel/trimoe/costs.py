@@ -33,6 +33,7 @@ N_DOMAINS = 1 + max(RESIDENT, COPIED, ON_HOST, NEAR_DATA)
 # ktransformers takes its AMX kernels above this many tokens per expert, AVX-512 below; AMX multiplies 8 times as fast
 # as AVX-512 (its notes on AMX), which is all that is known of the slower kernels here.
 AVX512_TOKENS, AMX_OVER_AVX512 = 4, 8.0
+MAX_DENSE = 4096  # tokens up to which computed tables have each number of tokens
 # 16 modules on 8 channels (arXiv 2603.01058, set-up): one module alone can use all of its channel, so it serves a read
 # at twice its part of the bandwidth of host memory.
 DIMMS_PER_CHANNEL = 2
@@ -208,7 +209,7 @@ def machine_of(
     if unknown := set(given) - set(TABLES):
         raise InputError(f"unknown table {sorted(unknown)[0]!r}; known: {', '.join(TABLES)}")
     o, n_bytes = options.offload, shape.expert_bytes
-    tokens = np.arange(1, max_tokens + 1, dtype=np.float64)
+    tokens = _grid(max_tokens)
     flops = tokens * sum(gemm_flops(1, k, n) for k, n in shape.gemms)
     device = basis_of(profile, shape, model).device
     n_dimms, ndp, internal, gather = 1, None, np.inf, np.inf
@@ -236,6 +237,14 @@ def machine_of(
         serving_ns=n_bytes / n_dimms / one_dimm * NS_PER_S,
         n_dimms=n_dimms,
     )
+
+
+def _grid(max_tokens: int) -> Array:
+    """Numbers of tokens that a table is computed at: all of them up to MAX_DENSE, from there on ever fewer."""
+    dense = np.arange(1, min(max_tokens, MAX_DENSE) + 1, dtype=np.float64)
+    if max_tokens <= MAX_DENSE:
+        return dense
+    return np.unique(np.concatenate([dense, np.geomspace(MAX_DENSE, max_tokens, MAX_DENSE).round()]))
 
 
 def _gpu_table(device: Device, shape: MoEShape, tokens: Array) -> Table:

@@ -92,11 +92,16 @@ def workload(
     """The workload of a recording whose first `n_before` steps only say how popular experts are.
 
     Room in device memory is `n_slots` per layer, or what a budget for the routed experts of all layers of the model
-    gives, null for HBM_FRAC of device memory. Raises InputError for too few steps, and a recording of another shape.
+    gives, null for HBM_FRAC of device memory. Raises InputError for too few steps, steps without order, a recording of
+    another shape, and more than device memory holds.
     """
     n_steps, _, n_experts = recording.loads.shape
     if n_experts != shape.n_experts:
         raise InputError(f"{recording.name}: {n_experts} experts, {shape.name} has {shape.n_experts}")
+    if not recording.is_ordered:
+        raise InputError(
+            f"{recording.name}: its steps are in no order of time, and each is predicted from those before"
+        )
     if not 1 <= n_before < n_steps:
         raise InputError(
             f"{recording.name}: {n_steps} steps of which {n_before} come before, expected one or more of each"
@@ -107,11 +112,11 @@ def workload(
     if n_slots < 0:
         raise InputError(f"{n_slots} experts of a layer in device memory, expected at least 0")
     n_slots = min(n_slots, n_experts)
-    taken, room = n_slots * shape.n_layers * shape.expert_bytes, profile["memory_capacity_bytes"]
-    if taken > room:
+    taken, room = n_slots * shape.n_layers * shape.expert_bytes, profile.first("memory_capacity_bytes")
+    if room is not None and taken > room[1].value:
         raise InputError(
             f"{n_slots} experts of each of {shape.n_layers} layers take {text.n_bytes(taken)}, the device memory of "
-            f"{profile.name!r} is {text.n_bytes(room)}"
+            f"{profile.name!r} is {text.n_bytes(room[1].value)}"
         )
     loads = recording.loads
     return Workload(profile, shape, loads[:n_before], loads[n_before:], n_slots, options)

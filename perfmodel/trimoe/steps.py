@@ -22,6 +22,7 @@ COLD_TOKEN_FRAC, WARM_TOKEN_FRAC = 0.08, 0.70
 # Ours, for no number is published: how much experts of one class differ (log units), and how many of a layer's experts
 # take each other's places from one step to the next.
 WITHIN_CLASS_LOG_SPREAD = 0.3
+MAX_LOADS = 10**8  # of all experts in all steps, which are held at once
 CHURN = Argument("churn", 0.05, 0, 1)
 
 
@@ -61,6 +62,11 @@ def steps_of(source: str, shape: MoEShape, n_tokens: int, n_steps: int, n_layers
     its own steps, once each, where it has several (as many as there are, at most `n_steps`). Counts are drawn anew from
     the shares of each step. Raises InputError for a file of another number of experts.
     """
+    if n_steps * n_layers * shape.n_experts > MAX_LOADS:
+        raise InputError(
+            f"{n_steps:,} steps (some before the timed ones) of {n_layers} layers of {shape.n_experts} experts are "
+            f"more than {MAX_LOADS:,} loads"
+        )
     name = source.partition(":")[0]
     if name == FAMILY:
         shares = three_class_shares(n_steps, n_layers, shape.n_experts, numbers_after(source, (CHURN,))[0], seed)
