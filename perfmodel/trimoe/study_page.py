@@ -35,7 +35,7 @@ from .systems import BASELINES
 
 MACHINE, BATCH = "trimoe", 512
 N_STEPS, N_LAYERS, FEW_STEPS = 32, 4, 8
-BANDWIDTHS, FLOPS = (0.25, 1.0, 4.0), (0.25, 0.5, 1.0)
+BANDWIDTHS, FLOPS = (0.25, 1.0, 4.0), (0.25, 0.5, 1.0, 4.0)
 SLOW_FLOPS = 0.25  # of the near-data FLOP/s: the page's second setting
 ROUTINGS = ("three-class", "three-class:0", "three-class:0.2", "temporal", "power-law", "uniform")
 WARM_TOKENS = 45  # the mean of a warm expert where 30 % of DeepSeek-V2's experts share 70 % of 512 tokens
