@@ -26,7 +26,7 @@ LEVELS = (
     {"baselines", "roofline", "regression", "plausible", "transfer"},
     {"evaluation"},
     {"sources"},
-    {"adapt", "design", "fitting", "explain", "offload", "predict"},
+    {"adapt", "design", "fitting", "explain", "offload", "predict", "trimoe"},
     {"placing"},
     {"schedule", "report"},
     {"figures"},

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perfmodel.errors import InputError
-from perfmodel.placement import COPIED, ON_HOST, POLICIES, RESIDENT, Problem, Tiers
+from perfmodel.placement import COPIED, ON_HOST, POLICIES, RESIDENT, TIERS, Problem, Tiers
 from perfmodel.placement.costs import Array, Costs
 from perfmodel.placement.dispatch import DISPATCHES, Steps
 from perfmodel.placement.optimal import Solution, minimise
@@ -101,7 +101,8 @@ def _swapped(question: Question) -> Question:
 def _coldest(question: Question, costs: Costs) -> Tiers:
     """The tier outside device memory in which each expert is fastest by its own longest load, `[layer, expert]`."""
     longest = np.stack([costs.by_layer(block.values.max(axis=2)) for block in costs.blocks[1:]], axis=2)
-    return np.array(question.tiers[1:], dtype=np.int8)[longest.argmin(axis=2)]
+    coldest: Tiers = np.array(question.tiers[1:], dtype=np.int8)[longest.argmin(axis=2)]
+    return coldest
 
 
 def _by_policy(question: Question, name: str, colder: Tiers) -> Outcome:
@@ -115,8 +116,9 @@ def _by_policy(question: Question, name: str, colder: Tiers) -> Outcome:
 def _optimal(question: Question, costs: Costs, colder: Tiers, others: list[Outcome]) -> Outcome:
     """The placement of least predicted time. The search goes by the table of costs, where others help it to start; what
     it and the others found is then judged by the full formulas, each with and without dividing steps anew."""
-    position = {tier: at for at, tier in enumerate(question.tiers)}
-    starts = tuple(np.vectorize(position.get, otypes=[np.int8])(one.tier) for one in others)
+    position = np.zeros(len(TIERS), dtype=np.int8)
+    position[list(question.tiers)] = np.arange(len(question.tiers))
+    starts = tuple(position[one.tier] for one in others)
     solution = minimise(costs, question.size_bytes, question.budgets, starts)
     tiers = [np.array(question.tiers, dtype=np.int8)[solution.tier]]
     if len(question.tiers) > 2:  # host and link slow each other, which the table leaves out

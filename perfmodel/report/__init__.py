@@ -7,6 +7,7 @@ from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
 from perfmodel.report.traces import findings_text, trace_page
+from perfmodel.report.trimoe import trimoe_page
 from perfmodel.report.words import N_TOP, WIDTH, table
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "sweep_page",
     "table",
     "trace_page",
+    "trimoe_page",
 ]

@@ -10,7 +10,6 @@ from perfmodel.errors import InputError
 
 from .batches import MAX_DRAWN, drawn_counts, expected_counts
 from .files import Counts
-from .recording import Recording
 from .patterns import (
     DEFAULT_EXPONENT,
     Argument,
@@ -21,6 +20,7 @@ from .patterns import (
     pattern_usages,
     power_law_shares,
 )
+from .recording import Recording
 
 # Means over steps that GEM (arXiv 2605.19945) reports, not cut-offs: consistent experts are used in about 85 % of
 # steps, temporal ones in about 17 % and then with about 3 times the tokens, bursty and correlated among each other.

@@ -1,0 +1,94 @@
+"""Tokens of each expert step by step: a family made from the statistics TriMoE states, another pattern, or a file.
+
+Counts are `[step, layer, expert]`, token-expert assignments of a decode batch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from perfmodel.errors import InputError
+from perfmodel.moe import MoEShape
+from perfmodel.routing import Recording, Shares, is_pattern, read_recording, synthetic_counts, synthetic_steps
+from perfmodel.routing.files import split_source
+from perfmodel.routing.patterns import Argument, numbers_after, pattern_usages
+from perfmodel.routing.steps import FAMILIES, family_usages
+
+FAMILY = "three-class"
+# arXiv 2603.01058: more than 70 % of experts carry about 8 % of tokens (cold), 20 to 40 % carry up to 70 % (warm). The
+# few hot ones carry what is left. Within these ranges the fractions are ours.
+COLD_EXPERT_FRAC, WARM_EXPERT_FRAC = 0.72, 0.25
+COLD_TOKEN_FRAC, WARM_TOKEN_FRAC = 0.08, 0.70
+# Ours, for no number is published: how much experts of one class differ (log units), and how many of a layer's experts
+# take each other's places from one step to the next.
+WITHIN_CLASS_LOG_SPREAD = 0.3
+MAX_LOADS = 10**8  # of all experts in all steps, which are held at once
+CHURN = Argument("churn", 0.05, 0, 1)
+
+
+def three_class_shares(n_steps: int, n_layers: int, n_experts: int, churn: float, seed: int) -> Shares:
+    """Shares `[step, layer, expert]` of cold, warm and hot experts in TriMoE's proportions, in each layer's own order.
+
+    In each step every expert with probability `churn` joins those that exchange their places in that order. Raises
+    InputError for fewer experts than classes.
+    """
+    n_cold, n_warm = round(COLD_EXPERT_FRAC * n_experts), round(WARM_EXPERT_FRAC * n_experts)
+    n_hot = n_experts - n_cold - n_warm
+    if n_hot < 1:
+        n_hot, n_warm = 1, n_warm - 1
+    if min(n_cold, n_warm) < 1:
+        raise InputError(f"routing {FAMILY!r}: {n_experts} experts, expected enough for a cold, a warm and a hot one")
+    rng = np.random.default_rng(seed)
+    sizes = np.array([n_cold, n_warm, n_hot])
+    parts = np.array([COLD_TOKEN_FRAC, WARM_TOKEN_FRAC, 1 - COLD_TOKEN_FRAC - WARM_TOKEN_FRAC])
+    shares = np.empty((n_steps, n_layers, n_experts))
+    for layer in range(n_layers):
+        weights = np.exp(WITHIN_CLASS_LOG_SPREAD * rng.standard_normal(n_experts))
+        sums = np.add.reduceat(weights, np.cumsum(sizes) - sizes)
+        ranked = weights * np.repeat(parts / sums, sizes)
+        place = rng.permutation(n_experts)
+        for step in range(n_steps):
+            if step:
+                movers = np.flatnonzero(rng.random(n_experts) < churn)
+                place[movers] = place[rng.permutation(movers)]
+            shares[step, layer] = ranked[place]
+    return shares
+
+
+def steps_of(source: str, shape: MoEShape, n_tokens: int, n_steps: int, n_layers: int, seed: int = 0) -> Recording:
+    """`n_steps` steps of `n_tokens` tokens each under a routing, for as many MoE layers.
+
+    `source` is `three-class[:CHURN]`, a name that `synthetic_steps` takes, or a routing file: then its own layers, and
+    its own steps, once each, where it has several (as many as there are, at most `n_steps`). Counts are drawn anew from
+    the shares of each step. Raises InputError for a file of another number of experts.
+    """
+    if n_steps * n_layers * shape.n_experts > MAX_LOADS:
+        raise InputError(
+            f"{n_steps:,} steps (some before the timed ones) of {n_layers} layers of {shape.n_experts} experts are "
+            f"more than {MAX_LOADS:,} loads"
+        )
+    name = source.partition(":")[0]
+    if name == FAMILY:
+        shares = three_class_shares(n_steps, n_layers, shape.n_experts, numbers_after(source, (CHURN,))[0], seed)
+    elif name in FAMILIES or is_pattern(source):
+        shares = synthetic_steps(source, n_steps, n_layers, shape.n_experts, seed)
+    else:
+        shares = _file_shares(source, shape, n_steps)
+    if shares.shape[2] != shape.n_experts:
+        raise InputError(f"routing {source!r} is for {shares.shape[2]} experts, the model shape has {shape.n_experts}")
+    counts = synthetic_counts(shares, n_tokens, shape.top_k, seed).astype(np.float64)
+    tokens = np.full(len(counts), n_tokens, dtype=np.int64)
+    return Recording(source, counts, np.arange(counts.shape[1]), shape.top_k, tokens)
+
+
+def _file_shares(source: str, shape: MoEShape, n_steps: int) -> Shares:
+    """Shares `[step, layer, expert]` of a routing file; one that knows no steps is the same in each of `n_steps`."""
+    if not Path(split_source(source)[0]).exists():
+        known = ", ".join([f"{FAMILY}[:{CHURN.name.upper()}]", *family_usages(), *pattern_usages()])
+        raise InputError(f"no routing file {source!r}, and no routing of that name; known: {known}")
+    found = read_recording(source, n_experts=shape.n_experts, top_k=shape.top_k)
+    if len(found.loads) == 1:
+        return np.broadcast_to(found.shares, (n_steps, *found.shares.shape)).copy()
+    loads = found.loads[:n_steps]
+    sums = loads.sum(axis=2, keepdims=True)
+    return np.where(sums > 0, loads / np.maximum(sums, 1.0), found.shares)

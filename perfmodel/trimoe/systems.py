@@ -1,0 +1,106 @@
+"""TriMoE with and without its parts, and the systems it is compared with: all but TriMoE's own rules reconstructed.
+
+The baselines of arXiv 2603.01058 are other people's systems; these are ours, made of what each is said to do, on the
+same cost model, with as many experts in device memory, chosen by the same loads.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from perfmodel.physics import Array
+from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
+
+from .costs import Costs
+from .prediction import COLD, Bounds, classify
+from .scheduler import Domains, busy, schedule
+from .simulate import System, Workload, simulate
+
+MAX_COPIED = 32  # hottest experts of a layer that the GPU-NDP baseline may copy
+COLD_FRACS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the load from which experts are hot: below it they are cold
+
+
+def _scheduled(costs: Costs, tokens: Array, bounds: Bounds, *, is_refined: bool = True) -> Domains:
+    return schedule(costs, is_refined=is_refined, is_guarded=False)
+
+
+def _residents_or(costs: Costs, domain: int) -> Domains:
+    """Residents on the GPU, all others in one domain."""
+    return np.where(np.isfinite(costs.cost_ns[..., RESIDENT]), RESIDENT, domain)
+
+
+def _gpu_cpu(costs: Costs, tokens: Array, bounds: Bounds) -> Domains:
+    return _residents_or(costs, ON_HOST)
+
+
+def _gpu_prefetch(costs: Costs, tokens: Array, bounds: Bounds) -> Domains:
+    return _residents_or(costs, COPIED)
+
+
+def _cold_on_cpu(costs: Costs, tokens: Array, bounds: Bounds) -> Domains:
+    on_gpu = _residents_or(costs, COPIED)
+    return np.where((on_gpu == COPIED) & (classify(tokens, bounds) == COLD), ON_HOST, on_gpu)
+
+
+def _gpu_ndp(costs: Costs, tokens: Array, bounds: Bounds) -> Domains:
+    """As many of the hottest of the others are copied as make the layer shortest, which MoNDE balances too."""
+    domain = _residents_or(costs, NEAR_DATA)
+    best, shortest = domain, busy(costs, domain).makespan_ns
+    order = np.argsort(np.where(domain == NEAR_DATA, -tokens, np.inf), axis=1, kind="stable")
+    for n in range(min(MAX_COPIED, tokens.shape[1])):
+        expert = order[:, n : n + 1]
+        domain = domain.copy()
+        was = np.take_along_axis(domain, expert, axis=1)
+        np.put_along_axis(domain, expert, np.where(was == NEAR_DATA, COPIED, was), axis=1)
+        span = busy(costs, domain).makespan_ns
+        best = np.where((span < shortest)[:, None], domain, best)
+        shortest = np.minimum(span, shortest)
+    return best
+
+
+TRIMOE = System("TriMoE", "all three, refined, with relayout", _scheduled, has_relayout=True)
+BASELINES = (
+    System("GPU-CPU", "residents on the GPU, all others on the CPU, as KTransformers", _gpu_cpu, has_ndp=False),
+    System("GPU-NDP", "residents and some copies on the GPU, all others near data, as MoNDE", _gpu_ndp, has_cpu=False),
+    System(
+        "GPU-only", "all on the GPU, copied where not resident, as Klotski", _gpu_prefetch, has_cpu=False, has_ndp=False
+    ),
+    System("CPU-cold", "cold experts on the CPU, hot and warm ones copied to the GPU", _cold_on_cpu, has_ndp=False),
+)
+# From GPU and NDP alone to all of TriMoE, one part more at a time, in the order of the published factors.
+_greedy = partial(_scheduled, is_refined=False)
+LADDER = (
+    System("no CPU", "GPU and NDP, cheapest for each expert", _greedy, has_cpu=False),
+    System("+ AMX CPU", "the CPU too", _greedy),
+    System("+ refinement", "moves off the bottleneck", _scheduled),
+    TRIMOE,
+)
+NO_AMX = System("TriMoE, AVX-512", "the CPU without its matrix unit", _scheduled, has_amx=False, has_relayout=True)
+
+
+def variant(
+    *, has_cpu: bool = True, has_amx: bool = True, is_refined: bool = True, has_relayout: bool = True
+) -> System:
+    """TriMoE, or the same with some of its parts left out."""
+    parts = {"CPU": has_cpu, "AMX": has_amx or not has_cpu, "refinement": is_refined, "relayout": has_relayout}
+    missing = [name for name, is_there in parts.items() if not is_there]
+    if not missing:
+        return TRIMOE
+    words = f"without {', '.join(missing)}"
+    decide = _scheduled if is_refined else _greedy
+    return System(f"TriMoE {words}", words, decide, has_cpu=has_cpu, has_amx=has_amx, has_relayout=has_relayout)
+
+
+def fitted_bounds(work: Workload) -> Bounds:
+    """The bound between cold and warm under which the steps before the timed ones are shortest, of COLD_FRACS.
+
+    TriMoE's bounds are not published; a system that knows its machine would choose them so. Everything else is as in
+    the workload.
+    """
+
+    def span_ns(bounds: Bounds) -> float:
+        return simulate(replace(work, steps=work.before, bounds=bounds), LADDER[-2]).step_ns
+
+    hot = work.bounds.hot_from
+    return min((Bounds(frac * hot, hot) for frac in COLD_FRACS), key=span_ns)
