@@ -560,7 +560,7 @@ def test_the_command_reads_a_file_and_prints_a_page_in_ascii_or_json(
         (["temporal:4"], "is a pattern: give --shape"),
         (["none.npz"], "no routing file 'none.npz'"),
         (["uniform", "--shape", "olmoe", "--layers", "99"], "has no layer 99; its layers are 0, 1,"),
-        (["uniform", "--shape", "olmoe", "--top-k", "3"], "--top-k is 3, but uniform (olmoe) says 8"),
+        (["uniform", "--shape", "olmoe", "--top-k", "3"], "--top-k is 3, but olmoe says 8"),
         (["uniform", "--shape", "olmoe", "--tokens", "1,x"], "--tokens is 'x', expected a whole number"),
         (["uniform", "--shape", "olmoe", "--resident", "2"], "a fraction of experts is 2, expected 0 to 1"),
     ],

@@ -28,6 +28,9 @@ from perfmodel.cli import captures  # noqa: F401
 from perfmodel.cli import routing  # noqa: F401
 
 # isort: split
+from perfmodel.cli import placing  # noqa: F401
+
+# isort: split
 from perfmodel.cli import trimoe  # noqa: F401
 from perfmodel.cli.shell import app, note
 from perfmodel.errors import InputError

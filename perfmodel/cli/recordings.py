@@ -36,12 +36,14 @@ class Hints:
 def recording_of(name: str, hints: Hints) -> Recording:
     """The recording in a file or folder, or one drawn from a pattern; raises InputError where it contradicts a hint."""
     shape = hints.shape
+    if shape is not None and hints.top_k not in (None, shape.top_k):
+        raise InputError(f"--top-k is {hints.top_k}, but {shape.name} says {shape.top_k}")
     is_named = routing.is_pattern(name) or name.partition(":")[0] in routing.FAMILIES
     if is_named and not Path(name).is_file():
         if shape is None:
             raise InputError(f"routing {name!r} is a pattern: give --shape for its layers, experts and top-k")
         return routing.synthetic_recording(
-            name, hints.n_steps, shape.n_layers, shape.n_experts, hints.step_tokens, hints.top_k or shape.top_k
+            name, hints.n_steps, shape.n_layers, shape.n_experts, hints.step_tokens, shape.top_k
         )
     top_k = hints.top_k or (None if shape is None else shape.top_k)
     found = routing.read_recording(
@@ -53,6 +55,6 @@ def recording_of(name: str, hints: Hints) -> Recording:
         phase=hints.phase,
     )
     if found.top_k not in (None, top_k) and top_k is not None:
-        raise InputError(f"top-k is {top_k}, but {found.name} says {found.top_k}")
+        raise InputError(f"--top-k is {top_k}, but {found.name} says {found.top_k}")
     file = name.partition("#")[0].rpartition("@")[0] or name.partition("#")[0]
     return replace(found, name=f"{Path(file).name}{name[len(file) :]}", top_k=found.top_k or top_k)

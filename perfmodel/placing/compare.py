@@ -13,6 +13,7 @@ from perfmodel.placement.optimal import Solution, minimise
 from perfmodel.routing import Counts
 
 from .question import Question, alone, costs_of, resident_ns, steps_ns
+from .windows import Batch
 
 OPTIMAL, CACHE, FORESEEN = "optimal", "lru", "foreseen"
 # Policies that divide each step anew among device and host: by what they keep resident, and their dispatch.
@@ -160,6 +161,14 @@ def evaluated(question: Question, policy: str, tier: Tiers, dispatch: str | None
         np.array([float(resident_ns(question, b.held_out, b.n_tokens).mean()) for b in batches]),
         np.array([b.n_passes for b in batches]),
     )
+
+
+def domains(question: Question, outcome: Outcome, batch: Batch) -> Tiers:
+    """The tier of each expert in the steps that judge: `[layer, expert]`, or `[step, layer, expert]` where each is
+    divided anew."""
+    if outcome.dispatch is None:
+        return outcome.tier
+    return divided(question, batch.held_out, batch.n_tokens, outcome.tier, outcome.dispatch)
 
 
 def divided(question: Question, counts: Counts, n_tokens: int, tier: Tiers, dispatch: str) -> Tiers:

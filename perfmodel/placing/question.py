@@ -131,7 +131,8 @@ def alone(question: Question, counts: Counts, n_tokens: int) -> Alone:
 
 
 def prediction(question: Question, batch: Batch, tier: Tiers) -> Prediction:
-    """The prediction for the steps that judge, with its interval, parts and reasons."""
+    """The prediction for the steps of a batch that judge, with its interval, parts and reasons, of a placement
+    `tier[layer, expert]` or one for each step."""
     counts = batch.held_out
     flat = counts.reshape(-1, counts.shape[2])
     shares = np.tile(question.popularity, (len(counts), 1))

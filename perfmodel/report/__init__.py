@@ -4,6 +4,7 @@ from perfmodel.report.captures import check_page, schedule_page
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
+from perfmodel.report.placing import placing_json, placing_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
 from perfmodel.report.traces import findings_text, trace_page
@@ -23,6 +24,8 @@ __all__ = [
     "findings_text",
     "fit_page",
     "fusion_page",
+    "placing_json",
+    "placing_page",
     "ranks_page",
     "routing_page",
     "schedule_page",
