@@ -26,7 +26,7 @@ LEVELS = (
     {"baselines", "roofline", "regression", "plausible", "transfer"},
     {"evaluation"},
     {"sources"},
-    {"adapt", "design", "fitting", "explain", "offload", "predict"},
+    {"adapt", "balance", "design", "fitting", "explain", "offload", "predict"},
     {"schedule", "report"},
     {"figures"},
     {"cli"},

@@ -1,0 +1,210 @@
+"""What policies make of a routing on GPUs of given staircases: a window of steps makes the map, later ones judge it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perfmodel.errors import InputError
+from perfmodel.moe import MoEShape
+from perfmodel.placement.balance import Array, ExpertMap, imbalance, linear, round_robin, token_balanced
+from perfmodel.placement.eplb import rebalance
+from perfmodel.placement.gem import WINDOW_STEPS, gem
+from perfmodel.placement.staircase import Staircase
+from perfmodel.routing import Recording, synthetic_counts, synthetic_steps
+from perfmodel.routing.files import split_source
+
+LINEAR, BALANCED = "linear", "lpt"
+POLICIES = (LINEAR, "round-robin", BALANCED, "lpt-free", "lpt-speed", "eplb", "gem")
+N_STEPS = 3 * WINDOW_STEPS  # of a routing that is drawn: a window, and twice as many to judge by
+TPOT = (50, 90, 99)  # percentiles
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What EPLB may use: slots for experts in all (null: one for each expert), groups of experts, nodes of GPUs."""
+
+    n_slots: int | None = None
+    n_groups: int = 1
+    n_nodes: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a map costs on the steps that judge it. `layer_ns` is the time of the slowest GPU of a layer, `step_ns` that
+    of all MoE layers of the model, mean and percentiles over steps: the MoE part of the time per output token.
+
+    `gain_frac` is the saved share of the latency of a policy, without those that GPUs which do not divide the experts
+    rule out. `straggler_frac[gpu]`
+    is how often each GPU is the one that is waited for (equal ones share), `idle_frac[gpu]` how long each waits.
+    """
+
+    policy: str
+    layer_ns: float
+    step_ns: dict[str, float]
+    gain_frac: dict[str, float]
+    imbalance: float
+    straggler_frac: tuple[float, ...]
+    idle_frac: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The outcome as plain values."""
+        return {
+            "policy": self.policy,
+            "layer_ns": self.layer_ns,
+            **{f"step_{name}_ns": value for name, value in self.step_ns.items()},
+            **{f"gain_over_{name}_frac": value for name, value in self.gain_frac.items()},
+            "imbalance": self.imbalance,
+            "straggler_frac": list(self.straggler_frac),
+            "idle_frac": list(self.idle_frac),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of each policy and the map it made, how many steps made the maps and how many later ones judged."""
+
+    outcomes: tuple[Outcome, ...]
+    maps: tuple[ExpertMap, ...]
+    n_fitted: int
+    n_judged: int
+
+    @property
+    def best(self) -> int:
+        """The number of the policy with the least latency, the first among equals."""
+        return min(range(len(self.outcomes)), key=lambda i: self.outcomes[i].layer_ns)
+
+
+def made(policy: str, loads: Array, staircase: Staircase, slots: Slots = Slots()) -> ExpertMap:
+    """The map that a policy makes from `loads[step, layer, expert]`; raises InputError where it cannot, and for an
+    unknown policy."""
+    _, n_layers, n_experts = loads.shape
+    n_gpus = staircase.n_gpus
+    total = loads.sum(axis=0)
+    if policy == LINEAR:
+        return linear(n_layers, n_experts, n_gpus)
+    if policy == "round-robin":
+        return round_robin(n_layers, n_experts, n_gpus)
+    if policy in (BALANCED, "lpt-free"):
+        return token_balanced(total, n_gpus, is_even=policy == BALANCED)
+    if policy == "lpt-speed":
+        return replace(token_balanced(total, n_gpus, speeds=_speeds(loads, staircase)), policy=policy)
+    if policy == "eplb":
+        n_slots = n_experts if slots.n_slots is None else slots.n_slots
+        return rebalance(total, n_slots, slots.n_groups, slots.n_nodes, n_gpus).expert_map(n_gpus)
+    if policy == "gem":
+        return gem(loads, staircase)
+    raise InputError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}, all")
+
+
+def _speeds(loads: Array, staircase: Staircase) -> Array:
+    """The speed of each GPU at an even share of the mean load, relative to the first."""
+    ns = staircase.of(np.full(staircase.n_gpus, loads.sum(axis=2).mean() / staircase.n_gpus))
+    return np.asarray(ns[0] / ns)
+
+
+def compare(
+    loads: Array,
+    staircase: Staircase,
+    policies: Sequence[str] = POLICIES,
+    slots: Slots = Slots(),
+    *,
+    n_model_layers: int | None = None,
+    n_window: int = WINDOW_STEPS,
+) -> Comparison:
+    """Every policy on `loads[step, layer, expert]`: the first `n_window` steps make its map, the others judge it.
+
+    Of fewer than `n_window` + 1 steps the first half makes the maps. Times of steps are those of `n_model_layers`
+    layers (null: of those in the loads). Raises InputError for a single step, and where a policy cannot make a map.
+    """
+    n_steps, n_layers, n_experts = loads.shape
+    if n_steps < 2:
+        raise InputError("the routing has a single step, expected some to make a map from and later ones to judge it")
+    n_fitted = n_window if n_steps > n_window else n_steps // 2
+    window, judged = loads[:n_fitted], loads[n_fitted:]
+    maps = tuple(made(policy, window, staircase, slots) for policy in policies)
+    known = {one.policy: one for one in maps}
+    compared = {}
+    for name in (LINEAR, BALANCED) if n_experts % staircase.n_gpus == 0 else ():
+        one = known.get(name) or made(name, window, staircase)
+        compared[name] = float(_times(one.tokens(judged), staircase).max(axis=2).mean())
+    scale = (n_model_layers or n_layers) / n_layers
+    outcomes = tuple(_outcome(one, judged, staircase, compared, scale) for one in maps)
+    return Comparison(outcomes, maps, n_fitted, len(judged))
+
+
+def _outcome(one: ExpertMap, loads: Array, staircase: Staircase, compared: dict[str, float], scale: float) -> Outcome:
+    tokens = one.tokens(loads)
+    ns = _times(tokens, staircase)
+    slowest = ns.max(axis=2)
+    is_last = (ns == slowest[:, :, None]) & (slowest > 0)[:, :, None]
+    step_ns = slowest.sum(axis=1) * scale
+    layer_ns = float(slowest.mean())
+    return Outcome(
+        policy=one.policy,
+        layer_ns=layer_ns,
+        step_ns={"mean": float(step_ns.mean())} | {f"p{q}": float(np.percentile(step_ns, q)) for q in TPOT},
+        gain_frac={name: 1.0 - layer_ns / other_ns for name, other_ns in compared.items()},
+        imbalance=imbalance(tokens),
+        straggler_frac=tuple((is_last / np.maximum(is_last.sum(axis=2, keepdims=True), 1)).mean(axis=(0, 1)).tolist()),
+        idle_frac=tuple((1.0 - ns.sum(axis=(0, 1)) / slowest.sum()).tolist()),
+    )
+
+
+def _times(tokens: Array, staircase: Staircase) -> Array:
+    ns = staircase.of(tokens)
+    if not np.isfinite(ns).all():
+        raise InputError(
+            f"a GPU has {tokens.max():,.0f} assignments in a step, more than the {staircase.boundaries[-1]:,} that it "
+            "was timed at"
+        )
+    return ns
+
+
+def steps_of(source: str, shape: MoEShape, n_tokens: int, n_steps: int | None = None) -> Recording:
+    """The loads of a routing over steps: of a file with steps as they are, scaled to `n_tokens` tokens a step; of a
+    pattern, a family or a file without steps drawn for the shape's MoE layers, `n_steps` (null: N_STEPS) in all.
+
+    Raises InputError where a file is for another number of experts.
+    """
+    recorded = _recorded(source)
+    if recorded is None:
+        shares = synthetic_steps(source, n_steps or N_STEPS, shape.n_layers, shape.n_experts, seed=0)
+    else:
+        if recorded.shape[2] != shape.n_experts:
+            raise InputError(
+                f"routing {source!r} is for {recorded.shape[2]} experts, shape {shape.name!r} has {shape.n_experts}"
+            )
+        sums = np.maximum(recorded.sum(axis=2, keepdims=True), 1e-300)
+        shares = recorded[:n_steps] / sums[:n_steps]
+        if len(recorded) > 1:
+            loads = shares * n_tokens * shape.top_k
+            return Recording(source, loads, np.arange(loads.shape[1]), shape.top_k, None)
+        shares = np.repeat(shares, n_steps or N_STEPS, axis=0)
+    loads = synthetic_counts(shares, n_tokens, shape.top_k, seed=0).astype(np.float64)
+    return Recording(
+        source, loads, np.arange(loads.shape[1]), shape.top_k, np.full(len(loads), n_tokens), notes=("drawn at random",)
+    )
+
+
+def _recorded(source: str) -> Array | None:
+    """The loads of a routing file, `[step, layer, expert]`, of which there is one where the file has no steps; null for
+    the name of a pattern."""
+    from perfmodel.routing import read_shares
+
+    file, key, layer = split_source(source)
+    if not Path(file).is_file():
+        return None
+    shares = read_shares(source)  # refuses what is no file of counts
+    if file.endswith(".csv"):
+        return shares[None]
+    array = np.load(file)
+    if not isinstance(array, np.ndarray):
+        with array as arrays:
+            array = arrays[key or ("counts" if "counts" in arrays else arrays.files[0])]
+    if array.ndim < 3:
+        return shares[None]
+    layers = slice(None) if layer is None else slice(layer, layer + 1)
+    return np.asarray(array, dtype=np.float64)[:, layers]

@@ -1,0 +1,337 @@
+"""GEM's staircase, search and comparison: hand-computed times, the exhaustive optimum, and what must come out even."""
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perfmodel import moe
+from perfmodel.balance import POLICIES, Slots, compare, observed_staircase, predicted_staircase, steps_of
+from perfmodel.balance.compare import made
+from perfmodel.capture import OBSERVATIONS, load_capture, shipped_captures
+from perfmodel.errors import InputError
+from perfmodel.hardware import hardware
+from perfmodel.latency import load_model
+from perfmodel.moe import MoEShape
+from perfmodel.placement.balance import Array, linear, token_balanced
+from perfmodel.placement.gem import (
+    best_map,
+    consistent_experts,
+    gem,
+    n_maps,
+    score_ns,
+    spread_out,
+    straggler_ns,
+    swapped,
+)
+from perfmodel.placement.staircase import Staircase, saved_frac, spread_speeds, token_counts
+from perfmodel.predict import basis_of
+from perfmodel.routing import synthetic_counts, synthetic_steps
+
+TWO = Staircase(np.array([4, 8, 16]), np.array([[10.0, 20.0, 40.0], [30.0, 60.0, 120.0]]))
+
+
+def straight(n_most: int, speeds: Array, tile_rows: int = 1) -> Staircase:
+    """Time that grows evenly, 1 ns an assignment, in steps of a tile."""
+    counts = np.arange(tile_rows, n_most + tile_rows, tile_rows)
+    return Staircase(counts, counts[None].astype(np.float64)).at_speeds(speeds)
+
+
+def bursty(n_experts: int, n_steps: int, n_layers: int, n_tokens: int, top_k: int) -> Array:
+    shares = synthetic_steps("temporal:4", n_steps, n_layers, n_experts, seed=3)
+    return synthetic_counts(shares, n_tokens, top_k, seed=4).astype(np.float64)
+
+
+def test_a_staircase_holds_a_step_and_never_interpolates() -> None:
+    tokens = np.array([[0, 0], [1, 1], [4, 4], [5, 4.5], [16, 8]])
+    assert TWO.of(tokens).tolist() == [[0, 0], [10, 30], [10, 30], [20, 60], [40, 60]]
+    assert TWO.of_one(1, np.array([8, 9])).tolist() == [60, 120]
+    assert TWO.spreads.tolist() == [2, 2, 2]
+    assert TWO.of(np.array([16.5, 16 + 1e-9])).tolist() == [np.inf, 120], "nothing was timed there; rounding is no more"
+
+
+def test_what_was_not_timed_is_avoided_by_the_search_and_refused_where_no_map_avoids_it() -> None:
+    loads = np.tile(np.array([6.0, 6, 2, 2]), (4, 1, 1))
+    short = straight(8, np.ones(2))
+    assert gem(loads, short).tokens(loads)[0, 0].tolist() == [8, 8]
+    with pytest.raises(InputError, match="a GPU has 12 assignments in a step, more than the 8 that it was timed at"):
+        compare(loads, short, ("linear",))
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "ns", "words"),
+    [
+        ([4, 4], [[1.0, 2.0]], "do not ascend"),
+        ([0, 4], [[1.0, 2.0]], "do not ascend from above zero"),
+        ([4, 8], [[2.0, 1.0]], "fall with more tokens"),
+        ([4, 8], [[0.0, 1.0]], "not positive"),
+        ([4, 8], [[1.0]], "expected \\[gpus, boundaries\\]"),
+    ],
+)
+def test_no_staircase_is_made_of_what_is_none(boundaries: list[int], ns: list[list[float]], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Staircase(np.array(boundaries), np.array(ns))
+
+
+def test_counts_to_time_are_tile_boundaries_then_ever_wider_ones() -> None:
+    assert token_counts(48, 16).tolist() == [1, 2, 4, 8, 16, 32, 48]
+    assert token_counts(41, 16).tolist() == [1, 2, 4, 8, 16, 32, 48], "the last covers the most tokens"
+    wide = token_counts(10_000, 100, n_tiles=4, tail_ratio=2)
+    assert wide[-7:].tolist() == [300, 400, 800, 1600, 3200, 6400, 10_000]
+    assert saved_frac(wide) == pytest.approx(1 - len(wide) / 10_000)
+    counts = token_counts(65_536, 128)
+    large = counts[counts >= 128 * 64]
+    assert (large[1:] / large[:-1]).max() <= 1.02
+    with pytest.raises(InputError, match="expected at least 1"):
+        token_counts(0, 16)
+
+
+def test_speeds_span_the_spread() -> None:
+    speeds = spread_speeds(4, 0.277)
+    assert speeds.max() / speeds.min() - 1 == pytest.approx(0.277)
+    assert straight(8, speeds).spreads == pytest.approx(0.277)
+
+
+def test_consistent_experts_are_used_in_most_steps() -> None:
+    loads = np.array([[[6.0, 6, 0]], [[6, 0.5, 5]], [[6, 0.5, 0]], [[6, 0.4, 6]]])
+    assert consistent_experts(loads).tolist() == [[True, False, True]], "used twice of four times is enough"
+    assert consistent_experts(loads, used_share=0.1).tolist() == [[True, True, True]]
+    assert consistent_experts(loads, steps_frac=0.9).tolist() == [[True, False, False]]
+
+
+def test_experts_made_consistent_and_temporal_are_told_apart() -> None:
+    loads = synthetic_steps("temporal:4", 400, 4, 32, seed=3)
+    frac = consistent_experts(loads).mean(axis=1)
+    assert frac == pytest.approx(0.5), "half are made temporal"
+
+
+def test_two_experts_that_are_busy_together_come_apart() -> None:
+    loads = np.array([[[8.0, 8, 1, 1]], [[1, 1, 8, 8]]])
+    stairs = straight(16, np.ones(2))
+    gpu_of = spread_out(loads, stairs)[0]
+    assert gpu_of[0] != gpu_of[1] and gpu_of[2] != gpu_of[3]
+    assert straggler_ns(gem(loads, stairs).tokens(loads), stairs).tolist() == [[9], [9]]
+
+
+def test_slow_gpus_get_fewer_tokens() -> None:
+    loads = np.tile(np.array([4.0, 4, 2, 2]), (3, 1, 1))
+    found = gem(loads, straight(16, np.array([1.0, 0.5])))
+    assert found.tokens(loads)[0, 0].tolist() == [8, 4], "8 at full speed and 4 at half take 8 both"
+
+
+def slow_swaps(loads: Array, gpu_of: list[int], stairs: Staircase) -> float:
+    """The least score of any single swap, one after the other."""
+    best = np.inf
+    for a in range(len(gpu_of)):
+        for b in range(a):
+            other = list(gpu_of)
+            other[a], other[b] = other[b], other[a]
+            best = min(best, score_ns(loads, np.array(other), stairs))
+    return best
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25)
+def test_after_the_search_no_single_swap_helps(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    loads = rng.integers(0, 40, (5, 9)).astype(np.float64)
+    stairs = straight(400, np.array([1.0, 0.9, 0.6]), tile_rows=int(rng.integers(1, 6)))
+    start = rng.permutation(np.repeat(np.arange(3), 3))
+    found = swapped(loads, start, stairs)
+    score = score_ns(loads, found, stairs)
+    assert np.bincount(found).tolist() == [3, 3, 3]
+    assert score <= score_ns(loads, start, stairs)
+    assert slow_swaps(loads, found.tolist(), stairs) >= score * (1 - 1e-8)
+
+
+def test_the_search_comes_close_to_the_best_of_all_maps_of_eight_experts_on_four_gpus() -> None:
+    assert n_maps(8, 4) == 2520
+    loads = bursty(8, 16, 24, 2048, 2)
+    stairs = straight(4096, spread_speeds(4, 0.277), tile_rows=64)
+    best = straggler_ns(best_map(loads, stairs).tokens(loads), stairs).sum(axis=0)
+    found = straggler_ns(gem(loads, stairs).tokens(loads), stairs).sum(axis=0)
+    assert (found >= best - 1e-6).all()
+    assert (found == pytest.approx(best, rel=0.02)) and (found <= best * (1 + 1e-9)).mean() >= 0.75
+    with pytest.raises(InputError, match=r"32 experts on 4 GPUs have .* maps, more than the 10,000"):
+        best_map(bursty(32, 2, 1, 64, 2), stairs)
+
+
+def test_all_maps_are_tried_and_the_best_is_the_least() -> None:
+    loads = np.random.default_rng(0).integers(1, 30, (3, 1, 6)).astype(np.float64)
+    stairs = straight(200, np.array([1.0, 0.8, 0.5]))
+    rng = np.random.default_rng(1)
+    tried = [score_ns(loads[:, 0], rng.permutation(np.repeat(np.arange(3), 2)), stairs) for _ in range(2000)]
+    assert straggler_ns(best_map(loads, stairs).tokens(loads), stairs).sum() == pytest.approx(min(tried))
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=15)
+def test_on_its_window_the_search_is_never_worse_than_linear_or_token_balanced(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    loads = rng.pareto(1.0, (6, 2, 12)) + rng.random((6, 2, 12))
+    stairs = straight(int(loads.sum(axis=2).max()) + 2, rng.uniform(0.5, 1, 4))
+    found = straggler_ns(gem(loads, stairs).tokens(loads), stairs).sum(axis=0)
+    for other in (linear(2, 12, 4), token_balanced(loads.sum(axis=0), 4)):
+        assert (found <= straggler_ns(other.tokens(loads), stairs).sum(axis=0) * (1 + 1e-9)).all()
+
+
+def test_equal_gpus_and_even_loads_leave_nothing_to_gain_and_all_wait_equally() -> None:
+    loads = np.full((24, 2, 16), 32.0)
+    done = compare(loads, straight(512, np.ones(4), 64))
+    for one in done.outcomes:
+        if one.policy != "lpt-free":
+            assert one.gain_frac == {"linear": 0, "lpt": 0}
+            assert one.imbalance == 1
+            assert one.straggler_frac == (0.25,) * 4 and one.idle_frac == (0,) * 4
+    assert (done.n_fitted, done.n_judged) == (16, 8)
+
+
+def test_even_loads_on_unequal_gpus_wait_for_the_slowest_whatever_the_map() -> None:
+    loads = np.full((24, 2, 16), 32.0)
+    done = compare(loads, straight(512, np.array([1.0, 1.0, 1.0, 0.8])), ("linear", "gem"))
+    assert done.outcomes[1].gain_frac["linear"] == pytest.approx(0)
+    assert done.outcomes[1].straggler_frac == (0, 0, 0, 1)
+    assert done.outcomes[1].idle_frac == pytest.approx((0.2, 0.2, 0.2, 0))
+
+
+def test_gain_over_token_balance_grows_with_the_spread_of_speeds() -> None:
+    shares = synthetic_steps("layered:0.3", 48, 4, 64, seed=3)
+    loads = synthetic_counts(shares, 1024, 4, seed=4).astype(np.float64)
+    gains = []
+    for spread in (
+        0.0,
+        0.077,
+        0.277,
+    ):  # each GPU the fastest once: token balance begins with the first
+        turns = [straight(4096, np.roll(spread_speeds(4, spread), i), 16) for i in range(4)]
+        done = [compare(loads, stairs, ("gem",)).outcomes[0].gain_frac["lpt"] for stairs in turns]
+        gains.append(float(np.mean(done)))
+    assert gains[0] < gains[1] < gains[2]
+    assert gains[0] < 0.02 < gains[2]
+
+
+def test_step_times_are_those_of_all_layers_of_the_model() -> None:
+    loads = np.zeros((4, 2, 2))
+    loads[:, :, 0] = [[1, 1], [1, 1], [2, 4], [6, 4]]
+    done = compare(loads, straight(8, np.ones(2)), ("linear",), n_model_layers=6)
+    one = done.outcomes[0]
+    assert one.layer_ns == 4
+    assert one.step_ns == {"mean": 24, "p50": 24, "p90": pytest.approx(18 + 0.9 * 12), "p99": pytest.approx(29.88)}
+
+
+def test_a_single_step_and_unknown_policies_are_refused() -> None:
+    with pytest.raises(InputError, match="a single step"):
+        compare(np.ones((1, 1, 4)), straight(8, np.ones(2)))
+    with pytest.raises(InputError, match="unknown policy 'magic'; known: linear, "):
+        made("magic", np.ones((2, 1, 4)), straight(8, np.ones(2)))
+
+
+def test_copies_let_eplb_halve_a_single_hot_expert() -> None:
+    loads = np.ones((20, 1, 4))
+    loads[:, :, 0] = 9
+    stairs = straight(16, np.ones(2))
+    plain = compare(loads, stairs, ("eplb",)).outcomes[0]
+    copied = compare(loads, stairs, ("eplb",), Slots(6)).outcomes[0]
+    assert plain.layer_ns == 10 and copied.layer_ns == 7, "two thirds of the hot one and one other; a third and two"
+
+
+def test_every_policy_makes_a_map_that_computes_every_token_once() -> None:
+    loads = bursty(16, 4, 3, 256, 2)
+    for policy in POLICIES:
+        found = made(policy, loads, straight(512, spread_speeds(4, 0.1)), Slots(20, 4, 2))
+        assert found.policy == policy
+        assert found.tokens(loads).sum(axis=2) == pytest.approx(loads.sum(axis=2))
+
+
+SXM = hardware("h100-sxm")
+
+
+@pytest.mark.parametrize("model", [None, "h100-sxm-vllm-triton-bf16"])
+def test_a_predicted_staircase_rises_and_scales_with_speed(model: str | None) -> None:
+    shape = moe.shape("olmoe")
+    basis = basis_of(SXM, shape, load_model(model) if model else None)
+    speeds = np.array([1.0, 1.0, 1.0, 0.5])
+    stairs = predicted_staircase(basis, shape, speeds, np.full((2, 64), 1 / 64), 8192)
+    assert stairs.boundaries[-1] >= 8192
+    assert (np.diff(stairs.ns, axis=1) >= 0).all()
+    assert stairs.ns[3] == pytest.approx(2 * stairs.ns[0])
+    assert stairs.ns[0, -1] > 1.5 * stairs.ns[0, 0]
+
+
+def rows_made(n_experts: int, times: dict[int, float], op: str = "moe_layer", gemm: int | None = None) -> pl.DataFrame:
+    """Observations of a made-up machine at several token counts, top-1."""
+    row = {"op": op, "shape": "made-up", "n_experts": n_experts, "top_k": 1, "hidden": 64, "inter": 32, "n_gemms": 3}
+    row |= {"access": "resident", "offload_frac": 0.0, "gemm_k": gemm}
+    rows = [{**row, "n_tokens": n, "time_ns": ns} for n, ns in times.items()]
+    return pl.DataFrame(rows, schema_overrides=dict(OBSERVATIONS)).match_to_schema(
+        OBSERVATIONS, missing_columns="insert"
+    )
+
+
+SMALL = MoEShape("small-made", n_experts=8, top_k=2, hidden=64, inter=32)
+
+
+def test_a_measured_staircase_has_one_row_for_each_capture_at_shared_counts() -> None:
+    first = rows_made(4, {16: 100.0, 32: 90.0, 64: 200.0})
+    other = rows_made(4, {16: 120.0, 64: 260.0, 128: 300.0})
+    stairs = observed_staircase([first, other], SMALL, 2)
+    assert stairs.boundaries.tolist() == [16, 64]
+    assert stairs.ns.tolist() == [[100, 200], [120, 260]]
+    assert stairs.spreads == pytest.approx([0.2, 0.3])
+    alone = observed_staircase([first], SMALL, 2, np.array([1.0, 0.5]))
+    assert alone.ns.tolist() == [[95, 95, 200], [190, 190, 400]], "a fall becomes the mean of both"
+
+
+def test_grouped_gemms_of_a_layer_add_up() -> None:
+    both = pl.concat(
+        [
+            rows_made(4, {16: 10.0, 32: 20.0}, "grouped_gemm", 64),
+            rows_made(4, {16: 5.0, 32: 6.0, 64: 9.0}, "grouped_gemm", 32),
+        ]
+    )
+    assert observed_staircase([both], SMALL, 2).ns[0].tolist() == [15, 26]
+
+
+def test_captures_that_do_not_fit_are_refused_with_what_they_hold() -> None:
+    with pytest.raises(InputError, match=r"no two token counts of .* 4 experts x 64 x 32 .* capture: 8 x 64 x 32"):
+        observed_staircase([rows_made(8, {16: 1.0, 32: 2.0})], SMALL, 2)
+    with pytest.raises(InputError, match="found 3 captures for 2 GPUs"):
+        observed_staircase([rows_made(4, {16: 1.0, 32: 2.0})] * 3, SMALL, 2)
+    with pytest.raises(InputError, match="share fewer than two token counts"):
+        observed_staircase([rows_made(4, {16: 1.0, 32: 2.0}), rows_made(4, {16: 1.0, 64: 2.0})], SMALL, 2)
+
+
+def test_a_shipped_capture_makes_a_staircase() -> None:
+    path = next(path for path in shipped_captures() if path.name == "epyc-zen5-2c-bf16")
+    shape = MoEShape("wide", n_experts=64, top_k=1, hidden=512, inter=816)
+    stairs = observed_staircase([load_capture(path).observations], shape, 4, spread_speeds(4, 0.077))
+    assert len(stairs.boundaries) >= 5
+    assert stairs.spreads == pytest.approx(0.077)
+
+
+def test_routings_come_as_steps_from_patterns_and_files(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    shape = MoEShape("small-made", n_experts=8, top_k=2, hidden=64, inter=32, n_layers=3)
+    drawn = steps_of("temporal:4", shape, 64, 20)
+    assert drawn.loads.shape == (20, 3, 8) and (drawn.loads.sum(axis=2) == 128).all()
+    counts = np.random.default_rng(0).integers(1, 9, (5, 2, 8))
+    np.savez(tmp_path / "steps.npz", counts=counts)
+    read = steps_of(str(tmp_path / "steps.npz"), shape, 64)
+    assert read.loads.shape == (5, 2, 8)
+    assert read.loads.sum(axis=2) == pytest.approx(128)
+    assert read.loads[0, 0] / 128 == pytest.approx(counts[0, 0] / counts[0, 0].sum())
+    np.save(tmp_path / "layers.npy", counts[0])
+    assert steps_of(str(tmp_path / "layers.npy"), shape, 64, 6).loads.shape == (6, 2, 8)
+    with pytest.raises(InputError, match="is for 8 experts, shape 'other' has 16"):
+        steps_of(str(tmp_path / "layers.npy"), MoEShape("other", 16, 2, 64, 32), 64)
+    with pytest.raises(InputError, match="unknown routing 'nothing'"):
+        steps_of("nothing", shape, 64)
+
+
+def test_the_search_takes_seconds_for_qwen() -> None:
+    import time
+
+    loads = np.random.default_rng(0).poisson(128 * np.random.default_rng(1).random((16, 48, 128))).astype(np.float64)
+    began = time.perf_counter()
+    gem(loads, straight(16_384, spread_speeds(4, 0.277), 64))
+    assert time.perf_counter() - began < 15
