@@ -44,8 +44,8 @@ def test_longest_first_stays_within_grahams_bound_of_the_optimum(weights: list[i
 
 
 def test_linear_and_round_robin_by_hand() -> None:
-    assert linear(1, 6, 3).slots.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert round_robin(1, 6, 3).slots.tolist() == [[0, 3, 1, 4, 2, 5]]
+    assert linear(1, 6, 3).phy2log.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert round_robin(1, 6, 3).phy2log.tolist() == [[0, 3, 1, 4, 2, 5]]
     loads = np.array([[[5.0, 1, 1, 1, 1, 3]], [[0, 0, 2, 0, 0, 0]]])
     assert linear(1, 6, 3).tokens(loads).tolist() == [[[6, 2, 4]], [[0, 2, 0]]]
     assert round_robin(1, 6, 3).tokens(loads).tolist() == [[[6, 2, 4]], [[0, 0, 2]]]
@@ -65,13 +65,13 @@ def test_tokens_are_conserved_and_balance_is_no_worse_than_the_even_linear_map_i
     for made in (linear(3, 12, 4), round_robin(3, 12, 4), token_balanced(loads.sum(axis=0), 4)):
         assert made.tokens(loads).sum(axis=2) == pytest.approx(loads.sum(axis=2))
         assert made.shares.sum(axis=2) == pytest.approx(1)
-        assert sorted(made.slots[0].tolist()) == list(range(12))
+        assert sorted(made.phy2log[0].tolist()) == list(range(12))
 
 
 def test_slots_in_turn_and_experts_by_gpu_are_the_same_map() -> None:
     by_gpu = map_of("any", np.array([[1, 0, 1, 0]]), 2)
-    by_slot = map_of_slots("any", np.array([[1, 3, 0, 2]]), 2)
-    assert by_gpu.slots.tolist() == by_slot.slots.tolist()
+    by_slot = map_of_slots("any", np.array([[1, 3, 0, 2]]), np.zeros((1, 4), dtype=np.int64), 2)
+    assert by_gpu.phy2log.tolist() == by_slot.phy2log.tolist()
     assert by_gpu.gpu_of.tolist() == by_slot.gpu_of.tolist() == [[0, 0, 1, 1]]
 
 

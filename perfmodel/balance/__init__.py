@@ -4,6 +4,7 @@ The policies themselves are in `perfmodel.placement`; docs/balance.md has the de
 """
 
 from .compare import POLICIES, Comparison, Outcome, Slots, compare, steps_of
+from .files import write_map
 from .profiles import device_ns, observed_staircase, predicted_staircase, tile_rows_of
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "predicted_staircase",
     "steps_of",
     "tile_rows_of",
+    "write_map",
 ]

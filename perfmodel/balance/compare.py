@@ -93,7 +93,7 @@ def made(policy: str, loads: Array, staircase: Staircase, slots: Slots = Slots()
         return replace(token_balanced(total, n_gpus, speeds=_speeds(loads, staircase)), policy=policy)
     if policy == "eplb":
         n_slots = n_experts if slots.n_slots is None else slots.n_slots
-        return rebalance(total, n_slots, slots.n_groups, slots.n_nodes, n_gpus).expert_map(n_gpus)
+        return rebalance(total, n_slots, slots.n_groups, slots.n_nodes, n_gpus)
     if policy == "gem":
         return gem(loads, staircase)
     raise InputError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}, all")

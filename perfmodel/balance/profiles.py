@@ -66,8 +66,8 @@ def predicted_staircase(
     """The staircases of GPUs that share a layer's experts and differ in speed alone, up to `n_most` assignments.
 
     Assignments fall on a GPU's experts at random, as popular as the means of G experts each of `shares[layer, expert]`
-    in order of popularity; more of them are the same ones and further ones. A speed divides all of the time. Tile boundaries as
-    in `token_counts`, at `tile_rows` (null: what is known of the kernel).
+    in order of popularity; more of them are the same ones and further ones. A speed divides all of the time. Counts are
+    those of `token_counts`, with tiles of `tile_rows` (null: what is known of the kernel).
     """
     local = local_shape(shape, len(speeds))
     ranked = -np.sort(-shares, axis=1).mean(axis=0)

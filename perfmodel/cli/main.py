@@ -23,6 +23,9 @@ from perfmodel.cli import models  # noqa: F401
 
 # isort: split
 from perfmodel.cli import captures  # noqa: F401
+
+# isort: split
+from perfmodel.cli import balance  # noqa: F401
 from perfmodel.cli.shell import app, note
 from perfmodel.errors import InputError
 

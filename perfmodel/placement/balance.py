@@ -14,28 +14,47 @@ Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
 
+NO_SLOT = -1  # what engines expect in `log2phy` where an expert has fewer copies than another
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertMap:
-    """Which GPU holds which expert: `slots[layer, slot]` is the expert in a slot of memory, `gpu_of[layer, slot]` the
-    GPU that the slot is on. An expert in several slots has copies, which share its tokens evenly."""
+    """Which GPU holds which expert: `phy2log[layer, slot]` is the expert in a slot of memory, `copy_of[layer, slot]`
+    the number of the copy, from 0, `gpu_of[layer, slot]` the GPU of the slot. Copies share their tokens evenly."""
 
     policy: str
     n_gpus: int
-    slots: Index
+    phy2log: Index
+    copy_of: Index
     gpu_of: Index
+
+    @property
+    def logcnt(self) -> Index:
+        """How many copies each expert has, `[layer, expert]`."""
+        counts = np.zeros((len(self.phy2log), int(self.phy2log.max()) + 1), dtype=np.int64)
+        np.add.at(counts, (np.arange(len(counts))[:, None], self.phy2log), 1)
+        return counts
+
+    @property
+    def log2phy(self) -> Index:
+        """The slot of each copy of each expert, `[layer, expert, copy]`, -1 beyond its copies (the engines' format)."""
+        counts = self.logcnt
+        found = np.full((*counts.shape, int(counts.max())), NO_SLOT, dtype=np.int64)
+        found[np.arange(len(counts))[:, None], self.phy2log, self.copy_of] = np.arange(self.phy2log.shape[1])
+        return found
 
     @property
     def shares(self) -> Array:
         """The share of each expert's tokens that each GPU computes, `[layer, expert, gpu]`, summing to 1 over GPUs."""
-        n_layers, n_experts = len(self.slots), int(self.slots.max()) + 1
-        shares = np.zeros((n_layers, n_experts, self.n_gpus))
-        np.add.at(shares, (np.arange(n_layers)[:, None], self.slots, self.gpu_of), 1.0)
-        return np.asarray(shares / shares.sum(axis=2, keepdims=True))
+        counts = self.logcnt
+        shares = np.zeros((*counts.shape, self.n_gpus))
+        np.add.at(shares, (np.arange(len(counts))[:, None], self.phy2log, self.gpu_of), 1.0)
+        return np.asarray(shares / counts[:, :, None])
 
     @property
     def is_even(self) -> bool:
         """Whether every GPU has equally many slots, one GPU's after the other's, as serving engines number them."""
-        n_slots = self.slots.shape[1]
+        n_slots = self.phy2log.shape[1]
         return n_slots % self.n_gpus == 0 and bool((self.gpu_of == _gpus_in_turn(n_slots, self.n_gpus)).all())
 
     def tokens(self, loads: Array) -> Array:
@@ -46,13 +65,13 @@ class ExpertMap:
 def map_of(policy: str, gpu_of_expert: Index, n_gpus: int) -> ExpertMap:
     """The map in which GPU `gpu_of_expert[layer, expert]` holds each expert once; a GPU's experts ascend."""
     slots = np.argsort(gpu_of_expert, axis=1, kind="stable")
-    return ExpertMap(policy, n_gpus, slots, np.take_along_axis(gpu_of_expert, slots, axis=1))
+    return ExpertMap(policy, n_gpus, slots, np.zeros_like(slots), np.take_along_axis(gpu_of_expert, slots, axis=1))
 
 
-def map_of_slots(policy: str, slots: Index, n_gpus: int) -> ExpertMap:
-    """The map of slots that are numbered one GPU's after the other's, equally many on each (EPLB's `phy2log`)."""
-    gpu_of = np.broadcast_to(_gpus_in_turn(slots.shape[1], n_gpus), slots.shape)
-    return ExpertMap(policy, n_gpus, slots, gpu_of)
+def map_of_slots(policy: str, phy2log: Index, copy_of: Index, n_gpus: int) -> ExpertMap:
+    """The map of slots that are numbered one GPU's after the other's, equally many on each."""
+    gpu_of = np.broadcast_to(_gpus_in_turn(phy2log.shape[1], n_gpus), phy2log.shape)
+    return ExpertMap(policy, n_gpus, phy2log, copy_of, gpu_of)
 
 
 def _gpus_in_turn(n_slots: int, n_gpus: int) -> Index:

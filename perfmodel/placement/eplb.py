@@ -3,33 +3,16 @@
 Written from its published description and worked example; it balances tokens and knows neither tiles nor speeds.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from perfmodel.errors import InputError
 
 from .balance import Array, ExpertMap, Index, longest_first, map_of_slots
 
-NO_SLOT = -1  # what engines expect in `log2phy` where an expert has fewer copies than another
 
-
-@dataclass(frozen=True, eq=False)
-class Rebalanced:
-    """What EPLB gives an engine: `phy2log[layer, slot]`, the expert in each slot, one GPU's slots after the other's;
-    `log2phy[layer, expert, copy]`, its slots, -1 beyond its copies; `logcnt[layer, expert]`, how many copies."""
-
-    phy2log: Index
-    log2phy: Index
-    logcnt: Index
-
-    def expert_map(self, n_gpus: int) -> ExpertMap:
-        """The same as a map over GPUs."""
-        return map_of_slots("eplb", self.phy2log, n_gpus)
-
-
-def rebalance(loads: Array, n_slots: int, n_groups: int, n_nodes: int, n_gpus: int) -> Rebalanced:
-    """EPLB's placement of `loads[layer, expert]` in `n_slots` slots (its `num_replicas`) on GPUs of several nodes.
+def rebalance(loads: Array, n_slots: int, n_groups: int, n_nodes: int, n_gpus: int) -> ExpertMap:
+    """EPLB's placement of `loads[layer, expert]` in `n_slots` slots (its `num_replicas`) on GPUs of several nodes; its
+    `phy2log`, `log2phy` and `logcnt` are those of the map.
 
     Where groups of experts divide over nodes: groups go to nodes, heaviest first; within each node the expert with the
     most load per copy gets the next copy until slots run out; copies go to the node's GPUs, heaviest first. Elsewhere
@@ -49,15 +32,12 @@ def rebalance(loads: Array, n_slots: int, n_groups: int, n_nodes: int, n_gpus: i
     copy_of, n_copies = replicated(own, n_slots // n_nodes)
     per_copy = np.take_along_axis(own / n_copies, copy_of, axis=1)
     order = packed(per_copy, n_gpus // n_nodes)
-    number = _numbers_among_equals(copy_of)
 
-    phy2log = np.take_along_axis(experts, np.take_along_axis(copy_of, order, axis=1), axis=1).reshape(n_layers, n_slots)
-    copy = np.take_along_axis(number, order, axis=1).reshape(n_layers, n_slots)
-    logcnt = np.empty((n_layers, n_experts), dtype=np.int64)
-    logcnt[rows, experts] = n_copies
-    log2phy = np.full((n_layers, n_experts, int(logcnt.max())), NO_SLOT, dtype=np.int64)
-    log2phy[np.arange(n_layers)[:, None], phy2log, copy] = np.arange(n_slots)
-    return Rebalanced(phy2log, log2phy, logcnt)
+    def in_order(of_copies: Index) -> Index:
+        return np.take_along_axis(of_copies, order, axis=1).reshape(n_layers, n_slots)
+
+    phy2log = in_order(np.take_along_axis(experts, copy_of, axis=1))
+    return map_of_slots("eplb", phy2log, in_order(_numbers_among_equals(copy_of)), n_gpus)
 
 
 def packed(weights: Array, n_packs: int) -> Index:
@@ -105,12 +85,11 @@ def _require(loads: Array, n_slots: int, n_groups: int, n_nodes: int, n_gpus: in
     n_experts = loads.shape[1]
     if not (np.isfinite(loads) & (loads >= 0)).all():
         raise InputError("EPLB needs loads of experts that are finite and not negative")
-    for words, whole, parts in (
-        (f"{n_experts} experts do not divide into {n_groups} groups", n_experts, n_groups),
-        (f"{n_gpus} GPUs do not divide over {n_nodes} nodes", n_gpus, n_nodes),
-        (f"{n_slots} replicas do not divide over {n_gpus} GPUs", n_slots, n_gpus),
-    ):
-        if parts < 1 or whole < 1 or whole % parts:
-            raise InputError(words)
+    if n_nodes < 1 or n_gpus < 1 or n_gpus % n_nodes:
+        raise InputError(f"{n_gpus} GPUs do not divide over {n_nodes} nodes")
+    if n_slots % n_gpus:
+        raise InputError(f"{n_slots} replicas do not divide over {n_gpus} GPUs")
+    if n_groups < 1 or (n_groups % n_nodes == 0 and n_experts % n_groups):
+        raise InputError(f"{n_experts} experts do not divide into {n_groups} groups")
     if n_slots < n_experts:
         raise InputError(f"{n_slots} replicas are fewer than the {n_experts} experts, of which each needs one")

@@ -66,8 +66,8 @@ def gem(loads: Array, staircase: Staircase) -> ExpertMap:
 
 
 def _gpu_of(made: ExpertMap) -> Index:
-    gpu_of = np.empty_like(made.slots)
-    np.put_along_axis(gpu_of, made.slots, made.gpu_of, axis=1)
+    gpu_of = np.empty_like(made.phy2log)
+    np.put_along_axis(gpu_of, made.phy2log, made.gpu_of, axis=1)
     return gpu_of
 
 

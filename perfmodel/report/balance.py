@@ -1,0 +1,80 @@
+"""Experts over several GPUs, as a page and as plain values."""
+
+from typing import TYPE_CHECKING, Any
+
+from perfmodel import text
+from perfmodel.report.words import WIDTH, table, wrapped
+
+if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
+    from perfmodel.balance import Comparison, Outcome
+    from perfmodel.placement.staircase import Staircase
+    from perfmodel.routing import Recording
+
+MOE_ONLY = (
+    "Times are those of the routed experts alone, and a step waits in every layer for its slowest GPU. Attention and "
+    "communication are left out: of a whole step the gain is smaller."
+)
+
+
+def balance_json(
+    found: "Comparison", staircase: "Staircase", recording: "Recording", shape: str, times: str
+) -> dict[str, Any]:
+    """The comparison as plain values, with what it rests on."""
+    from perfmodel.placement.staircase import saved_frac
+
+    return {
+        "shape": shape,
+        "routing": recording.name,
+        "times": times,
+        "n_gpus": staircase.n_gpus,
+        "n_steps_fitted": found.n_fitted,
+        "n_steps_judged": found.n_judged,
+        "n_token_counts": len(staircase.boundaries),
+        "token_counts_saved_frac": saved_frac(staircase.boundaries),
+        "spread_frac": float(staircase.spreads.max()),
+        "best": found.outcomes[found.best].policy,
+        "policies": [one.to_json() for one in found.outcomes],
+    }
+
+
+def balance_page(found: "Comparison", staircase: "Staircase", recording: "Recording", shape: str, times: str) -> str:
+    """What each policy makes of the routing: latency, what it gains, how even it is, and which GPU is waited for."""
+    facts = balance_json(found, staircase, recording, shape, times)
+    spread, saved = text.frac(facts["spread_frac"]), text.frac(facts["token_counts_saved_frac"])
+    lines = [
+        f"{shape} on {text.counted(staircase.n_gpus, 'GPU')}, {recording.name}, times by {times}",
+        f"maps from {text.counted(found.n_fitted, 'step')}, judged by {found.n_judged} later ones"
+        + "".join(f"; routing {word}" for word in recording.notes),
+        f"fastest GPU {spread} faster than the slowest; timed at {facts['n_token_counts']} token counts, {saved} fewer "
+        "than all",
+    ]
+    body = [_row(one) for one in found.outcomes]
+    header = ["policy", "layer", "vs linear", "vs lpt", "max/mean tokens", "step mean", "p50", "p90", "p99"]
+    waits = [
+        [
+            one.policy,
+            *(f"{100 * s:.0f} / {100 * i:.0f}" for s, i in zip(one.straggler_frac, one.idle_frac, strict=True)),
+        ]
+        for one in found.outcomes
+    ]
+    of_gpu = ["policy", *(f"GPU {gpu}" for gpu in range(staircase.n_gpus))]
+    best = found.outcomes[found.best]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            table(body, header),
+            "",
+            "per cent of layers that wait for a GPU / of the time that the GPU waits",
+            table(waits, of_gpu),
+            "",
+            f"best: {best.policy}",
+            wrapped(MOE_ONLY, WIDTH),
+        ]
+    )
+
+
+def _row(one: "Outcome") -> list[str]:
+    gains = [text.frac(one.gain_frac.get(name)) for name in ("linear", "lpt")]
+    steps = [text.ns(one.step_ns[name]) for name in ("mean", "p50", "p90", "p99")]
+    return [one.policy, text.ns(one.layer_ns), *gains, f"{one.imbalance:.2f}", *steps]
