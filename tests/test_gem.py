@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel import moe
-from perfmodel.balance import POLICIES, Slots, compare, observed_staircase, predicted_staircase, steps_of
+from perfmodel.balance import (
+    POLICIES,
+    Slots,
+    compare,
+    device_ns,
+    layer_ns_by_rows,
+    observed_staircase,
+    predicted_staircase,
+    steps_of,
+    study_page,
+)
 from perfmodel.balance.compare import made
+from perfmodel.balance.study import MODELS, ROUTINGS, SPREADS, gain, latencies, measured_routing
 from perfmodel.capture import OBSERVATIONS, load_capture, shipped_captures
 from perfmodel.cli.main import main
 from perfmodel.errors import InputError
 from perfmodel.hardware import hardware
+from perfmodel.hf_config import resolve
 from perfmodel.latency import load_model
 from perfmodel.moe import MoEShape
 from perfmodel.placement.balance import Array, linear, token_balanced
+from perfmodel.placement.eplb import rebalance
 from perfmodel.placement.gem import (
     best_map,
     consistent_experts,
@@ -33,6 +47,7 @@ from perfmodel.placement.gem import (
 from perfmodel.placement.staircase import Staircase, saved_frac, spread_speeds, token_counts
 from perfmodel.predict import basis_of
 from perfmodel.routing import synthetic_counts, synthetic_steps
+from tests.conftest import ROOT
 
 TWO = Staircase(np.array([4, 8, 16]), np.array([[10.0, 20.0, 40.0], [30.0, 60.0, 120.0]]))
 
@@ -428,3 +443,66 @@ def test_mistakes_get_one_sentence(
     code, _, err = run(capsys, monkeypatch, *fixed, *words.split())
     assert code == 2
     assert sentence in err and err.count("\n") == 1
+
+
+def test_times_by_rows_are_those_of_each_gpus_own_experts() -> None:
+    shape = moe.shape("olmoe")
+    basis = basis_of(SXM, shape, None)
+    speeds = np.array([1.0, 0.8, 1.0, 0.5])
+    loads = bursty(64, 3, 2, 128, 8)
+    for one in (linear(2, 64, 4), token_balanced(loads.sum(axis=0), 4), rebalance(loads.sum(axis=0), 80, 8, 2, 4)):
+        slowest = []
+        for step in loads:
+            for layer in range(2):
+                rows = [
+                    [step[layer, e] / one.logcnt[layer, e] for e in one.phy2log[layer][one.gpu_of[layer] == gpu]]
+                    for gpu in range(4)
+                ]
+                local = replace(shape, n_experts=len(rows[0]), top_k=1)
+                ns = [device_ns(basis, local, np.array([own]))[0] for own in rows]
+                slowest.append(max(t / s for t, s in zip(ns, speeds, strict=True)))
+        assert layer_ns_by_rows(one, loads, basis, shape, speeds) == pytest.approx(np.mean(slowest))
+    free = token_balanced(loads.sum(axis=0), 4, is_even=False)
+    assert layer_ns_by_rows(free, loads, basis, shape, speeds) > 0
+
+
+def test_a_gpu_without_rows_takes_no_time_by_rows() -> None:
+    shape = moe.shape("mixtral-8x7b")
+    loads = np.zeros((2, 1, 8))
+    loads[:, :, 0] = 64
+    made_linear = linear(1, 8, 4)
+    basis = basis_of(SXM, shape, None)
+    slow = layer_ns_by_rows(made_linear, loads, basis, shape, np.array([1.0, 1e-9, 1e-9, 1e-9]))
+    assert slow == pytest.approx(layer_ns_by_rows(made_linear, loads, basis, shape, np.ones(4)))
+
+
+def test_the_catalogues_hunyuan_is_that_of_its_config() -> None:
+    read, kept = resolve(str(ROOT / "tests" / "data" / "configs" / "hunyuan-a13b.json")), moe.shape("hunyuan-a13b")
+    assert replace(read, name="", source="") == replace(kept, name="", source="")
+    assert kept.n_layers * kept.layer_bytes / 2 == pytest.approx(77.3e9, rel=1e-3), "of 80 B parameters"
+
+
+STUDY = (ROOT / "docs" / "balance-study.md").read_text(encoding="utf-8")
+
+
+def test_the_study_page_says_what_is_computed() -> None:
+    for model in MODELS[:2]:
+        rows = {r: latencies(model, r, SPREADS[2]) for r in ROUTINGS}
+        cells = [f"{100 * gain(f, 'gem', 'linear'):.1f} / {100 * gain(f, 'gem', 'lpt'):.1f}" for f in rows.values()]
+        assert f"| {model} | {' | '.join(cells)} |".replace("-0.0", "0.0") in STUDY, "run `python docs/regenerate.py`"
+
+
+def test_the_measured_table_of_the_page_is_read_and_written() -> None:
+    made_up = measured_routing({"mixtral-8x7b__made-up": np.arange(1.0, 9.0)[None]})
+    assert made_up.count("\n") == 1 + len(SPREADS)
+    assert "| mixtral-8x7b | made-up |" in study_page.measured(made_up)
+    shipped = (ROOT / "docs" / study_page.MEASURED).read_text(encoding="utf-8")
+    assert study_page.measured(shipped).strip().splitlines()[-5] in STUDY
+
+
+def test_what_the_paper_states_of_the_extremes_comes_out() -> None:
+    for model in ("mixtral-8x7b", "llama-4-scout", "qwen3-30b-a3b"):
+        uniform = latencies(model, "uniform", SPREADS[2])
+        assert abs(gain(uniform, "gem", "linear")) < 0.01, "uniform routing leaves nearly nothing to gain"
+        grown = [gain(latencies(model, "layered", spread), "gem", "lpt") for spread in SPREADS]
+        assert grown == sorted(grown) and grown[0] < 0.01 < grown[2], "the gain grows with the spread"

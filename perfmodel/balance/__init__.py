@@ -5,7 +5,7 @@ The policies themselves are in `perfmodel.placement`; docs/balance.md has the de
 
 from .compare import POLICIES, Comparison, Outcome, Slots, compare, steps_of
 from .files import write_map
-from .profiles import device_ns, observed_staircase, predicted_staircase, tile_rows_of
+from .profiles import device_ns, layer_ns_by_rows, observed_staircase, predicted_staircase, tile_rows_of
 
 __all__ = [
     "POLICIES",
@@ -14,6 +14,7 @@ __all__ = [
     "Slots",
     "compare",
     "device_ns",
+    "layer_ns_by_rows",
     "observed_staircase",
     "predicted_staircase",
     "steps_of",

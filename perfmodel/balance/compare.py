@@ -1,6 +1,6 @@
 """What policies make of a routing on GPUs of given staircases: a window of steps makes the map, later ones judge it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ class Outcome:
     of all MoE layers of the model, mean and percentiles over steps: the MoE part of the time per output token.
 
     `gain_frac` is the saved share of the latency of a policy, without those that GPUs which do not divide the experts
-    rule out. `straggler_frac[gpu]`
-    is how often each GPU is the one that is waited for (equal ones share), `idle_frac[gpu]` how long each waits.
+    rule out. `straggler_frac[gpu]` is how often each GPU is the one that is waited for (equal ones share),
+    `idle_frac[gpu]` how long each waits. `layer_by_rows_ns` is the layer's time from the rows of every expert, null
+    where times were measured by tokens alone.
     """
 
     policy: str
@@ -48,12 +49,14 @@ class Outcome:
     imbalance: float
     straggler_frac: tuple[float, ...]
     idle_frac: tuple[float, ...]
+    layer_by_rows_ns: float | None
 
     def to_json(self) -> dict[str, Any]:
         """The outcome as plain values."""
         return {
             "policy": self.policy,
             "layer_ns": self.layer_ns,
+            "layer_by_rows_ns": self.layer_by_rows_ns,
             **{f"step_{name}_ns": value for name, value in self.step_ns.items()},
             **{f"gain_over_{name}_frac": value for name, value in self.gain_frac.items()},
             "imbalance": self.imbalance,
@@ -73,8 +76,10 @@ class Comparison:
 
     @property
     def best(self) -> int:
-        """The number of the policy with the least latency, the first among equals."""
-        return min(range(len(self.outcomes)), key=lambda i: self.outcomes[i].layer_ns)
+        """The number of the policy with the least latency, by rows where known, the first among equals."""
+        return min(
+            range(len(self.outcomes)), key=lambda i: self.outcomes[i].layer_by_rows_ns or self.outcomes[i].layer_ns
+        )
 
 
 def made(policy: str, loads: Array, staircase: Staircase, slots: Slots = Slots()) -> ExpertMap:
@@ -113,11 +118,13 @@ def compare(
     *,
     n_model_layers: int | None = None,
     n_window: int = WINDOW_STEPS,
+    by_rows: Callable[[ExpertMap, Array], float] | None = None,
 ) -> Comparison:
     """Every policy on `loads[step, layer, expert]`: the first `n_window` steps make its map, the others judge it.
 
     Of fewer than `n_window` + 1 steps the first half makes the maps. Times of steps are those of `n_model_layers`
-    layers (null: of those in the loads). Raises InputError for a single step, and where a policy cannot make a map.
+    layers (null: of those in the loads). `by_rows(map, loads)` gives a layer's time as `layer_ns_by_rows` does.
+    Raises InputError for a single step, and where a policy cannot make a map.
     """
     n_steps, n_layers, n_experts = loads.shape
     if n_steps < 2:
@@ -131,11 +138,22 @@ def compare(
         one = known.get(name) or made(name, window, staircase)
         compared[name] = float(_times(one.tokens(judged), staircase).max(axis=2).mean())
     scale = (n_model_layers or n_layers) / n_layers
-    outcomes = tuple(_outcome(one, judged, staircase, compared, scale) for one in maps)
-    return Comparison(outcomes, maps, n_fitted, len(judged))
+    outcomes = []
+    for one in maps:
+        by_rows_ns = by_rows(one, judged) if by_rows else None
+        outcomes.append(_outcome(one, judged, staircase, compared, scale, by_rows_ns))
+    return Comparison(tuple(outcomes), maps, n_fitted, len(judged))
 
 
-def _outcome(one: ExpertMap, loads: Array, staircase: Staircase, compared: dict[str, float], scale: float) -> Outcome:
+def _outcome(
+    one: ExpertMap,
+    loads: Array,
+    staircase: Staircase,
+    compared: dict[str, float],
+    scale: float,
+    by_rows_ns: float | None,
+) -> Outcome:
+    """What a map costs on loads; `compared` are the times of a layer under other policies, ns."""
     tokens = one.tokens(loads)
     ns = _times(tokens, staircase)
     slowest = ns.max(axis=2)
@@ -150,6 +168,7 @@ def _outcome(one: ExpertMap, loads: Array, staircase: Staircase, compared: dict[
         imbalance=imbalance(tokens),
         straggler_frac=tuple((is_last / np.maximum(is_last.sum(axis=2, keepdims=True), 1)).mean(axis=(0, 1)).tolist()),
         idle_frac=tuple((1.0 - ns.sum(axis=(0, 1)) / slowest.sum()).tolist()),
+        layer_by_rows_ns=by_rows_ns,
     )
 
 

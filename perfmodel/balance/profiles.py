@@ -13,7 +13,7 @@ from perfmodel import physics
 from perfmodel.capture import IS_OFFLOADED
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
-from perfmodel.placement.balance import Array, Index, require_even
+from perfmodel.placement.balance import Array, ExpertMap, Index, require_even
 from perfmodel.placement.staircase import Staircase, token_counts
 from perfmodel.predict import OPS, Basis, work_of
 from perfmodel.routing import Routing, Shares
@@ -38,13 +38,13 @@ def device_ns(basis: Basis, shape: MoEShape, rows: Array, item_of: Index | None 
     """
     n_rows = rows.sum(axis=1)
     empty = Routing("", np.zeros(rows.shape, dtype=np.int64), 0, 1)  # whose rows are put in below, some of them shares
-    tiles = [basis.tile(shape, max(round(float(n)), 1)) for n in n_rows]
-    known = [tile for tile in tiles if tile is not None]
+    counts, index = np.unique(np.maximum(np.rint(n_rows), 1).astype(np.int64), return_inverse=True)
+    known = [tile for n in counts if (tile := basis.tile(shape, int(n))) is not None]
     work = replace(
         work_of(shape, empty, LAYER, basis.launch),
         counts=physics.Counts(rows),
         n_tokens=n_rows,
-        tile=np.concatenate(known) if known else None,
+        tile=np.concatenate(known)[index.ravel()] if known else None,
     )
     if item_of is not None:
         work = replace(work, item_of=item_of)
@@ -52,6 +52,22 @@ def device_ns(basis: Basis, shape: MoEShape, rows: Array, item_of: Index | None 
         return basis.model.forecast(work, basis.device.profile).ns
     device = basis.device
     return work.mean(physics.total(device.form.resident_parts(work, device.roof, device.constants)))
+
+
+def layer_ns_by_rows(one: ExpertMap, loads: Array, basis: Basis, shape: MoEShape, speeds: Array) -> float:
+    """The slowest GPU's time of a layer under a map, mean over `loads[step, layer, expert]`, ns, each GPU's predicted
+    from the rows of each of its experts: what a staircase, which knows their sum alone, does not see."""
+    layers = np.arange(len(one.phy2log))[:, None]
+    n_held = np.stack([(one.gpu_of == gpu).sum(axis=1) for gpu in range(one.n_gpus)], axis=1)
+    first = np.cumsum(n_held, axis=1) - n_held  # slots are in the order of GPUs
+    place = np.arange(one.phy2log.shape[1]) - np.take_along_axis(first, one.gpu_of, axis=1)
+    rows = np.zeros((len(loads), *n_held.shape, int(n_held.max())))
+    rows[:, layers, one.gpu_of, place] = (loads / one.logcnt)[:, layers, one.phy2log]
+    flat = rows.reshape(-1, rows.shape[-1])
+    ns = np.zeros(len(flat))
+    is_used = flat.any(axis=1)  # a GPU without rows does nothing
+    ns[is_used] = device_ns(basis, replace(shape, n_experts=flat.shape[1], top_k=1), flat[is_used])
+    return float((ns.reshape(rows.shape[:-1]) / speeds).max(axis=2).mean())
 
 
 def tile_rows_of(basis: Basis, shape: MoEShape, n_rows: int) -> int:

@@ -10,10 +10,13 @@ from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, p
 from perfmodel.errors import InputError
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other commands do not need
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
     from perfmodel.moe import MoEShape
+    from perfmodel.placement.balance import ExpertMap
     from perfmodel.placement.staircase import Staircase
     from perfmodel.routing import Recording
 
@@ -60,12 +63,13 @@ def balance(
     recording = steps_of(routing, moe_shape, whole(tokens, "--tokens"), whole(steps, "--steps") if steps else None)
     own_speeds = _speeds(n_gpus, spread, speeds)
     rows = whole(tile_rows, "--tile-rows") if tile_rows else None
+    by_rows = None
     if capture:
         if model or tile_rows:
             raise InputError("a capture was measured: leave out --model and --tile-rows")
         staircase = _measured(capture, moe_shape, own_speeds if spread or speeds or len(capture) == 1 else None, n_gpus)
     else:
-        staircase = _predicted(hardware_name, model, moe_shape, own_speeds, recording, rows)
+        staircase, by_rows = _predicted(hardware_name, model, moe_shape, own_speeds, recording, rows)
     slots = Slots(
         whole(replicas, "--replicas") if replicas else None, whole(groups, "--groups"), whole(nodes, "--nodes")
     )
@@ -76,6 +80,7 @@ def balance(
         slots,
         n_model_layers=moe_shape.n_layers,
         n_window=whole(window, "--window"),
+        by_rows=by_rows,
     )
     times = ", ".join(capture) if capture else f"{model or 'no fitted model'} on {hardware_name}"
     if as_json:
@@ -116,13 +121,15 @@ def _predicted(
     speeds: "NDArray[np.float64]",
     recording: "Recording",
     tile_rows: int | None,
-) -> "Staircase":
+) -> "tuple[Staircase, Callable[[ExpertMap, NDArray[np.float64]], float]]":
+    from functools import partial
     from math import ceil
 
-    from perfmodel.balance import predicted_staircase
+    from perfmodel.balance import layer_ns_by_rows, predicted_staircase
     from perfmodel.latency import load_model
     from perfmodel.predict import basis_of
 
     basis = basis_of(machine_of(machine), shape, load_model(model) if model else None)
     n_most = ceil(recording.loads.sum(axis=2).max())
-    return predicted_staircase(basis, shape, speeds, recording.shares, n_most, tile_rows)
+    staircase = predicted_staircase(basis, shape, speeds, recording.shares, n_most, tile_rows)
+    return staircase, partial(layer_ns_by_rows, basis=basis, shape=shape, speeds=speeds)

@@ -10,6 +10,10 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace d
     from perfmodel.placement.staircase import Staircase
     from perfmodel.routing import Recording
 
+BY_ROWS = (
+    "By rows: the layer's time from the tokens of every expert; all other times know the tokens of a GPU alone, as do "
+    "maps made from them. Where the two disagree, as in small batches, believe the rows."
+)
 MOE_ONLY = (
     "Times are those of the routed experts alone, and a step waits in every layer for its slowest GPU. Attention and "
     "communication are left out: of a whole step the gain is smaller."
@@ -49,7 +53,7 @@ def balance_page(found: "Comparison", staircase: "Staircase", recording: "Record
         "than all",
     ]
     body = [_row(one) for one in found.outcomes]
-    header = ["policy", "layer", "vs linear", "vs lpt", "max/mean tokens", "step mean", "p50", "p90", "p99"]
+    header = ["policy", "layer", "vs linear", "vs lpt", "by rows", "max/mean tokens", "step mean", "p50", "p90", "p99"]
     waits = [
         [
             one.policy,
@@ -68,7 +72,8 @@ def balance_page(found: "Comparison", staircase: "Staircase", recording: "Record
             "per cent of layers that wait for a GPU / of the time that the GPU waits",
             table(waits, of_gpu),
             "",
-            f"best: {best.policy}",
+            f"best: {best.policy}" + (" (by rows)" if best.layer_by_rows_ns is not None else ""),
+            *([wrapped(BY_ROWS, WIDTH)] if best.layer_by_rows_ns is not None else []),
             wrapped(MOE_ONLY, WIDTH),
         ]
     )
@@ -77,4 +82,4 @@ def balance_page(found: "Comparison", staircase: "Staircase", recording: "Record
 def _row(one: "Outcome") -> list[str]:
     gains = [text.frac(one.gain_frac.get(name)) for name in ("linear", "lpt")]
     steps = [text.ns(one.step_ns[name]) for name in ("mean", "p50", "p90", "p99")]
-    return [one.policy, text.ns(one.layer_ns), *gains, f"{one.imbalance:.2f}", *steps]
+    return [one.policy, text.ns(one.layer_ns), *gains, text.ns(one.layer_by_rows_ns), f"{one.imbalance:.2f}", *steps]
