@@ -24,6 +24,7 @@ from perfmodel.balance import (
     study_page,
 )
 from perfmodel.balance.compare import made
+from perfmodel.balance.profiles import _prefixes
 from perfmodel.balance.study import MODELS, ROUTINGS, SPREADS, gain, latencies, measured_routing
 from perfmodel.capture import OBSERVATIONS, load_capture, shipped_captures
 from perfmodel.cli.main import main
@@ -43,6 +44,7 @@ from perfmodel.placement.gem import (
     spread_out,
     straggler_ns,
     swapped,
+    usage,
 )
 from perfmodel.placement.staircase import Staircase, saved_frac, spread_speeds, token_counts
 from perfmodel.predict import basis_of
@@ -124,6 +126,14 @@ def test_experts_made_consistent_and_temporal_are_told_apart() -> None:
     loads = synthetic_steps("temporal:4", 400, 4, 32, seed=3)
     frac = consistent_experts(loads).mean(axis=1)
     assert frac == pytest.approx(0.5), "half are made temporal"
+    found = usage(loads)
+    assert found["consistent_used_frac"] == pytest.approx(0.85, abs=0.02), "as made"
+    assert found["temporal_used_frac"] == pytest.approx(0.17, abs=0.03), "as made"
+    assert usage(np.ones((2, 1, 4))) == {
+        "consistent_experts_frac": 1,
+        "consistent_used_frac": 1,
+        "temporal_used_frac": None,
+    }
 
 
 def test_two_experts_that_are_busy_together_come_apart() -> None:
@@ -417,6 +427,30 @@ def test_the_command_gives_eplbs_map_of_a_file_in_the_words_of_engines(
     assert written["logical_to_physical_map"][0][5] == [0, 2]
 
 
+def test_measured_times_come_from_captures_and_many_gpus_are_summed_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = {"model_type": "mixtral", "num_local_experts": 64, "num_experts_per_tok": 1, "hidden_size": 512}
+    config |= {"intermediate_size": 816, "num_hidden_layers": 2, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    capture = str(next(path for path in shipped_captures() if path.name == "epyc-zen5-2c-bf16"))
+    words = ["--routing", "layered:0.2", "--shape", str(tmp_path / "config.json"), "--tokens", "1024"]
+    code, out, _ = run(capsys, monkeypatch, *words, "--gpus", "4", "--spread", "10%", "--capture", capture)
+    assert code == 0 and "10.0 % faster" in out
+    assert "by rows" not in out.splitlines()[-1] and out.count("n/a") >= len(POLICIES), "a capture knows no rows"
+    code, out, _ = run(capsys, monkeypatch, *words, "--gpus", "16", "--policy", "lpt")
+    assert code == 0 and "GPU waited for most" in out
+
+
+@pytest.mark.parametrize("n_most", [1000, 2**21])
+def test_rows_of_a_profile_are_prefixes_of_one_sequence(n_most: int) -> None:
+    counts = np.array([10, 500, n_most])
+    rows = _prefixes(np.array([0.5, 0.25, 0.25]), counts, 0)
+    assert rows.sum(axis=1) == pytest.approx(counts)
+    assert (np.diff(rows, axis=0) >= 0).all()
+    assert rows[2] / n_most == pytest.approx([0.5, 0.25, 0.25], abs=0.04)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -487,7 +521,7 @@ STUDY = (ROOT / "docs" / "balance-study.md").read_text(encoding="utf-8")
 
 def test_the_study_page_says_what_is_computed() -> None:
     for model in MODELS[:2]:
-        rows = {r: latencies(model, r, SPREADS[2]) for r in ROUTINGS}
+        rows = {r: latencies(model, r, SPREADS[2])["mean"] for r in ROUTINGS}
         cells = [f"{100 * gain(f, 'gem', 'linear'):.1f} / {100 * gain(f, 'gem', 'lpt'):.1f}" for f in rows.values()]
         assert f"| {model} | {' | '.join(cells)} |".replace("-0.0", "0.0") in STUDY, "run `python docs/regenerate.py`"
 
@@ -502,7 +536,7 @@ def test_the_measured_table_of_the_page_is_read_and_written() -> None:
 
 def test_what_the_paper_states_of_the_extremes_comes_out() -> None:
     for model in ("mixtral-8x7b", "llama-4-scout", "qwen3-30b-a3b"):
-        uniform = latencies(model, "uniform", SPREADS[2])
+        uniform = latencies(model, "uniform", SPREADS[2])["mean"]
         assert abs(gain(uniform, "gem", "linear")) < 0.01, "uniform routing leaves nearly nothing to gain"
-        grown = [gain(latencies(model, "layered", spread), "gem", "lpt") for spread in SPREADS]
+        grown = [gain(latencies(model, "layered", spread)["mean"], "gem", "lpt") for spread in SPREADS]
         assert grown == sorted(grown) and grown[0] < 0.01 < grown[2], "the gain grows with the spread"

@@ -20,6 +20,7 @@ from perfmodel.routing import Routing, Shares
 
 # From the router's logits on: all that a GPU of the group does with the rows it received.
 LAYER = OPS[2]
+MAX_DRAWN = 2**20  # assignments of one sequence
 N_DRAWS = 4  # sequences of assignments that a predicted staircase is the mean of
 # The smaller tile of PyTorch's grouped GEMM on SM90; the larger is twice as high (physics.tiled).
 DEFAULT_TILE_ROWS = 64
@@ -96,11 +97,13 @@ def predicted_staircase(
 
 
 def _prefixes(popularity: Shares, counts: Index, seed: int) -> Array:
-    """Rows of each expert after the first `counts` of one random sequence of assignments, `[count, expert]`."""
-    drawn = np.random.default_rng(seed).choice(len(popularity), size=int(counts[-1]), p=popularity)
-    step = np.searchsorted(counts, np.arange(counts[-1]), side="right")
+    """Rows of each expert after the first `counts` of one random sequence of assignments, `[count, expert]`; beyond
+    MAX_DRAWN of them, where chance evens out, as expected."""
+    n_drawn = min(int(counts[-1]), MAX_DRAWN)
+    drawn = np.random.default_rng(seed).choice(len(popularity), size=n_drawn, p=popularity)
+    step = np.searchsorted(counts, np.arange(n_drawn), side="right")
     new = np.bincount(step * len(popularity) + drawn, minlength=len(counts) * len(popularity))
-    return np.asarray(new.reshape(len(counts), -1).cumsum(axis=0), dtype=np.float64)
+    return new.reshape(len(counts), -1).cumsum(axis=0) + np.maximum(counts - n_drawn, 0)[:, None] * popularity
 
 
 def rising(ns: Array) -> Array:

@@ -56,17 +56,19 @@ def staircase_of(model: str, loads: Array, speeds: Array) -> Staircase:
 
 
 @cache
-def latencies(model: str, routing: str, spread_frac: float, n_tokens: int = N_TOKENS) -> Latencies:
-    """The time of a layer under each policy on the steps that judge, mean over the turns of speeds."""
+def latencies(model: str, routing: str, spread_frac: float, n_tokens: int = N_TOKENS) -> dict[str, Latencies]:
+    """The `mean` time of a layer and the `p90` over steps of the time of all layers, ns, under each policy, on the
+    steps that judge; mean over the turns of speeds."""
     return _latencies(model, loads_of(model, routing, n_tokens), spread_frac)
 
 
-def _latencies(model: str, loads: Array, spread_frac: float) -> Latencies:
+def _latencies(model: str, loads: Array, spread_frac: float) -> dict[str, Latencies]:
     found = []
     for speeds in turns(spread_frac):
         done = compare(loads, staircase_of(model, loads, speeds), STUDIED)
-        found.append([one.layer_ns for one in done.outcomes])
-    return dict(zip(STUDIED, np.mean(found, axis=0).tolist(), strict=True))
+        found.append([[one.layer_ns, one.step_ns["p90"]] for one in done.outcomes])
+    mean, p90 = np.mean(found, axis=0).T.tolist()
+    return {"mean": dict(zip(STUDIED, mean, strict=True)), "p90": dict(zip(STUDIED, p90, strict=True))}
 
 
 def gain(found: Latencies, policy: str, over: str) -> float:
@@ -114,6 +116,6 @@ def measured_routing(shares: Mapping[str, Shares]) -> str:
         steps = np.repeat((one / one.sum(axis=1, keepdims=True))[None], N_STEPS, axis=0)
         loads = synthetic_counts(steps, N_TOKENS, moe.shape(name).top_k, seed=0).astype(np.float64)
         for spread_frac in SPREADS:
-            found = _latencies(name, loads, spread_frac)
+            found = _latencies(name, loads, spread_frac)["mean"]
             table.writerow([name, text, spread_frac, *(f"{found[policy]:.0f}" for policy in STUDIED)])
     return out.getvalue()

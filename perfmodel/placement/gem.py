@@ -23,16 +23,28 @@ TINY = 1e-300  # of which infinitely much is still infinite
 LEAST_GAIN_FRAC = 1e-9  # of the score, that a swap must take away: rounding is no gain
 
 
+def used(loads: Array, used_share: float = USED_SHARE) -> NDArray[np.bool_]:
+    """Which experts are used in which steps, `[step, layer, expert]`: those with at least `used_share` of an even share
+    of the layer's assignments, and some."""
+    return np.asarray((loads >= used_share * loads.mean(axis=2, keepdims=True)) & (loads > 0))
+
+
 def consistent_experts(
     loads: Array, used_share: float = USED_SHARE, steps_frac: float = CONSISTENT_STEPS_FRAC
 ) -> NDArray[np.bool_]:
-    """Which experts are used most of the time, `[layer, expert]`; all others are temporal.
+    """Which experts are used in at least `steps_frac` of the steps, `[layer, expert]`; all others are temporal."""
+    return np.asarray(used(loads, used_share).mean(axis=0) >= steps_frac)
 
-    Used in a step is an expert with at least `used_share` of an even share of the layer's assignments, and some.
-    """
-    even = loads.mean(axis=2, keepdims=True)
-    is_used = (loads >= used_share * even) & (loads > 0)
-    return np.asarray(is_used.mean(axis=0) >= steps_frac)
+
+def usage(loads: Array) -> dict[str, float | None]:
+    """What there is of both kinds: the share of experts that are consistent, and in which share of the steps experts of
+    each kind are used, null where there are none."""
+    frac, is_consistent = used(loads).mean(axis=0), consistent_experts(loads)
+    return {
+        "consistent_experts_frac": float(is_consistent.mean()),
+        "consistent_used_frac": float(frac[is_consistent].mean()) if is_consistent.any() else None,
+        "temporal_used_frac": float(frac[~is_consistent].mean()) if not is_consistent.all() else None,
+    }
 
 
 def straggler_ns(tokens: Array, staircase: Staircase) -> Array:

@@ -1,5 +1,6 @@
 """Experts over several GPUs, as a page and as plain values."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from perfmodel import text
@@ -10,6 +11,7 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace d
     from perfmodel.placement.staircase import Staircase
     from perfmodel.routing import Recording
 
+N_GPUS_SHOWN = 8
 BY_ROWS = (
     "By rows: the layer's time from the tokens of every expert; all other times know the tokens of a GPU alone, as do "
     "maps made from them. Where the two disagree, as in small batches, believe the rows."
@@ -24,6 +26,7 @@ def balance_json(
     found: "Comparison", staircase: "Staircase", recording: "Recording", shape: str, times: str
 ) -> dict[str, Any]:
     """The comparison as plain values, with what it rests on."""
+    from perfmodel.placement.gem import usage
     from perfmodel.placement.staircase import saved_frac
 
     return {
@@ -36,6 +39,7 @@ def balance_json(
         "n_token_counts": len(staircase.boundaries),
         "token_counts_saved_frac": saved_frac(staircase.boundaries),
         "spread_frac": float(staircase.spreads.max()),
+        **usage(recording.loads),
         "best": found.outcomes[found.best].policy,
         "policies": [one.to_json() for one in found.outcomes],
     }
@@ -51,17 +55,11 @@ def balance_page(found: "Comparison", staircase: "Staircase", recording: "Record
         + "".join(f"; routing {word}" for word in recording.notes),
         f"fastest GPU {spread} faster than the slowest; timed at {facts['n_token_counts']} token counts, {saved} fewer "
         "than all",
+        f"{text.frac(facts['consistent_experts_frac'])} of experts are consistent, used in "
+        f"{text.frac(facts['consistent_used_frac'])} of steps, the others in {text.frac(facts['temporal_used_frac'])}",
     ]
     body = [_row(one) for one in found.outcomes]
     header = ["policy", "layer", "vs linear", "vs lpt", "by rows", "max/mean tokens", "step mean", "p50", "p90", "p99"]
-    waits = [
-        [
-            one.policy,
-            *(f"{100 * s:.0f} / {100 * i:.0f}" for s, i in zip(one.straggler_frac, one.idle_frac, strict=True)),
-        ]
-        for one in found.outcomes
-    ]
-    of_gpu = ["policy", *(f"GPU {gpu}" for gpu in range(staircase.n_gpus))]
     best = found.outcomes[found.best]
     return "\n".join(
         [
@@ -70,7 +68,7 @@ def balance_page(found: "Comparison", staircase: "Staircase", recording: "Record
             table(body, header),
             "",
             "per cent of layers that wait for a GPU / of the time that the GPU waits",
-            table(waits, of_gpu),
+            _waits(found.outcomes),
             "",
             f"best: {best.policy}" + (" (by rows)" if best.layer_by_rows_ns is not None else ""),
             *([wrapped(BY_ROWS, WIDTH)] if best.layer_by_rows_ns is not None else []),
@@ -83,3 +81,20 @@ def _row(one: "Outcome") -> list[str]:
     gains = [text.frac(one.gain_frac.get(name)) for name in ("linear", "lpt")]
     steps = [text.ns(one.step_ns[name]) for name in ("mean", "p50", "p90", "p99")]
     return [one.policy, text.ns(one.layer_ns), *gains, text.ns(one.layer_by_rows_ns), f"{one.imbalance:.2f}", *steps]
+
+
+def _waits(outcomes: "Sequence[Outcome]") -> str:
+    """How often each GPU is waited for and how long it waits; of many GPUs the one that is waited for most often."""
+    gpus = range(len(outcomes[0].idle_frac))
+
+    def cell(one: "Outcome", gpu: int) -> str:
+        return f"{100 * one.straggler_frac[gpu]:.0f} / {100 * one.idle_frac[gpu]:.0f}"
+
+    if len(gpus) <= N_GPUS_SHOWN:
+        rows = [[one.policy, *(cell(one, gpu) for gpu in gpus)] for one in outcomes]
+        return table(rows, ["policy", *(f"GPU {gpu}" for gpu in gpus)])
+    rows = []
+    for one in outcomes:
+        most = max(gpus, key=lambda gpu: one.straggler_frac[gpu])
+        rows.append([one.policy, str(most), cell(one, most), f"{100 * sum(one.idle_frac) / len(gpus):.0f}"])
+    return table(rows, ["policy", "GPU waited for most", "waited for / waits", "all wait, mean"])
