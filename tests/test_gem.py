@@ -182,7 +182,7 @@ def test_the_search_comes_close_to_the_best_of_all_maps_of_eight_experts_on_four
     best = straggler_ns(best_map(loads, stairs).tokens(loads), stairs).sum(axis=0)
     found = straggler_ns(gem(loads, stairs).tokens(loads), stairs).sum(axis=0)
     assert (found >= best - 1e-6).all()
-    assert (found == pytest.approx(best, rel=0.02)) and (found <= best * (1 + 1e-9)).mean() >= 0.75
+    assert (found == pytest.approx(best, rel=0.01)) and (found <= best * (1 + 1e-9)).mean() >= 0.5
     with pytest.raises(InputError, match=r"32 experts on 4 GPUs have .* maps, more than the 10,000"):
         best_map(bursty(32, 2, 1, 64, 2), stairs)
 

@@ -61,8 +61,8 @@ def score_ns(loads: Array, gpu_of: Index, staircase: Staircase) -> float:
 def gem(loads: Array, staircase: Staircase) -> ExpertMap:
     """The map of `loads[step, layer, expert]` with least time of stragglers that swaps find, equally many experts each.
 
-    Each layer begins with `spread_out`, the token-balanced and the linear map, improves each by `swapped` and keeps the
-    best; so on these loads it is never worse than any of them. Raises InputError where GPUs do not divide experts.
+    Each layer begins with the best of `spread_out`, the token-balanced and the linear map, and improves it by
+    `swapped`; so on these loads it is never worse than any of them. Raises InputError where GPUs do not divide experts.
     """
     n_gpus = staircase.n_gpus
     _, n_layers, n_experts = loads.shape
@@ -72,8 +72,8 @@ def gem(loads: Array, staircase: Staircase) -> ExpertMap:
     found = np.empty((n_layers, n_experts), dtype=np.int64)
     for layer in range(n_layers):
         own = np.ascontiguousarray(loads[:, layer])
-        ends = [swapped(own, start[layer], staircase) for start in starts]
-        found[layer] = min(ends, key=lambda gpu_of: score_ns(own, gpu_of, staircase))
+        best = min((start[layer] for start in starts), key=lambda gpu_of: score_ns(own, gpu_of, staircase))
+        found[layer] = swapped(own, best, staircase)
     return map_of("gem", found, n_gpus)
 
 
