@@ -77,6 +77,7 @@ def test_what_was_not_timed_is_avoided_by_the_search_and_refused_where_no_map_av
     loads = np.tile(np.array([6.0, 6, 2, 2]), (4, 1, 1))
     short = straight(8, np.ones(2))
     assert gem(loads, short).tokens(loads)[0, 0].tolist() == [8, 8]
+    assert np.bincount(spread_out(loads, straight(3, np.ones(2)))[0]).tolist() == [2, 2], "though nothing fits"
     with pytest.raises(InputError, match="a GPU has 12 assignments in a step, more than the 8 that it was timed at"):
         compare(loads, short, ("linear",))
 

@@ -99,6 +99,7 @@ def spread_out(loads: Array, staircase: Staircase) -> Index:
         own = loads[:, layers, expert]
         waits = np.maximum(own, TINY)[:, :, None] * staircase.of(tokens + own[:, :, None])
         waits = np.where(own[:, :, None] > 0, waits, 0.0).sum(axis=0)
+        waits = np.minimum(waits, np.finfo(np.float64).max)  # beyond what was timed is still better than no room
         gpu = np.where(n_held < n_experts // n_gpus, waits, np.inf).argmin(axis=1)
         gpu_of[layers, expert] = gpu
         tokens[:, layers, gpu] += own
