@@ -11,9 +11,9 @@ from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
 from perfmodel.placement.balance import Array, ExpertMap, imbalance, linear, round_robin, token_balanced
 from perfmodel.placement.eplb import rebalance
-from perfmodel.placement.gem import WINDOW_STEPS, gem
+from perfmodel.placement.gem import TINY, WINDOW_STEPS, gem
 from perfmodel.placement.staircase import Staircase
-from perfmodel.routing import Recording, synthetic_counts, synthetic_steps
+from perfmodel.routing import Recording, read_shares, synthetic_counts, synthetic_steps
 from perfmodel.routing.files import split_source
 
 LINEAR, BALANCED = "linear", "lpt"
@@ -189,41 +189,40 @@ def steps_of(source: str, shape: MoEShape, n_tokens: int, n_steps: int | None = 
     Raises InputError where a file is for another number of experts.
     """
     recorded = _recorded(source)
+    notes: tuple[str, ...] = ()
     if recorded is None:
         shares = synthetic_steps(source, n_steps or N_STEPS, shape.n_layers, shape.n_experts, seed=0)
+        layers = np.arange(shape.n_layers)
     else:
-        if recorded.shape[2] != shape.n_experts:
+        loads, layers, notes = recorded.loads[:n_steps], recorded.layers, recorded.notes
+        if loads.shape[2] != shape.n_experts:
             raise InputError(
-                f"routing {source!r} is for {recorded.shape[2]} experts, shape {shape.name!r} has {shape.n_experts}"
+                f"routing {source!r} is for {loads.shape[2]} experts, shape {shape.name!r} has {shape.n_experts}"
             )
-        sums = np.maximum(recorded.sum(axis=2, keepdims=True), 1e-300)
-        shares = recorded[:n_steps] / sums[:n_steps]
-        if len(recorded) > 1:
-            loads = shares * n_tokens * shape.top_k
-            return Recording(source, loads, np.arange(loads.shape[1]), shape.top_k, None)
+        shares = loads / np.maximum(loads.sum(axis=2, keepdims=True), TINY)
+        if len(recorded.loads) > 1:
+            return Recording(
+                source, shares * n_tokens * shape.top_k, layers, is_ordered=recorded.is_ordered, notes=notes
+            )
         shares = np.repeat(shares, n_steps or N_STEPS, axis=0)
-    loads = synthetic_counts(shares, n_tokens, shape.top_k, seed=0).astype(np.float64)
+    drawn = synthetic_counts(shares, n_tokens, shape.top_k, seed=0).astype(np.float64)
     return Recording(
-        source, loads, np.arange(loads.shape[1]), shape.top_k, np.full(len(loads), n_tokens), notes=("drawn at random",)
+        source, drawn, layers, shape.top_k, np.full(len(drawn), n_tokens), notes=(*notes, "drawn at random")
     )
 
 
-def _recorded(source: str) -> Array | None:
-    """The loads of a routing file, `[step, layer, expert]`, of which there is one where the file has no steps; null for
-    the name of a pattern."""
-    from perfmodel.routing import read_shares
-
+def _recorded(source: str) -> Recording | None:
+    """What a routing file recorded, of one step where the file has none; null for the name of a pattern."""
     file, key, layer = split_source(source)
     if not Path(file).is_file():
         return None
-    shares = read_shares(source)  # refuses what is no file of counts
-    if file.endswith(".csv"):
-        return shares[None]
-    array = np.load(file)
-    if not isinstance(array, np.ndarray):
-        with array as arrays:
-            array = arrays[key or ("counts" if "counts" in arrays else arrays.files[0])]
-    if array.ndim < 3:
-        return shares[None]
-    layers = slice(None) if layer is None else slice(layer, layer + 1)
-    return np.asarray(array, dtype=np.float64)[:, layers]
+    loads = read_shares(source)[None]  # refuses what is no file of counts
+    if not file.endswith(".csv"):
+        array = np.load(file)
+        if not isinstance(array, np.ndarray):
+            with array as arrays:
+                array = arrays[key or ("counts" if "counts" in arrays else arrays.files[0])]
+        if array.ndim == 3:
+            chosen = slice(None) if layer is None else slice(layer, layer + 1)
+            loads = array.astype(np.float64)[:, chosen]
+    return Recording(source, loads, np.arange(loads.shape[1]))

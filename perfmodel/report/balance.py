@@ -51,8 +51,8 @@ def balance_page(found: "Comparison", staircase: "Staircase", recording: "Record
     spread, saved = text.frac(facts["spread_frac"]), text.frac(facts["token_counts_saved_frac"])
     lines = [
         f"{shape} on {text.counted(staircase.n_gpus, 'GPU')}, {recording.name}, times by {times}",
-        f"maps from {text.counted(found.n_fitted, 'step')}, judged by {found.n_judged} later ones"
-        + "".join(f"; routing {word}" for word in recording.notes),
+        f"maps from {text.counted(found.n_fitted, 'step')}, judged by {found.n_judged} later ones",
+        *(f"routing: {words}" for words in recording.notes),
         f"fastest GPU {spread} faster than the slowest; timed at {facts['n_token_counts']} token counts, {saved} fewer "
         "than all",
         f"{text.frac(facts['consistent_experts_frac'])} of experts are consistent, used in "
