@@ -166,6 +166,10 @@ def test_step_times_are_those_of_all_layers_of_the_model() -> None:
 def test_a_single_step_and_unknown_policies_are_refused() -> None:
     with pytest.raises(InputError, match="a single step"):
         compare(np.ones((1, 1, 4)), straight(8, np.ones(2)))
+    idle = np.ones((20, 1, 4))
+    idle[16:] = 0
+    with pytest.raises(InputError, match="no expert was used in the steps"):
+        compare(idle, straight(8, np.ones(2)))
     with pytest.raises(InputError, match="unknown policy 'magic'; known: linear, "):
         made("magic", np.ones((2, 1, 4)), straight(8, np.ones(2)))
 

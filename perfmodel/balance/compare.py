@@ -124,13 +124,15 @@ def compare(
 
     Of fewer than `n_window` + 1 steps the first half makes the maps. Times of steps are those of `n_model_layers`
     layers (null: of those in the loads). `by_rows(map, loads)` gives a layer's time as `layer_ns_by_rows` does.
-    Raises InputError for a single step, and where a policy cannot make a map.
+    Raises InputError for a single step, for steps without any load, and where a policy cannot make a map.
     """
     n_steps, n_layers, n_experts = loads.shape
     if n_steps < 2:
         raise InputError("the routing has a single step, expected some to make a map from and later ones to judge it")
     n_fitted = n_window if n_steps > n_window else n_steps // 2
     window, judged = loads[:n_fitted], loads[n_fitted:]
+    if not window.any() or not judged.any():
+        raise InputError("no expert was used in the steps that make the map, or in those that judge it")
     maps = tuple(made(policy, window, staircase, slots) for policy in policies)
     known = {one.policy: one for one in maps}
     compared = {}
