@@ -1,6 +1,7 @@
 """Make what is computed in the repository: fitted models, docs/accuracy.md, golden predictions, README outputs.
 
     python docs/regenerate.py            # all of it
+    python docs/regenerate.py pages      # only the pages on published systems and the outputs in README.md
     python docs/regenerate.py readme     # only the outputs in README.md
 
 In the README, a block that begins with ```console holds commands after `$ ` and their output; what a command prints
@@ -162,14 +163,17 @@ def write_golden_predictions() -> None:
 
 
 if __name__ == "__main__":
+    from perfmodel.balance.study_page import write as write_balance
     from perfmodel.offload.kt_page import write as write_strategies
     from perfmodel.offload.study_page import write as write_study
+    from perfmodel.trimoe.study_page import write as write_trimoe
 
-    if sys.argv[1:] != ["readme"]:
+    if not sys.argv[1:]:
         write_accuracy(fit_captures(), fit_published())
-        write_study(ROOT / "docs")
-        write_strategies(ROOT / "docs")
         write_golden_predictions()
+    if sys.argv[1:] != ["readme"]:
+        for write_page in (write_study, write_strategies, write_trimoe, write_balance):
+            write_page(ROOT / "docs")
     target = ROOT / "README.md"
     target.write_text(with_outputs(target.read_text(encoding="utf-8")), encoding="utf-8")
     (ROOT / "model.json").unlink(missing_ok=True)  # what the README's `perfmodel fit` writes

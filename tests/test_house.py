@@ -14,7 +14,7 @@ LIBRARY = sorted((ROOT / "perfmodel").rglob("*.py"))
 # Each module may import from its own level and those before it (docs/decisions/0001-house.md).
 LEVELS = (
     {"errors"},
-    {"text", "moe", "routing", "workers"},
+    {"text", "markdown", "moe", "routing", "workers"},
     {"trace", "hardware", "hf_config", "model_memory"},
     {"cache"},
     {"readers", "classify", "placement", "physics", "capture", "capture_lines", "intervals", "lanes"},
@@ -26,7 +26,7 @@ LEVELS = (
     {"baselines", "roofline", "regression", "plausible", "transfer"},
     {"evaluation"},
     {"sources"},
-    {"adapt", "design", "fitting", "explain", "offload", "predict", "trimoe"},
+    {"adapt", "balance", "design", "fitting", "explain", "offload", "predict", "trimoe"},
     {"placing"},
     {"schedule", "report"},
     {"figures"},

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from perfmodel import text
+from perfmodel import markdown, text
 
 from . import kt_study
 from .constants import ASSUMED
 from .kt_study import SETTINGS, SHAPE, STRATEGIES, agreement, cells, cpu_part, fractions, predicted, published
-from .study_page import markdown_table, wrapped
 
 FROM_FRAC = 0.6  # from here on the order of strategies is asked for
 
@@ -17,7 +16,7 @@ FROM_FRAC = 0.6  # from here on the order of strategies is asked for
 def page() -> str:
     """The page."""
     sections = [_head(), _setting(), _cells(), _why(), _sensitivity(), _left_out()]
-    return "\n\n".join(map(wrapped, "\n".join(sections).split("\n\n"))).rstrip("\n") + "\n"
+    return "\n\n".join(map(markdown.wrapped, "\n".join(sections).split("\n\n"))).rstrip("\n") + "\n"
 
 
 def write(docs: Path) -> None:
@@ -50,7 +49,7 @@ def _setting() -> str:
     return f"""## What is assumed
 
 {
-        markdown_table(
+        markdown.table(
             ["what", "taken as", "why"],
             [
                 [
@@ -112,7 +111,7 @@ def _cells() -> str:
 
 Tokens per second, predicted / measured:
 
-{markdown_table(["experts on the GPUs", *STRATEGIES], rows)}
+{markdown.table(["experts on the GPUs", *STRATEGIES], rows)}
 From {_percent(FROM_FRAC)} on frequency was measured before front-loading and that before random and uniform; so it is
 predicted at {len(kept)} of {len(high)} fractions. Over all {found.size} cells the rank correlation is {at.spearman:.2f}
 (Spearman), {at.kendall:.2f} (Kendall). Most of that is that more experts on the GPUs are faster; of the four strategies
@@ -147,7 +146,7 @@ In the model, not because the CPU has less to compute, but because it has someth
 such layer waits for it once. At {_percent(frac)} on the GPUs, for a token:
 
 {
-        markdown_table(
+        markdown.table(
             [
                 "strategy",
                 "layers with a part on the CPU",
@@ -193,7 +192,7 @@ def _sensitivity() -> str:
 Each setting fits the same one cell again:
 
 {
-        markdown_table(
+        markdown.table(
             [
                 "setting",
                 f"order as measured, from {_percent(FROM_FRAC)} on",

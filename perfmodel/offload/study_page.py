@@ -1,13 +1,11 @@
 """docs/gh200-study.md as text: every number on it is computed here by `study`, or read from a table that it wrote."""
 
 import csv
-import textwrap
-from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from statistics import median
 
-from perfmodel import moe, physics, text
+from perfmodel import markdown, moe, physics, text
 from perfmodel.hardware import hardware
 from perfmodel.text import NS_PER_S
 
@@ -54,7 +52,6 @@ SHOWN_CONSTANTS = (
     "smooth_p",
     "expert_ns",
 )
-WIDTH = 132
 
 
 def page(olmoe_csv: str | None = None) -> str:
@@ -62,7 +59,7 @@ def page(olmoe_csv: str | None = None) -> str:
     sections = [HEAD, _setting(), _mechanisms(), _not_identified(), _other_shapes()]
     sections += [_measured(olmoe_csv)] if olmoe_csv else []
     blocks = "\n".join([*sections, _trends(), _discriminates()]).split("\n\n")
-    return "\n\n".join(map(wrapped, blocks)).rstrip("\n") + "\n"
+    return "\n\n".join(map(markdown.wrapped, blocks)).rstrip("\n") + "\n"
 
 
 def write(docs: Path) -> None:
@@ -70,23 +67,6 @@ def write(docs: Path) -> None:
     measured = docs / "gh200-study-olmoe.csv"
     found = measured.read_text(encoding="utf-8") if measured.exists() else None
     (docs / "gh200-study.md").write_text(page(found), encoding="utf-8")
-
-
-def wrapped(block: str) -> str:
-    """A paragraph or item in lines of WIDTH; tables and headings as they are."""
-    block = block.strip("\n")
-    if block.startswith(("|", "#")):
-        return block
-    indent = "   " if block[:1].isdigit() else ""
-    return textwrap.fill(
-        " ".join(block.split()), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows below their heads as a table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def _points() -> list[str]:
@@ -132,7 +112,7 @@ def _mechanisms() -> str:
 "Agrees": both slowdowns within {100 * WITHIN_FRAC:g} %. The last column sets the mechanism's own rates free, all by one
 factor, until the first point is met exactly, and says what then happens at the second, {second.slowdown}x.
 
-{markdown_table(["mechanism", *_points(), "verdict", "with its rates set free"], rows)}
+{markdown.table(["mechanism", *_points(), "verdict", "with its rates set free"], rows)}
 In time that resident tokens would take, the offloaded experts of the second point cost {added[1] / added[0]:.1f} times
 those of the first, for {second.offload_frac / first.offload_frac:.1f} times as many experts. A cost paid once per
 expert, at whatever rate, cannot do that: the copies and the single read fail with any rate. A copy that overlaps
@@ -158,7 +138,7 @@ def _not_identified() -> str:
 
 Of a grid of {n:,} settings {len(found)} agree with both points under this one reading, and they are far apart:
 
-{markdown_table(["constant", "range among those that agree", "default"], rows)}
+{markdown.table(["constant", "range among those that agree", "default"], rows)}
 Only how often a row makes weights be read again, in relation to the ratio of computing to the link, is held with any
 firmness, and that only for this shape and routing. The widths of experts cannot be read off these points either: where
 offloaded and resident experts are both bound by computing, they cancel in a slowdown.
@@ -171,7 +151,7 @@ def _other_shapes() -> str:
 
 The same setting, with "tokens" as tokens of catalogue models, each of which selects top-k experts:
 
-{markdown_table(["shape", *_points()], rows)}"""
+{markdown.table(["shape", *_points()], rows)}"""
 
 
 def _measured(olmoe_csv: str) -> str:
@@ -189,7 +169,7 @@ Beside each slowdown stands the share of rows that the offloaded experts receive
 {spread[1]}; {sum(map(agrees, pairs))} of {len(rows)} pairs agree with both. Which layer it is moves the answer as much
 as the constants do.
 
-{markdown_table(["domain", "layer of the file", *_points()], shown)}"""
+{markdown.table(["domain", "layer of the file", *_points()], shown)}"""
 
 
 def _with_share(row: dict[str, str], number: int) -> str:
@@ -216,14 +196,14 @@ def _trends() -> str:
 
 The larger the batch, the smaller the slowdown at a fixed fraction (rows of the whole layer):
 
-{markdown_table(["offloaded", *(f"{n:,}" for n in BATCHES)], batches)}
+{markdown.table(["offloaded", *(f"{n:,}" for n in BATCHES)], batches)}
 Latency is flat in the tokens of an offloaded expert while its weights take longer to load than to use, then about
 linear (rows on one expert, offloaded, all others idle; the kernel changes its tile between 4,096 and 16,384 rows):
 
-{markdown_table(["rows", *(f"{n:,}" for n in ONE_EXPERT_ROWS)], single)}
+{markdown.table(["rows", *(f"{n:,}" for n in ONE_EXPERT_ROWS)], single)}
 Least used experts first is the cheapest order:
 
-{markdown_table(["order", *_points()], orders)}"""
+{markdown.table(["order", *_points()], orders)}"""
 
 
 def _discriminates() -> str:
@@ -242,7 +222,7 @@ On a CUDA machine a campaign ([captures](captures.md)) measures 1, 2, 4 and 6; 3
 1. **One offloaded expert, 1 to 65,536 rows** (study `one-expert`): what a further row costs when there are many. Read
 once and copied have the slope of resident weights, re-reads a steeper one:
 
-{markdown_table(["mechanism", "per row"], slopes)}
+{markdown.table(["mechanism", "per row"], slopes)}
 2. **A very large batch** (study `offload`): with {100 * frac:g} % offloaded and {last:,} rows {" and ".join(large)}.
 
 3. **Rows per read**: the same expert at 256 and 257, 512 and 513 rows ({steps} here). While the link binds, a further

@@ -1,5 +1,6 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
+from perfmodel.report.balance import balance_json, balance_page
 from perfmodel.report.captures import check_page, schedule_page
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
@@ -15,6 +16,8 @@ __all__ = [
     "MOST_LAYERS",
     "N_TOP",
     "WIDTH",
+    "balance_json",
+    "balance_page",
     "capture_page",
     "captures_page",
     "check_page",

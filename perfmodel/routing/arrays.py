@@ -60,6 +60,15 @@ def draft_of_arrays(name: str, arrays: Arrays, key: str, hints: Hints, is_lenien
     return draft_of_array(name, chosen, arrays[chosen], hints, is_lenient)
 
 
+def _kind_by(hints: Hints, array: NDArray[Any]) -> str | None:
+    """`counts` where what is known of the model rules out ids [tokens, layers, top_k]; null where it does not."""
+    if array.ndim != 3 or not array.size:
+        return None
+    other_width = hints.top_k is not None and array.shape[2] != hints.top_k
+    beyond = hints.n_experts is not None and array.max() >= hints.n_experts
+    return "counts" if other_width or beyond else None
+
+
 def draft_of_array(name: str, key: str, array: NDArray[Any], hints: Hints, is_lenient: bool) -> Draft:
     """The recording in one array: counts, up to [steps, layers, experts], or ids [tokens, layers, top_k].
 
@@ -67,7 +76,7 @@ def draft_of_array(name: str, key: str, array: NDArray[Any], hints: Hints, is_le
     `kind_of`). Steps of zeros are left out. Raises InputError where it cannot be told.
     """
     is_named = array.ndim > 2 and is_named_ids(key or name)
-    kind = hints.kind or ("ids" if is_named else kind_of(array))
+    kind = hints.kind or ("ids" if is_named else _kind_by(hints, array) or kind_of(array))
     if kind is None and not is_lenient:
         raise InputError(
             f"{name}: whole numbers of shape {array.shape} may be counts [steps, layers, experts] or ids [tokens, "

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from perfmodel import moe, text
+from perfmodel import markdown, moe, text
 from perfmodel.hardware import hardware
 from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST
 from perfmodel.text import NS_PER_US
@@ -94,11 +94,6 @@ def write(docs: Path) -> None:
     (docs / "trimoe.md").write_text(page(), encoding="utf-8")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def _head() -> str:
     return """# TriMoE: what comes out of its published figures
 
@@ -173,11 +168,11 @@ def _ours() -> str:
 
 The paper leaves these open, as far as we could read it:
 
-{_table(["what", "taken here"], rows)}
+{markdown.table(["what", "taken here"], rows)}
 The baselines are other people's systems, rebuilt here on the same costs, with the same room in device memory, filled
 by the loads of {N_BEFORE} earlier steps and then left so:
 
-{_table(["baseline", "rule"], names)}
+{markdown.table(["baseline", "rule"], names)}
 GPU-NDP deals experts out to modules by those loads and copies as many of the hottest as pay. That may be more than the
 paper's baseline does.
 """
@@ -223,7 +218,7 @@ def _verdict() -> str:
 "Inside": in the published range, or within {text.frac(NEAR_FRAC)} of a published number. Published figures are of
 settings that we know only in part.
 
-{_table(["figure", "published", *(f"near-data {_setting(f)}" for f in (1.0, SLOW_FLOPS))], rows)}
+{markdown.table(["figure", "published", *(f"near-data {_setting(f)}" for f in (1.0, SLOW_FLOPS))], rows)}
 The rates of the profile do not give the published speed-ups; a quarter of its FLOP/s gives the size and the order of
 them, which is no evidence that this is what was simulated. Moves are seen for longer here than published, because a
 move occupies modules, and these are the bottleneck. What refinement brings depends most on the choice it starts from.
@@ -242,7 +237,7 @@ def _speedups() -> str:
     head = ["near-data", "model", "resident of a layer", *(f"{n} tokens" for n in BATCHES)]
     return f"""## Time of the experts of a step, and speed-up
 
-{_table(head, rows)}"""
+{markdown.table(head, rows)}"""
 
 
 def _parts() -> str:
@@ -275,7 +270,7 @@ From GPU and near-data units with each expert in its cheapest place, one part mo
 {published}); "AMX alone" is TriMoE against itself with AVX-512. Then how much of the time each unit
 computes, how much modules are busy with the reads of the others too, and what moves add.
 
-{_table(head, rows)}
+{markdown.table(head, rows)}
 The first two factors depend on what is done without a part. The greedy choice without the CPU sends every expert of
 many tokens over PCIe, with it to the CPU; a better rule there makes a factor smaller and leaves what all three give.
 """
@@ -298,7 +293,7 @@ def _rates() -> str:
 Over the best baseline at {BATCH} tokens, the two assumed rates scaled. The profile has {text.bytes_per_s(bandwidth)}
 and {text.flops_per_s(rate)} in each of {machine.n_dimms} modules.
 
-{_table(["model", "FLOP/s", *(f"bandwidth x {b:g}" for b in BANDWIDTHS)], rows)}
+{markdown.table(["model", "FLOP/s", *(f"bandwidth x {b:g}" for b in BANDWIDTHS)], rows)}
 Why the profile's own rates do not: a warm expert of {WARM_TOKENS} tokens takes {alone_us:,.0f} µs in its module, which
 is {each_us:,.0f} µs of each where {machine.n_dimms} work side by side. Read by the CPU it occupies each of them for
 {serving_us:,.0f} µs. So modules had better compute it, the CPU only relieves the busiest, and a good GPU-NDP system has
@@ -337,7 +332,7 @@ def _others() -> str:
 
 {model} at {BATCH} tokens; `three-class:CHURN` has the part of experts that exchange places in a step.
 
-{_table(head, rows)}
+{markdown.table(head, rows)}
 Experts with their assignments in the first row, by fixed bounds: {by_bounds[0]}.
 By those that suit the profile's machine: {by_bounds[1]}.
 
@@ -366,4 +361,4 @@ def _statements() -> str:
 {MODELS[0]}, an expert of {WARM_TOKENS} tokens where one is warm. The third row is no check: the profile's FLOP/s were
 assumed from such a statement.
 
-{_table(["stated", "here"], rows)}"""
+{markdown.table(["stated", "here"], rows)}"""
