@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from perfmodel import moe
 from perfmodel.errors import InputError
 from perfmodel.hardware import hardware
+from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
 from perfmodel.routing import Recording, write_counts
 from perfmodel.trimoe import (
     BASELINES,
@@ -197,7 +198,7 @@ def test_a_static_system_is_its_layers_one_by_one() -> None:
     spans = []
     for tokens in work.steps:
         costs = machine.costs(tokens, layout.resident, layout.striped, layout.home)
-        spans.append(busy(costs, system.decide(costs, tokens, work.bounds)).makespan_ns)
+        spans.append(busy(costs, system.decide(costs, tokens)).makespan_ns)
     found = simulate(work, system)
     assert found.makespan_ns == pytest.approx(np.array(spans))
     assert found.step_ns == pytest.approx(np.mean(spans) * SMALL.n_layers)
@@ -211,6 +212,34 @@ def test_with_room_for_all_every_system_is_the_gpu_alone() -> None:
     alone = machine.gpu.at(work.steps).sum(axis=2)
     for system in (*BASELINES, LADDER[0]):
         assert simulate(work, system).makespan_ns == pytest.approx(alone)
+
+
+@pytest.mark.parametrize(("number", "elsewhere"), [(1, NEAR_DATA), (3, ON_HOST)])
+def test_two_baselines_copy_as_many_of_the_hottest_as_make_each_layer_shortest(number: int, elsewhere: int) -> None:
+    """Beside every number of copies; a prefix of the hottest may be best far beyond the first that does not help."""
+    system, work = BASELINES[number], small("power-law", n_tokens=6000, n_slots=2)
+    machine = work.machine(system)
+    layout = first_layout(machine, work.before.mean(axis=0), 2, work.bounds)
+    for tokens in work.steps:
+        costs = machine.costs(tokens, layout.resident, layout.striped, layout.home)
+        spans = busy(costs, system.decide(costs, tokens)).makespan_ns
+        for layer, row in enumerate(tokens):
+            others = [e for e in np.argsort(-row, kind="stable") if not layout.resident[layer, e]]
+            tried = np.where(layout.resident, RESIDENT, elsewhere)
+            every = [busy(costs, tried).makespan_ns[layer]]
+            for expert in others:
+                tried[layer, expert] = COPIED
+                every.append(busy(costs, tried).makespan_ns[layer])
+            assert spans[layer] == pytest.approx(min(every))
+
+
+def test_a_baseline_does_not_depend_on_what_it_lacks_nor_on_the_classes_of_trimoe() -> None:
+    work = small(n_slots=2)
+    for cold in (0.0, 4.0):
+        other = replace(work, bounds=Bounds(cold, 4.0), options=Options(ndp_computing_scale=0.1))
+        for system in BASELINES:
+            if not system.has_ndp:
+                assert simulate(other, system).step_ns == simulate(work, system).step_ns
 
 
 @pytest.mark.parametrize("system", [*BASELINES, *LADDER], ids=lambda s: s.name)

@@ -27,12 +27,12 @@ from .scheduler import UNITS, Busy, Domains, busy
 MAX_ROWS = 2048  # layers of steps that are scheduled at once
 HBM_FRAC = 0.5  # of device memory for routed experts; assumed, for no source says how many experts TriMoE keeps there
 
-Decide = Callable[[Costs, Array, Bounds], Domains]  # from costs and tokens [batch, expert]
+Decide = Callable[[Costs, Array], Domains]  # from costs and tokens [batch, expert]
 
 
 @dataclass(frozen=True)
 class System:
-    """Who computes what: `decide(costs, tokens, bounds)` gives domains `[batch, expert]`. `has_cpu`, `has_amx`,
+    """Who computes what: `decide(costs, tokens)` gives domains `[batch, expert]`. `has_cpu`, `has_amx`,
     `has_ndp` are what it uses of the machine, `has_relayout` whether it moves weights between steps."""
 
     name: str
@@ -229,7 +229,7 @@ def _static(work: Workload, system: System, machine: Machine, layout: Layout) ->
         resident, striped = np.tile(layout.resident, (n, 1)), np.tile(layout.striped, (n, 1))
         rows = tokens.reshape(-1, n_experts)
         costs = machine.costs(rows, resident, striped, np.tile(layout.home, (n, 1)))
-        found.append(busy(costs, system.decide(costs, rows, work.bounds)))
+        found.append(busy(costs, system.decide(costs, rows)))
     return found, [], {}, 0
 
 
@@ -242,7 +242,7 @@ def _moving(work: Workload, system: System, machine: Machine, layout: Layout) ->
     n_moves, n_right = dict.fromkeys(MOVES, 0), 0
     for step, tokens in enumerate(work.steps):
         costs = machine.costs(tokens, layout.resident, layout.striped, layout.home)
-        domain = system.decide(costs, tokens, work.bounds)
+        domain = system.decide(costs, tokens)
         now = busy(costs, domain)
         found.append(now)
         predicted = work.new_frac * tokens + (1 - work.new_frac) * predicted
