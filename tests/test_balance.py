@@ -24,7 +24,7 @@ from perfmodel.balance import (
 )
 from perfmodel.balance.compare import made
 from perfmodel.balance.profiles import _prefixes
-from perfmodel.balance.study import MODELS, ROUTINGS, SPREADS, gain, latencies, measured_routing
+from perfmodel.balance.study import MODELS, ROUTINGS, SKEWED, SPREADS, by_history, gain, latencies, measured_routing
 from perfmodel.capture import OBSERVATIONS, load_capture, shipped_captures
 from perfmodel.cli.main import main
 from perfmodel.errors import InputError
@@ -450,3 +450,12 @@ def test_what_the_paper_states_of_the_extremes_comes_out() -> None:
         assert abs(gain(uniform, "gem", "linear")) < 0.01, "uniform routing leaves nearly nothing to gain"
         grown = [gain(latencies(model, "layered", spread)["mean"], "gem", "lpt") for spread in SPREADS]
         assert grown == sorted(grown) and grown[0] < 0.01 < grown[2], "the gain grows with the spread"
+        bursts = [gain(latencies(model, SKEWED, spread)["mean"], "gem", "lpt") for spread in SPREADS]
+        assert bursts == sorted(bursts) and bursts[2] > bursts[0] + 0.03, "with bursts too, where experts differ"
+
+
+def test_a_longer_history_is_worth_more_than_a_smoother_one() -> None:
+    found = by_history("llama-4-scout", SKEWED)
+    assert found["48 steps"] > found["16 steps"] > found["even"]
+    cells = " | ".join(f"{100 * value:.1f}" for value in found.values())
+    assert f"| llama-4-scout | `{SKEWED}` | {cells} |" in STUDY, "run `python docs/regenerate.py`"

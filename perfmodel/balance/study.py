@@ -24,8 +24,9 @@ from .profiles import layer_ns_by_rows, predicted_staircase
 
 MACHINE, N_GPUS, N_TOKENS, N_LAYERS = "h100-sxm", 4, 4096, 6
 MODELS = ("mixtral-8x7b", "mixtral-8x22b", "llama-4-scout", "hunyuan-a13b", "qwen3-30b-a3b")
-ROUTINGS = ("uniform", "layered", "temporal:1", "temporal:4")
-BURSTY = "temporal:1"
+LASTING, BURSTY, SKEWED = "layered", "temporal:1", "skewed-temporal:1"
+ROUTINGS = ("uniform", LASTING, BURSTY, "temporal:4", SKEWED, "skewed-temporal:4")
+LONG_WINDOW = 3 * WINDOW_STEPS  # beside the published one, to tell what a window of 16 steps fits by chance
 SPREADS = (0.0, SPREAD_IN_NODE_FRAC, SPREAD_IN_FLEET_FRAC)
 BATCHES = (64, 1024, 4096, 16_384)
 STUDIED = (LINEAR, BALANCED, "lpt-speed", "gem")
@@ -44,9 +45,9 @@ def turns(spread_frac: float) -> list[Array]:
 
 
 @cache
-def loads_of(model: str, routing: str, n_tokens: int) -> Array:
-    """The loads of N_STEPS steps of N_LAYERS layers, `[step, layer, expert]`."""
-    return steps_of(routing, replace(moe.shape(model), n_layers=N_LAYERS), n_tokens).loads
+def loads_of(model: str, routing: str, n_tokens: int, n_steps: int = N_STEPS) -> Array:
+    """The loads of so many steps of N_LAYERS layers, `[step, layer, expert]`."""
+    return steps_of(routing, replace(moe.shape(model), n_layers=N_LAYERS), n_tokens, n_steps).loads
 
 
 def staircase_of(model: str, loads: Array, speeds: Array) -> Staircase:
@@ -89,6 +90,31 @@ def judged_otherwise(model: str, n_tokens: int = N_TOKENS) -> tuple[Latencies, L
         found.append([seen, [layer_ns_by_rows(one, judged, basis(model), moe.shape(model), speeds) for one in maps]])
     on_window, by_rows = np.mean(found, axis=0).tolist()
     return dict(zip(STUDIED, on_window, strict=True)), dict(zip(STUDIED, by_rows, strict=True))
+
+
+def by_history(model: str, routing: str) -> dict[str, float]:
+    """What maps searched on other histories than a window save over the token-balanced map of that window, on later
+    steps at the spread of a fleet: by words for the history; mean over turns.
+
+    Smoothed loads lie half way to the expert's mean in the window, even ones are that mean in all steps.
+    """
+    loads = loads_of(model, routing, N_TOKENS, LONG_WINDOW + N_STEPS - WINDOW_STEPS)
+    history, judged = np.split(loads, [LONG_WINDOW])
+    window = history[-WINDOW_STEPS:]
+    even = np.broadcast_to(window.mean(axis=0), window.shape)
+    histories = {
+        f"{WINDOW_STEPS} steps": window,
+        "smoothed": (window + even) / 2,
+        "even": even,
+        f"{LONG_WINDOW} steps": history,
+    }
+    found = []
+    for speeds in turns(SPREAD_IN_FLEET_FRAC):
+        stairs = staircase_of(model, loads, speeds)
+        maps = [made(BALANCED, window, stairs), *(made("gem", one, stairs) for one in histories.values())]
+        found.append([float(straggler_ns(one.tokens(judged), stairs).mean()) for one in maps])
+    balanced, *others = np.mean(found, axis=0).tolist()
+    return {words: 1.0 - ns / balanced for words, ns in zip(histories, others, strict=True)}
 
 
 def against_the_best(model: str, spread_frac: float) -> tuple[float, float, float]:

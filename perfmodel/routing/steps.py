@@ -32,6 +32,7 @@ TEMPORAL_EXPERT_FRAC, GROUP_SIZE, IDLE_WEIGHT = 0.5, 4, 0.01
 FAMILIES: dict[str, Argument] = {
     "layered": Argument("spread", 0.5, 0, 1),
     "temporal": Argument("burst", 4, 1, 1e6),
+    "skewed-temporal": Argument("burst", 4, 1, 1e6),
 }
 
 
@@ -41,11 +42,12 @@ def family_usages() -> list[str]:
 
 
 def synthetic_steps(name: str, n_steps: int, n_layers: int, n_experts: int, seed: int) -> Shares:
-    """Shares `[step, layer, expert]`, summing to 1 over experts, of `layered`, `temporal` or a pattern.
+    """Shares `[step, layer, expert]`, summing to 1 over experts, of a family or a pattern.
 
     A pattern is the same in every step and layer, hottest expert first. `layered:SPREAD` is a power law with an
     exponent and an order of experts for each layer, the same in every step. `temporal:BURST` changes from step to step,
-    in bursts of BURST steps on average. Raises InputError for unknown names, and for sizes below 1.
+    in bursts of BURST steps on average; `skewed-temporal:BURST` is that times `layered`, over its sum. Raises
+    InputError for unknown names, and for sizes below 1.
     """
     for words, size in (("steps", n_steps), ("layers", n_layers), ("experts", n_experts)):
         if size < 1:
@@ -61,7 +63,11 @@ def synthetic_steps(name: str, n_steps: int, n_layers: int, n_experts: int, seed
     if family == "layered":
         layers = layered_shares(n_layers, n_experts, number, rng)
         return np.broadcast_to(layers, (n_steps, n_layers, n_experts)).copy()
-    return np.stack([temporal_shares(n_steps, n_experts, number, rng) for _ in range(n_layers)], axis=1)
+    bursts = np.stack([temporal_shares(n_steps, n_experts, number, rng) for _ in range(n_layers)], axis=1)
+    if family == "temporal":
+        return bursts
+    skewed = bursts * layered_shares(n_layers, n_experts, FAMILIES["layered"].default, rng)
+    return np.asarray(skewed / skewed.sum(axis=2, keepdims=True))
 
 
 def layered_shares(n_layers: int, n_experts: int, spread: float, rng: np.random.Generator) -> Shares:
