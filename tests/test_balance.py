@@ -271,7 +271,7 @@ def test_routings_come_as_steps_from_patterns_and_files(tmp_path: Path) -> None:
     assert steps_of(str(tmp_path / "layers.npy"), shape, 64, 6).loads.shape == (6, 2, 8)
     with pytest.raises(InputError, match="found experts 8, expected 16"):
         steps_of(str(tmp_path / "layers.npy"), MoEShape("other", 16, 2, 64, 32), 64)
-    with pytest.raises(InputError, match="unknown routing 'nothing'"):
+    with pytest.raises(InputError, match="no routing file 'nothing', and no routing of that name; known: layered"):
         steps_of("nothing", shape, 64)
 
 

@@ -56,8 +56,9 @@ def test_json_holds_the_same_with_units_and_switches_change_it() -> None:
     assert "cpu" not in bare["systems"]["TriMoE without CPU, refinement, relayout"]["utilisation"]
     slow = json.loads(run("--json", "--ndp-bandwidth", "0.5x", "--ndp-flops", "500GFLOP/s", "--hbm-slots", "0"))
     assert slow["n_slots"] == 0 and slow["step_ns"] > whole["step_ns"]
-    classes = json.loads(run("--json", "--cold-below", "0.5", "--hot-from", "3"))
-    assert classes["bounds"] == {"cold_below": 0.5, "hot_from": 3.0}
+    for cold in (0.0, 0.5):
+        classes = json.loads(run("--json", "--cold-below", str(cold), "--hot-from", "3"))
+        assert classes["bounds"] == {"cold_below": cold, "hot_from": 3.0}
     quarter = next(row for row in whole["sensitivity"] if row["ndp_computing_scale"] == 0.25)
     alone = json.loads(run("--json", "--ndp-flops", "0.25x"))
     assert alone["step_ns"] == pytest.approx(quarter["step_ns"])
@@ -103,7 +104,8 @@ def test_a_recorded_routing_and_tables_of_times_are_read(tmp_path) -> None:
         (("--hbm-slots", "3", "--hbm-budget", "4GB"), "not both"),
         (("--routing", "nope"), "no routing file 'nope'.*three-class"),
         (("--table", "gpu"), "expected DOMAIN=FILE.csv"),
-        (("--cold-below", "-2"), "--cold-below is '-2'"),
+        (("--cold-below", "-2"), "classes begin at -2 and 4 mean loads, expected two ascending numbers from 0 on"),
+        (("--cold-below", "few"), "--cold-below is 'few'"),
         (("--cold-below", "5"), "classes begin at 5 and 4 mean loads"),
         (("--batch", "many"), "--batch is 'many', expected a whole number"),
     ],

@@ -1,5 +1,6 @@
 """What TriMoE does from step to step: routing, predicting, moving weights; and whole simulations of it and others."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -79,6 +80,25 @@ def test_steps_are_batches_of_the_model_and_a_file_keeps_its_own_steps(tmp_path)
         steps_of(str(path), GLM, 32, 3, 8)
     with pytest.raises(InputError, match="no routing file 'nonsense'"):
         steps_of("nonsense", GLM, 32, 3, 8)
+
+
+def test_the_steps_of_a_file_are_shares_whatever_they_sum_to_and_in_order_only_if_they_were(tmp_path) -> None:
+    loads = np.random.default_rng(0).random((3, 1, 16))
+    loads /= loads.sum(axis=2, keepdims=True)
+    np.save(tmp_path / "made.npy", loads / 4)
+    found = steps_of(str(tmp_path / "made.npy"), SMALL, 10**6, 9, 3)
+    assert found.is_ordered and found.loads == pytest.approx(2 * 10**6 * loads, abs=1)
+    passes = [{"forward_pass_id": step, "expert_counts": [[step] * 16]} for step in (5, 2, 9)]
+    (tmp_path / "made.json").write_text(json.dumps(passes))
+    assert not steps_of(str(tmp_path / "made.json"), SMALL, 64, 9, 3).is_ordered
+    with pytest.raises(InputError, match="no order of time"):
+        small(str(tmp_path / "made.json"))
+
+
+def test_a_name_of_a_routing_is_drawn_though_a_folder_has_it(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporal").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert (steps_of("temporal", SMALL, 64, 3, 2).loads == steps_of("temporal:4", SMALL, 64, 3, 2).loads).all()
 
 
 def test_the_average_takes_three_tenths_of_the_new_and_classes_count_in_mean_loads() -> None:

@@ -38,8 +38,7 @@ def recording_of(name: str, hints: Hints) -> Recording:
     shape = hints.shape
     if shape is not None and hints.top_k not in (None, shape.top_k):
         raise InputError(f"--top-k is {hints.top_k}, but {shape.name} says {shape.top_k}")
-    is_named = routing.is_pattern(name) or name.partition(":")[0] in routing.FAMILIES
-    if is_named and not Path(name).is_file():
+    if routing.is_drawn(name):
         if shape is None:
             raise InputError(f"routing {name!r} is a pattern: give --shape for its layers, experts and top-k")
         return routing.synthetic_recording(

@@ -8,7 +8,7 @@ import typer
 
 from perfmodel import hardware, report, text
 from perfmodel.cli.latency import machine_of
-from perfmodel.cli.shell import Json, app, number, print_json, print_words, whole, width
+from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, whole, width
 from perfmodel.errors import InputError
 
 if TYPE_CHECKING:  # this brings scipy and scikit-learn, which other commands do not need
@@ -27,7 +27,7 @@ def trimoe(
     ] = "trimoe",
     routing: Annotated[
         str,
-        typer.Option(help="three-class[:CHURN], a pattern (`perfmodel list`), layered, temporal, or a file of counts."),
+        typer.Option(help="three-class[:CHURN], a pattern, layered, temporal, skewed-temporal, or a file of counts."),
     ] = "three-class",
     layers: Annotated[str, typer.Option(help="Layers that stand for all, where the routing is no file.")] = "8",
     no_cpu: Annotated[bool, typer.Option("--no-cpu", help="TriMoE without the CPU.")] = False,
@@ -86,7 +86,7 @@ def trimoe(
         model=latency.load_model(model) if model else None,
     )
     hot = HOT_FROM if hot_from is None else number(hot_from, "--hot-from")
-    cold = min(COLD_BELOW, hot) if cold_below is None else number(cold_below, "--cold-below")
+    cold = min(COLD_BELOW, hot) if cold_below is None else fraction(cold_below, "--cold-below")
     work = replace(work, bounds=trimoe.Bounds(cold, hot))
     system = variant(has_cpu=not no_cpu, has_amx=not no_amx, is_refined=not no_refinement, has_relayout=not no_relayout)
     fitted = cold_below is None

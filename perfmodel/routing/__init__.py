@@ -49,7 +49,7 @@ from .statistics import (
     max_over_mean,
     served_curves,
 )
-from .steps import FAMILIES, family_usages, synthetic_counts, synthetic_recording, synthetic_steps
+from .steps import FAMILIES, family_usages, is_drawn, synthetic_counts, synthetic_recording, synthetic_steps
 from .summary import DECODE_TOKENS, RoutingSummary, selected, summarise
 from .temporal import HOT_FRAC, WINDOWS, ExpertsInTime, HotSetOverlap, experts_in_time, hot_set_overlap
 from .verdict import RESIDENT_FRAC, DecodeGain, ResidentGain, Verdict, judge
@@ -92,6 +92,7 @@ __all__ = [
     "held_out_curves",
     "hot_set_overlap",
     "is_counted",
+    "is_drawn",
     "is_pattern",
     "is_published",
     "judge",

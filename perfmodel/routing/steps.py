@@ -3,13 +3,15 @@
 Shares are made first, `[step, layer, expert]`, then counts of tokens. Everything is reproducible by seed. numpy only.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
 from .batches import MAX_DRAWN, drawn_counts, expected_counts
-from .files import Counts
+from .files import Counts, split_source
 from .patterns import (
     DEFAULT_EXPONENT,
     Argument,
@@ -39,6 +41,20 @@ FAMILIES: dict[str, Argument] = {
 def family_usages() -> list[str]:
     """How the names that `synthetic_steps` takes beside the patterns are written: `layered[:SPREAD]`, ..."""
     return [f"{name}[:{argument.name.upper()}]" for name, argument in FAMILIES.items()]
+
+
+def is_drawn(source: str, *more: str) -> bool:
+    """Whether a routing is drawn from the family or pattern of that name; else it is in a file, or a folder of files.
+
+    A file is preferred to a name, a name to a folder. Raises InputError where it is neither; `more` are further names
+    that are listed then.
+    """
+    if not Path(source).is_file() and (source.partition(":")[0] in FAMILIES or is_pattern(source)):
+        return True
+    if not Path(split_source(source)[0]).exists():
+        known = ", ".join([*more, *family_usages(), *pattern_usages()])
+        raise InputError(f"no routing file {source!r}, and no routing of that name; known: {known}")
+    return False
 
 
 def synthetic_steps(name: str, n_steps: int, n_layers: int, n_experts: int, seed: int) -> Shares:
