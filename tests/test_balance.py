@@ -309,6 +309,7 @@ def test_the_command_compares_policies_and_writes_the_best_map(
     assert found["best"] == min(rows, key=lambda policy: rows[policy]["layer_ns"])
     assert rows["linear"]["gain_over_linear_frac"] == 0
     assert sum(rows["gem"]["straggler_frac"]) == pytest.approx(1)
+    assert found["token_counts"] == [*(2**i for i in range(6)), *range(64, 1025, 64)]  # of 512 tokens with top-2
     written = json.loads((tmp_path / "map.json").read_text())
     assert written["policy"] == found["best"]
     assert np.sort(written["physical_to_logical_map"], axis=1).tolist() == [list(range(8))] * 32
