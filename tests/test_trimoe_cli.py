@@ -38,6 +38,9 @@ def test_the_page_says_what_is_computed_beside_what_is_published() -> None:
         assert words in page
     for name in (*FACTORS, "utilisation", "bottleneck", "overhead", "predictor", "FLOP/s x0.25"):
         assert name in page
+    assert "published figures are of deepseek-v2, qwen3-235b-a22b, glm-4.5-air at 256 to 768 tokens" in " ".join(
+        page.split()
+    )
     assert "4 steps of 2 layers that stand for 45; 25 of 128 experts" in page
     assert all(len(line) <= 120 for line in page.splitlines())
 

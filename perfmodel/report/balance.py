@@ -53,8 +53,8 @@ def balance_page(found: "Comparison", staircase: "Staircase", recording: "Record
         f"{shape} on {text.counted(staircase.n_gpus, 'GPU')}, {recording.name}, times by {times}",
         f"maps from {text.counted(found.n_fitted, 'step')}, judged by {found.n_judged} later ones",
         *(f"routing: {words}" for words in recording.notes),
-        f"fastest GPU {spread} faster than the slowest; timed at {len(staircase.boundaries)} token counts, {saved} fewer "
-        "than all",
+        f"fastest GPU {spread} faster than the slowest; timed at {len(staircase.boundaries)} token counts, {saved} "
+        "fewer than all",
         f"{text.frac(facts['consistent_experts_frac'])} of experts are consistent, used in "
         f"{text.frac(facts['consistent_used_frac'])} of steps, the others in {text.frac(facts['temporal_used_frac'])}",
     ]
