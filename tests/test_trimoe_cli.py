@@ -59,6 +59,7 @@ def test_json_holds_the_same_with_units_and_switches_change_it() -> None:
     assert "cpu" not in bare["systems"]["TriMoE without CPU, refinement, relayout"]["utilisation"]
     slow = json.loads(run("--json", "--ndp-bandwidth", "0.5x", "--ndp-flops", "500GFLOP/s", "--hbm-slots", "0"))
     assert slow["n_slots"] == 0 and slow["step_ns"] > whole["step_ns"]
+    assert json.loads(run("--json", "--hidden-moves"))["overhead_frac"] == 0 < whole["overhead_frac"]
     for cold in (0.0, 0.5):
         classes = json.loads(run("--json", "--cold-below", str(cold), "--hot-from", "3"))
         assert classes["bounds"] == {"cold_below": cold, "hot_from": 3.0}

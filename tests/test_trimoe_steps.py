@@ -273,6 +273,15 @@ def test_shares_of_time_are_shares_and_the_units_are_those_a_system_uses(system)
     assert (found.exposed_ns >= 0).all() and 0 <= found.dimm_busy_frac <= 1
 
 
+def test_moves_that_must_be_hidden_add_nothing_and_attention_hides_more_of_them() -> None:
+    work = replace(made_workload(MACHINE, GLM, 512, n_steps=12, n_layers=2), options=Options(ndp_computing_scale=0.25))
+    seen = simulate(work, TRIMOE)
+    hidden = simulate(replace(work, has_seen_moves=False), TRIMOE)
+    beside = simulate(replace(work, attention_ns=1e6), TRIMOE)
+    assert hidden.overhead_frac == 0 < beside.overhead_frac < seen.overhead_frac
+    assert 0 < sum(hidden.n_moves.values()) < sum(seen.n_moves.values())
+
+
 def test_a_relayout_helps_where_experts_change_and_does_nothing_where_they_do_not() -> None:
     options = Options(ndp_computing_scale=0.25)
     work = made_workload(MACHINE, GLM, 512, n_steps=24, n_layers=2)

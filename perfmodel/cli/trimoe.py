@@ -47,6 +47,9 @@ def trimoe(
     attention: Annotated[
         str | None, typer.Option(help="Time per layer beside its experts, such as 200us, under which weights may move.")
     ] = None,
+    hidden_moves: Annotated[
+        bool, typer.Option("--hidden-moves", help="Only weights that move without making a layer longer.")
+    ] = False,
     table: Annotated[
         list[str] | None, typer.Option(help="Times by tokens: gpu=FILE.csv, cpu=..., ndp=..., columns tokens and ns.")
     ] = None,
@@ -82,6 +85,7 @@ def trimoe(
         work,
         options=options,
         attention_ns=0.0 if attention is None else text.parse_ns(attention),
+        has_seen_moves=not hidden_moves,
         tables=dict(_table(word) for word in table or ()),
         model=latency.load_model(model) if model else None,
     )

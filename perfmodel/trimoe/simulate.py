@@ -50,8 +50,9 @@ class Workload:
     `steps[step, layer, expert]` to be timed; `n_slots` experts of each layer have room in device memory.
 
     `attention_ns` is the time per layer beside its experts, under which weights may move too (0: attention is not
-    modelled, and hides nothing). `tables` are times by tokens that stand before the computed ones, `model` a fitted
-    model of the GPU's kernel (null: default constants).
+    modelled, and hides nothing). `has_seen_moves` is whether a move may make a layer end later by less than its
+    benefit, or else is made only where it is hidden. `tables` are times by tokens that stand before the computed ones,
+    `model` a fitted model of the GPU's kernel (null: default constants).
     """
 
     profile: HardwareProfile
@@ -63,6 +64,7 @@ class Workload:
     bounds: Bounds = BOUNDS
     new_frac: float = NEW_FRAC
     attention_ns: float = 0.0
+    has_seen_moves: bool = True
     tables: dict[str, Table] = field(default_factory=dict)
     model: LatencyModel | None = None
 
@@ -247,7 +249,8 @@ def _moving(work: Workload, system: System, machine: Machine, layout: Layout) ->
         found.append(now)
         predicted = work.new_frac * tokens + (1 - work.new_frac) * predicted
         classes = classify(predicted, work.bounds)
-        done = relayout(machine, layout, predicted, classes, _window(work, machine, layout, tokens, domain, now))
+        window = _window(work, machine, layout, tokens, domain, now)
+        done = relayout(machine, layout, predicted, classes, window, has_seen_moves=work.has_seen_moves)
         exposed.append(done.exposed_ns)
         if step + 1 < len(work.steps):
             n_right += _n_right(done.moved, classes, classify(work.steps[step + 1], work.bounds))
