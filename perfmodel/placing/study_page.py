@@ -1,4 +1,4 @@
-"""The page docs/placement-study.md: policies on measured routing of two models, and a hot set carried to other texts."""
+"""The page docs/placement-study.md: policies on measured routing, and a placement carried to other texts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -97,8 +97,8 @@ def _transfer() -> str:
     away = np.mean([found[a][b] for a in DOMAINS for b in DOMAINS if a != b])
     return f"""## Does a placement hold on other texts?
 
-OLMoE on {machine}, {access}, {n_tokens} tokens, {share:.0%} of the experts resident. Rows decide, columns judge; the last row keeps the
-first experts of each layer, whatever their use.
+OLMoE on {machine}, {access}, {n_tokens} tokens, {share:.0%} of the experts resident. Rows decide, columns judge; the last
+row keeps the first experts of each layer, whatever their use.
 
 {markdown.table(["decided on", *DOMAINS], rows)}
 
@@ -107,10 +107,12 @@ On its own text a placement costs {own:.2f}x on average, on the others {away:.2f
 
 HEAD = """# Policies on measured routing
 
-Made by `python docs/regenerate.py pages`; do not edit. Slowdowns of one MoE layer against all experts resident, predicted with default
-constants and the machines' published rates; nothing here was measured on a GPU. [How they are computed](placement.md).
+Made by `python docs/regenerate.py pages`; do not edit. Slowdowns of one MoE layer against all experts resident,
+predicted with default constants and the machines' published rates; nothing here was measured on a GPU.
+[How they are computed](placement.md).
 
-The routing is measured: how often OLMoE-1B-7B and Mixtral-8x7B selected each expert on about 209,000 tokens (allenai/OLMoE), of three of
-their layers. There are no steps in it. Steps are drawn from the same shares for both windows, so what is held out is only chance: whatever
-changes over time, and what experts do together, is not seen. Three layers share the memory of three layers; whether some layers of
-the whole model would give theirs to others cannot be told."""
+The routing is measured: how often OLMoE-1B-7B and Mixtral-8x7B selected each expert on about 209,000 tokens
+(allenai/OLMoE), of three of their layers. There are no steps in it. Steps are drawn from the same shares for both
+windows, so what is held out is only chance: whatever changes over time, and what experts do together, is not seen.
+Three layers share the memory of three layers; whether some layers of the whole model would give theirs to others
+cannot be told."""
