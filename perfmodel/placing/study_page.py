@@ -97,8 +97,8 @@ def _transfer() -> str:
     away = np.mean([found[a][b] for a in DOMAINS for b in DOMAINS if a != b])
     return f"""## Does a placement hold on other texts?
 
-OLMoE on {machine}, {access}, {n_tokens} tokens, {share:.0%} of the experts resident. Rows decide, columns judge; the last
-row keeps the first experts of each layer, whatever their use.
+OLMoE on {machine}, {access}, {n_tokens} tokens, {share:.0%} of the experts resident. Rows decide, columns judge; the
+last row keeps the first experts of each layer, whatever their use.
 
 {markdown.table(["decided on", *DOMAINS], rows)}
 
