@@ -1,6 +1,7 @@
 """The cheapest placement: exact on small cases, never worse than where it starts, its bound never above anything."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,16 @@ def test_costs_of_several_batches_are_weighted() -> None:
     both = joined([one, other], [3.0, 1.0])
     assert both.n_layers == 2
     assert both.layers_ns(tier) == pytest.approx(0.75 * one.layers_ns(tier) + 0.25 * other.layers_ns(tier))
+
+
+def test_many_placements_at_once_take_what_each_takes_as_a_layer() -> None:
+    """With charges in all tiers, of several heights."""
+    costs = curved(3, n_layers=1, n_experts=9, n_steps=1)
+    charge = np.random.default_rng(3).choice([0.0, 500.0, 900.0, 4000.0], (1, 9, 3), p=[0.7, 0.1, 0.1, 0.1])
+    costs = replace(costs, charge_ns=charge)
+    tier = np.random.default_rng(4).integers(0, 3, (3000, 9)).astype(np.int8)
+    found = costs.placements_ns(tier)
+    assert found == pytest.approx([float(costs.layers_ns(one[None])[0]) for one in tier], rel=1e-6)
 
 
 def test_experts_that_do_not_fit_are_refused() -> None:
