@@ -18,6 +18,7 @@ from .memory import Memory
 from .problem import Tiers
 
 MAX_ROUNDS, RELAXED_GAP = 60, 1e-4
+TRIFLE = 1e-7  # of all time that memory costs at least: what is as fast elsewhere leaves it free
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ def relax(costs: Costs, memory: Memory, starts: tuple[Tiers, ...]) -> Relaxed:
             mixture += share[:, None, None] * one_hot(column, costs.n_tiers)
         byte_prices = np.zeros((costs.n_layers, costs.n_tiers))
         paid = 0.0
-        for price, budget in zip(prices, memory.budgets, strict=True):
+        for asked, budget in zip(prices, memory.budgets, strict=True):
+            price = np.maximum(asked, TRIFLE * program_ns / max(budget.capacity_bytes, 1.0) / len(asked))
             byte_prices += price[:, None] * memory.holds(budget)
             paid += budget.capacity_bytes * float(price.sum() if budget.of_each_layer else price[0])
         slopes = np.einsum("jl,jlet->let", weights, np.stack(program.slopes))
@@ -114,7 +116,8 @@ class _Program:
         """The best mixture within the budgets: shares `[layer, column]`, weights of tangents `[tangent, layer]`, for
         each budget the price of a byte, ns `[layer]`, and the time without charges, ns."""
         n_layers, n, j = self.costs.n_layers, len(self.columns), len(self.slopes)
-        goal, below, limits, whole, bounds = self._matrices()
+        unit_ns = float(np.mean([*self.time.values()])) or 1.0  # the solver's tolerances are for numbers near one
+        goal, below, limits, whole, bounds = self._matrices(unit_ns)
         flat = np.concatenate(limits)
         done = linprog(goal, below, flat, whole, np.ones(n_layers), np.stack(bounds, axis=1), method="highs-ds")
         if done.status:
@@ -122,13 +125,13 @@ class _Program:
         duals = -done.ineqlin.marginals
         prices, start = [], j * n_layers
         for budget, limit in zip(self.memory.budgets, limits[1:], strict=True):
-            of_byte = duals[start : start + len(limit)] / max(budget.capacity_bytes, 1.0)
+            of_byte = unit_ns * duals[start : start + len(limit)] / max(budget.capacity_bytes, 1.0)
             prices.append(np.broadcast_to(of_byte, n_layers))
             start += len(limit)
         shares = done.x[: n_layers * n].reshape(n_layers, n)
-        return shares, duals[: j * n_layers].reshape(j, n_layers), prices, float(done.x[n_layers * n :].sum())
+        return shares, duals[: j * n_layers].reshape(j, n_layers), prices, unit_ns * float(done.x[n_layers * n :].sum())
 
-    def _matrices(self) -> tuple[Array, csr_matrix, list[Array], csr_matrix, tuple[Array, Array]]:
+    def _matrices(self, unit_ns: float) -> tuple[Array, csr_matrix, list[Array], csr_matrix, tuple[Array, Array]]:
         """The goal over shares `[layer, column]` and times `[layer]`; rows that stay below limits, tangents first, then
         budgets; rows that sum to one; and bounds."""
         n_layers, n, j = self.costs.n_layers, len(self.columns), len(self.slopes)
@@ -136,7 +139,7 @@ class _Program:
         at = (layer[:, None] * n + np.arange(n)).ravel()  # variables of a layer's columns; then one for its time
         rows, where, values, limits = [], [], [], [np.zeros(j * n_layers)]
         for tangent in range(j):
-            time = np.stack([self.time[tangent, column] for column in range(n)], axis=1)
+            time = np.stack([self.time[tangent, column] for column in range(n)], axis=1) / unit_ns
             rows += [tangent * n_layers + np.repeat(layer, n), tangent * n_layers + layer]
             where += [at, n_layers * n + layer]
             values += [time.ravel(), -np.ones(n_layers)]
@@ -152,7 +155,7 @@ class _Program:
         size = n_layers * (n + 1)
         below = csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(where))), (n_rows, size))
         whole = csr_matrix((np.ones(n_layers * n), (np.repeat(layer, n), at)), (n_layers, size))
-        goal = np.concatenate([np.stack(self.charges, axis=1).ravel(), np.ones(n_layers)])
+        goal = np.concatenate([np.stack(self.charges, axis=1).ravel() / unit_ns, np.ones(n_layers)])
         lower, upper = np.zeros(size), np.full(size, np.inf)
         lower[n_layers * n :], upper[: n_layers * n] = -np.inf, 1.0
         return goal, below, limits, whole, (lower, upper)
