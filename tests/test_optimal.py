@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import OptimizeResult
 
 from perfmodel.errors import InputError
-from perfmodel.placement import Tiers
+from perfmodel.placement import Tiers, relaxed
 from perfmodel.placement.charges import Charges
 from perfmodel.placement.costs import Array, Block, Costs, additive, joined, parallel
 from perfmodel.placement.memory import Budget, Memory
@@ -141,6 +142,22 @@ def test_the_unit_of_time_does_not_matter() -> None:
     )
     for other in others:
         assert other.gap_frac == pytest.approx(first.gap_frac, abs=1e-3)
+
+
+def test_a_program_that_one_method_does_not_solve_is_given_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = (Budget((0,), 100.0),)
+    first = minimise(parallel(made_up(6, 40, 3, 2)), np.ones((6, 40)), budget)
+    solve, asked = relaxed.linprog, []
+
+    def failing(*args: object, method: str) -> object:
+        asked.append(method)
+        return OptimizeResult(status=4, message="no end") if method == "highs-ds" else solve(*args, method=method)
+
+    monkeypatch.setattr(relaxed, "linprog", failing)
+    found = minimise(parallel(made_up(6, 40, 3, 2)), np.ones((6, 40)), budget)
+    assert set(asked) == {"highs-ds", "highs-ipm"}
+    assert found.bound_ns == pytest.approx(first.bound_ns, rel=1e-3)
+    assert found.gap_frac < 0.03
 
 
 def test_a_charge_that_a_layer_pays_once_makes_whole_layers_resident() -> None:
