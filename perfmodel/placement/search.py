@@ -13,7 +13,7 @@ from .relaxed import Relaxed
 
 ENOUGH = 3e-4  # of a placement's time: nearer to the bound nothing is gained by going on
 N_MOVES, N_MOVES_OF_STEPS = 32, 20  # moves of a layer that are tried in pairs at a time
-N_PRICED, PRICE_STEP, MAX_POLISH, PATIENCE = 8, 0.02, 24, 2
+N_PRICED, PRICE_STEP, MAX_POLISH, PATIENCE = 8, 0.02, 24, 4
 
 
 def _rounded(costs: Costs, memory: Memory, relaxed: Relaxed) -> Tiers:
