@@ -18,7 +18,7 @@ from .memory import Memory
 from .problem import Tiers
 
 MAX_ROUNDS, RELAXED_GAP = 60, 1e-4
-SLOW_ROUNDS, SLOW_FRAC = 10, 0.6  # rounds over which the distance is to fall to this part of itself
+SLOW_ROUNDS, SLOW_FRAC = 12, 0.7  # rounds over which the distance is to fall to this part of itself
 METHODS = ("highs-ds", "highs-ipm")  # the second where the first finds no end
 IDLE_ROUNDS = 4  # after which a tangent that is not needed is left out
 TRIFLE = 1e-7  # of all time that memory costs at least: what is as fast elsewhere leaves it free
