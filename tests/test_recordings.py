@@ -2,7 +2,9 @@
 
 import base64
 import json
+import re
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -622,8 +624,8 @@ def test_rows_without_a_header_are_selections_where_they_cannot_be_counts(tmp_pa
     ("text", "words"),
     [
         ("layer,expert\n", "has no rows"),
-        ("layer,expert\n0,x\n", "column expert holds String"),
-        ("layer,expert\n0,\n", "with 1 gaps"),
+        ("layer,expert\n0,x\n", "column expert has no number in 1 of 1 rows"),
+        ("layer,expert\n0,\n", "no number in 1 of 1 rows"),
         ("layer,expert\n0,-1\n", "column expert must hold whole numbers from 0"),
         ("layer,expert\n0.5,1\n", "column layer must hold whole numbers"),
         ("layer,expert,count\n0,1,-3\n", "counts must be 0 to"),
@@ -643,6 +645,44 @@ def test_a_mark_of_the_byte_order_at_the_beginning_is_read_past(tmp_path: Path) 
     for text, loads in (("layer,expert\n0,1\n", [[0, 1]]), ("1,2,3,4\n5,6,7,8\n", [[1, 2, 3, 4], [5, 6, 7, 8]])):
         (tmp_path / "excel.csv").write_text(text, encoding="utf-8-sig")
         assert read_recording(str(tmp_path / "excel.csv")).loads.tolist() == [loads]
+
+
+@pytest.mark.parametrize("sign", [",", ", ", ";", "\t", " "])
+def test_columns_are_divided_by_commas_semicolons_tabs_or_blanks(tmp_path: Path, sign: str) -> None:
+    path, rows = tmp_path / "rows.txt", [[3, 1, 4, 1], [5, 9, 2, 6]]
+    path.write_text("# made up\n" + "\n".join(sign.join(map(str, row)) for row in rows) + "\n")
+    assert read_recording(str(path)).loads.tolist() == [rows]
+    long = [["Count", "LAYER", "expert"], *([n, i, j] for i, row in enumerate(rows) for j, n in enumerate(row))]
+    path.write_text("\n".join(sign.join(map(str, row)) for row in long))
+    assert read_recording(str(path)).loads.tolist() == [rows]
+    path.write_text("\n".join(f"{row % 2}{sign}{row % 3}" for row in range(600)))
+    assert read_recording(str(path)).loads.tolist() == [[[100, 100, 100]] * 2]  # more rows than a model has layers
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("nothing.npz", b"", "nothing.npz is empty"),
+        ("comments.csv", b"# 1,2\n\n", "comments.csv holds no numbers"),
+        ("counts.csv.gz", b"\x1f\x8b\x08\x00", "counts.csv.gz is compressed by gzip; unpack it first"),
+        ("gaps.csv", b"layer,expert,count\n0,1,\n0,2,3\n", "column count has no number in 1 of 2 rows"),
+        ("idle.jsonl", b'{"forward_pass_id": 1, "expert_counts": [0, 0]}', "recorded nothing: all its counts are zero"),
+    ],
+)
+def test_files_without_numbers_say_so(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_recording(str(tmp_path / name))
+
+
+def test_a_zip_of_other_files_and_layers_named_twice_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme.txt", "no array")
+    with pytest.raises(InputError, match=r"other\.zip holds no arrays"):
+        read_recording(str(tmp_path / "other.zip"))
+    own = {"counts": np.ones((1, 2, 4), int), "top_k": np.int64(2), "n_tokens": np.array([2])}
+    with pytest.raises(InputError, match=r"its layers are \[3, 3\], expected a place of its own for each"):
+        read_recording(save_npz(tmp_path / "own.npz", layers=np.array([3, 3]), **own))
 
 
 def test_a_key_is_refused_where_nothing_has_a_name(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Statistics of routing: figures by hand, slow counts beside fast ones, what is drawn against what is expected."""
 
 import itertools
+import base64
 import json
 import math
 import os
@@ -552,6 +553,24 @@ def test_the_command_reads_a_file_and_prints_a_page_in_ascii_or_json(
     assert [row["layer"] for row in values["layers"]] == [3, 9]
     assert [(row["window_steps"], row["random_frac"]) for row in values["overlaps"]] == [(2, 0.5)]
     assert [row["n_tokens"] for row in values["verdict"]["decode"]] == [7]
+
+
+def test_a_shape_says_the_layers_of_ids_in_base64(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "torch_dtype": "bfloat16",
+    }
+    config |= {"n_routed_experts": 5, "num_experts_per_tok": 2, "hidden_size": 8, "moe_intermediate_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = np.array([[[0, 0], [1, 2], [3, 4]]] * 7, dtype="<i4")  # 7 tokens, layers, top-k; the first layer is dense
+    (tmp_path / "made.json").write_text(json.dumps({"routed_experts": base64.b64encode(ids.tobytes()).decode()}))
+    command = ["routing", str(tmp_path / "made.json"), "--shape", str(tmp_path / "config.json"), "--json"]
+    app(command, standalone_mode=False)
+    values = json.loads(capsys.readouterr().out)
+    assert (values["n_experts"], values["top_k"], values["n_tokens"]) == (5, 2, 7)
+    assert [(row["layer"], row["n_active"]) for row in values["layers"]] == [(1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from perfmodel import hf_config, report
 from perfmodel import routing as routings
 from perfmodel.cli import recordings
 from perfmodel.cli.shell import Json, app, fraction, print_json, print_words, whole, width
+from perfmodel.model_memory import model_memory
 from perfmodel.routing import Recording
 
 
@@ -52,6 +53,7 @@ def routing(
 
     hints = recordings.Hints(
         shape=None if shape is None else hf_config.resolve(shape),
+        n_model_layers=None if shape is None else model_memory(shape).n_model_layers,
         top_k=None if top_k is None else whole(top_k, "--top-k"),
         n_steps=whole(steps, "--steps"),
         step_tokens=whole(step_tokens, "--step-tokens"),

@@ -118,4 +118,6 @@ def _draft_of_own(name: str, arrays: Arrays) -> Draft:
         for one, shape in zip((layers, top_k, n_tokens), expected, strict=True)
     ):
         raise InputError(f"{name}: its layers, top_k and n_tokens do not belong to counts of shape {loads.shape}")
+    if layers.min() < 0 or len(np.unique(layers)) < len(layers):
+        raise InputError(f"{name}: its layers are {layers.tolist()}, expected a place of its own for each, from 0")
     return Draft(loads, layers.astype(np.int64), int(top_k), n_tokens.astype(np.int64))
