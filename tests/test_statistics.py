@@ -1,7 +1,7 @@
 """Statistics of routing: figures by hand, slow counts beside fast ones, what is drawn against what is expected."""
 
-import itertools
 import base64
+import itertools
 import json
 import math
 import os
@@ -428,6 +428,24 @@ def test_a_few_steps_that_disagree_are_too_few() -> None:
     steps = rng.permuted(np.tile([60.0] * 8 + [2] * 56, (6, 4, 1)), axis=2)  # a hot set of its own in every step
     found = rt.judge(recording(steps))
     assert found.gains[1].gain_frac > 0.1 and found.label == UNCLEAR and "Too few steps to say" in found.reason
+
+
+def test_skew_in_one_layer_of_many_is_named_and_no_benefit_for_all() -> None:
+    uniform, steep = drawn("uniform", 16, 512, n_layers=8), drawn("power-law:1.2", 16, 512, n_layers=1)
+    steps = np.concatenate([uniform.loads[:, :7], steep.loads], axis=1)
+    found = rt.judge(rt.Recording("made", steps, np.arange(8) + 3, 8, uniform.n_tokens))
+    assert found.label == NONE and "too small" not in found.reason
+    assert "Only 1 of 8 layers gains much (layer 10): there the hot set saves" in found.reason
+    few = rt.judge(rt.Recording("made", steps[:, 4:], np.arange(4), 8, uniform.n_tokens))
+    assert few.label == SLIGHT and "Only 1 of 4 layers gains much (layer 3)" in few.reason  # most layers are uniform
+
+
+def test_a_hot_set_of_its_own_in_every_step_is_no_benefit_once_steps_are_many() -> None:
+    rng = np.random.default_rng(3)
+    steps = rng.permuted(np.tile([60.0] * 8 + [2] * 56, (128, 4, 1)), axis=2)
+    found = rt.judge(recording(steps))
+    assert found.label == NONE and "What is hot in one half is not in the other" in found.reason
+    assert rt.judge(recording(steps[:12])).label == UNCLEAR
 
 
 def test_steep_routing_is_seen_in_few_tokens_and_small_skew_is_not() -> None:

@@ -26,12 +26,12 @@ class Hints:
     """What the person says of a recording beyond its name; null for nothing. `n_model_layers` counts dense ones too."""
 
     shape: MoEShape | None = None
-    n_model_layers: int | None = None
     top_k: int | None = None
     n_steps: int = 16
     step_tokens: int = 512
     kind: str | None = None
     phase: str | None = None
+    n_model_layers: int | None = None
 
 
 def recording_of(name: str, hints: Hints) -> Recording:
