@@ -550,6 +550,16 @@ def test_bars_fall_from_hot_to_cold() -> None:
     assert len(load_bars(rt.uniform_shares(128)[0])) == 12
 
 
+@pytest.mark.parametrize("name", ["uniform", "power-law:1", "temporal:4"])
+def test_no_line_is_longer_than_a_terminal_and_what_is_left_out_is_named(name: str) -> None:
+    summary = rt.summarise(drawn(name, 64, 128))
+    for width in (60, 72, 80, 100, 200):
+        page = routing_page(summary, width)
+        assert max(map(len, page.splitlines())) <= width, width
+        assert ("a wider page also has: CV" in page) == (width < 118)
+        assert "hot to cold" in page and "of unseen tokens" in page and "last window" in page
+
+
 def test_the_command_reads_a_file_and_prints_a_page_in_ascii_or_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
