@@ -313,6 +313,21 @@ def test_consistent_and_temporal_experts_by_hand() -> None:
     assert found.temporal_weight[0] == pytest.approx(4 * (100 / 141 + 100 / 171) / 2)
 
 
+def test_cutoffs_decide_what_is_consistent_and_temporal() -> None:
+    steps = np.zeros((10, 1, 4))
+    steps[:, 0, 0], steps[5:, 0, 1], steps[:, 0, 2] = 40, 40, 8
+    found = rt.experts_in_time(steps, np.arange(1), rt.Cutoffs(0.3, 0.5, 0.5, 1.0))
+    assert found is not None
+    np.testing.assert_allclose(
+        found.used_frac, [[1, 0.5, 1, 0]]
+    )  # 8 of 88 and of 48 assignments, as 22 and 12 are even
+    assert found.is_consistent.tolist() == [[True, True, True, False]]
+    assert found.is_temporal.tolist() == [[False, True, False, False]]
+    for wrong in ({"consistent_least_frac": 1.5}, {"temporal_most_frac": math.nan}, {"used_share": -1.0}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} is .*, expected at least 0"):
+            rt.Cutoffs(**wrong)
+
+
 def test_temporal_experts_of_the_family_are_found_with_their_groups_of_four() -> None:
     found = rt.experts_in_time(drawn("temporal:4", 300, 256).loads, np.arange(2))
     assert found is not None
@@ -574,13 +589,36 @@ def test_the_command_reads_a_file_and_prints_a_page_in_ascii_or_json(
     assert "?" not in words and "20 of 30 layers" in words and "#" in words and "against made.npz@2: " in words
     assert "made.npz: 16 steps, 30 layers (3 to 32), 64 experts, top-8, 1,024 tokens" in words
     app(
-        ["routing", path, "--layers", "3,9", "--window", "2", "--hot", "0.5", "--tokens", "7", "--json"],
+        [
+            "routing",
+            path,
+            "--layers",
+            "3,9",
+            "--window",
+            "2",
+            "--hot",
+            "0.5",
+            "--tokens",
+            "7",
+            "--json",
+            "--consistent",
+            "40%",
+            "--temporal-weight",
+            "2.5",
+        ],
         standalone_mode=False,
     )
     values = json.loads(capsys.readouterr().out)
     assert [row["layer"] for row in values["layers"]] == [3, 9]
     assert [(row["window_steps"], row["random_frac"]) for row in values["overlaps"]] == [(2, 0.5)]
     assert [row["n_tokens"] for row in values["verdict"]["decode"]] == [7]
+    cutoffs = {
+        "consistent_least_frac": 0.4,
+        "temporal_least_weight": 2.5,
+        "temporal_most_frac": 0.34,
+        "used_share": 0.5,
+    }
+    assert cutoffs.items() <= values["experts_in_time"].items()
 
 
 def test_a_shape_says_the_layers_of_ids_in_base64(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,13 +256,15 @@ def _time(summary: RoutingSummary, width: int) -> str:
 
 def _in_time(experts: ExpertsInTime) -> str:
     n_temporal = experts.is_temporal.sum(axis=1)
+    cutoffs = experts.cutoffs
+    least, most = 100 * cutoffs.consistent_least_frac, 100 * cutoffs.temporal_most_frac
     words = (
-        f"consistent experts (used in nearly every {'step' if experts.joined_steps == 1 else 'window'}): "
-        f"{experts.is_consistent.sum(axis=1).mean():.1f} of a layer; temporal (rarely, then much): "
-        f"{n_temporal.mean():.1f}"
+        f"consistent experts (used in {least:.3g} % of steps or more): "
+        f"{experts.is_consistent.sum(axis=1).mean():.1f} of a layer; temporal (in {most:.3g} % or fewer, then with "
+        f"{cutoffs.temporal_least_weight:g} uniform shares or more): {n_temporal.mean():.1f}"
     )
     if n_temporal.any():
-        words += f", with {np.nanmean(experts.temporal_weight):.1f} times a uniform share when used"
+        words += f", with {np.nanmean(experts.temporal_weight):.1f} uniform shares when used"
     if experts.joined_steps > 1:
         words += f"; {experts.joined_steps} steps taken together, as single ones have too few tokens"
     sizes = sorted(len(group) for layer in experts.groups for group in layer)
