@@ -546,6 +546,32 @@ def test_arrays_under_known_names_in_each_kind_of_file(tmp_path: Path, name: str
     assert rt.routing_keys(bare) == rt.routing_keys(tmp_path / "a.json") == []
 
 
+@pytest.mark.parametrize("name", ["{}", "layer_{}", "model.layers.{}.mlp.gate"])
+def test_arrays_of_one_layer_each_are_put_together(tmp_path: Path, name: str) -> None:
+    rows = {11: [5, 0, 1], 2: [0, 3, 4]}
+    arrays = {name.format(layer): np.array(row) for layer, row in rows.items()}
+    found = [
+        read_recording(save_npz(tmp_path / "layers.npz", **arrays)),
+        read_recording(save_torch(tmp_path / "layers.pt", {key: torch.tensor(row) for key, row in arrays.items()})),
+        read_recording(save_json(tmp_path / "layers.json", {key: row.tolist() for key, row in arrays.items()})),
+    ]
+    for recording in found:
+        assert recording.loads.tolist() == [[rows[2], rows[11]]] and recording.layers.tolist() == [2, 11]
+        assert noted(recording, "its 2 arrays are read as a layer each")
+    assert read_recording(f"{tmp_path / 'layers.npz'}#{name.format(2)}").loads.tolist() == [[rows[2]]]
+    alone = read_recording(save_torch(tmp_path / "list.pt", [torch.tensor(row) for row in rows.values()]))
+    assert alone.loads.tolist() == [[rows[11], rows[2]]] and alone.layers.tolist() == [0, 1]
+    with pytest.raises(InputError, match="choose one as"):  # not as long as each other
+        read_recording(save_npz(tmp_path / "other.npz", a0=np.ones(3), a1=np.ones(4)))
+
+
+def test_the_routers_weight_of_a_selection_is_no_count(tmp_path: Path) -> None:
+    rows = "token,layer,expert,weight\n0,0,2,0.75\n0,0,0,0.25\n1,0,2,0.5\n1,0,1,0.5\n"
+    (tmp_path / "rows.csv").write_text(rows)
+    recording = read_recording(str(tmp_path / "rows.csv"))
+    assert recording.loads.tolist() == [[[1, 1, 2]]] and recording.top_k == 2
+
+
 def test_our_own_files_say_everything(tmp_path: Path) -> None:
     counts = counts_made_up(3).astype(np.int64)
     path = tmp_path / "own.npz"

@@ -267,11 +267,11 @@ def _numpy_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _tensors(name: str, found: object) -> dict[str, NDArray[Any]]:
-    """The arrays of what torch.save wrote by name; the name of one that is not in a dict is empty."""
+    """The arrays of what torch.save wrote by name, of a list by place; the name of one that is alone is empty."""
     if isinstance(found, np.ndarray):
         return {"": found}
-    named = found if isinstance(found, dict) else {}
+    named = found if isinstance(found, dict) else dict(enumerate(found)) if isinstance(found, list | tuple) else {}
     arrays = {str(key): value for key, value in named.items() if isinstance(value, np.ndarray)}
     if not arrays:
-        raise InputError(f"{name} holds no tensors by name, expected one of {KNOWN}")
+        raise InputError(f"{name} holds no tensors of numbers, alone or in a dict or list; known are {KNOWN}")
     return arrays

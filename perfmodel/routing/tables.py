@@ -113,6 +113,8 @@ def draft_of_table(name: str, table: "pl.DataFrame", hints: Hints) -> Draft:
     if not table.height:
         raise InputError(f"{name} has no rows, expected {LONG}")
     if found["layer"] is not None and found["expert"] is not None:
+        if found["token"] is not None and (found["count"] or "").lower() == "weight":
+            found["count"] = None  # the router's weight of a selection, and not how many there are
         columns = {meaning: _numbers(name, table, column) for meaning, column in found.items() if column is not None}
         return _draft_of_rows(name, columns, hints)
     labels = [column for column in (found["layer"], found["step"], "") if column in table.columns]
