@@ -98,7 +98,7 @@ def _layers(summary: RoutingSummary, width: int, n_rows: int) -> str:
         rows.append(["mean", *mean, load_bars(np.diff(served_curves(shares).mean(axis=0)))])
     header = ["layer", "active", "90 % on", "hottest", "top 10 %", "top 25 %", "cold half", "max/mean", "chance", "CV",
               "Gini", "effective", "hot to cold"]  # fmt: skip
-    lines = [_fitting(rows, header, width, LEAST_COLUMNS), wrapped(LEGEND, width, "", "  ")]
+    lines = [_fitting(rows, header, width, LEAST_COLUMNS)]
     if len(shown) < n_layers:
         lines.append(f"{len(shown)} of {n_layers} layers; --top {n_layers} shows all, the mean is over all")
     covering = found.covering_frac.mean(axis=0)
@@ -108,6 +108,7 @@ def _layers(summary: RoutingSummary, width: int, n_rows: int) -> str:
     covered = f"experts that serve a part of assignments, mean of layers: {', '.join(parts)}"
     lines.append(wrapped(covered, width, "", "  "))
     lines.append(wrapped(_depth(summary), width, "", "  "))
+    lines.append(wrapped(LEGEND, width, "", "  "))
     return "\n".join(line for line in lines if line)
 
 
@@ -156,10 +157,10 @@ def _warnings(summary: RoutingSummary, width: int) -> str:
         by_chance, n_unseen = float(sampling.n_unused_by_chance.sum()), float(sampling.n_unseen.sum())
         unseen, unnoticed = float(sampling.unseen_frac.mean()), min(RULE_OF_THREE / n_tokens, 1.0)
         lines.append(
-            f"never used: {text.counted(n_unused, 'expert')} over all layers. Small samples miss experts: "
-            f"uniform routing of as many tokens would leave out {by_chance:,.0f}. Of these, more would wake at least "
-            f"{n_unseen:,.0f} (Chao), for {text.frac(unseen)} of further assignments (Good-Turing), and any may serve "
-            f"{100 * unnoticed:.2g} % of tokens unnoticed"
+            f"never used: {text.counted(n_unused, 'expert')} over all layers; uniform routing of as many tokens would "
+            f"leave out {by_chance:,.0f} by chance. With more tokens at least {n_unseen:,.0f} of them would be used "
+            f"(Chao), by {text.frac(unseen)} of further assignments (Good-Turing); so few tokens cannot show an expert "
+            f"that less than {100 * unnoticed:.2g} % of tokens select"
         )
     return "\n".join(wrapped(line, width, "", "  ") for line in lines)
 

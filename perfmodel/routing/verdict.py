@@ -182,6 +182,24 @@ def _few_layers(gain_frac: Shares, layers: NDArray[np.int64], sampling: Sampling
     )
 
 
+def _unproven(gain: ResidentGain, hot: str, served: str, even: str, is_chance: bool) -> tuple[str, str] | None:
+    """The label and reason where what is hot in the sample is chance or not hot elsewhere; null where it is."""
+    chosen = f"{hot} serve {text.frac(gain.served_frac)} of the assignments they were chosen by"
+    if not is_chance and (gain.gain_frac + gain.most_gain_frac) / 2 < LEAST_GAIN:
+        changes = " What is hot in one half is not in the other." if gain.gain_frac < gain.most_gain_frac / 2 else ""
+        return NONE, (
+            f"No benefit: {chosen} and {served} of others, against {even} by size alone.{changes} Place by size, not by "
+            "popularity."
+        )
+    if not is_chance and gain.gain_frac >= LEAST_GAIN:
+        return None
+    also = ", and uniform routing of as few tokens could look as uneven" if is_chance else ""
+    return UNCLEAR, (
+        f"The sample is too small to say: {chosen}, but {served} of others ({even} by size alone){also}. Record more "
+        "tokens; until then place by size."
+    )
+
+
 def _over_time(gain: ResidentGain, overlap: HotSetOverlap | None, is_sample: bool) -> tuple[float, float, float]:
     """Gains in the second half of hot sets chosen in the first and anew from the last window, and what of it is sure.
 
@@ -218,20 +236,9 @@ def _judged(
     )
     if gain.most_gain_frac < LEAST_GAIN:
         return NONE, f"No benefit: {figures}. Place by size, not by popularity."
-    is_chance = sampling is not None and _chance(sampling) > CERTAIN
-    if not is_chance and (gain.gain_frac + gain.most_gain_frac) / 2 < LEAST_GAIN:
-        changes = " What is hot in one half is not in the other." if gain.gain_frac < gain.most_gain_frac / 2 else ""
-        return NONE, (
-            f"No benefit: {hot} serve {text.frac(gain.served_frac)} of the assignments they were chosen by and "
-            f"{served} of others, against {even} by size alone.{changes} Place by size, not by popularity."
-        )
-    if is_chance or gain.gain_frac < LEAST_GAIN:
-        also = ", and uniform routing of as few tokens could look as uneven" if is_chance else ""
-        return UNCLEAR, (
-            f"The sample is too small to say: {hot} serve {text.frac(gain.served_frac)} of the assignments they were "
-            f"chosen by, but {served} of others ({even} by size alone){also}. Record more tokens; until then place "
-            "by size."
-        )
+    unproven = _unproven(gain, hot, served, even, sampling is not None and _chance(sampling) > CERTAIN)
+    if unproven is not None:
+        return unproven
     if overlap is not None and kept < LEAST_GAIN:
         return UNCLEAR, (
             f"Too few steps to say: {figures}, but those of the first half serve {text.frac(overlap.static_frac)} of "
