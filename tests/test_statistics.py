@@ -567,7 +567,11 @@ def test_bars_fall_from_hot_to_cold() -> None:
 
 @pytest.mark.parametrize("name", ["uniform", "power-law:1", "temporal:4"])
 def test_no_line_is_longer_than_a_terminal_and_what_is_left_out_is_named(name: str) -> None:
-    summary = rt.summarise(drawn(name, 64, 128))
+    found = drawn(name, 64, 128)
+    few = rt.Recording("few", drawn("uniform", 1, 9).loads, np.arange(2), 8)
+    unknown = rt.Recording("unknown", found.loads, np.arange(2), is_ordered=False)
+    assert all(len(line) <= 60 for made in (few, unknown) for line in routing_page(rt.summarise(made), 60).splitlines())
+    summary = rt.summarise(found)
     for width in (60, 72, 80, 100, 200):
         page = routing_page(summary, width)
         assert max(map(len, page.splitlines())) <= width, width

@@ -53,7 +53,7 @@ def _header(recording: Recording, width: int) -> str:
         known.append(f"{text.count(float(loads.mean()))} assignments a layer, tokens unknown")
     lines = [wrapped(f"{recording.name}: {', '.join(known)}", width, "", "  ")]
     if n_steps > 1 and not recording.is_ordered:
-        lines.append("the steps are in no known order: nothing is said of time")
+        lines.append(wrapped("the steps are in no known order: nothing is said of time", width))
     return "\n".join([*lines, *(wrapped(f"note: {note}", width, "", "  ") for note in recording.notes)])
 
 
@@ -100,7 +100,8 @@ def _layers(summary: RoutingSummary, width: int, n_rows: int) -> str:
               "Gini", "effective", "hot to cold"]  # fmt: skip
     lines = [_fitting(rows, header, width, LEAST_COLUMNS)]
     if len(shown) < n_layers:
-        lines.append(f"{len(shown)} of {n_layers} layers; --top {n_layers} shows all, the mean is over all")
+        words = f"{len(shown)} of {n_layers} layers; --top {n_layers} shows all, the mean is over all"
+        lines.append(wrapped(words, width))
     covering = found.covering_frac.mean(axis=0)
     parts = [
         f"{text.frac(float(frac))} for {100 * part:.0f} %" for part, frac in zip(COVERED_FRACS, covering, strict=True)
@@ -159,8 +160,8 @@ def _warnings(summary: RoutingSummary, width: int) -> str:
         lines.append(
             f"never used: {text.counted(n_unused, 'expert')} over all layers; uniform routing of as many tokens would "
             f"leave out {by_chance:,.0f} by chance. With more tokens at least {n_unseen:,.0f} of them would be used "
-            f"(Chao), by {text.frac(unseen)} of further assignments (Good-Turing); so few tokens cannot show an expert "
-            f"that less than {100 * unnoticed:.2g} % of tokens select"
+            f"(Chao), by {text.frac(unseen)} of further assignments (Good-Turing); an expert not seen here may still "
+            f"be selected by {100 * unnoticed:.2g} % of tokens (95 % confidence)"
         )
     return "\n".join(wrapped(line, width, "", "  ") for line in lines)
 
@@ -188,9 +189,9 @@ def _decode(summary: RoutingSummary, width: int) -> str:
     decode, top_k = summary.verdict.decode, summary.recording.top_k
     resident = text.frac(summary.resident_frac)
     if top_k is None:
-        return "active experts by batch size: top-k is not known; give --top-k"
+        return wrapped("active experts by batch size: top-k is not known; give --top-k", width)
     if summary.verdict.label == UNCLEAR:
-        return "active experts by batch size: nothing is said for so small a sample"
+        return wrapped("active experts by batch size: nothing is said for so small a sample", width)
     rows = [
         [
             text.count(row.n_tokens), f"{row.n_active:,.1f}", f"{row.n_active_uniform:,.1f}",
@@ -249,7 +250,7 @@ def _time(summary: RoutingSummary, width: int) -> str:
         found = _fitting(rows, header, width, ("windows", "average", "Jaccard"))
         lines.append(f"{wrapped(words, width, '', '  ')}\n{found}")
     elif summary.recording.is_ordered and len(summary.recording.loads) > 1:
-        lines.append("too few steps to say whether the hot set moves")
+        lines.append(wrapped("too few steps to say whether the hot set moves", width))
     if summary.experts is not None:
         lines.append(wrapped(_in_time(summary.experts), width))
     return "\n\n".join(lines)

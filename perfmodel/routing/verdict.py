@@ -188,8 +188,8 @@ def _unproven(gain: ResidentGain, hot: str, served: str, even: str, is_chance: b
     if not is_chance and (gain.gain_frac + gain.most_gain_frac) / 2 < LEAST_GAIN:
         changes = " What is hot in one half is not in the other." if gain.gain_frac < gain.most_gain_frac / 2 else ""
         return NONE, (
-            f"No benefit: {chosen} and {served} of others, against {even} by size alone.{changes} Place by size, not by "
-            "popularity."
+            f"No benefit: {chosen} and {served} of others, against {even} by size alone.{changes} Place by size, not "
+            "by popularity."
         )
     if not is_chance and gain.gain_frac >= LEAST_GAIN:
         return None
