@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from perfmodel.errors import InputError
-from perfmodel.placement.costs import Array, Block, Costs, additive, joined, parallel
+from perfmodel.placement.costs import Array, Block, Costs, additive, condensed, joined, parallel
 from perfmodel.placement.memory import Budget, Memory
 from perfmodel.placement.optimal import minimise
 
@@ -124,3 +124,23 @@ def test_experts_that_do_not_fit_are_refused() -> None:
         minimise(costs, np.ones((2, 40)), (Budget((0,), 20.0), Budget((1,), 30.0)))
     with pytest.raises(InputError, match=r"expected \[layer, expert, tier\], each a time of at least 0 ns"):
         additive(np.full((2, 3, 2), -1.0))
+
+
+def test_fewer_steps_stand_for_all_by_the_mean_loads_of_each_expert() -> None:
+    costs = curved(3, n_layers=2, n_experts=6, n_steps=9)
+    few = condensed(costs, 3)
+    assert few.n_steps == 3 and few.n_layers == 2 and few.weights.sum() == pytest.approx(1)
+    for all_steps, kept in zip(costs.blocks, few.blocks, strict=True):
+        assert few.by_layer(kept.values) == pytest.approx(costs.by_layer(all_steps.values))
+    assert condensed(costs, 9) is costs
+    quiet = Costs(
+        (Block((0,), np.zeros((4, 3, 1))),),
+        1,
+        lambda x: x[:, 0],
+        np.ones_like,
+        np.zeros(4),
+        np.zeros((4, 3, 1)),
+        np.full(4, 0.25),
+    )
+    quiet.blocks[0].values[1, 2] = 8.0  # awake in a step that is not kept
+    assert condensed(quiet, 2).blocks[0].values[:, 2, 0].tolist() == [2.0, 2.0]

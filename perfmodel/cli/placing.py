@@ -237,7 +237,13 @@ def _answered(question: "Question", words: str, budget: list[str], policy: str, 
     best = next((one for one in outcomes if one.policy == OPTIMAL), None) or best_of(outcomes)
     batch = question.batches[0]
     return answers.Answer(
-        question, words, budget, outcomes, best, prediction(question, batch, domains(question, best, batch)), accesses
+        question,
+        words,
+        budget,
+        outcomes,
+        best,
+        prediction(question, batch, domains(question, best, batch), best.tier),
+        accesses,
     )
 
 

@@ -187,3 +187,21 @@ def joined(several: list[Costs], shares: list[float]) -> Costs:
         charge_ns=np.concatenate([costs.charge_ns for costs in several]),
         weights=np.concatenate([c.weights * share / total for c, share in zip(several, shares, strict=True)]),
     )
+
+
+def condensed(costs: Costs, n_steps: int) -> Costs:
+    """Fewer steps that stand for all: those spread evenly over them, the loads of each expert scaled so that its mean
+    over steps stays what it is over all. An expert that none of them wakes has its mean in each."""
+    if costs.n_steps <= n_steps:
+        return costs
+    kept = np.linspace(0, costs.n_steps - 1, n_steps).round().astype(int)
+    weights = costs.weights[kept] / costs.weights[kept].sum()
+    rows = (kept[:, None] * costs.n_layers + np.arange(costs.n_layers)).ravel()
+    few = replace(costs, fixed_ns=costs.fixed_ns[rows], charge_ns=costs.charge_ns[rows], weights=weights)
+    blocks = []
+    for block in costs.blocks:
+        values, mean = block.values[rows], costs.by_layer(block.values)
+        here = few.by_layer(values)
+        scale = few.of_rows(np.where(here > 0, mean / np.where(here > 0, here, 1.0), 1.0))
+        blocks.append(Block(block.resources, values * scale + few.of_rows(np.where(here > 0, 0.0, mean))))
+    return replace(few, blocks=tuple(blocks))
