@@ -123,6 +123,11 @@ def test_fused_shared_experts_at_the_end_are_left_out_and_named(tmp_path: Path) 
     recording = read_recording(stat_made_up(tmp_path / "fused.pt", shared), n_experts=N_EXPERTS, top_k=TOP_K)
     np.testing.assert_array_equal(recording.loads, counts)
     assert noted(recording, "fused shared experts") and recording.top_k == TOP_K
+    untold = read_recording(str(tmp_path / "fused.pt"))
+    assert untold.loads.shape[2] == 17 and noted(untold, "expert 16 has the same load in every layer of a step")
+    even = read_recording(stat_made_up(tmp_path / "even.pt", np.full((2, N_LAYERS, 4), 30)))
+    assert not noted(read_recording(stat_made_up(tmp_path / "other.pt", counts)), "same load")
+    assert not noted(even, "same load")
     with pytest.raises(InputError, match=r"fused\.pt: found experts 17, expected 8"):
         read_recording(str(tmp_path / "fused.pt"), n_experts=8)
     with pytest.raises(

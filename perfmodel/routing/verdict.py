@@ -183,8 +183,14 @@ def _few_layers(gain_frac: Shares, layers: NDArray[np.int64], sampling: Sampling
 
 
 def _unproven(gain: ResidentGain, hot: str, served: str, even: str, is_chance: bool) -> tuple[str, str] | None:
-    """The label and reason where what is hot in the sample is chance or not hot elsewhere; null where it is."""
+    """The label and reason where the sample shows no gain, or one that is chance or not there elsewhere; else null."""
     chosen = f"{hot} serve {text.frac(gain.served_frac)} of the assignments they were chosen by"
+    if gain.most_gain_frac < LEAST_GAIN:
+        saved = text.frac(max(gain.most_gain_frac, 0.0))
+        return NONE, (
+            f"No benefit: {chosen}, against {even} by size alone: {saved} of offloaded assignments saved at most. Place "
+            "by size, not by popularity."
+        )
     if not is_chance and (gain.gain_frac + gain.most_gain_frac) / 2 < LEAST_GAIN:
         changes = " What is hot in one half is not in the other." if gain.gain_frac < gain.most_gain_frac / 2 else ""
         return NONE, (
@@ -234,8 +240,6 @@ def _judged(
         f"{hot} serve {served} of assignments, against {even} under uniform routing: "
         f"{text.frac(max(gain.gain_frac, 0.0))} of offloaded assignments saved"
     )
-    if gain.most_gain_frac < LEAST_GAIN:
-        return NONE, f"No benefit: {figures}. Place by size, not by popularity."
     unproven = _unproven(gain, hot, served, even, sampling is not None and _chance(sampling) > CERTAIN)
     if unproven is not None:
         return unproven
