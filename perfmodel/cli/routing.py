@@ -17,7 +17,9 @@ def routing(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="Counts as FILE[#KEY], or a pattern such as power-law:1 or temporal:4 with --shape."
+            metavar="FILE",
+            help="A recording as FILE[#KEY][@LAYER], a folder of SGLang's files of all ranks, or a pattern such as "
+            "power-law:1 or temporal:4 with --shape.",
         ),
     ],
     tokens: Annotated[str, typer.Option(help="Batches whose active experts are told, separated by commas.")] = ",".join(

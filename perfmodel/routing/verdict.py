@@ -188,8 +188,8 @@ def _unproven(gain: ResidentGain, hot: str, served: str, even: str, is_chance: b
     if gain.most_gain_frac < LEAST_GAIN:
         saved = text.frac(max(gain.most_gain_frac, 0.0))
         return NONE, (
-            f"No benefit: {chosen}, against {even} by size alone: {saved} of offloaded assignments saved at most. Place "
-            "by size, not by popularity."
+            f"No benefit: {chosen}, against {even} by size alone: {saved} of offloaded assignments saved at most. "
+            "Place by size, not by popularity."
         )
     if not is_chance and (gain.gain_frac + gain.most_gain_frac) / 2 < LEAST_GAIN:
         changes = " What is hot in one half is not in the other." if gain.gain_frac < gain.most_gain_frac / 2 else ""
