@@ -12,7 +12,7 @@ from perfmodel.explain import Explanation, explain
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import COVERAGE, Forecast, LatencyModel
 from perfmodel.moe import MoEShape
-from perfmodel.offload import ACCESS_MODES, Device, Host, Tier, modes_of, placement_parts, rate_keys
+from perfmodel.offload import ACCESS_MODES, Device, Host, Mask, Tier, modes_of, placement_parts, rate_keys
 from perfmodel.offload.fitted import OffloadFit, Way, from_json
 from perfmodel.physics import Array, Parts, Work, total
 from perfmodel.placement import Placement, place
@@ -126,13 +126,15 @@ def work_of(shape: MoEShape, routing: Routing, op: str, launch: str = LAUNCHES[0
 class Settings:
     """How offloaded experts are kept and reached, beyond the access mode: how zero-copy sees two memories (null: one
     launch over mapped pages), slots of a paged memory (null: as many as are not offloaded), what the host needs to
-    launch one layer, or its bare grouped GEMMs, call by call (null: the constants), and a fitted model of the host CPU
-    (null: its rates alone)."""
+    launch one layer, or its bare grouped GEMMs, call by call (null: the constants), a fitted model of the host CPU
+    (null: its rates alone), and which experts lie over all memory modules of the host, `[batch, expert]` (null: as the
+    layout of the device says)."""
 
     residency: str | None = None
     n_slots: int | None = None
     host_ns: float | None = None
     host_model: LatencyModel | None = None
+    striped: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ class Basis:
             residency=settings.residency,
             n_slots=settings.n_slots,
             shares=routing.popularity,
+            striped=settings.striped,
             host=None if host is None else Host(host.form, host.roof, host.constants_),
         )
         return replace(self, device=device)

@@ -295,7 +295,7 @@ def test_one_array_of_several_is_chosen_by_key(tmp_path: Path) -> None:
         ("empty.npz", b"PK\x05\x06" + bytes(18), "holds no arrays"),
         ("words.csv", b"expert,count\n0,3\n", "is not a routing file"),
         ("ragged.csv", b"1,2\n3\n", "is not a routing file"),
-        ("empty.csv", b"", "expected counts"),
+        ("empty.csv", b"", "is empty"),
         ("negative.csv", b"1,-2\n", "must be 0 to"),
         ("idle.csv", b"1,2\n0,0\n", "not all zero in a layer"),
         ("nan.csv", b"1,nan\n", "must be 0 to"),

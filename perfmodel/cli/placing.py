@@ -90,10 +90,11 @@ def place(
     from perfmodel.predict import Settings, basis_of
 
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
-    hints = recordings.Hints(moe_shape, None, whole(steps, "--steps"), whole(step_tokens, "--step-tokens"), kind, phase)
+    memory = _memory(shape, other_weights)
+    steps_of = whole(steps, "--steps"), whole(step_tokens, "--step-tokens")
+    hints = recordings.Hints(moe_shape, None, *steps_of, kind, phase, memory.n_model_layers)
     recording = recordings.recording_of(routing, hints)
     later = None if held_out is None else recordings.recording_of(held_out, hints)
-    memory = _memory(shape, other_weights)
     asked = _Memory(hbm_budget, context, sequences, workspace, host_budget, host_holds_all)
     capacity_bytes, budget = _capacity(asked, profile, moe_shape, memory, recording)
     bound = None if limit is None else number(limit.removesuffix("x"), "--limit")
@@ -236,7 +237,13 @@ def _answered(question: "Question", words: str, budget: list[str], policy: str, 
     best = next((one for one in outcomes if one.policy == OPTIMAL), None) or best_of(outcomes)
     batch = question.batches[0]
     return answers.Answer(
-        question, words, budget, outcomes, best, prediction(question, batch, domains(question, best, batch)), accesses
+        question,
+        words,
+        budget,
+        outcomes,
+        best,
+        prediction(question, batch, domains(question, best, batch), best.tier),
+        accesses,
     )
 
 

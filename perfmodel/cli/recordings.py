@@ -23,7 +23,7 @@ Phase = Annotated[str | None, typer.Option("--phase", help="Only passes of prefi
 
 @dataclass(frozen=True)
 class Hints:
-    """What the person says of a recording beyond its name; null for nothing."""
+    """What the person says of a recording beyond its name; null for nothing. `n_model_layers` counts dense ones too."""
 
     shape: MoEShape | None = None
     top_k: int | None = None
@@ -31,6 +31,7 @@ class Hints:
     step_tokens: int = 512
     kind: str | None = None
     phase: str | None = None
+    n_model_layers: int | None = None
 
 
 def recording_of(name: str, hints: Hints) -> Recording:
@@ -49,6 +50,7 @@ def recording_of(name: str, hints: Hints) -> Recording:
         name,
         n_experts=None if shape is None else shape.n_experts,
         top_k=top_k,
+        n_layers=hints.n_model_layers,
         step_tokens=hints.step_tokens,
         kind=hints.kind,
         phase=hints.phase,

@@ -89,15 +89,21 @@ def _copy_side(work: Work, copied: Mask, gemms: Array, device: Device, contended
     """What of copies beside the other work is exposed (7.3), at the rate that modules and link both reach."""
     if not copied.any():
         return np.zeros(len(gemms))
-    rate = min(link_rate(device.profile, "copy", contended=contended)[0], _layout_bytes_per_s(device))
-    return exposed_ns(work, copied, copies_ns(work, copied, rate, device.offload), gemms, device)
+    rate = link_rate(device.profile, "copy", contended=contended)[0]
+    striped = _striped(work, device)
+    transfer = copies_ns(work, copied & striped, rate, device.offload)
+    if not striped.all():
+        from_one = min(rate, host_bytes_per_s(device.profile) / device.profile["n_ndp_count"])
+        transfer = transfer + copies_ns(work, copied & ~striped, from_one, device.offload)
+    return exposed_ns(work, copied, transfer, gemms, device)
 
 
-def _layout_bytes_per_s(device: Device) -> float:
-    """How fast one expert leaves host memory: from all modules at once, or from the only one that holds it."""
-    if "n_ndp_count" not in device.profile.quantities or device.layout == "striped":
-        return float("inf")
-    return host_bytes_per_s(device.profile) / device.profile["n_ndp_count"]
+def _striped(work: Work, device: Device) -> Mask:
+    """Which experts lie over all modules of host memory instead of in one, `[batch, expert]`; all where modules do not
+    compute, for then nobody would put an expert into one."""
+    if device.striped is not None:
+        return device.striped
+    return np.full(work.rows.shape, "n_ndp_count" not in device.profile.quantities or device.layout == "striped")
 
 
 def crossing_each_ns(work: Work, device: Device) -> Array:
@@ -145,20 +151,22 @@ def host_each_ns(work: Work, device: Device, *, contended: bool = False) -> Arra
 def near_data_ns(work: Work, near_data: Mask, read: Mask, device: Device) -> Array:
     """How long the busiest memory module works on the experts of `near_data[batch, expert]`, `[batch]` ns (7.5).
 
-    An expert is on one module where it is `localised`, on all at once where `striped`. Before that modules serve the
-    weights of `read[batch, expert]` to device and host (TriMoE's T_cont), each with its part of the bandwidth.
+    An expert is on one module, or on all at once where it is striped. Before that modules serve the weights of
+    `read[batch, expert]` to device and host (TriMoE's T_cont), each with its part of the bandwidth.
     """
     require_one_of("layout", device.layout, LAYOUTS)
     require_one_of("spread", device.spread, SPREADS)
     computing, serving = near_data_each_ns(work, device)
     n = int(device.profile["n_ndp_count"])
+    striped = _striped(work, device)
     times, served = np.where(near_data, computing, 0.0), np.where(read, serving, 0.0)
-    if device.layout == "striped":
-        return np.asarray(times.sum(axis=1) / n + served.sum(axis=1))
-    contended = _even(served * n, n)
+    everywhere = np.where(striped, times / n + served, 0.0).sum(axis=1)
+    if striped.all():
+        return np.asarray(everywhere)
+    times, contended = np.where(striped, 0.0, times), _even(np.where(striped, 0.0, served * n), n)
     if device.spread == "even":
-        return np.asarray((_even(times, n) + contended).max(axis=1))
-    return np.asarray(longest_first(times, contended).max(axis=1))
+        return np.asarray((_even(times, n) + contended).max(axis=1) + everywhere)
+    return np.asarray(longest_first(times, contended).max(axis=1) + everywhere)
 
 
 def near_data_each_ns(work: Work, device: Device) -> tuple[Array, Array]:

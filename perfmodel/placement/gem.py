@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
+from perfmodel.routing import used_experts
 
 from .balance import Array, ExpertMap, Index, linear, map_of, require_even, token_balanced
 from .staircase import Staircase
 
 WINDOW_STEPS = 16  # steps that a map is made from (GEM)
 # Ours: an expert is used in a step that gives it at least a quarter of an even share of the layer's assignments, and is
-# consistent if used in at least half of the steps: between the 85 % and the 17 % that GEM reports as averages.
+# consistent if used in at least half of the steps: between the 85 % and the 17 % that GEM reports as averages. Looser
+# than `routing.Cutoffs`, because here every expert is of one kind or the other, and 16 steps are all there is.
 USED_SHARE, CONSISTENT_STEPS_FRAC = 0.25, 0.5
 MAX_MAPS = 10_000  # of a layer, that all may be tried
 TINY = 1e-300  # of which infinitely much is still infinite
@@ -24,23 +26,17 @@ MAX_AT_ONCE = 2**15  # times of swaps, which then stay in the cache
 LEAST_GAIN_FRAC = 1e-9  # of the score, that a swap must take away: rounding is no gain
 
 
-def used(loads: Array, used_share: float = USED_SHARE) -> NDArray[np.bool_]:
-    """Which experts are used in which steps, `[step, layer, expert]`: those with at least `used_share` of an even share
-    of the layer's assignments, and some."""
-    return np.asarray((loads >= used_share * loads.mean(axis=2, keepdims=True)) & (loads > 0))
-
-
 def consistent_experts(
     loads: Array, used_share: float = USED_SHARE, steps_frac: float = CONSISTENT_STEPS_FRAC
 ) -> NDArray[np.bool_]:
     """Which experts are used in at least `steps_frac` of the steps, `[layer, expert]`; all others are temporal."""
-    return np.asarray(used(loads, used_share).mean(axis=0) >= steps_frac)
+    return np.asarray(used_experts(loads, used_share).mean(axis=0) >= steps_frac)
 
 
 def usage(loads: Array) -> dict[str, float | None]:
     """What there is of both kinds: the share of experts that are consistent, and in which share of the steps experts of
     each kind are used, null where there are none."""
-    frac, is_consistent = used(loads).mean(axis=0), consistent_experts(loads)
+    frac, is_consistent = used_experts(loads, USED_SHARE).mean(axis=0), consistent_experts(loads)
     return {
         "consistent_experts_frac": float(is_consistent.mean()),
         "consistent_used_frac": float(frac[is_consistent].mean()) if is_consistent.any() else None,

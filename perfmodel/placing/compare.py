@@ -6,18 +6,27 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perfmodel.errors import InputError
-from perfmodel.placement import COPIED, ON_HOST, POLICIES, RESIDENT, TIERS, Problem, Tiers
+from perfmodel.offload import Mask
+from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, POLICIES, RESIDENT, TIERS, Problem, Tiers
 from perfmodel.placement.costs import Array, Costs
-from perfmodel.placement.dispatch import DISPATCHES, Steps
+from perfmodel.placement.dispatch import DISPATCHES
 from perfmodel.placement.optimal import Solution, minimise
 from perfmodel.routing import Counts
+from perfmodel.trimoe import machine_of, schedule
+from perfmodel.trimoe.prediction import HOT_FROM, Bounds, classify
 
-from .question import Question, alone, costs_of, resident_ns, steps_ns
+from .question import Question, costs_of, resident_ns, steps_ns, steps_of
 from .windows import Batch
 
 OPTIMAL, CACHE, FORESEEN = "optimal", "lru", "foreseen"
 # Policies that divide each step anew among device and host: by what they keep resident, and their dispatch.
-DISPATCHED = {"fiddler": ("fiddler", "fiddler"), "hybrimoe": ("frequency", "hybrimoe")}
+TRIMOE = "trimoe"
+COLD_BOUNDS = (0.25, 0.5, 1.0, 2.0, 4.0)  # loads over the mean below which TriMoE calls an expert cold, to choose from
+DISPATCHED = {
+    "fiddler": ("fiddler", "fiddler"),
+    "hybrimoe": ("frequency", "hybrimoe"),
+    TRIMOE: ("frequency", TRIMOE),
+}
 BEST_DISPATCH = "balanced"
 
 Progress = Callable[[str], None]
@@ -55,13 +64,19 @@ class Outcome:
 def policy_names(question: Question) -> tuple[str, ...]:
     """The policies that can answer a question, ours last."""
     static = [name for name in POLICIES if name not in DISPATCHED]
-    dispatched = list(DISPATCHED) if _divides(question) else []
-    return (*static, *dispatched, CACHE, OPTIMAL)
+    dispatched = [name for name in DISPATCHED if name != TRIMOE or NEAR_DATA in question.tiers]
+    return (*static, *(dispatched if _divides(question) else ()), CACHE, OPTIMAL)
 
 
 def _divides(question: Question) -> bool:
     """Whether the device or the host may compute an expert that is in host memory."""
     return {COPIED, ON_HOST} <= set(question.tiers)
+
+
+def thinned(question: Question, n_steps: int) -> Question:
+    """The same question over fewer steps, for answers that take many placements."""
+    few = (replace(b, fitted=b.fitted[:n_steps], held_out=b.held_out[:n_steps]) for b in question.batches)
+    return replace(question, batches=tuple(few))
 
 
 def compare(question: Question, names: tuple[str, ...], progress: Progress = lambda _: None) -> list[Outcome]:
@@ -110,8 +125,22 @@ def _by_policy(question: Question, name: str, colder: Tiers) -> Outcome:
     """The outcome of a published policy, which knows popularity, sizes and memory."""
     keeps, dispatch = DISPATCHED.get(name, (name, None))
     problem = Problem(question.popularity, question.size_bytes, question.capacity_bytes)
-    tier = np.where(POLICIES[keeps](problem) == RESIDENT, RESIDENT, colder).astype(np.int8)
-    return evaluated(question, name, tier, dispatch)
+    is_resident = POLICIES[keeps](problem) == RESIDENT
+    if name == TRIMOE:
+        colder = _coldest_by_trimoe(question, is_resident)
+    return evaluated(question, name, np.where(is_resident, RESIDENT, colder).astype(np.int8), dispatch)
+
+
+def _coldest_by_trimoe(question: Question, is_resident: Mask) -> Tiers:
+    """Memory modules for cold experts, host memory for warm ones, by the bound between them that suits the steps that
+    decided best; TriMoE publishes none."""
+    few, found = thinned(question, 2), {}
+    for bound in COLD_BOUNDS:
+        is_cold = classify(question.popularity, Bounds(bound, max(bound, HOT_FROM))) == 0
+        colder = np.where(is_cold, NEAR_DATA, ON_HOST).astype(np.int8)
+        tier = np.where(is_resident, RESIDENT, colder).astype(np.int8)
+        found[evaluated(few, TRIMOE, tier, TRIMOE).fitted_total_ns] = colder
+    return found[min(found)]
 
 
 def _optimal(question: Question, costs: Costs, colder: Tiers, others: list[Outcome]) -> Outcome:
@@ -149,7 +178,7 @@ def evaluated(question: Question, policy: str, tier: Tiers, dispatch: str | None
 
     def mean_ns(counts: Counts, n_tokens: int) -> float:
         domains = tier if dispatch is None else divided(question, counts, n_tokens, tier, dispatch)
-        return float(steps_ns(question, counts, n_tokens, domains).mean())
+        return float(steps_ns(question, counts, n_tokens, domains, tier).mean())
 
     batches = question.batches
     return Outcome(
@@ -172,9 +201,32 @@ def domains(question: Question, outcome: Outcome, batch: Batch) -> Tiers:
 
 
 def divided(question: Question, counts: Counts, n_tokens: int, tier: Tiers, dispatch: str) -> Tiers:
-    """Who computes what in each step, `[step, layer, expert]`, where a dispatch divides what is not resident."""
-    each = alone(question, counts, n_tokens)
-    tokens = counts.reshape(-1, counts.shape[2])
-    resident = np.tile(tier == RESIDENT, (len(counts), 1))
-    steps = Steps(tokens, resident, each.device_ns, each.link_ns, each.host_ns)
-    return np.asarray(DISPATCHES[dispatch](steps).reshape(counts.shape), dtype=np.int8)
+    """Who computes what in each step, `[step, layer, expert]`, where a dispatch divides what is not resident.
+
+    Ours takes for each step of each layer what the full formulas say is fastest: all on the host, all copied, or
+    divided, by the rates that host and link have alone or at once, and as TriMoE does where memory modules compute.
+    """
+    resident = tier == RESIDENT
+    if dispatch == TRIMOE:
+        return _by_trimoe(question, counts, n_tokens, tier)
+    steps = steps_of(question, counts, n_tokens, resident)
+    if dispatch != BEST_DISPATCH:
+        return np.asarray(DISPATCHES[dispatch](steps).reshape(counts.shape), dtype=np.int8)
+    busy = steps_of(question, counts, n_tokens, resident, contended=True)
+    ways = [DISPATCHES[name](steps) for name in ("all-host", "all-copied", BEST_DISPATCH)]
+    ways.append(DISPATCHES[BEST_DISPATCH](busy))
+    tried = [way.reshape(counts.shape) for way in ways]
+    if NEAR_DATA in question.tiers:
+        tried += [np.broadcast_to(tier, counts.shape), _by_trimoe(question, counts, n_tokens, tier)]
+    best = np.argmin([steps_ns(question, counts, n_tokens, domains, tier) for domains in tried], axis=0)
+    return np.asarray(np.take_along_axis(np.stack(tried), best[None, :, :, None], axis=0)[0], dtype=np.int8)
+
+
+def _by_trimoe(question: Question, counts: Counts, n_tokens: int, tier: Tiers) -> Tiers:
+    """TriMoE's schedule of each step: experts that the placement leaves to memory modules lie in one of them, dealt out
+    by their loads, the others over all."""
+    machine = machine_of(question.basis.device.profile, question.shape, n_tokens, model=question.basis.model)
+    home = np.argsort(np.argsort(-question.popularity, axis=1, kind="stable"), axis=1) % machine.n_dimms
+    resident, striped, homes = (np.tile(x, (len(counts), 1)) for x in (tier == RESIDENT, tier != NEAR_DATA, home))
+    costs = machine.costs(counts.reshape(homes.shape).astype(np.float64), resident, striped, homes.astype(np.int64))
+    return np.asarray(schedule(costs, is_guarded=False).reshape(counts.shape), dtype=np.int8)

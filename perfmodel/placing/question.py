@@ -1,17 +1,18 @@
 """A placement problem of one machine, model and routing, and what any placement costs there."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
-from perfmodel.offload import ACCESS_MODES, TIER_OF, link_rate, modes_of, placement_costs
+from perfmodel.offload import ACCESS_MODES, TIER_OF, Mask, link_rate, modes_of, placement_costs
 from perfmodel.offload.beside import crossing_each_ns, host_each_ns
 from perfmodel.offload.device import copy_each_ns
 from perfmodel.physics import Array, Work, smooth_max, tiled
-from perfmodel.placement import ON_HOST, RESIDENT, Placement, Tiers
+from perfmodel.placement import NEAR_DATA, RESIDENT, Placement, Tiers
 from perfmodel.placement.costs import Costs, joined
+from perfmodel.placement.dispatch import Steps
 from perfmodel.placement.memory import Budget
 from perfmodel.predict import Basis, Prediction, Settings, placement_ns, predict_placement, work_of
 from perfmodel.routing import Counts, Routing, Shares
@@ -47,7 +48,7 @@ class Question:
     @property
     def tiers(self) -> tuple[int, ...]:
         """The tiers an expert may be in, numbers of placement.TIERS, device memory first."""
-        return (RESIDENT, *(TIER_OF[mode] for mode in modes_of(self.access)))
+        return (RESIDENT, *(TIER_OF[mode] for mode in modes_of(self.access) if mode in TIER_OF))
 
     @property
     def popularity(self) -> Shares:
@@ -70,19 +71,35 @@ class Question:
         return (device,) if self.host_bytes is None else (device, Budget(elsewhere, self.host_bytes))
 
 
-def rows_of(question: Question, counts: Counts, n_tokens: int) -> tuple[Basis, Work]:
-    """What computes, and one batch row for each step of each layer, steps outermost."""
-    flat = counts.reshape(-1, counts.shape[2])
-    routing = Routing("window", flat, n_tokens, question.shape.top_k, np.tile(question.popularity, (len(counts), 1)))
-    basis = question.basis.reaching(question.access, routing, question.settings, question.op)
+def rows_of(question: Question, counts: Counts, n_tokens: int, home: Tiers | None = None) -> tuple[Basis, Work]:
+    """What computes, and one batch row for each step of each layer, steps outermost.
+
+    `home[layer, expert]` says where experts lie: those that memory modules compute in one of them, others over all
+    (null: all over all).
+    """
+    routing, settings = routing_of(question, counts, n_tokens), _settings(question, counts, home)
+    basis = question.basis.reaching(question.access, routing, settings, question.op)
     launch = "eager" if question.settings.host_ns is not None else basis.launch
     return basis, work_of(question.shape, routing, question.op, launch, basis.tile(question.shape, n_tokens))
 
 
-def steps_ns(question: Question, counts: Counts, n_tokens: int, tier: Tiers) -> Array:
+def routing_of(question: Question, counts: Counts, n_tokens: int) -> Routing:
+    """The steps of a window as a routing, a row for each step of each layer."""
+    shares = np.tile(question.popularity, (len(counts), 1))
+    return Routing("window", counts.reshape(shares.shape), n_tokens, question.shape.top_k, shares)
+
+
+def _settings(question: Question, counts: Counts, home: Tiers | None) -> Settings:
+    if NEAR_DATA not in question.tiers:
+        return question.settings
+    where = np.zeros(counts.shape[1:], np.int8) if home is None else home
+    return replace(question.settings, striped=np.tile(where != NEAR_DATA, (len(counts), 1)))
+
+
+def steps_ns(question: Question, counts: Counts, n_tokens: int, tier: Tiers, home: Tiers | None = None) -> Array:
     """Latency of each step and layer, ns `[step, layer]`, of a placement `tier[layer, expert]`, or one for each step
-    `[step, layer, expert]`, of numbers of placement.TIERS."""
-    basis, work = rows_of(question, counts, n_tokens)
+    `[step, layer, expert]`, of numbers of placement.TIERS; `home` as in `rows_of` (null: the placement itself)."""
+    basis, work = rows_of(question, counts, n_tokens, tier if home is None else home)
     rows = np.broadcast_to(tier, counts.shape).reshape(-1, counts.shape[2])
     return placement_ns(basis, work, question.shape, rows, question.access).reshape(counts.shape[:2])
 
@@ -107,43 +124,31 @@ def costs_of(question: Question, *, held_out: bool = False, contended: bool = Fa
     return joined(found, [batch.n_passes for batch in question.batches])
 
 
-@dataclass(frozen=True, eq=False)
-class Alone:
-    """What each expert of a step takes by itself, ns `[step x layer, expert]`: on the device, over the link, on the
-    host."""
-
-    device_ns: Array
-    link_ns: Array
-    host_ns: Array
-
-
-def alone(question: Question, counts: Counts, n_tokens: int) -> Alone:
-    """What policies that dispatch step by step go by."""
+def steps_of(question: Question, counts: Counts, n_tokens: int, resident: Mask, *, contended: bool = False) -> Steps:
+    """What a dispatch may know of steps, a row for each step of each layer: what each expert takes by itself on the
+    device, over the link and on the host, these two as if both were busy (`contended`) or not."""
     basis, work = rows_of(question, counts, n_tokens)
     device = basis.device
     on_device = np.zeros_like(work.rows)
     for roofs in tiled.expert_roofs(work, device.kernel, device.roof, device.constants):
         on_device += smooth_max([roofs.compute, roofs.weights + roofs.activations], device.constants.smooth_p)[0]
-    link = copy_each_ns(work, link_rate(device.profile, "copy")[0], device.offload)
-    has_host = ON_HOST in question.tiers
-    host = host_each_ns(work, device) + crossing_each_ns(work, device) if has_host else np.full_like(link, np.inf)
-    return Alone(on_device, link, np.where(work.rows > 0, host, 0.0))
+    link = copy_each_ns(work, link_rate(device.profile, "copy", contended=contended)[0], device.offload)
+    host = host_each_ns(work, device, contended=contended) + crossing_each_ns(work, device)
+    rows = np.tile(resident, (len(counts), 1))
+    return Steps(counts.reshape(rows.shape), rows, on_device, link, np.where(work.rows > 0, host, 0.0))
 
 
-def prediction(question: Question, batch: Batch, tier: Tiers) -> Prediction:
+def prediction(question: Question, batch: Batch, tier: Tiers, home: Tiers) -> Prediction:
     """The prediction for the steps of a batch that judge, with its interval, parts and reasons, of a placement
-    `tier[layer, expert]` or one for each step."""
+    `tier[layer, expert]` or one for each step; `home` as in `rows_of`."""
     counts = batch.held_out
-    flat = counts.reshape(-1, counts.shape[2])
-    shares = np.tile(question.popularity, (len(counts), 1))
-    routing = Routing("held-out steps", flat, batch.n_tokens, question.shape.top_k, shares)
-    rows = np.broadcast_to(tier, counts.shape).reshape(-1, counts.shape[2])
+    routing = routing_of(question, counts, batch.n_tokens)
     return predict_placement(
         question.basis,
         question.shape,
         routing,
-        Placement("", rows),
+        Placement("", np.broadcast_to(tier, counts.shape).reshape(routing.counts.shape)),
         question.access,
         op=question.op,
-        settings=question.settings,
+        settings=_settings(question, counts, home),
     )
