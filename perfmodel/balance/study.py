@@ -17,7 +17,7 @@ from perfmodel.placement.balance import Array
 from perfmodel.placement.gem import WINDOW_STEPS, best_map, straggler_ns
 from perfmodel.placement.staircase import SPREAD_IN_FLEET_FRAC, SPREAD_IN_NODE_FRAC, Staircase, spread_speeds
 from perfmodel.predict import Basis, basis_of
-from perfmodel.routing import Shares, synthetic_counts
+from perfmodel.routing import Shares, synthetic_counts, synthetic_steps
 
 from .compare import BALANCED, LINEAR, N_STEPS, compare, made, steps_of
 from .profiles import layer_ns_by_rows, predicted_staircase
@@ -26,6 +26,7 @@ MACHINE, N_GPUS, N_TOKENS, N_LAYERS = "h100-sxm", 4, 4096, 6
 MODELS = ("mixtral-8x7b", "mixtral-8x22b", "llama-4-scout", "hunyuan-a13b", "qwen3-30b-a3b")
 LASTING, BURSTY, SKEWED = "layered", "temporal:1", "skewed-temporal:1"
 ROUTINGS = ("uniform", LASTING, BURSTY, "temporal:4", SKEWED, "skewed-temporal:4")
+AS_MEASURED = "as measured"  # of shares: the same in every step
 LONG_WINDOW = 3 * WINDOW_STEPS  # beside the published one, to tell what a window of 16 steps fits by chance
 SPREADS = (0.0, SPREAD_IN_NODE_FRAC, SPREAD_IN_FLEET_FRAC)
 BATCHES = (64, 1024, 4096, 16_384)
@@ -132,16 +133,20 @@ def against_the_best(model: str, spread_frac: float) -> tuple[float, float, floa
 
 
 def measured_routing(shares: Mapping[str, Shares]) -> str:
-    """What policies make of measured shares `[layer, expert]` by `MODEL__TEXT`, drawn in steps, as CSV for the page."""
+    """What policies make of measured shares `[layer, expert]` by `MODEL__TEXT`, drawn in steps as they are, and times
+    the bursts of BURSTY, as CSV for the page."""
     out = StringIO()
     table = csv.writer(out, lineterminator="\n")
-    table.writerow(["model", "text", "spread_frac", *(f"{policy}_ns" for policy in STUDIED)])
+    table.writerow(["model", "text", "routing", "spread_frac", *(f"{policy}_ns" for policy in STUDIED)])
     for key, one in shares.items():
         model, _, text = key.partition("__")
         name = {"olmoe-1b-7b": "olmoe"}.get(model, model)
-        steps = np.repeat((one / one.sum(axis=1, keepdims=True))[None], N_STEPS, axis=0)
-        loads = synthetic_counts(steps, N_TOKENS, moe.shape(name).top_k, seed=0).astype(np.float64)
-        for spread_frac in SPREADS:
-            found = _latencies(name, loads, spread_frac)["mean"]
-            table.writerow([name, text, spread_frac, *(f"{found[policy]:.0f}" for policy in STUDIED)])
+        n_layers, n_experts = one.shape
+        made_bursts = synthetic_steps(BURSTY, N_STEPS, n_layers, n_experts, seed=0)
+        for routing, steps in ((AS_MEASURED, np.broadcast_to(one, made_bursts.shape)), (BURSTY, one * made_bursts)):
+            each = steps / steps.sum(axis=2, keepdims=True)
+            loads = synthetic_counts(each, N_TOKENS, moe.shape(name).top_k, seed=0).astype(np.float64)
+            for spread_frac in SPREADS:
+                found = _latencies(name, loads, spread_frac)["mean"]
+                table.writerow([name, text, routing, spread_frac, *(f"{found[policy]:.0f}" for policy in STUDIED)])
     return out.getvalue()

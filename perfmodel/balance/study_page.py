@@ -14,6 +14,7 @@ from perfmodel.placement.staircase import saved_frac
 
 from .compare import BALANCED, LINEAR, N_STEPS
 from .study import (
+    AS_MEASURED,
     BATCHES,
     BURSTY,
     LASTING,
@@ -250,23 +251,29 @@ spread {_percent(FLEET)} %.
 
 def measured(measured_csv: str) -> str:
     """The section of the page on measured shares, from what `study.measured_routing` made."""
-    rows, at_fleet = [], []
+    gains: dict[tuple[str, str], dict[tuple[str, float], tuple[float, float]]] = {}
     for row in csv.DictReader(StringIO(measured_csv)):
         found = {policy: float(row[f"{policy}_ns"]) for policy in (LINEAR, BALANCED, "gem")}
-        if float(row["spread_frac"]) == FLEET:
-            at_fleet.append(gain(found, "gem", LINEAR))
-        rows.append((row["model"], row["text"], _pair((gain(found, "gem", LINEAR), gain(found, "gem", BALANCED)))))
-    mean = float(np.mean(at_fleet))
-    texts = list(dict.fromkeys((model, text) for model, text, _ in rows))
-    body = [[model, text, *(pair for m, t, pair in rows if (m, t) == (model, text))] for model, text in texts]
+        cells = gains.setdefault((row["model"], row["text"]), {})
+        cells[row["routing"], float(row["spread_frac"])] = gain(found, "gem", LINEAR), gain(found, "gem", BALANCED)
+    head = [(routing, spread) for routing in (AS_MEASURED, BURSTY) for spread in SPREADS]
+    body = [[model, text, *(_pair(one[column]) for column in head)] for (model, text), one in gains.items()]
+    n_grows = sum(
+        all(a[1] < b[1] for a, b in pairwise(one[BURSTY, spread] for spread in SPREADS)) for one in gains.values()
+    )
+    means = {r: tuple(np.mean([one[r, FLEET] for one in gains.values()], axis=0)) for r in (AS_MEASURED, BURSTY)}
+    times = {r: _pair((FFN_FRAC * means[r][0], FFN_FRAC * means[r][1])) for r in means}
     return f"""## Measured shares
 
-Shares of three layers each that others measured over whole texts, drawn as steps of {N_TOKENS:,} tokens: real skew
-without real bursts. Over linear / over token-balanced maps ([{MEASURED}]({MEASURED})).
+Shares of three layers each that others measured over whole texts, drawn as steps of {N_TOKENS:,} tokens: real skew, as
+measured without bursts, and times the bursts of `{BURSTY}`, which are made. Over linear / over token-balanced maps
+([{MEASURED}]({MEASURED})).
 
-{table(["model", "text", *(f"spread {_percent(spread)} %" for spread in SPREADS)], body)}
-The mean over linear at {_percent(FLEET)} % is {_percent(mean)}, or {_percent(FFN_FRAC * mean)} if experts are two
-thirds of the time, where GEM states {_percent(PUBLISHED_MEAN_FRAC)} for its own models, tasks and GPUs.
+{table(["model", "text", *(f"{routing}, {_percent(spread)} %" for routing, spread in head)], body)}
+Means at {_percent(FLEET)} %: {_pair(means[AS_MEASURED])} as measured, {_pair(means[BURSTY])} with bursts; if experts
+are two thirds of the time, {times[AS_MEASURED]} and {times[BURSTY]}, where GEM states {_percent(PUBLISHED_MEAN_FRAC)}
+for its own models, tasks and GPUs. With bursts the gain over token balance grows with the spread in {n_grows} of
+{len(gains)} rows.
 """
 
 
