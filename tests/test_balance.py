@@ -24,7 +24,7 @@ from perfmodel.balance import (
 )
 from perfmodel.balance.compare import made
 from perfmodel.balance.profiles import _prefixes
-from perfmodel.balance.study import MODELS, ROUTINGS, SKEWED, SPREADS, by_history, gain, latencies, measured_routing
+from perfmodel.balance.study import MODELS, ROUTINGS, SKEWED, SPREADS, by_history, gain, latencies, measured_shares
 from perfmodel.capture import OBSERVATIONS, load_capture, shipped_captures
 from perfmodel.cli.main import main
 from perfmodel.errors import InputError
@@ -437,13 +437,12 @@ def test_the_study_page_says_what_is_computed() -> None:
         assert f"| {model} | {' | '.join(cells)} |".replace("-0.0", "0.0") in STUDY, "run `python docs/regenerate.py`"
 
 
-def test_the_measured_table_of_the_page_is_read_and_written() -> None:
-    made_up = measured_routing({"mixtral-8x7b__made-up": np.arange(1.0, 9.0)[None]})
-    assert made_up.count("\n") == 1 + 2 * len(SPREADS), "as measured and with bursts"
-    assert "| mixtral-8x7b | made-up |" in study_page.measured(made_up)
-    shipped = study_page.measured((ROOT / "docs" / study_page.MEASURED).read_text(encoding="utf-8"))
-    rows = [line for line in shipped.splitlines() if line.startswith("| olmoe ") or line.startswith("| mixtral")]
-    assert len(rows) == 11 and all(row in STUDY for row in rows), "run `python docs/regenerate.py`"
+def test_the_page_has_what_measured_shares_give_as_they_are_and_with_bursts() -> None:
+    assert len(measured_shares()) == 11 and {model for model, _ in measured_shares()} == {"olmoe", "mixtral-8x7b"}
+    row = study_page.measured_row("mixtral-8x7b", "github")
+    assert len(row) == 2 * len(SPREADS)
+    cells = " | ".join(map(study_page._pair, row.values()))
+    assert f"| mixtral-8x7b | github | {cells} |" in STUDY, "run `python docs/regenerate.py`"
 
 
 def test_what_the_paper_states_of_the_extremes_comes_out() -> None:

@@ -3,11 +3,9 @@
 Nothing here is fitted to the numbers of GEM (arXiv 2605.19945); they are compared with what comes out.
 """
 
-import csv
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from io import StringIO
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +24,8 @@ MACHINE, N_GPUS, N_TOKENS, N_LAYERS = "h100-sxm", 4, 4096, 6
 MODELS = ("mixtral-8x7b", "mixtral-8x22b", "llama-4-scout", "hunyuan-a13b", "qwen3-30b-a3b")
 LASTING, BURSTY, SKEWED = "layered", "temporal:1", "skewed-temporal:1"
 ROUTINGS = ("uniform", LASTING, BURSTY, "temporal:4", SKEWED, "skewed-temporal:4")
+RECORDED = Path(__file__).parent.parent / "data" / "routing" / "olmoe-mixtral.npz"
+MEASURED = {"olmoe-1b-7b": "olmoe", "mixtral-8x7b": "mixtral-8x7b"}  # names of the catalogue by those in the file
 AS_MEASURED = "as measured"  # of shares: the same in every step
 LONG_WINDOW = 3 * WINDOW_STEPS  # beside the published one, to tell what a window of 16 steps fits by chance
 SPREADS = (0.0, SPREAD_IN_NODE_FRAC, SPREAD_IN_FLEET_FRAC)
@@ -132,21 +132,22 @@ def against_the_best(model: str, spread_frac: float) -> tuple[float, float, floa
     return float(1 - best.sum() / linear.sum()), float(1 - found.sum() / linear.sum()), is_best
 
 
-def measured_routing(shares: Mapping[str, Shares]) -> str:
-    """What policies make of measured shares `[layer, expert]` by `MODEL__TEXT`, drawn in steps as they are, and times
-    the bursts of BURSTY, as CSV for the page."""
-    out = StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["model", "text", "routing", "spread_frac", *(f"{policy}_ns" for policy in STUDIED)])
-    for key, one in shares.items():
-        model, _, text = key.partition("__")
-        name = {"olmoe-1b-7b": "olmoe"}.get(model, model)
-        n_layers, n_experts = one.shape
-        made_bursts = synthetic_steps(BURSTY, N_STEPS, n_layers, n_experts, seed=0)
-        for routing, steps in ((AS_MEASURED, np.broadcast_to(one, made_bursts.shape)), (BURSTY, one * made_bursts)):
-            each = steps / steps.sum(axis=2, keepdims=True)
-            loads = synthetic_counts(each, N_TOKENS, moe.shape(name).top_k, seed=0).astype(np.float64)
-            for spread_frac in SPREADS:
-                found = _latencies(name, loads, spread_frac)["mean"]
-                table.writerow([name, text, routing, spread_frac, *(f"{found[policy]:.0f}" for policy in STUDIED)])
-    return out.getvalue()
+@cache
+def measured_shares() -> dict[tuple[str, str], Shares]:
+    """Shares `[layer, expert]` that others measured, by model of the catalogue and text."""
+    with np.load(RECORDED) as recorded:
+        keys = [(key, *key.split("__")) for key in recorded.files]
+        return {(MEASURED[model], text): recorded[key] for key, model, text in keys if model in MEASURED}
+
+
+def measured_latencies(model: str, text: str, routing: str, spread_frac: float) -> Latencies:
+    """The time of a layer, ns, under each policy on measured shares, drawn in steps as they are (AS_MEASURED), or times
+    the bursts of BURSTY."""
+    shares = measured_shares()[model, text]
+    n_layers, n_experts = shares.shape
+    steps = np.broadcast_to(shares, (N_STEPS, n_layers, n_experts))
+    if routing == BURSTY:
+        steps = steps * synthetic_steps(BURSTY, N_STEPS, n_layers, n_experts, seed=0)
+    each = steps / steps.sum(axis=2, keepdims=True)
+    loads = synthetic_counts(each, N_TOKENS, moe.shape(model).top_k, seed=0).astype(np.float64)
+    return _latencies(model, loads, spread_frac)["mean"]

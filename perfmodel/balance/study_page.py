@@ -1,8 +1,6 @@
 """docs/balance-study.md as text: every number on it is computed here by `study`, or read from a table that it wrote."""
 
-import csv
 from collections.abc import Sequence
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,11 +31,12 @@ from .study import (
     judged_otherwise,
     latencies,
     loads_of,
+    measured_latencies,
+    measured_shares,
     staircase_of,
     turns,
 )
 
-MEASURED = "balance-study-measured.csv"
 # Of latency end to end, and of the 90th percentile of the time per output token.
 PUBLISHED_MEAN_FRAC, PUBLISHED_MAX_FRAC, PUBLISHED_QWEN_FRAC, PUBLISHED_P90_FRAC = 0.079, 0.165, 0.015, 0.091
 FFN_FRAC = 2 / 3  # of the compute of a token are at most the experts, as GEM's introduction has it
@@ -54,19 +53,16 @@ and times are not to be had. Nothing here was measured by us, and nothing was tu
 """
 
 
-def page(measured_csv: str | None = None) -> str:
-    """The page; `measured_csv` is what `study.measured_routing` made, null leaves that section out."""
+def page() -> str:
+    """The page."""
     sections = [HEAD, _setting(), _by_routing(), _by_spread(), _claims(), _by_batch(), _unseen(), _histories(), _best()]
-    sections += [measured(measured_csv)] if measured_csv else []
-    blocks = "\n".join([*sections, _plan()]).split("\n\n")
+    blocks = "\n".join([*sections, _measured(), _plan()]).split("\n\n")
     return "\n\n".join(map(wrapped, blocks)).rstrip("\n") + "\n"
 
 
 def write(docs: Path) -> None:
-    """Write balance-study.md into a folder, with the table of measured routing that lies there."""
-    table_made = docs / MEASURED
-    found = table_made.read_text(encoding="utf-8") if table_made.exists() else None
-    (docs / "balance-study.md").write_text(page(found), encoding="utf-8")
+    """Write balance-study.md into a folder."""
+    (docs / "balance-study.md").write_text(page(), encoding="utf-8")
 
 
 def _percent(value: float) -> str:
@@ -249,15 +245,17 @@ spread {_percent(FLEET)} %.
 {table(["model", "best of all", "search", "layers in which the search found it"], rows)}"""
 
 
-def measured(measured_csv: str) -> str:
-    """The section of the page on measured shares, from what `study.measured_routing` made."""
-    gains: dict[tuple[str, str], dict[tuple[str, float], tuple[float, float]]] = {}
-    for row in csv.DictReader(StringIO(measured_csv)):
-        found = {policy: float(row[f"{policy}_ns"]) for policy in (LINEAR, BALANCED, "gem")}
-        cells = gains.setdefault((row["model"], row["text"]), {})
-        cells[row["routing"], float(row["spread_frac"])] = gain(found, "gem", LINEAR), gain(found, "gem", BALANCED)
-    head = [(routing, spread) for routing in (AS_MEASURED, BURSTY) for spread in SPREADS]
-    body = [[model, text, *(_pair(one[column]) for column in head)] for (model, text), one in gains.items()]
+def measured_row(model: str, text: str) -> dict[tuple[str, float], tuple[float, float]]:
+    """What the search saves on measured shares over linear and over token-balanced maps, by routing and spread."""
+    columns = [(routing, spread) for routing in (AS_MEASURED, BURSTY) for spread in SPREADS]
+    found = {column: measured_latencies(model, text, *column) for column in columns}
+    return {column: (gain(one, "gem", LINEAR), gain(one, "gem", BALANCED)) for column, one in found.items()}
+
+
+def _measured() -> str:
+    gains = {(model, text): measured_row(model, text) for model, text in measured_shares()}
+    body = [[model, text, *map(_pair, one.values())] for (model, text), one in gains.items()]
+    header = [f"{routing}, {_percent(spread)} %" for routing, spread in next(iter(gains.values()))]
     n_grows = sum(
         all(a[1] < b[1] for a, b in pairwise(one[BURSTY, spread] for spread in SPREADS)) for one in gains.values()
     )
@@ -266,10 +264,9 @@ def measured(measured_csv: str) -> str:
     return f"""## Measured shares
 
 Shares of three layers each that others measured over whole texts, drawn as steps of {N_TOKENS:,} tokens: real skew, as
-measured without bursts, and times the bursts of `{BURSTY}`, which are made. Over linear / over token-balanced maps
-([{MEASURED}]({MEASURED})).
+measured without bursts, and times the bursts of `{BURSTY}`, which are made. Over linear / over token-balanced maps.
 
-{table(["model", "text", *(f"{routing}, {_percent(spread)} %" for routing, spread in head)], body)}
+{table(["model", "text", *header], body)}
 Means at {_percent(FLEET)} %: {_pair(means[AS_MEASURED])} as measured, {_pair(means[BURSTY])} with bursts; if experts
 are two thirds of the time, {times[AS_MEASURED]} and {times[BURSTY]}, where GEM states {_percent(PUBLISHED_MEAN_FRAC)}
 for its own models, tasks and GPUs. With bursts the gain over token balance grows with the spread in {n_grows} of
