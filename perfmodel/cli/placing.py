@@ -108,6 +108,8 @@ def place(
     questions, n_context = _sizes(tokens, mix, requests, n_sequences)
     if len(questions) > 1 and (out or export):
         raise InputError("--out and --export write one placement: give one size of --tokens, or --mix")
+    if export and not Path(to).is_dir():
+        raise InputError(f"--to is {to!r}, which is no folder")
     bound = None if limit is None else number(limit.removesuffix("x"), "--limit")
     if bound is not None and bound < 1:
         raise InputError(f"--limit is {limit}, expected a slowdown of at least 1")

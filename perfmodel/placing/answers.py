@@ -106,6 +106,8 @@ def answered(
 
     Taken is the policy that was named, else ours. Raises InputError for a policy that nobody can choose.
     """
+    if len(question.tiers) < 2:
+        raise InputError(f"access {question.access} is a cache and places no experts; the row lru says what one costs")
     found = by_access(question, progress) if is_auto else {}
     if found:
         question = replace(question, access=next(iter(found)))

@@ -137,8 +137,8 @@ def _verdict(placed: "Answer") -> list[str]:
     if certified is not None and certified.gap_frac is not None:
         lines.append(
             f"certificate   in the steps that decided no placement can be more than {text.frac(certified.gap_frac)} "
-            f"faster than {certified.policy}, by the table of costs, in which host and link never slow each other; steps "
-            "divided anew are outside of it"
+            f"faster than {certified.policy}, by the table of costs, in which host and link never slow each other "
+            "and no step is divided anew"
         )
     if len(best.passes) > 1:
         spent = best.held_out_ns * best.passes
