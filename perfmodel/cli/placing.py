@@ -86,7 +86,8 @@ def place(
     pareto: Annotated[bool, typer.Option("--pareto", help="Add slowdown by device memory.")] = False,
     out: Annotated[str | None, typer.Option(help="Write the best placement to this .json file.")] = None,
     export: Annotated[
-        str | None, typer.Option(help="Write it for an engine: sglang, ktransformers, llama.cpp, vllm, json ...")
+        str | None,
+        typer.Option(help="Write it for an engine: sglang, ktransformers, llama.cpp, vllm ...; docs/export.md."),
     ] = None,
     to: Annotated[str, typer.Option(help="Folder for --export.")] = ".",
     steps: recordings.Steps = "16",
@@ -106,10 +107,8 @@ def place(
 
     n_sequences = whole(sequences, "--sequences")
     questions, n_context = _sizes(tokens, mix, requests, n_sequences)
-    if len(questions) > 1 and (out or export):
-        raise InputError("--out and --export write one placement: give one size of --tokens, or --mix")
-    if export and not Path(to).is_dir():
-        raise InputError(f"--to is {to!r}, which is no folder")
+    if out or export:
+        _check_writing(export, to, len(questions))
     bound = None if limit is None else number(limit.removesuffix("x"), "--limit")
     if bound is not None and bound < 1:
         raise InputError(f"--limit is {limit}, expected a slowdown of at least 1")
@@ -213,6 +212,18 @@ def _sizes(
         size = whole(match[2], "--mix")
         found[size] = found.get(size, 0.0) + number(match[1], "--mix")
     return [found], 0
+
+
+def _check_writing(export: str | None, to: str, n_placements: int) -> None:
+    """Refuse what cannot be written before anything is placed."""
+    from perfmodel.placement.export import FORMATS
+
+    if n_placements > 1:
+        raise InputError("--out and --export write one placement: give one size of --tokens, or --mix")
+    if export is not None and export not in FORMATS:
+        raise InputError(f"unknown export format {export!r}; known: {', '.join(FORMATS)}")
+    if export is not None and not Path(to).is_dir():
+        raise InputError(f"--to is {to!r}, which is no folder")
 
 
 def _write(

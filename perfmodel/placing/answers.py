@@ -33,7 +33,7 @@ ALL = "all"
 MIXES = ("copy-overlap+cpu", "zero-copy+cpu", "copy-overlap+cpu+near-data")
 PARETO_FRACS = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 N_HALVINGS = 9  # of the range of memory in a search
-FEW_STEPS = 4  # of a window where many placements are asked for
+THINNED = 2  # every second step of a window where many placements are asked for
 
 
 def _quietly(_: str) -> None:
@@ -57,7 +57,7 @@ def by_access(question: Question, progress: Progress = _quietly) -> dict[str, Ou
     found = {}
     for name in names:
         progress(f"access {name} ...")
-        found[name] = compare(replace(question.thinned(FEW_STEPS), access=name), (OPTIMAL,))[0]
+        found[name] = compare(replace(question.thinned(THINNED), access=name), (OPTIMAL,))[0]
     return dict(sorted(found.items(), key=lambda item: item[1].fitted_slowdown))
 
 
@@ -140,7 +140,7 @@ def answered(
 
 
 def _point(question: Question, policy: str) -> Point:
-    found = compare(question.thinned(FEW_STEPS), (policy,))[0]
+    found = compare(question.thinned(THINNED), (policy,))[0]
     n = int((found.tier == RESIDENT).sum())
     return Point(question.capacity_bytes, n, found.tier.size - n, found.slowdown)
 

@@ -154,17 +154,25 @@ def _coldest(question: Question, costs: Costs) -> Tiers:
     return np.asarray(_numbers(question)[1:][longest.argmin(axis=2)])
 
 
+def _problem(question: Question, load: Array) -> Problem:
+    """What a policy is asked that keeps experts by their load, `[layer, expert]`."""
+    layer_bytes = question.layer_capacity_bytes
+    return Problem(load, question.size_bytes, question.capacity_bytes, layer_bytes, question.seed)
+
+
+def _topped(question: Question, tier: Tiers) -> Tiers:
+    """The placement with room that it leaves given to experts that none of the steps woke, the most used ones first:
+    these cost nothing there, and later steps may wake them."""
+    is_resident = tier == RESIDENT
+    sleeps = np.all([(b.fitted == 0).all(axis=0) for b in question.batches], axis=0)
+    kept = POLICIES["frequency"](_problem(question, np.where(is_resident, 2.0, sleeps * (1 + question.popularity))))
+    return np.where(is_resident | (sleeps & (kept == RESIDENT)), RESIDENT, tier).astype(np.int8)
+
+
 def _by_policy(question: Question, name: str, colder: Tiers) -> Outcome:
     """The outcome of a published policy, which knows popularity, sizes and memory."""
     keeps, dispatch = DISPATCHED.get(name, (name, None))
-    problem = Problem(
-        question.popularity,
-        question.size_bytes,
-        question.capacity_bytes,
-        question.layer_capacity_bytes,
-        question.seed,
-    )
-    is_resident = POLICIES[keeps](problem) == RESIDENT
+    is_resident = POLICIES[keeps](_problem(question, question.popularity)) == RESIDENT
     if name == TRIMOE:
         return _by_cold_bounds(question, is_resident)
     return evaluated(question, name, np.where(is_resident, RESIDENT, colder).astype(np.int8), dispatch)
@@ -173,7 +181,7 @@ def _by_policy(question: Question, name: str, colder: Tiers) -> Outcome:
 def _by_cold_bounds(question: Question, is_resident: Mask) -> Outcome:
     """TriMoE: memory modules for cold experts, host memory for warm ones, by the bound between them that suits the
     steps that decided best; it publishes none."""
-    few, tried = question.thinned(2), []
+    few, tried = question.thinned(4), []
     for bound in COLD_BOUNDS:
         is_cold = classify(question.popularity, Bounds(bound, max(bound, HOT_FROM))) == 0
         tier = np.where(is_resident, RESIDENT, np.where(is_cold, NEAR_DATA, ON_HOST)).astype(np.int8)
@@ -196,7 +204,7 @@ def _ours(question: Question, costs: Costs, others: list[Outcome]) -> tuple[dict
     starts = tuple(_positions(question, one.tier) for one in others)
     tables = [costs, *([costs_of(question, contended=True)] if len(question.tiers) > 2 else [])]
     solutions = [minimise(one, question.size_bytes, question.budgets, starts, question.seed) for one in tables]
-    tiers = [_numbers(question)[solution.tier] for solution in solutions]
+    tiers = [_topped(question, _numbers(question)[solution.tier]) for solution in solutions]
     static = [*(evaluated(question, FIXED, tier, None) for tier in tiers), *(o for o in others if o.dispatch is None)]
     fixed = min(static, key=_fitted_slowdown)
     candidates = [fixed, *others]

@@ -56,10 +56,10 @@ class Question:
 
     @property
     def popularity(self) -> Shares:
-        """The share of each expert in its layer in what decides, `[layer, expert]`, each pass counted as often as it is
-        made."""
-        loads = sum(b.n_passes * b.fitted.mean(axis=0) for b in self.batches)
-        shares: Shares = loads / np.sum(loads, axis=1, keepdims=True)
+        """The share of each expert in its layer in all steps that decide, `[layer, expert]`, each pass counted as often
+        as it is made."""
+        n_tokens = [b.n_passes * b.n_tokens for b in self.batches]
+        shares: Shares = np.average([b.fitted_shares for b in self.batches], axis=0, weights=n_tokens)
         return shares
 
     @property
@@ -95,14 +95,17 @@ class Question:
         step = n_each * self.shape.expert_bytes
         return step * max(0.0, float(np.ceil((self.size_bytes.sum() - self.host_bytes) / step - 1e-9)))
 
-    def thinned(self, n_steps: int) -> "Question":
-        """The same question over fewer steps, for answers that take many placements."""
-        few = (replace(b, fitted=b.fitted[:n_steps], held_out=b.held_out[:n_steps]) for b in self.batches)
+    def thinned(self, every: int) -> "Question":
+        """The same question over every second or third step and so on, for answers that take many placements."""
+        few = (replace(b, fitted=b.fitted[::every], held_out=b.held_out[::every]) for b in self.batches)
         return replace(self, batches=tuple(few))
 
     def swapped(self) -> "Question":
         """The question of who has seen the steps that judge."""
-        batches = (replace(b, fitted=b.held_out, held_out=b.fitted) for b in self.batches)
+        batches = (
+            Batch(b.n_tokens, b.n_passes, b.held_out, b.fitted, b.held_out_shares, b.fitted_shares)
+            for b in self.batches
+        )
         return replace(self, batches=tuple(batches))
 
     @cached_property

@@ -1,5 +1,6 @@
 """Steps of a batch from a recording: a window to decide on, and a later one to judge by."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,8 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 from perfmodel.routing import Counts, Recording, Shares, drawn_counts, expected_counts
 
-N_STEPS = 8  # of a window: enough for means, few enough for many placements
+N_STEPS, MAX_STEPS = 8, 32  # of a window: enough for means, few enough for many placements
+N_SEEN = 4  # assignments to the mean expert in a window: of small batches it takes more steps to have seen as many
 FITTED_FRAC = 0.5  # of the recorded steps that decide; the others judge
 CHUNK_TOKENS = 8192  # of a prompt in one pass: what vLLM and SGLang set for large devices
 DRAWN_ONE_BY_ONE = 2**15  # tokens x experts up to which each token draws its experts without repeating one
@@ -17,12 +19,16 @@ DRAWN_ONE_BY_ONE = 2**15  # tokens x experts up to which each token draws its ex
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Passes of so many tokens: `fitted[step, layer, expert]` counts that a placement is decided on, `held_out` those
-    it is judged by. Each pass counts `n_passes` among batches of several sizes."""
+    it is judged by. Both are few of the recorded steps or drawn from them; the shares of experts in all steps that
+    decide are `fitted_shares[layer, expert]`, in those that judge `held_out_shares`. Each pass counts `n_passes` among
+    batches of several sizes."""
 
     n_tokens: int
     n_passes: float
     fitted: Counts
     held_out: Counts
+    fitted_shares: Shares
+    held_out_shares: Shares
 
 
 def passes_of(n_prompt_tokens: int, n_output_tokens: int, n_sequences: int) -> dict[int, float]:
@@ -43,7 +49,7 @@ def batches(
     recording: Recording,
     sizes: dict[int, float],
     top_k: int,
-    n_steps: int = N_STEPS,
+    n_steps: int | None = None,
     later: Recording | None = None,
     seed: int = 0,
 ) -> tuple[tuple[Batch, ...], str]:
@@ -52,7 +58,8 @@ def batches(
     The first half of the recorded steps decides, the second judges; or all decide, and those of `later` judge. Where
     only sums were recorded, both windows are drawn from them. Within a window, consecutive steps are joined until they
     have about as many tokens as the batch. Counts are taken as recorded where steps have exactly the tokens of the
-    batch, else drawn from the steps' shares.
+    batch, else drawn from the steps' shares. A window has n_steps steps (null: N_STEPS, of small batches up to
+    MAX_STEPS), or as many as were recorded.
     """
     if top_k > recording.loads.shape[2]:
         raise InputError(f"{recording.name} has {recording.loads.shape[2]} experts, fewer than top-k {top_k}")
@@ -73,9 +80,19 @@ def batches(
     for number, (n_tokens, n_passes) in enumerate(sizes.items()):
         rng = np.random.default_rng([seed, number])
         joined = (_joined_steps(whole, steps, n_tokens) for whole, steps in parts)
-        fitted, held_out = (_window(steps, n_tokens, top_k, n_steps, rng) for steps in joined)
-        found.append(Batch(n_tokens, n_passes, fitted, held_out))
+        n_seen = math.ceil(N_SEEN * recording.loads.shape[2] / (n_tokens * top_k))
+        n = n_steps or min(max(N_STEPS, n_seen), MAX_STEPS)
+        fitted, held_out = (_window(steps, n_tokens, top_k, n, rng) for steps in joined)
+        found.append(Batch(n_tokens, n_passes, fitted, held_out, *(_shares(whole, steps) for whole, steps in parts)))
     return tuple(found), _words(recording, later)
+
+
+def _shares(recording: Recording, steps: slice) -> Shares:
+    """The share of each expert in its layer in some steps, `[layer, expert]`; of a layer that sleeps there, in all."""
+    loads = recording.loads[steps].sum(axis=0)
+    loads = np.where(loads.sum(axis=1, keepdims=True) > 0, loads, recording.loads.sum(axis=0))
+    shares: Shares = loads / loads.sum(axis=1, keepdims=True)
+    return shares
 
 
 def _words(recording: Recording, later: Recording | None) -> str:
