@@ -209,6 +209,14 @@ def test_a_placement_costs_what_the_prediction_and_the_formulas_say(access: str)
     assert steps_ns(question, batch.held_out, 64, tier).mean(axis=1) == pytest.approx(alone)
 
 
+def test_experts_lie_over_all_modules_where_these_do_not_compute() -> None:
+    whole = asked("copy-overlap+cpu", machine="trimoe")
+    alone = replace(whole, access="copy-overlap")
+    tier = np.ones((3, 8), np.int8) * COPIED
+    (batch,) = whole.batches
+    assert steps_ns(whole, batch.fitted, 64, tier) == pytest.approx(steps_ns(alone, batch.fitted, 64, tier))
+
+
 def test_passes_weigh_batches_and_popularity() -> None:
     sizes = {64: 30.0, 500: 2.0}
     both = evaluated(asked(sizes=sizes), "any", np.ones((3, 8), np.int8), None)

@@ -139,8 +139,7 @@ def routing_of(question: Question, counts: Counts, n_tokens: int) -> Routing:
 
 
 def _settings(question: Question, counts: Counts, home: Tiers | None) -> Settings:
-    if NEAR_DATA not in question.tiers:
-        return question.settings
+    """The settings with where experts lie: in one memory module only what modules compute."""
     where = np.zeros(counts.shape[1:], np.int8) if home is None else home
     return replace(question.settings, striped=np.tile(where != NEAR_DATA, (len(counts), 1)))
 
