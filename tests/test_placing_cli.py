@@ -83,6 +83,8 @@ def test_json_is_complete_and_access_is_found_where_it_is_not_said(run) -> None:
 def test_requests_and_mixes_are_passes_and_fill_the_cache(run) -> None:  # type: ignore[no-untyped-def]
     found = json.loads(run("--requests", "100+9", "--sequences", "4", "--json", "--policy", "frequency"))
     assert [(b["n_tokens"], b["n_passes"]) for b in found["batches"]] == [(100, 4.0), (4, 8.0)]
+    spent = [ns * b["n_passes"] for ns, b in zip(found["best"]["held_out_ns"], found["batches"], strict=True)]
+    assert found["prediction"]["n_tokens"] == (100, 4)[int(np.argmax(spent))]
     assert any("KV cache of 4 sequences of 109 tokens" in note for note in found["notes"])
     found = json.loads(run("--mix", "20x64, 1x500,2x64", "--json", "--policy", "frequency", "--hbm-budget", "9%"))
     assert [(b["n_tokens"], b["n_passes"]) for b in found["batches"]] == [(64, 22.0), (500, 1.0)]

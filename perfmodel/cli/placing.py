@@ -108,7 +108,7 @@ def place(
     n_sequences = whole(sequences, "--sequences")
     questions, n_context = _sizes(tokens, mix, requests, n_sequences)
     if out or export:
-        _check_writing(export, to, len(questions))
+        _check_writing(out, export, to, len(questions))
     bound = None if limit is None else number(limit.removesuffix("x"), "--limit")
     if bound is not None and bound < 1:
         raise InputError(f"--limit is {limit}, expected a slowdown of at least 1")
@@ -152,20 +152,21 @@ def place(
         )
         return question, words
 
-    found: list[Answer] = []
-    for sizes in questions:
+    def answer(sizes: dict[int, float]) -> "Answer":
         question, words = asked(sizes)
-        placed = answers.answered(
-            question, words, room.notes, engine, policy, is_auto=access == AUTO, progress=progress
-        )
+        placed = answers.answered(question, words, room.notes, engine, policy, access == AUTO, progress)
         if bound is not None:
             more = asked(dict.fromkeys(BATCH_SIZES, 1.0))[0].batches
             placed = answers.with_limit(placed, bound, more, progress)
         if pareto:
             name = placed.best.policy
             placed = replace(placed, trade_off=answers.trade_off(placed.question, name, progress))
-        found.append(placed)
-    progress("")
+        return placed
+
+    try:
+        found = [answer(sizes) for sizes in questions]
+    finally:
+        progress("")
     _write(found[0], recording, memory, out, export, to)
     if as_json:
         pages = [report.placing_json(one) for one in found]
@@ -214,12 +215,14 @@ def _sizes(
     return [found], 0
 
 
-def _check_writing(export: str | None, to: str, n_placements: int) -> None:
+def _check_writing(out: str | None, export: str | None, to: str, n_placements: int) -> None:
     """Refuse what cannot be written before anything is placed."""
     from perfmodel.placement.export import FORMATS
 
     if n_placements > 1:
         raise InputError("--out and --export write one placement: give one size of --tokens, or --mix")
+    if out is not None and not Path(out).parent.is_dir():
+        raise InputError(f"{Path(out).name} cannot be written: {str(Path(out).parent)!r} is no folder")
     if export is not None and export not in FORMATS:
         raise InputError(f"unknown export format {export!r}; known: {', '.join(FORMATS)}")
     if export is not None and not Path(to).is_dir():

@@ -74,8 +74,10 @@ class Point:
 @dataclass(frozen=True, eq=False)
 class Answer:
     """One answered question: the question, in words its windows and memory, outcomes to compare, the one to take, by
-    policy the prediction for the first batch (of placements), what the host must hold; and what was asked beside: the
-    best by access mode, a trade-off, and for a limit of slowdown how many experts may leave and the slowdown by batch.
+    policy (of placements) the prediction for `batch`, that which takes most of the time, and what the host must hold.
+
+    Beside it what else was asked: the best by access mode, a trade-off, and for a limit of slowdown how many experts
+    may leave and the slowdown by batch (tokens, slowdown).
     """
 
     question: Question
@@ -83,6 +85,7 @@ class Answer:
     notes: Sequence[str]
     outcomes: Sequence[Outcome]
     best: Outcome
+    batch: Batch
     predictions: Mapping[str, Prediction]
     host: HostNeed
     accesses: Mapping[str, Outcome]
@@ -98,7 +101,6 @@ def answered(
     notes: Sequence[str],
     engine: Engine,
     policy: str = ALL,
-    *,
     is_auto: bool = False,
     progress: Progress = _quietly,
 ) -> Answer:
@@ -120,7 +122,7 @@ def answered(
     if policy != ALL:
         outcomes = [one for one in outcomes if one.policy in (policy, OPTIMAL)]
     best = next(one for one in outcomes if one.policy == (OPTIMAL if policy == ALL else policy))
-    batch, shape = question.batches[0], question.shape
+    shape, batch = question.shape, question.batches[int((best.held_out_ns * best.passes).argmax())]
     n_resident = round(float((best.tier == RESIDENT).mean()) * shape.n_layers * shape.n_experts)
     is_pinned = bool(np.isin(best.tier, (COPIED, IN_PLACE)).any())
     return Answer(
@@ -129,6 +131,7 @@ def answered(
         notes,
         outcomes,
         best,
+        batch,
         {
             one.policy: prediction(question, batch, domains(question, one, batch), one.tier)
             for one in outcomes

@@ -209,7 +209,8 @@ def _ours(question: Question, costs: Costs, others: list[Outcome]) -> tuple[dict
     fixed = min(static, key=_fitted_slowdown)
     candidates = [fixed, *others]
     if _divides(question):
-        tiers.append(min(candidates, key=_fitted_slowdown).tier)
+        so_far = min(candidates, key=_fitted_slowdown).tier
+        tiers += [] if any(np.array_equal(so_far, tier) for tier in tiers) else [so_far]
         candidates += [evaluated(question, OPTIMAL, tier, BEST_DISPATCH) for tier in tiers]
     best = min(candidates, key=_fitted_slowdown)
     found = {FIXED: replace(fixed, policy=FIXED), OPTIMAL: replace(best, policy=OPTIMAL)}

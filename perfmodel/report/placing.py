@@ -28,12 +28,12 @@ def placing_page(placed: "Answer", width: int) -> str:
     """The comparison of policies as a page for people, tables as wide as they are, other lines at most `width`."""
     question = placed.question
     passes = " and ".join(f"{text.count(b.n_passes)} of {text.counted(b.n_tokens, 'token')}" for b in question.batches)
-    first = text.counted(question.batches[0].n_tokens, "token")
-    batch = first if len(question.batches) == 1 else f"passes: {passes}"
+    tokens = text.counted(placed.batch.n_tokens, "token")
+    batch = tokens if len(question.batches) == 1 else f"passes: {passes}"
     head = f"{question.shape.name} on {question.basis.device.profile.title}, {batch}, {question.access}"
     prediction = str(placed.predictions[placed.best.policy]).split("\n")
     if len(question.batches) > 1:
-        prediction[0] = f"{prediction[0]}, in passes of {first}"
+        prediction[0] = f"{prediction[0]}, in passes of {tokens}"
     parts = [
         _prose([head, placed.windows, *placed.notes, *_host(placed)], width),
         _accesses(placed) if placed.accesses else "",
@@ -232,7 +232,7 @@ def placing_json(placed: "Answer") -> dict[str, Any]:
         "accesses": {name: one.slowdown for name, one in placed.accesses.items()},
         "policies": [of(one) for one in placed.outcomes],
         "best": of(placed.best),
-        "prediction": placed.predictions[placed.best.policy].to_json(),
+        "prediction": {"n_tokens": placed.batch.n_tokens, **placed.predictions[placed.best.policy].to_json()},
         "trade_off": [vars(point) for point in placed.trade_off],
         "limit": placed.limit,
         "leaving": None if placed.leaving is None else vars(placed.leaving),
