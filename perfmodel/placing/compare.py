@@ -39,8 +39,8 @@ class Outcome:
     those that judge (`held_out_ns[batch]`), and both with all experts resident.
 
     `tier[layer, expert]` are numbers of placement.TIERS; `dispatch` names how what is not resident is divided in each
-    step (null: as the tiers say). `passes[batch]` weigh batches. Of the mean latency of a layer in the steps that
-    decided, the table of costs says `table_ns` for this placement (null: it has no place for a cache or for steps that
+    step (null: as the tiers say). `passes[batch]` weigh batches. Of the mean latency of a layer in the steps that were
+    searched, the table of costs says `table_ns` for this placement (null: it has no place for a cache or for steps that
     are divided) and at least `bound_ns` for any placement (null where no bound was looked for).
     """
 
@@ -161,10 +161,10 @@ def _problem(question: Question, load: Array) -> Problem:
 
 
 def _topped(question: Question, tier: Tiers) -> Tiers:
-    """The placement with room that it leaves given to experts that none of the steps woke, the most used ones first:
-    these cost nothing there, and later steps may wake them."""
+    """The placement with room that it leaves given to experts that no step woke that was searched, the most used ones
+    first: these cost nothing there, and other steps may wake them."""
     is_resident = tier == RESIDENT
-    sleeps = np.all([(b.fitted == 0).all(axis=0) for b in question.batches], axis=0)
+    sleeps = np.all([(b.searched == 0).all(axis=0) for b in question.batches], axis=0)
     kept = POLICIES["frequency"](_problem(question, np.where(is_resident, 2.0, sleeps * (1 + question.popularity))))
     return np.where(is_resident | (sleeps & (kept == RESIDENT)), RESIDENT, tier).astype(np.int8)
 

@@ -97,13 +97,16 @@ class Question:
 
     def thinned(self, every: int) -> "Question":
         """The same question over every second or third step and so on, for answers that take many placements."""
-        few = (replace(b, fitted=b.fitted[::every], held_out=b.held_out[::every]) for b in self.batches)
+        few = (
+            replace(b, searched=b.searched[::every], fitted=b.fitted[::every], held_out=b.held_out[::every])
+            for b in self.batches
+        )
         return replace(self, batches=tuple(few))
 
     def swapped(self) -> "Question":
         """The question of who has seen the steps that judge."""
         batches = (
-            Batch(b.n_tokens, b.n_passes, b.held_out, b.fitted, b.held_out_shares, b.fitted_shares)
+            Batch(b.n_tokens, b.n_passes, b.held_out, b.held_out, b.fitted, b.held_out_shares, b.fitted_shares)
             for b in self.batches
         )
         return replace(self, batches=tuple(batches))
@@ -160,11 +163,11 @@ def _resident_ns(question: Question, counts: Counts, n_tokens: int) -> Array:
 
 
 def costs_of(question: Question, *, contended: bool = False) -> Costs:
-    """The costs of all placements over the steps that decide, tiers by position in `tiers`; `contended` where host and
-    link are always busy at once."""
+    """The costs of all placements over the steps that are searched, tiers by position in `tiers`; `contended` where
+    host and link are always busy at once."""
     found = []
     for batch in question.batches:
-        basis, work = rows_of(question, batch.fitted, batch.n_tokens)
+        basis, work = rows_of(question, batch.searched, batch.n_tokens)
         serial = "copy" in modes_of(question.access)
         device, n_layers = basis.device, question.n_layers
         found.append(placement_costs(work, question.tiers, device, n_layers, serial=serial, contended=contended))

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 from perfmodel.routing import Counts, Recording, Shares, drawn_counts, expected_counts
 
-N_STEPS, MAX_STEPS = 8, 32  # of a window: enough for means, few enough for many placements
-N_SEEN = 4  # assignments to the mean expert in a window: of small batches it takes more steps to have seen as many
+N_STEPS = 8  # of a window at least: enough for means, few enough for many placements
+N_SEEN = 16  # assignments to the mean expert in a window: of small batches it takes more steps to see as many
+MAX_STEPS = (32, 64, 64)  # of a window at most: of what is searched, of what chooses, of what judges
 FITTED_FRAC = 0.5  # of the recorded steps that decide; the others judge
 CHUNK_TOKENS = 8192  # of a prompt in one pass: what vLLM and SGLang set for large devices
 DRAWN_ONE_BY_ONE = 2**15  # tokens x experts up to which each token draws its experts without repeating one
@@ -18,13 +19,14 @@ DRAWN_ONE_BY_ONE = 2**15  # tokens x experts up to which each token draws its ex
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Passes of so many tokens: `fitted[step, layer, expert]` counts that a placement is decided on, `held_out` those
-    it is judged by. Both are few of the recorded steps or drawn from them; the shares of experts in all steps that
-    decide are `fitted_shares[layer, expert]`, in those that judge `held_out_shares`. Each pass counts `n_passes` among
-    batches of several sizes."""
+    """Passes of so many tokens: `searched[step, layer, expert]` counts that our search goes by, `fitted` those by which
+    the best of all placements is chosen, `held_out` those it is judged by. All are few of the recorded steps or drawn
+    from them; the shares of experts in all steps that decide are `fitted_shares[layer, expert]`, in those that judge
+    `held_out_shares`. Each pass counts `n_passes` among batches of several sizes."""
 
     n_tokens: int
     n_passes: float
+    searched: Counts
     fitted: Counts
     held_out: Counts
     fitted_shares: Shares
@@ -55,11 +57,12 @@ def batches(
 ) -> tuple[tuple[Batch, ...], str]:
     """Batches of each size (tokens: passes) with both windows, and in words what they rest on.
 
-    The first half of the recorded steps decides, the second judges; or all decide, and those of `later` judge. Where
-    only sums were recorded, both windows are drawn from them. Within a window, consecutive steps are joined until they
-    have about as many tokens as the batch. Counts are taken as recorded where steps have exactly the tokens of the
-    batch, else drawn from the steps' shares. A window has n_steps steps (null: N_STEPS, of small batches up to
-    MAX_STEPS), or as many as were recorded.
+    The first half of the recorded steps decides, the second judges; or all decide, and those of `later` judge. Of those
+    that decide every second one is searched, and the others choose among what was found: a search fits the steps that
+    it has seen too well. Where only sums were recorded, all windows are drawn from them. Within a half, consecutive
+    steps are joined until they have as many tokens as the batch. Counts are taken as recorded where steps have
+    exactly the tokens of the batch, else drawn from the steps' shares. A window has n_steps steps (null: N_STEPS, of
+    small batches up to MAX_STEPS), or as many as were recorded.
     """
     if top_k > recording.loads.shape[2]:
         raise InputError(f"{recording.name} has {recording.loads.shape[2]} experts, fewer than top-k {top_k}")
@@ -79,11 +82,15 @@ def batches(
     found = []
     for number, (n_tokens, n_passes) in enumerate(sizes.items()):
         rng = np.random.default_rng([seed, number])
-        joined = (_joined_steps(whole, steps, n_tokens) for whole, steps in parts)
-        n_seen = math.ceil(N_SEEN * recording.loads.shape[2] / (n_tokens * top_k))
-        n = n_steps or min(max(N_STEPS, n_seen), MAX_STEPS)
-        fitted, held_out = (_window(steps, n_tokens, top_k, n, rng) for steps in joined)
-        found.append(Batch(n_tokens, n_passes, fitted, held_out, *(_shares(whole, steps) for whole, steps in parts)))
+        decides, judges = (_joined_steps(whole, steps, n_tokens) for whole, steps in parts)
+        halves = (decides[::2], decides[1::2]) if len(decides) > 1 else (decides, decides)
+        windows: list[Counts] = []
+        n_enough = max(N_STEPS, math.ceil(N_SEEN * recording.loads.shape[2] / (n_tokens * top_k)))
+        for steps, n_most in zip((*halves, judges), MAX_STEPS, strict=True):
+            windows.append(_window(steps, n_tokens, top_k, n_steps or min(n_enough, n_most), rng))
+        searched, fitted, held_out = windows
+        shares = [_shares(whole, steps) for whole, steps in parts]
+        found.append(Batch(n_tokens, n_passes, searched, fitted, held_out, *shares))
     return tuple(found), _words(recording, later)
 
 
@@ -108,16 +115,22 @@ def _words(recording: Recording, later: Recording | None) -> str:
 
 
 def _joined_steps(recording: Recording, steps: slice, n_tokens: int) -> NDArray[np.float64]:
-    """Loads `[group, layer, expert]` of some steps, consecutive ones joined into one wherever n_tokens more tokens are
-    full, the rest with the last; as recorded where tokens are not known.
+    """Loads `[group, layer, expert]` of some steps, consecutive ones joined until they have n_tokens tokens at least,
+    the rest with the last; as recorded where tokens are not known.
 
     A layer that no step of a group loads has its load of all steps.
     """
     loads = recording.loads[steps]
-    if recording.n_tokens is not None and len(loads) > 1:
-        ends = np.cumsum(recording.n_tokens[steps])
-        groups = np.minimum((ends - 1) // n_tokens, max(ends[-1] // n_tokens - 1, 0))
-        loads = np.add.reduceat(loads, np.flatnonzero(np.diff(groups, prepend=-1)), axis=0)
+    if recording.n_tokens is not None:
+        starts, n_joined = [0], 0
+        for step, n_more in enumerate(recording.n_tokens[steps].tolist()):
+            if n_joined >= n_tokens:
+                starts.append(step)
+                n_joined = 0
+            n_joined += n_more
+        if n_joined < n_tokens and len(starts) > 1:
+            starts.pop()
+        loads = np.add.reduceat(loads, starts, axis=0)
     empty = loads.sum(axis=2) == 0
     return np.where(empty[:, :, None], recording.loads.sum(axis=0), loads) if empty.any() else loads
 

@@ -18,9 +18,9 @@ CACHE, FORESEEN, OPTIMAL, FIXED = "lru", "foreseen", "optimal", "optimal-fixed"
 INDENT = " " * 14
 SAME_FRAC = 0.02  # placements of the same size nearer to each other than this are alike
 LEGEND = (
-    "slowdown: over all experts resident, in the steps that judge; fitted: in those that decided; to gain: by how "
-    "much any other placement could be faster there at most, by the table of costs; divided by: the rule that shares "
-    "out each step's experts among device and host (-: each expert has its place)"
+    "slowdown: over all experts resident, in the steps that judge; fitted: in those by which the best was chosen; to "
+    "gain: by how much any other placement could be faster at most, by the table of costs; divided by: the rule that "
+    "shares out each step's experts among device and host (-: each expert has its place)"
 )
 
 
@@ -136,9 +136,9 @@ def _verdict(placed: "Answer") -> list[str]:
     certified = best if best.gap_frac is not None else by_name.get(FIXED)
     if certified is not None and certified.gap_frac is not None:
         lines.append(
-            f"certificate   in the steps that decided no placement can be more than {text.frac(certified.gap_frac)} "
-            f"faster than {certified.policy}, by the table of costs, in which host and link never slow each other "
-            "and no step is divided anew"
+            f"certificate   in the steps that were searched no placement can be more than "
+            f"{text.frac(certified.gap_frac)} faster than {certified.policy}, by the table of costs, in which "
+            "host and link never slow each other and no step is divided anew"
         )
     if len(best.passes) > 1:
         spent = best.held_out_ns * best.passes
