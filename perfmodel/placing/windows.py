@@ -1,4 +1,4 @@
-"""Steps of a batch from a recording: a window to decide on, and a later one to judge by."""
+"""Steps of a batch from a recording: windows to decide on, and a later one to judge by."""
 
 import math
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def batches(
     later: Recording | None = None,
     seed: int = 0,
 ) -> tuple[tuple[Batch, ...], str]:
-    """Batches of each size (tokens: passes) with both windows, and in words what they rest on.
+    """Batches of each size (tokens: passes) with all windows, and in words what they rest on.
 
     The first half of the recorded steps decides, the second judges; or all decide, and those of `later` judge. Of those
     that decide every second one is searched, and the others choose among what was found: a search fits the steps that
@@ -84,12 +84,12 @@ def batches(
         rng = np.random.default_rng([seed, number])
         decides, judges = (_joined_steps(whole, steps, n_tokens) for whole, steps in parts)
         halves = (decides[::2], decides[1::2]) if len(decides) > 1 else (decides, decides)
-        windows: list[Counts] = []
         n_enough = max(N_STEPS, math.ceil(N_SEEN * recording.loads.shape[2] / (n_tokens * top_k)))
-        for steps, n_most in zip((*halves, judges), MAX_STEPS, strict=True):
-            windows.append(_window(steps, n_tokens, top_k, n_steps or min(n_enough, n_most), rng))
-        searched, fitted, held_out = windows
-        shares = [_shares(whole, steps) for whole, steps in parts]
+        searched, fitted, held_out = (
+            _window(steps, n_tokens, top_k, n_steps or min(n_enough, n_most), rng)
+            for steps, n_most in zip((*halves, judges), MAX_STEPS, strict=True)
+        )
+        shares = (_shares(whole, steps) for whole, steps in parts)
         found.append(Batch(n_tokens, n_passes, searched, fitted, held_out, *shares))
     return tuple(found), _words(recording, later)
 
@@ -109,7 +109,7 @@ def _words(recording: Recording, later: Recording | None) -> str:
         order = "the first half" if recording.is_ordered else "one half (steps are in no order)"
         return f"decided on {order} of {recording.name}, judged by the other"
     return (
-        f"{recording.name} has no steps to hold out: both windows are drawn from the same shares, which says nothing "
+        f"{recording.name} has no steps to hold out: all windows are drawn from the same shares, which says nothing "
         "of routing that changes"
     )
 
