@@ -10,7 +10,7 @@ app: $(VENV)/app.stamp
 	$(BIN)/perfmodel app
 
 test: $(VENV)/test.stamp check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

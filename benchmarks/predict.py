@@ -6,14 +6,15 @@ One core: threads of numerical libraries are set to one. Rates are medians over 
 in the same run: one pass of numpy over as many numbers as the work has.
 
     resident layers       latencies of layers whose sums over experts are known, each with its own routing and sizes
-    placements            slowdowns of placements of one layer from a table of costs by expert (a bit for every expert)
-    placements, in full   the same by the formulas themselves: what the table saves
+    placements            latencies of placements of one layer from costs by expert (a tier for every expert)
+    placements, in full   the same by the formulas themselves: what costs by expert save
     fit, 2,000 rows       constants, residual, intervals, of the kernel with most rows in an aiconfigurator table
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -23,13 +24,20 @@ from threadpoolctl import threadpool_limits
 from perfmodel import physics
 from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
-from perfmodel.offload import Device, cost_table, offload_parts
+from perfmodel.offload import Device, placement_costs, placement_parts
 from perfmodel.physics import Counts, Work
 from perfmodel.physics.forms import PYTORCH_KERNEL
+from perfmodel.placement import COPIED, IN_PLACE, NEAR_DATA, ON_HOST, RESIDENT
 from perfmodel.predict import work_of
 from perfmodel.routing import routing
 
 LAYERS = 20_000
+MIXES = {
+    "zero-copy": (RESIDENT, IN_PLACE),
+    "copy": (RESIDENT, COPIED),
+    "copy-overlap+cpu": (RESIDENT, COPIED, ON_HOST),
+    "copy-overlap+cpu+near-data": (RESIDENT, COPIED, ON_HOST, NEAR_DATA),
+}
 
 
 def main() -> None:
@@ -56,20 +64,19 @@ def run(asked: argparse.Namespace) -> None:
     say("resident layers", own, floor)
 
     shape = resolve("qwen3-30b-a3b" if asked.experts == 128 else "poster")
-    work = work_of(shape, routing("power-law:1.2", shape.n_experts, shape.top_k, 4096), "grouped-gemm")
-    device = Device(hardware("gh200"), roof, form, form.defaults)
-    masks = (rng.random((asked.batch, shape.n_experts)) < 0.5).astype(np.float32)
-    for access in ("zero-copy", "copy"):
-        table = cost_table(work, access, device)
-        floor = rate(lambda table=table: masks @ table.per_expert, asked.batch, asked.repeats)
-        say(
-            f"placements, {access}",
-            rate(lambda table=table: table.latencies_ns(masks), asked.batch, asked.repeats),
-            floor,
-        )
-        few = masks[:64] > 0.5
-        many = repeated(work, len(few))
-        full = rate(partial(offload_parts, many, few, access, device), len(few), asked.repeats)
+    shares = routing("power-law:1.2", shape.n_experts, shape.top_k, 4096)
+    work = work_of(shape, replace(shares, counts=shares.counts[:1]), "grouped-gemm")
+    for access, tiers in MIXES.items():
+        profile = hardware("trimoe" if NEAR_DATA in tiers else "gh200")
+        device = Device(profile, physics.ceilings(profile, "bf16"), form, form.defaults)
+        costs = placement_costs(work, tiers, device, 1, serial=access == "copy")
+        tier = rng.integers(0, len(tiers), (asked.batch, shape.n_experts)).astype(np.int8)
+        offloaded, by_expert = (tier > 0).astype(np.float32), costs.blocks[0].values[0].astype(np.float32)
+        floor = rate(lambda offloaded=offloaded, by=by_expert: offloaded @ by, asked.batch, asked.repeats)
+        found = rate(partial(costs.placements_ns, tier), asked.batch, asked.repeats)
+        say(f"placements, {access}", found, floor)
+        few = np.array(tiers, dtype=np.int8)[tier[:64]]
+        full = rate(partial(placement_parts, repeated(work, len(few)), few, access, device), len(few), asked.repeats)
         say(f"placements, {access}, in full", full, floor)
     fit(asked.table)
 
@@ -121,7 +128,7 @@ def rate(job: Callable[[], object], n: int, repeats: int) -> float:
 
 def say(what: str, per_s: float, floor_per_s: float) -> None:
     """One line: the rate, and how much slower it is than the floor of the same run."""
-    print(f"{what:30} {per_s / 1e6:8.2f} M/s   floor {floor_per_s / 1e6:8.2f} M/s, {floor_per_s / per_s:5.1f} times")
+    print(f"{what:49} {per_s / 1e6:8.2f} M/s   floor {floor_per_s / 1e6:8.2f} M/s, {floor_per_s / per_s:5.1f} times")
 
 
 def fit(table: str | None) -> None:
@@ -130,13 +137,13 @@ def fit(table: str | None) -> None:
     from perfmodel.sources import read_sources
 
     if table is None:
-        print("fit                            not timed: give --table")
+        print(f"{'fit':49} not timed: give --table")
         return
     source = max(read_sources([table]), key=lambda one: one.observations.height)
     rows = np.sort(np.random.default_rng(0).choice(source.observations.height, 2000, replace=False))
     began = time.perf_counter()
     LatencyModel(source.profile, source.dtype, source.kernel).fit(source.observations[rows])
-    print(f"{'fit, 2,000 rows':30} {time.perf_counter() - began:8.2f} s     {source.kernel}")
+    print(f"{'fit, 2,000 rows':49} {time.perf_counter() - began:8.2f} s     {source.kernel}")
 
 
 if __name__ == "__main__":

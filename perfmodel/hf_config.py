@@ -47,7 +47,7 @@ class Fields:
             raise InputError(f"{self.file}: missing field, tried {', '.join(keys.split())}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 24:
             raise InputError(f"{self.file}: {keys} is {value!r}, expected one whole number for all layers")
         return value
 
@@ -105,10 +105,11 @@ def _sparse_step(fields: Fields) -> list[int]:
 
 def _interleaved(fields: Fields) -> list[int]:
     """Llama 4: the layers listed in moe_layers, otherwise every interleave_moe_layer_step-th."""
-    if listed := fields.listed("moe_layers"):
-        return listed
+    n_layers, listed = fields.whole("num_hidden_layers"), fields.listed("moe_layers")
+    if not all(layer in range(n_layers) for layer in listed):
+        raise InputError(f"{fields.file}: moe_layers is {listed!r:.60}, expected layers from 0 to {n_layers - 1}")
     step = fields.whole("interleave_moe_layer_step", default=1) or 1
-    return list(range(step - 1, fields.whole("num_hidden_layers"), step))
+    return listed or list(range(step - 1, n_layers, step))
 
 
 def _block_pattern(fields: Fields) -> list[int]:

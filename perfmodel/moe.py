@@ -60,6 +60,13 @@ class MoEShape:
         if self.dtype not in WEIGHT_BYTES:
             raise InputError(f"shape {self.name!r}: dtype {self.dtype!r} is unknown; known: {', '.join(WEIGHT_BYTES)}")
 
+    @classmethod
+    def from_config(cls, path: str | Path) -> "MoEShape":
+        """The shape that a Hugging Face config.json describes; what is read and what raises says `read_config`."""
+        from perfmodel.hf_config import read_config  # which is made of what stands here
+
+        return read_config(path)
+
     @property
     def expert_bytes(self) -> float:
         """Weight bytes of one routed expert, quantisation scales included."""

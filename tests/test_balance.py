@@ -24,7 +24,7 @@ from perfmodel.balance import (
 )
 from perfmodel.balance.compare import made
 from perfmodel.balance.profiles import _prefixes
-from perfmodel.balance.study import MODELS, ROUTINGS, SPREADS, gain, latencies, measured_routing
+from perfmodel.balance.study import MODELS, ROUTINGS, SKEWED, SPREADS, by_history, gain, latencies, measured_shares
 from perfmodel.capture import OBSERVATIONS, load_capture, shipped_captures
 from perfmodel.cli.main import main
 from perfmodel.errors import InputError
@@ -271,7 +271,7 @@ def test_routings_come_as_steps_from_patterns_and_files(tmp_path: Path) -> None:
     assert steps_of(str(tmp_path / "layers.npy"), shape, 64, 6).loads.shape == (6, 2, 8)
     with pytest.raises(InputError, match="found experts 8, expected 16"):
         steps_of(str(tmp_path / "layers.npy"), MoEShape("other", 16, 2, 64, 32), 64)
-    with pytest.raises(InputError, match="unknown routing 'nothing'"):
+    with pytest.raises(InputError, match="no routing file 'nothing', and no routing of that name; known: layered"):
         steps_of("nothing", shape, 64)
 
 
@@ -309,6 +309,7 @@ def test_the_command_compares_policies_and_writes_the_best_map(
     assert found["best"] == min(rows, key=lambda policy: rows[policy]["layer_ns"])
     assert rows["linear"]["gain_over_linear_frac"] == 0
     assert sum(rows["gem"]["straggler_frac"]) == pytest.approx(1)
+    assert found["token_counts"] == [*(2**i for i in range(6)), *range(64, 1025, 64)]  # of 512 tokens with top-2
     written = json.loads((tmp_path / "map.json").read_text())
     assert written["policy"] == found["best"]
     assert np.sort(written["physical_to_logical_map"], axis=1).tolist() == [list(range(8))] * 32
@@ -436,12 +437,12 @@ def test_the_study_page_says_what_is_computed() -> None:
         assert f"| {model} | {' | '.join(cells)} |".replace("-0.0", "0.0") in STUDY, "run `python docs/regenerate.py`"
 
 
-def test_the_measured_table_of_the_page_is_read_and_written() -> None:
-    made_up = measured_routing({"mixtral-8x7b__made-up": np.arange(1.0, 9.0)[None]})
-    assert made_up.count("\n") == 1 + len(SPREADS)
-    assert "| mixtral-8x7b | made-up |" in study_page.measured(made_up)
-    shipped = (ROOT / "docs" / study_page.MEASURED).read_text(encoding="utf-8")
-    assert study_page.measured(shipped).strip().splitlines()[-5] in STUDY
+def test_the_page_has_what_measured_shares_give_as_they_are_and_with_bursts() -> None:
+    assert len(measured_shares()) == 11 and {model for model, _ in measured_shares()} == {"olmoe", "mixtral-8x7b"}
+    row = study_page.measured_row("mixtral-8x7b", "github")
+    assert len(row) == 2 * len(SPREADS)
+    cells = " | ".join(map(study_page._pair, row.values()))
+    assert f"| mixtral-8x7b | github | {cells} |" in STUDY, "run `python docs/regenerate.py`"
 
 
 def test_what_the_paper_states_of_the_extremes_comes_out() -> None:
@@ -450,3 +451,12 @@ def test_what_the_paper_states_of_the_extremes_comes_out() -> None:
         assert abs(gain(uniform, "gem", "linear")) < 0.01, "uniform routing leaves nearly nothing to gain"
         grown = [gain(latencies(model, "layered", spread)["mean"], "gem", "lpt") for spread in SPREADS]
         assert grown == sorted(grown) and grown[0] < 0.01 < grown[2], "the gain grows with the spread"
+        bursts = [gain(latencies(model, SKEWED, spread)["mean"], "gem", "lpt") for spread in SPREADS]
+        assert bursts == sorted(bursts) and bursts[2] > bursts[0] + 0.03, "with bursts too, where experts differ"
+
+
+def test_a_longer_history_is_worth_more_than_a_smoother_one() -> None:
+    found = by_history("llama-4-scout", SKEWED)
+    assert found["48 steps"] > found["16 steps"] > found["even"]
+    cells = " | ".join(f"{100 * value:.1f}" for value in found.values())
+    assert f"| llama-4-scout | `{SKEWED}` | {cells} |" in STUDY, "run `python docs/regenerate.py`"

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perfmodel.balance import (
-    compare,
-)
+from perfmodel.balance import compare
 from perfmodel.errors import InputError
+from perfmodel.placement import gem as search
 from perfmodel.placement.balance import Array, linear, token_balanced
 from perfmodel.placement.gem import (
     best_map,
@@ -33,7 +32,7 @@ TWO = Staircase(np.array([4, 8, 16]), np.array([[10.0, 20.0, 40.0], [30.0, 60.0,
 def test_a_staircase_holds_a_step_and_never_interpolates() -> None:
     tokens = np.array([[0, 0], [1, 1], [4, 4], [5, 4.5], [16, 8]])
     assert TWO.of(tokens).tolist() == [[0, 0], [10, 30], [10, 30], [20, 60], [40, 60]]
-    assert TWO.of_one(1, np.array([8, 9])).tolist() == [60, 120]
+    assert TWO.of_gpu(1, np.array([8, 9])).tolist() == [60, 120]
     assert TWO.spreads.tolist() == [2, 2, 2]
     assert TWO.of(np.array([16.5, 16 + 1e-9])).tolist() == [np.inf, 120], "nothing was timed there; rounding is no more"
 
@@ -141,6 +140,23 @@ def test_after_the_search_no_single_swap_helps(seed: int) -> None:
     assert slow_swaps(loads, found.tolist(), stairs) >= score * (1 - 1e-8)
 
 
+@pytest.mark.parametrize("n_gpus", [1, 2, 3, 5])
+def test_swaps_are_scored_at_once_as_one_by_one(n_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "MAX_AT_ONCE", 12)
+    rng = np.random.default_rng(n_gpus)
+    loads, gpu_of = rng.integers(0, 40, (4, 10)).astype(np.float64), rng.integers(0, n_gpus, 10)
+    stairs = straight(400, rng.uniform(0.5, 1, n_gpus))
+    tokens = loads @ np.eye(n_gpus)[gpu_of]
+    for gpu in range(n_gpus):
+        here, there, after = search._swaps(loads, gpu_of, gpu, tokens, stairs.of(tokens), stairs)
+        assert sorted([*here, *there]) == list(range(10)) and (gpu_of[here] == gpu).all()
+        for i, own in enumerate(here):
+            for j, other in enumerate(there):
+                swapped_of = gpu_of.copy()
+                swapped_of[own], swapped_of[other] = gpu_of[other], gpu
+                assert after[i, j] == pytest.approx(score_ns(loads, swapped_of, stairs))
+
+
 def test_the_search_comes_close_to_the_best_of_all_maps_of_eight_experts_on_four_gpus() -> None:
     assert n_maps(8, 4) == 2520
     loads = bursty(8, 16, 24, 2048, 2)
@@ -172,8 +188,11 @@ def test_on_its_window_the_search_is_never_worse_than_linear_or_token_balanced(s
         assert (found <= straggler_ns(other.tokens(loads), stairs).sum(axis=0) * (1 + 1e-9)).all()
 
 
-def test_the_search_of_a_window_of_qwen_takes_seconds() -> None:
-    loads = np.random.default_rng(0).poisson(128 * np.random.default_rng(1).random((16, 8, 128))).astype(np.float64)
-    began = time.perf_counter()
-    gem(loads, straight(16_384, spread_speeds(4, 0.277), 64))
-    assert 48 / 8 * (time.perf_counter() - began) < 30, "of all 48 layers"
+@pytest.mark.parametrize(("n_experts", "n_layers", "n_gpus", "n_sample"), [(128, 48, 4, 8), (256, 58, 64, 4)])
+def test_the_search_of_a_window_takes_seconds(n_experts: int, n_layers: int, n_gpus: int, n_sample: int) -> None:
+    mean = 128 * np.random.default_rng(1).random((16, n_sample, n_experts))
+    loads = np.random.default_rng(0).poisson(mean).astype(np.float64)
+    stairs = straight(int(loads.sum(axis=2).max()), spread_speeds(n_gpus, 0.277), 64)
+    began = time.process_time()
+    gem(loads, stairs)
+    assert n_layers / n_sample * (time.process_time() - began) < 30, "of all layers of Qwen3-30B-A3B, DeepSeek-V3"

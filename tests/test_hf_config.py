@@ -152,6 +152,9 @@ def test_llama4_lists_its_moe_layers(tmp_path: Path) -> None:
     assert isinstance(text, dict)
     text["moe_layers"] = [1, 5, 9]
     assert read(tmp_path, config).n_layers == 3
+    for wrong in ([1, 48], [1, "x"], [[]]):
+        text["moe_layers"] = wrong
+        assert "expected layers from 0 to 47" in refusal(tmp_path, config)
 
 
 def test_aliases_of_the_native_classes(tmp_path: Path) -> None:
@@ -274,6 +277,13 @@ def test_resolve_takes_names_and_files(tmp_path: Path) -> None:
         hf_config.resolve("nope")
 
 
+def test_a_shape_is_made_from_a_config_or_says_why_not(tmp_path: Path) -> None:
+    path = shutil.copy(CONFIGS / "dbrx.json", tmp_path / "config.json")
+    assert MoEShape.from_config(path) == hf_config.read_config(path)
+    with pytest.raises(InputError, match=r"no config file .*absent\.json"):
+        MoEShape.from_config(tmp_path / "absent.json")
+
+
 def test_unreadable_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config file .*absent\.json"):
         hf_config.read_config(tmp_path / "absent.json")
@@ -304,6 +314,7 @@ def test_unreadable_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
         (config_of("kimi-k2", moe_intermediate_size=None), "missing field, tried moe_intermediate_size"),
         (config_of("nemotron-3-super", hybrid_override_pattern=None), "tried layers_block_type, hybrid_override_"),
         (config_of("mixtral-8x7b", hidden_size="4096"), "hidden_size is '4096', expected one whole number"),
+        (config_of("olmoe-1b-7b", num_hidden_layers=10**12), "num_hidden_layers is 1000000000000, expected one whole"),
         (config_of("hunyuan-a13b", moe_topk=[8] * 31 + [4]), "expected one whole number for all layers"),
         (config_of("glm-5.2", num_hidden_layers=79), "mlp_layer_types has 78 entries, expected 79, one per layer"),
         (config_of("olmoe-1b-7b", torch_dtype=None), "dtype / torch_dtype is 'None', expected one of bfloat16"),

@@ -14,8 +14,8 @@ LIBRARY = sorted((ROOT / "perfmodel").rglob("*.py"))
 # Each module may import from its own level and those before it (docs/decisions/0001-house.md).
 LEVELS = (
     {"errors"},
-    {"text", "markdown", "moe", "routing", "workers"},
-    {"trace", "hardware", "hf_config", "model_memory"},
+    {"text", "markdown", "moe", "hf_config", "routing", "workers"},
+    {"trace", "hardware", "model_memory"},
     {"cache"},
     {"readers", "classify", "placement", "physics", "capture", "capture_lines", "intervals", "lanes"},
     {"launch", "moe_perf", "tile_rules"},

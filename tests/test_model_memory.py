@@ -31,6 +31,7 @@ PUBLISHED = {
     "gpt-oss-20b": 20.9,
     "glm-4.5-air": 106,
     "llama-4-scout": 109 - 0.8,
+    "hunyuan-a13b": 80.4,
 }
 
 

@@ -1,12 +1,16 @@
 """The cheapest placement: exact on small cases, never worse than where it starts, its bound never above anything."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import OptimizeResult
 
 from perfmodel.errors import InputError
-from perfmodel.placement.costs import Array, Block, Costs, additive, joined, parallel
+from perfmodel.placement import Tiers, relaxed
+from perfmodel.placement.charges import Charges
+from perfmodel.placement.costs import Array, Block, Costs, additive, condensed, joined, parallel
 from perfmodel.placement.memory import Budget, Memory
 from perfmodel.placement.optimal import minimise
 
@@ -98,6 +102,64 @@ def test_a_result_is_never_worse_than_its_starts() -> None:
     assert found.gap_frac < 0.05
 
 
+@pytest.mark.parametrize("is_uniform", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_cheapest_placement_under_charges_is_that_of_all(seed: int, is_uniform: bool) -> None:
+    """Exactly where all experts of a step and tier that are charged are charged alike; else nothing costs less."""
+    rng = np.random.default_rng(seed)
+    by_step = np.sort(rng.uniform(100, 1000, (3, 1, 1, 4)), axis=3) * [0, 1, 1, 1]
+    awake = rng.random((3, 1, 6, 1)) < 0.6
+    charge = (by_step * awake if is_uniform else rng.choice([0.0, 400.0, 900.0], (3, 1, 6, 4))).reshape(3, 6, 4)
+    flat = additive(np.zeros((3, 6, 4)))
+    charges = Charges(replace(flat, charge_ns=charge, weights=np.array([0.5, 0.3, 0.2])))
+    reduced = rng.uniform(0, 400, (1, 6, 4))
+    every = np.array(list(itertools.product(range(4), repeat=6)), dtype=np.int8)
+
+    def cost(tier: Tiers) -> float:
+        return float(charges.of(tier[None])[0] + reduced[0, np.arange(6), tier].sum())
+
+    tier, least = charges.cheapest(reduced)
+    best = min(cost(one) for one in every)
+    assert least[0] <= best * (1 + 1e-12)
+    if is_uniform:
+        assert cost(tier[0]) == pytest.approx(best)
+        assert least[0] == pytest.approx(best)
+
+
+def test_experts_without_work_leave_memory_to_the_others() -> None:
+    """Half of the experts of each layer idle; all others fit, and only few of them are better off beside the device."""
+    cost = np.random.default_rng(0).uniform(1e6, 1.1e6, (20, 64, 3)) * [1.0, 5.0, 9.0]
+    cost[:, ::2] = 0.0
+    found = minimise(parallel(cost), np.ones((20, 64)), (Budget((0,), 0.6 * 20 * 64),))
+    assert (found.tier[:, 1::2] == 0).sum(axis=1) == pytest.approx(np.full(20, 26), abs=2)
+    assert found.gap_frac < 0.04
+
+
+def test_the_unit_of_time_does_not_matter() -> None:
+    first, *others = (
+        minimise(parallel(unit * made_up(6, 40, 3, 2)), np.ones((6, 40)), (Budget((0,), 100.0),))
+        for unit in (1.0, 1e-3, 1e9)
+    )
+    for other in others:
+        assert other.gap_frac == pytest.approx(first.gap_frac, abs=1e-3)
+
+
+def test_a_program_that_one_method_does_not_solve_is_given_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = (Budget((0,), 100.0),)
+    first = minimise(parallel(made_up(6, 40, 3, 2)), np.ones((6, 40)), budget)
+    solve, asked = relaxed.linprog, []
+
+    def failing(*args: object, method: str) -> object:
+        asked.append(method)
+        return OptimizeResult(status=4, message="no end") if method == "highs-ds" else solve(*args, method=method)
+
+    monkeypatch.setattr(relaxed, "linprog", failing)
+    found = minimise(parallel(made_up(6, 40, 3, 2)), np.ones((6, 40)), budget)
+    assert set(asked) == {"highs-ds", "highs-ipm"}
+    assert found.bound_ns == pytest.approx(first.bound_ns, rel=1e-3)
+    assert found.gap_frac < 0.03
+
+
 def test_a_charge_that_a_layer_pays_once_makes_whole_layers_resident() -> None:
     """Four equal layers, half the memory: with a large charge two layers stay whole instead of four halves."""
     cost = np.ones((4, 8, 2)) * [1.0, 2.0]
@@ -118,9 +180,39 @@ def test_costs_of_several_batches_are_weighted() -> None:
     assert both.layers_ns(tier) == pytest.approx(0.75 * one.layers_ns(tier) + 0.25 * other.layers_ns(tier))
 
 
+def test_many_placements_at_once_take_what_each_takes_as_a_layer() -> None:
+    """With charges in all tiers, of several heights."""
+    costs = curved(3, n_layers=1, n_experts=9, n_steps=1)
+    charge = np.random.default_rng(3).choice([0.0, 500.0, 900.0, 4000.0], (1, 9, 3), p=[0.7, 0.1, 0.1, 0.1])
+    costs = replace(costs, charge_ns=charge)
+    tier = np.random.default_rng(4).integers(0, 3, (3000, 9)).astype(np.int8)
+    found = costs.placements_ns(tier)
+    assert found == pytest.approx([float(costs.layers_ns(one[None])[0]) for one in tier], rel=1e-6)
+
+
 def test_experts_that_do_not_fit_are_refused() -> None:
     costs = additive(made_up(2, 40, 2, 0))
     with pytest.raises(InputError, match="the experts take 80 bytes and do not fit"):
         minimise(costs, np.ones((2, 40)), (Budget((0,), 20.0), Budget((1,), 30.0)))
     with pytest.raises(InputError, match=r"expected \[layer, expert, tier\], each a time of at least 0 ns"):
         additive(np.full((2, 3, 2), -1.0))
+
+
+def test_fewer_steps_stand_for_all_by_the_mean_loads_of_each_expert() -> None:
+    costs = curved(3, n_layers=2, n_experts=6, n_steps=9)
+    few = condensed(costs, 3)
+    assert few.n_steps == 3 and few.n_layers == 2 and few.weights.sum() == pytest.approx(1)
+    for all_steps, kept in zip(costs.blocks, few.blocks, strict=True):
+        assert few.by_layer(kept.values) == pytest.approx(costs.by_layer(all_steps.values))
+    assert condensed(costs, 9) is costs
+    quiet = Costs(
+        (Block((0,), np.zeros((4, 3, 1))),),
+        1,
+        lambda x: x[:, 0],
+        np.ones_like,
+        np.zeros(4),
+        np.zeros((4, 3, 1)),
+        np.full(4, 0.25),
+    )
+    quiet.blocks[0].values[1, 2] = 8.0  # awake in a step that is not kept
+    assert condensed(quiet, 2).blocks[0].values[:, 2, 0].tolist() == [2.0, 2.0]

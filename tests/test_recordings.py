@@ -2,7 +2,9 @@
 
 import base64
 import json
+import re
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,11 @@ def test_fused_shared_experts_at_the_end_are_left_out_and_named(tmp_path: Path) 
     recording = read_recording(stat_made_up(tmp_path / "fused.pt", shared), n_experts=N_EXPERTS, top_k=TOP_K)
     np.testing.assert_array_equal(recording.loads, counts)
     assert noted(recording, "fused shared experts") and recording.top_k == TOP_K
+    untold = read_recording(str(tmp_path / "fused.pt"))
+    assert untold.loads.shape[2] == 17 and noted(untold, "expert 16 has the same load in every layer of a step")
+    even = read_recording(stat_made_up(tmp_path / "even.pt", np.full((2, N_LAYERS, 4), 30)))
+    assert not noted(read_recording(stat_made_up(tmp_path / "other.pt", counts)), "same load")
+    assert not noted(even, "same load")
     with pytest.raises(InputError, match=r"fused\.pt: found experts 17, expected 8"):
         read_recording(str(tmp_path / "fused.pt"), n_experts=8)
     with pytest.raises(
@@ -544,6 +551,32 @@ def test_arrays_under_known_names_in_each_kind_of_file(tmp_path: Path, name: str
     assert rt.routing_keys(bare) == rt.routing_keys(tmp_path / "a.json") == []
 
 
+@pytest.mark.parametrize("name", ["{}", "layer_{}", "model.layers.{}.mlp.gate"])
+def test_arrays_of_one_layer_each_are_put_together(tmp_path: Path, name: str) -> None:
+    rows = {11: [5, 0, 1], 2: [0, 3, 4]}
+    arrays = {name.format(layer): np.array(row) for layer, row in rows.items()}
+    found = [
+        read_recording(save_npz(tmp_path / "layers.npz", **arrays)),
+        read_recording(save_torch(tmp_path / "layers.pt", {key: torch.tensor(row) for key, row in arrays.items()})),
+        read_recording(save_json(tmp_path / "layers.json", {key: row.tolist() for key, row in arrays.items()})),
+    ]
+    for recording in found:
+        assert recording.loads.tolist() == [[rows[2], rows[11]]] and recording.layers.tolist() == [2, 11]
+        assert noted(recording, "its 2 arrays are read as a layer each")
+    assert read_recording(f"{tmp_path / 'layers.npz'}#{name.format(2)}").loads.tolist() == [[rows[2]]]
+    alone = read_recording(save_torch(tmp_path / "list.pt", [torch.tensor(row) for row in rows.values()]))
+    assert alone.loads.tolist() == [[rows[11], rows[2]]] and alone.layers.tolist() == [0, 1]
+    with pytest.raises(InputError, match="choose one as"):  # not as long as each other
+        read_recording(save_npz(tmp_path / "other.npz", a0=np.ones(3), a1=np.ones(4)))
+
+
+def test_the_routers_weight_of_a_selection_is_no_count(tmp_path: Path) -> None:
+    rows = "token,layer,expert,weight\n0,0,2,0.75\n0,0,0,0.25\n1,0,2,0.5\n1,0,1,0.5\n"
+    (tmp_path / "rows.csv").write_text(rows)
+    recording = read_recording(str(tmp_path / "rows.csv"))
+    assert recording.loads.tolist() == [[[1, 1, 2]]] and recording.top_k == 2
+
+
 def test_our_own_files_say_everything(tmp_path: Path) -> None:
     counts = counts_made_up(3).astype(np.int64)
     path = tmp_path / "own.npz"
@@ -622,8 +655,8 @@ def test_rows_without_a_header_are_selections_where_they_cannot_be_counts(tmp_pa
     ("text", "words"),
     [
         ("layer,expert\n", "has no rows"),
-        ("layer,expert\n0,x\n", "column expert holds String"),
-        ("layer,expert\n0,\n", "with 1 gaps"),
+        ("layer,expert\n0,x\n", "column expert has no number in 1 of 1 rows"),
+        ("layer,expert\n0,\n", "no number in 1 of 1 rows"),
         ("layer,expert\n0,-1\n", "column expert must hold whole numbers from 0"),
         ("layer,expert\n0.5,1\n", "column layer must hold whole numbers"),
         ("layer,expert,count\n0,1,-3\n", "counts must be 0 to"),
@@ -643,6 +676,44 @@ def test_a_mark_of_the_byte_order_at_the_beginning_is_read_past(tmp_path: Path) 
     for text, loads in (("layer,expert\n0,1\n", [[0, 1]]), ("1,2,3,4\n5,6,7,8\n", [[1, 2, 3, 4], [5, 6, 7, 8]])):
         (tmp_path / "excel.csv").write_text(text, encoding="utf-8-sig")
         assert read_recording(str(tmp_path / "excel.csv")).loads.tolist() == [loads]
+
+
+@pytest.mark.parametrize("sign", [",", ", ", ";", "\t", " "])
+def test_columns_are_divided_by_commas_semicolons_tabs_or_blanks(tmp_path: Path, sign: str) -> None:
+    path, rows = tmp_path / "rows.txt", [[3, 1, 4, 1], [5, 9, 2, 6]]
+    path.write_text("# made up\n" + "\n".join(sign.join(map(str, row)) for row in rows) + "\n")
+    assert read_recording(str(path)).loads.tolist() == [rows]
+    long = [["Count", "LAYER", "expert"], *([n, i, j] for i, row in enumerate(rows) for j, n in enumerate(row))]
+    path.write_text("\n".join(sign.join(map(str, row)) for row in long))
+    assert read_recording(str(path)).loads.tolist() == [rows]
+    path.write_text("\n".join(f"{row % 2}{sign}{row % 3}" for row in range(600)))
+    assert read_recording(str(path)).loads.tolist() == [[[100, 100, 100]] * 2]  # more rows than a model has layers
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("nothing.npz", b"", "nothing.npz is empty"),
+        ("comments.csv", b"# 1,2\n\n", "comments.csv holds no numbers"),
+        ("counts.csv.gz", b"\x1f\x8b\x08\x00", "counts.csv.gz is compressed by gzip; unpack it first"),
+        ("gaps.csv", b"layer,expert,count\n0,1,\n0,2,3\n", "column count has no number in 1 of 2 rows"),
+        ("idle.jsonl", b'{"forward_pass_id": 1, "expert_counts": [0, 0]}', "recorded nothing: all its counts are zero"),
+    ],
+)
+def test_files_without_numbers_say_so(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_recording(str(tmp_path / name))
+
+
+def test_a_zip_of_other_files_and_layers_named_twice_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme.txt", "no array")
+    with pytest.raises(InputError, match=r"other\.zip holds no arrays"):
+        read_recording(str(tmp_path / "other.zip"))
+    own = {"counts": np.ones((1, 2, 4), int), "top_k": np.int64(2), "n_tokens": np.array([2])}
+    with pytest.raises(InputError, match=r"its layers are \[3, 3\], expected a place of its own for each"):
+        read_recording(save_npz(tmp_path / "own.npz", layers=np.array([3, 3]), **own))
 
 
 def test_a_key_is_refused_where_nothing_has_a_name(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_one_array_of_several_is_chosen_by_key(tmp_path: Path) -> None:
         ("empty.npz", b"PK\x05\x06" + bytes(18), "holds no arrays"),
         ("words.csv", b"expert,count\n0,3\n", "is not a routing file"),
         ("ragged.csv", b"1,2\n3\n", "is not a routing file"),
-        ("empty.csv", b"", "expected counts"),
+        ("empty.csv", b"", "is empty"),
         ("negative.csv", b"1,-2\n", "must be 0 to"),
         ("idle.csv", b"1,2\n0,0\n", "not all zero in a layer"),
         ("nan.csv", b"1,nan\n", "must be 0 to"),
@@ -507,6 +507,18 @@ def test_temporal_experts_are_used_as_often_as_gem_saw() -> None:
     assert temporal.sum() / n_bursts == pytest.approx(4, rel=0.1)
     together = np.corrcoef(temporal.T)
     assert np.abs(together[~alike]).max() < 5 / np.sqrt(n_steps / 8)
+
+
+def test_skewed_bursts_are_bursts_times_layers_that_differ() -> None:
+    skewed, alike = (rt.synthetic_steps(name, 40, 2, 16, 5) for name in ("skewed-temporal:2", "temporal:2"))
+    factor = skewed / alike
+    factor /= factor[..., :1]  # each step has a sum of its own
+    np.testing.assert_allclose(factor, np.broadcast_to(factor[:1], factor.shape))
+    for row in -np.sort(-factor[0], axis=1):  # a power law of ranks, with an exponent of the layer's own
+        exponent = np.log2(row[0] / row[1])
+        assert 0.5 <= exponent <= 1.5
+        np.testing.assert_allclose(row / row.sum(), rt.power_law_shares(16, exponent)[0])
+    assert not np.allclose(np.sort(factor[0, 0]), np.sort(factor[0, 1]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Statistics of routing: figures by hand, slow counts beside fast ones, what is drawn against what is expected."""
 
+import base64
 import itertools
 import json
 import math
@@ -312,6 +313,21 @@ def test_consistent_and_temporal_experts_by_hand() -> None:
     assert found.temporal_weight[0] == pytest.approx(4 * (100 / 141 + 100 / 171) / 2)
 
 
+def test_cutoffs_decide_what_is_consistent_and_temporal() -> None:
+    steps = np.zeros((10, 1, 4))
+    steps[:, 0, 0], steps[5:, 0, 1], steps[:, 0, 2] = 40, 40, 8
+    found = rt.experts_in_time(steps, np.arange(1), rt.Cutoffs(0.3, 0.5, 0.5, 1.0))
+    assert found is not None
+    np.testing.assert_allclose(
+        found.used_frac, [[1, 0.5, 1, 0]]
+    )  # 8 of 88 and of 48 assignments, as 22 and 12 are even
+    assert found.is_consistent.tolist() == [[True, True, True, False]]
+    assert found.is_temporal.tolist() == [[False, True, False, False]]
+    for wrong in ({"consistent_least_frac": 1.5}, {"temporal_most_frac": math.nan}, {"used_share": -1.0}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} is .*, expected at least 0"):
+            rt.Cutoffs(**wrong)
+
+
 def test_temporal_experts_of_the_family_are_found_with_their_groups_of_four() -> None:
     found = rt.experts_in_time(drawn("temporal:4", 300, 256).loads, np.arange(2))
     assert found is not None
@@ -429,6 +445,24 @@ def test_a_few_steps_that_disagree_are_too_few() -> None:
     assert found.gains[1].gain_frac > 0.1 and found.label == UNCLEAR and "Too few steps to say" in found.reason
 
 
+def test_skew_in_one_layer_of_many_is_named_and_no_benefit_for_all() -> None:
+    uniform, steep = drawn("uniform", 16, 512, n_layers=8), drawn("power-law:1.2", 16, 512, n_layers=1)
+    steps = np.concatenate([uniform.loads[:, :7], steep.loads], axis=1)
+    found = rt.judge(rt.Recording("made", steps, np.arange(8) + 3, 8, uniform.n_tokens))
+    assert found.label == NONE and "too small" not in found.reason
+    assert "Only 1 of 8 layers gains much (layer 10): there the hot set saves" in found.reason
+    few = rt.judge(rt.Recording("made", steps[:, 4:], np.arange(4), 8, uniform.n_tokens))
+    assert few.label == SLIGHT and "Only 1 of 4 layers gains much (layer 3)" in few.reason  # most layers are uniform
+
+
+def test_a_hot_set_of_its_own_in_every_step_is_no_benefit_once_steps_are_many() -> None:
+    rng = np.random.default_rng(3)
+    steps = rng.permuted(np.tile([60.0] * 8 + [2] * 56, (128, 4, 1)), axis=2)
+    found = rt.judge(recording(steps))
+    assert found.label == NONE and "What is hot in one half is not in the other" in found.reason
+    assert rt.judge(recording(steps[:12])).label == UNCLEAR
+
+
 def test_steep_routing_is_seen_in_few_tokens_and_small_skew_is_not() -> None:
     assert rt.judge(drawn("power-law:1.5", 1, 100)).label == HOT
     slight = rt.judge(drawn("coverage:0.58/0.5", 1, 100))
@@ -531,6 +565,20 @@ def test_bars_fall_from_hot_to_cold() -> None:
     assert len(load_bars(rt.uniform_shares(128)[0])) == 12
 
 
+@pytest.mark.parametrize("name", ["uniform", "power-law:1", "temporal:4"])
+def test_no_line_is_longer_than_a_terminal_and_what_is_left_out_is_named(name: str) -> None:
+    found = drawn(name, 64, 128)
+    few = rt.Recording("few", drawn("uniform", 1, 9).loads, np.arange(2), 8)
+    unknown = rt.Recording("unknown", found.loads, np.arange(2), is_ordered=False)
+    assert all(len(line) <= 60 for made in (few, unknown) for line in routing_page(rt.summarise(made), 60).splitlines())
+    summary = rt.summarise(found)
+    for width in (60, 72, 80, 100, 200):
+        page = routing_page(summary, width)
+        assert max(map(len, page.splitlines())) <= width, width
+        assert ("a wider page also has: CV" in page) == (width < 118)
+        assert "hot to cold" in page and "of unseen tokens" in page and "last window" in page
+
+
 def test_the_command_reads_a_file_and_prints_a_page_in_ascii_or_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -545,13 +593,54 @@ def test_the_command_reads_a_file_and_prints_a_page_in_ascii_or_json(
     assert "?" not in words and "20 of 30 layers" in words and "#" in words and "against made.npz@2: " in words
     assert "made.npz: 16 steps, 30 layers (3 to 32), 64 experts, top-8, 1,024 tokens" in words
     app(
-        ["routing", path, "--layers", "3,9", "--window", "2", "--hot", "0.5", "--tokens", "7", "--json"],
+        [
+            "routing",
+            path,
+            "--layers",
+            "3,9",
+            "--window",
+            "2",
+            "--hot",
+            "0.5",
+            "--tokens",
+            "7",
+            "--json",
+            "--consistent",
+            "40%",
+            "--temporal-weight",
+            "2.5",
+        ],
         standalone_mode=False,
     )
     values = json.loads(capsys.readouterr().out)
     assert [row["layer"] for row in values["layers"]] == [3, 9]
     assert [(row["window_steps"], row["random_frac"]) for row in values["overlaps"]] == [(2, 0.5)]
     assert [row["n_tokens"] for row in values["verdict"]["decode"]] == [7]
+    cutoffs = {
+        "consistent_least_frac": 0.4,
+        "temporal_least_weight": 2.5,
+        "temporal_most_frac": 0.34,
+        "used_share": 0.5,
+    }
+    assert cutoffs.items() <= values["experts_in_time"].items()
+
+
+def test_a_shape_says_the_layers_of_ids_in_base64(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "torch_dtype": "bfloat16",
+    }
+    config |= {"n_routed_experts": 5, "num_experts_per_tok": 2, "hidden_size": 8, "moe_intermediate_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = np.array([[[0, 0], [1, 2], [3, 4]]] * 7, dtype="<i4")  # 7 tokens, layers, top-k; the first layer is dense
+    (tmp_path / "made.json").write_text(json.dumps({"routed_experts": base64.b64encode(ids.tobytes()).decode()}))
+    command = ["routing", str(tmp_path / "made.json"), "--shape", str(tmp_path / "config.json"), "--json"]
+    app(command, standalone_mode=False)
+    values = json.loads(capsys.readouterr().out)
+    assert (values["n_experts"], values["top_k"], values["n_tokens"]) == (5, 2, 7)
+    assert [(row["layer"], row["n_active"]) for row in values["layers"]] == [(1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,20 @@ def test_the_page_says_what_is_computed_beside_what_is_published() -> None:
         assert words in page
     for name in (*FACTORS, "utilisation", "bottleneck", "overhead", "predictor", "FLOP/s x0.25"):
         assert name in page
+    assert "published figures are of deepseek-v2, qwen3-235b-a22b, glm-4.5-air at 256 to 768 tokens" in " ".join(
+        page.split()
+    )
     assert "4 steps of 2 layers that stand for 45; 25 of 128 experts" in page
     assert all(len(line) <= 120 for line in page.splitlines())
 
 
 def test_json_holds_the_same_with_units_and_switches_change_it() -> None:
     whole = json.loads(run("--json"))
-    assert whole["speedup"] == pytest.approx(
-        min(whole["systems"][name]["step_ns"] for name in ("GPU-CPU", "GPU-NDP", "GPU-only", "CPU-cold"))
-        / whole["step_ns"]
-    )
+    over = {
+        name: whole["systems"][name]["step_ns"] / whole["step_ns"]
+        for name in ("GPU-CPU", "GPU-NDP", "GPU-only", "CPU-cold")
+    }
+    assert whole["speedup_over"] == pytest.approx(over) and whole["speedup"] == pytest.approx(min(over.values()))
     assert set(whole["factors"]) == set(FACTORS) and whole["n_steps"] == 4 and len(whole["sensitivity"]) == 8
     assert whole["systems"]["TriMoE"]["step_ns"] == whole["step_ns"]
     bare = json.loads(run("--json", "--no-cpu", "--no-refinement", "--no-relayout"))
@@ -55,8 +59,10 @@ def test_json_holds_the_same_with_units_and_switches_change_it() -> None:
     assert "cpu" not in bare["systems"]["TriMoE without CPU, refinement, relayout"]["utilisation"]
     slow = json.loads(run("--json", "--ndp-bandwidth", "0.5x", "--ndp-flops", "500GFLOP/s", "--hbm-slots", "0"))
     assert slow["n_slots"] == 0 and slow["step_ns"] > whole["step_ns"]
-    classes = json.loads(run("--json", "--cold-below", "0.5", "--hot-from", "3"))
-    assert classes["bounds"] == {"cold_below": 0.5, "hot_from": 3.0}
+    assert json.loads(run("--json", "--hidden-moves"))["overhead_frac"] == 0 < whole["overhead_frac"]
+    for cold in (0.0, 0.5):
+        classes = json.loads(run("--json", "--cold-below", str(cold), "--hot-from", "3"))
+        assert classes["bounds"] == {"cold_below": cold, "hot_from": 3.0}
     quarter = next(row for row in whole["sensitivity"] if row["ndp_computing_scale"] == 0.25)
     alone = json.loads(run("--json", "--ndp-flops", "0.25x"))
     assert alone["step_ns"] == pytest.approx(quarter["step_ns"])
@@ -102,7 +108,8 @@ def test_a_recorded_routing_and_tables_of_times_are_read(tmp_path) -> None:
         (("--hbm-slots", "3", "--hbm-budget", "4GB"), "not both"),
         (("--routing", "nope"), "no routing file 'nope'.*three-class"),
         (("--table", "gpu"), "expected DOMAIN=FILE.csv"),
-        (("--cold-below", "-2"), "--cold-below is '-2'"),
+        (("--cold-below", "-2"), "classes begin at -2 and 4 mean loads, expected two ascending numbers from 0 on"),
+        (("--cold-below", "few"), "--cold-below is 'few'"),
         (("--cold-below", "5"), "classes begin at 5 and 4 mean loads"),
         (("--batch", "many"), "--batch is 'many', expected a whole number"),
     ],
@@ -122,6 +129,8 @@ def test_the_document_is_what_is_computed() -> None:
             line.startswith(f"| {model}: over the best baseline") and f"{found.speedup:.2f}x, " in line
             for line in written.splitlines()
         ), "run `python docs/regenerate.py`"
+        over = " | ".join(f"{speedup:.2f}x" for speedup in found.speedups.values())
+        assert f" | {over} |" in written, "run `python docs/regenerate.py`"
 
 
 def test_what_the_document_says_in_words_is_so() -> None:

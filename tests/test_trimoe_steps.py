@@ -1,5 +1,6 @@
 """What TriMoE does from step to step: routing, predicting, moving weights; and whole simulations of it and others."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from perfmodel import moe
 from perfmodel.errors import InputError
 from perfmodel.hardware import hardware
+from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
 from perfmodel.routing import Recording, write_counts
 from perfmodel.trimoe import (
     BASELINES,
@@ -78,6 +80,25 @@ def test_steps_are_batches_of_the_model_and_a_file_keeps_its_own_steps(tmp_path)
         steps_of(str(path), GLM, 32, 3, 8)
     with pytest.raises(InputError, match="no routing file 'nonsense'"):
         steps_of("nonsense", GLM, 32, 3, 8)
+
+
+def test_the_steps_of_a_file_are_shares_whatever_they_sum_to_and_in_order_only_if_they_were(tmp_path) -> None:
+    loads = np.random.default_rng(0).random((3, 1, 16))
+    loads /= loads.sum(axis=2, keepdims=True)
+    np.save(tmp_path / "made.npy", loads / 4)
+    found = steps_of(str(tmp_path / "made.npy"), SMALL, 10**6, 9, 3)
+    assert found.is_ordered and found.loads == pytest.approx(2 * 10**6 * loads, abs=1)
+    passes = [{"forward_pass_id": step, "expert_counts": [[step] * 16]} for step in (5, 2, 9)]
+    (tmp_path / "made.json").write_text(json.dumps(passes))
+    assert not steps_of(str(tmp_path / "made.json"), SMALL, 64, 9, 3).is_ordered
+    with pytest.raises(InputError, match="no order of time"):
+        small(str(tmp_path / "made.json"))
+
+
+def test_a_name_of_a_routing_is_drawn_though_a_folder_has_it(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporal").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert (steps_of("temporal", SMALL, 64, 3, 2).loads == steps_of("temporal:4", SMALL, 64, 3, 2).loads).all()
 
 
 def test_the_average_takes_three_tenths_of_the_new_and_classes_count_in_mean_loads() -> None:
@@ -197,7 +218,7 @@ def test_a_static_system_is_its_layers_one_by_one() -> None:
     spans = []
     for tokens in work.steps:
         costs = machine.costs(tokens, layout.resident, layout.striped, layout.home)
-        spans.append(busy(costs, system.decide(costs, tokens, work.bounds)).makespan_ns)
+        spans.append(busy(costs, system.decide(costs, tokens)).makespan_ns)
     found = simulate(work, system)
     assert found.makespan_ns == pytest.approx(np.array(spans))
     assert found.step_ns == pytest.approx(np.mean(spans) * SMALL.n_layers)
@@ -213,6 +234,34 @@ def test_with_room_for_all_every_system_is_the_gpu_alone() -> None:
         assert simulate(work, system).makespan_ns == pytest.approx(alone)
 
 
+@pytest.mark.parametrize(("number", "elsewhere"), [(1, NEAR_DATA), (3, ON_HOST)])
+def test_two_baselines_copy_as_many_of_the_hottest_as_make_each_layer_shortest(number: int, elsewhere: int) -> None:
+    """Beside every number of copies; a prefix of the hottest may be best far beyond the first that does not help."""
+    system, work = BASELINES[number], small("power-law", n_tokens=6000, n_slots=2)
+    machine = work.machine(system)
+    layout = first_layout(machine, work.before.mean(axis=0), 2, work.bounds)
+    for tokens in work.steps:
+        costs = machine.costs(tokens, layout.resident, layout.striped, layout.home)
+        spans = busy(costs, system.decide(costs, tokens)).makespan_ns
+        for layer, row in enumerate(tokens):
+            others = [e for e in np.argsort(-row, kind="stable") if not layout.resident[layer, e]]
+            tried = np.where(layout.resident, RESIDENT, elsewhere)
+            every = [busy(costs, tried).makespan_ns[layer]]
+            for expert in others:
+                tried[layer, expert] = COPIED
+                every.append(busy(costs, tried).makespan_ns[layer])
+            assert spans[layer] == pytest.approx(min(every))
+
+
+def test_a_baseline_does_not_depend_on_what_it_lacks_nor_on_the_classes_of_trimoe() -> None:
+    work = small(n_slots=2)
+    for cold in (0.0, 4.0):
+        other = replace(work, bounds=Bounds(cold, 4.0), options=Options(ndp_computing_scale=0.1))
+        for system in BASELINES:
+            if not system.has_ndp:
+                assert simulate(other, system).step_ns == simulate(work, system).step_ns
+
+
 @pytest.mark.parametrize("system", [*BASELINES, *LADDER], ids=lambda s: s.name)
 def test_shares_of_time_are_shares_and_the_units_are_those_a_system_uses(system) -> None:
     found = simulate(small("temporal", n_slots=2), system)
@@ -222,6 +271,15 @@ def test_shares_of_time_are_shares_and_the_units_are_those_a_system_uses(system)
         u for u, there in zip(("gpu", "cpu", "ndp"), (1, system.has_cpu, system.has_ndp), strict=True) if there
     )
     assert (found.exposed_ns >= 0).all() and 0 <= found.dimm_busy_frac <= 1
+
+
+def test_moves_that_must_be_hidden_add_nothing_and_attention_hides_more_of_them() -> None:
+    work = replace(made_workload(MACHINE, GLM, 512, n_steps=12, n_layers=2), options=Options(ndp_computing_scale=0.25))
+    seen = simulate(work, TRIMOE)
+    hidden = simulate(replace(work, has_seen_moves=False), TRIMOE)
+    beside = simulate(replace(work, attention_ns=1e6), TRIMOE)
+    assert hidden.overhead_frac == 0 < beside.overhead_frac < seen.overhead_frac
+    assert 0 < sum(hidden.n_moves.values()) < sum(seen.n_moves.values())
 
 
 def test_a_relayout_helps_where_experts_change_and_does_nothing_where_they_do_not() -> None:

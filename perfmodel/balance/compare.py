@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ from perfmodel.placement.balance import Array, ExpertMap, imbalance, linear, rou
 from perfmodel.placement.eplb import rebalance
 from perfmodel.placement.gem import TINY, WINDOW_STEPS, gem
 from perfmodel.placement.staircase import Staircase
-from perfmodel.routing import Recording, read_recording, synthetic_counts, synthetic_steps
-from perfmodel.routing.files import split_source
+from perfmodel.routing import Recording, is_drawn, read_recording, synthetic_counts, synthetic_steps
 
 LINEAR, BALANCED = "linear", "lpt"
 POLICIES = (LINEAR, "round-robin", BALANCED, "lpt-free", "lpt-speed", "eplb", "gem")
@@ -190,12 +188,12 @@ def steps_of(source: str, shape: MoEShape, n_tokens: int, n_steps: int | None = 
 
     Raises InputError where a file is for another number of experts.
     """
-    recorded = _recorded(source, shape)
     notes: tuple[str, ...] = ()
-    if recorded is None:
+    if is_drawn(source):
         shares = synthetic_steps(source, n_steps or N_STEPS, shape.n_layers, shape.n_experts, seed=0)
         layers = np.arange(shape.n_layers)
     else:
+        recorded = read_recording(source, n_experts=shape.n_experts, top_k=shape.top_k)
         loads, layers, notes = recorded.loads[:n_steps], recorded.layers, recorded.notes
         shares = loads / np.maximum(loads.sum(axis=2, keepdims=True), TINY)
         if len(recorded.loads) > 1:
@@ -207,10 +205,3 @@ def steps_of(source: str, shape: MoEShape, n_tokens: int, n_steps: int | None = 
     return Recording(
         source, drawn, layers, shape.top_k, np.full(len(drawn), n_tokens), notes=(*notes, "drawn at random")
     )
-
-
-def _recorded(source: str, shape: MoEShape) -> Recording | None:
-    """What a routing file recorded; null for the name of a pattern."""
-    if not Path(split_source(source)[0]).exists():
-        return None
-    return read_recording(source, n_experts=shape.n_experts, top_k=shape.top_k)

@@ -3,11 +3,9 @@
 Nothing here is fitted to the numbers of GEM (arXiv 2605.19945); they are compared with what comes out.
 """
 
-import csv
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from io import StringIO
+from pathlib import Path
 
 import numpy as np
 
@@ -17,15 +15,19 @@ from perfmodel.placement.balance import Array
 from perfmodel.placement.gem import WINDOW_STEPS, best_map, straggler_ns
 from perfmodel.placement.staircase import SPREAD_IN_FLEET_FRAC, SPREAD_IN_NODE_FRAC, Staircase, spread_speeds
 from perfmodel.predict import Basis, basis_of
-from perfmodel.routing import Shares, synthetic_counts
+from perfmodel.routing import Shares, synthetic_counts, synthetic_steps
 
 from .compare import BALANCED, LINEAR, N_STEPS, compare, made, steps_of
 from .profiles import layer_ns_by_rows, predicted_staircase
 
 MACHINE, N_GPUS, N_TOKENS, N_LAYERS = "h100-sxm", 4, 4096, 6
 MODELS = ("mixtral-8x7b", "mixtral-8x22b", "llama-4-scout", "hunyuan-a13b", "qwen3-30b-a3b")
-ROUTINGS = ("uniform", "layered", "temporal:1", "temporal:4")
-BURSTY = "temporal:1"
+LASTING, BURSTY, SKEWED = "layered", "temporal:1", "skewed-temporal:1"
+ROUTINGS = ("uniform", LASTING, BURSTY, "temporal:4", SKEWED, "skewed-temporal:4")
+RECORDED = Path(__file__).parent.parent / "data" / "routing" / "olmoe-mixtral.npz"
+MEASURED = {"olmoe-1b-7b": "olmoe", "mixtral-8x7b": "mixtral-8x7b"}  # names of the catalogue by those in the file
+AS_MEASURED = "as measured"  # of shares: the same in every step
+LONG_WINDOW = 3 * WINDOW_STEPS  # beside the published one, to tell what a window of 16 steps fits by chance
 SPREADS = (0.0, SPREAD_IN_NODE_FRAC, SPREAD_IN_FLEET_FRAC)
 BATCHES = (64, 1024, 4096, 16_384)
 STUDIED = (LINEAR, BALANCED, "lpt-speed", "gem")
@@ -44,9 +46,9 @@ def turns(spread_frac: float) -> list[Array]:
 
 
 @cache
-def loads_of(model: str, routing: str, n_tokens: int) -> Array:
-    """The loads of N_STEPS steps of N_LAYERS layers, `[step, layer, expert]`."""
-    return steps_of(routing, replace(moe.shape(model), n_layers=N_LAYERS), n_tokens).loads
+def loads_of(model: str, routing: str, n_tokens: int, n_steps: int = N_STEPS) -> Array:
+    """The loads of so many steps of N_LAYERS layers, `[step, layer, expert]`."""
+    return steps_of(routing, replace(moe.shape(model), n_layers=N_LAYERS), n_tokens, n_steps).loads
 
 
 def staircase_of(model: str, loads: Array, speeds: Array) -> Staircase:
@@ -91,6 +93,31 @@ def judged_otherwise(model: str, n_tokens: int = N_TOKENS) -> tuple[Latencies, L
     return dict(zip(STUDIED, on_window, strict=True)), dict(zip(STUDIED, by_rows, strict=True))
 
 
+def by_history(model: str, routing: str) -> dict[str, float]:
+    """What maps searched on other histories than a window save over the token-balanced map of that window, on later
+    steps at the spread of a fleet: by words for the history; mean over turns.
+
+    Smoothed loads lie half way to the expert's mean in the window, even ones are that mean in all steps.
+    """
+    loads = loads_of(model, routing, N_TOKENS, LONG_WINDOW + N_STEPS - WINDOW_STEPS)
+    history, judged = np.split(loads, [LONG_WINDOW])
+    window = history[-WINDOW_STEPS:]
+    even = np.broadcast_to(window.mean(axis=0), window.shape)
+    histories = {
+        f"{WINDOW_STEPS} steps": window,
+        "smoothed": (window + even) / 2,
+        "even": even,
+        f"{LONG_WINDOW} steps": history,
+    }
+    found = []
+    for speeds in turns(SPREAD_IN_FLEET_FRAC):
+        stairs = staircase_of(model, loads, speeds)
+        maps = [made(BALANCED, window, stairs), *(made("gem", one, stairs) for one in histories.values())]
+        found.append([float(straggler_ns(one.tokens(judged), stairs).mean()) for one in maps])
+    balanced, *others = np.mean(found, axis=0).tolist()
+    return {words: 1.0 - ns / balanced for words, ns in zip(histories, others, strict=True)}
+
+
 def against_the_best(model: str, spread_frac: float) -> tuple[float, float, float]:
     """What of a window the best of all maps and the search save over linear, and the share of layers in which the
     search found the best; mean over turns. For models of few experts."""
@@ -105,17 +132,22 @@ def against_the_best(model: str, spread_frac: float) -> tuple[float, float, floa
     return float(1 - best.sum() / linear.sum()), float(1 - found.sum() / linear.sum()), is_best
 
 
-def measured_routing(shares: Mapping[str, Shares]) -> str:
-    """What policies make of measured shares `[layer, expert]` by `MODEL__TEXT`, drawn in steps, as CSV for the page."""
-    out = StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["model", "text", "spread_frac", *(f"{policy}_ns" for policy in STUDIED)])
-    for key, one in shares.items():
-        model, _, text = key.partition("__")
-        name = {"olmoe-1b-7b": "olmoe"}.get(model, model)
-        steps = np.repeat((one / one.sum(axis=1, keepdims=True))[None], N_STEPS, axis=0)
-        loads = synthetic_counts(steps, N_TOKENS, moe.shape(name).top_k, seed=0).astype(np.float64)
-        for spread_frac in SPREADS:
-            found = _latencies(name, loads, spread_frac)["mean"]
-            table.writerow([name, text, spread_frac, *(f"{found[policy]:.0f}" for policy in STUDIED)])
-    return out.getvalue()
+@cache
+def measured_shares() -> dict[tuple[str, str], Shares]:
+    """Shares `[layer, expert]` that others measured, by model of the catalogue and text."""
+    with np.load(RECORDED) as recorded:
+        keys = [(key, *key.split("__")) for key in recorded.files]
+        return {(MEASURED[model], text): recorded[key] for key, model, text in keys if model in MEASURED}
+
+
+def measured_latencies(model: str, text: str, routing: str, spread_frac: float) -> Latencies:
+    """The time of a layer, ns, under each policy on measured shares, drawn in steps as they are (AS_MEASURED), or times
+    the bursts of BURSTY."""
+    shares = measured_shares()[model, text]
+    n_layers, n_experts = shares.shape
+    steps = np.broadcast_to(shares, (N_STEPS, n_layers, n_experts))
+    if routing == BURSTY:
+        steps = steps * synthetic_steps(BURSTY, N_STEPS, n_layers, n_experts, seed=0)
+    each = steps / steps.sum(axis=2, keepdims=True)
+    loads = synthetic_counts(each, N_TOKENS, moe.shape(model).top_k, seed=0).astype(np.float64)
+    return _latencies(model, loads, spread_frac)["mean"]

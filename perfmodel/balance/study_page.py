@@ -1,7 +1,6 @@
 """docs/balance-study.md as text: every number on it is computed here by `study`, or read from a table that it wrote."""
 
-import csv
-from io import StringIO
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,29 +12,36 @@ from perfmodel.placement.staircase import saved_frac
 
 from .compare import BALANCED, LINEAR, N_STEPS
 from .study import (
+    AS_MEASURED,
     BATCHES,
     BURSTY,
+    LASTING,
+    LONG_WINDOW,
     MACHINE,
     MODELS,
     N_GPUS,
     N_LAYERS,
     N_TOKENS,
     ROUTINGS,
+    SKEWED,
     SPREADS,
     against_the_best,
+    by_history,
     gain,
     judged_otherwise,
     latencies,
     loads_of,
+    measured_latencies,
+    measured_shares,
     staircase_of,
     turns,
 )
 
-MEASURED = "balance-study-measured.csv"
 # Of latency end to end, and of the 90th percentile of the time per output token.
 PUBLISHED_MEAN_FRAC, PUBLISHED_MAX_FRAC, PUBLISHED_QWEN_FRAC, PUBLISHED_P90_FRAC = 0.079, 0.165, 0.015, 0.091
 FFN_FRAC = 2 / 3  # of the compute of a token are at most the experts, as GEM's introduction has it
 SEVERAL = ROUTINGS[1:]  # routings with something to gain
+GROWING = (LASTING, BURSTY, SKEWED)  # those of which the page asks whether gains grow with the spread
 NODE, FLEET = SPREADS[1:]
 
 HEAD = """# Experts on GPUs of unequal speed: what comes out of it
@@ -47,19 +53,16 @@ and times are not to be had. Nothing here was measured by us, and nothing was tu
 """
 
 
-def page(measured_csv: str | None = None) -> str:
-    """The page; `measured_csv` is what `study.measured_routing` made, null leaves that section out."""
-    sections = [HEAD, _setting(), _by_routing(), _by_spread(), _claims(), _by_batch(), _unseen(), _best()]
-    sections += [measured(measured_csv)] if measured_csv else []
-    blocks = "\n".join([*sections, _plan()]).split("\n\n")
+def page() -> str:
+    """The page."""
+    sections = [HEAD, _setting(), _by_routing(), _by_spread(), _claims(), _by_batch(), _unseen(), _histories(), _best()]
+    blocks = "\n".join([*sections, _measured(), _plan()]).split("\n\n")
     return "\n\n".join(map(wrapped, blocks)).rstrip("\n") + "\n"
 
 
 def write(docs: Path) -> None:
-    """Write balance-study.md into a folder, with the table of measured routing that lies there."""
-    table_made = docs / MEASURED
-    found = table_made.read_text(encoding="utf-8") if table_made.exists() else None
-    (docs / "balance-study.md").write_text(page(found), encoding="utf-8")
+    """Write balance-study.md into a folder."""
+    (docs / "balance-study.md").write_text(page(), encoding="utf-8")
 
 
 def _percent(value: float) -> str:
@@ -70,6 +73,10 @@ def _gains(model: str, routing: str, spread_frac: float, n_tokens: int = N_TOKEN
     """What the search saves over linear and over token-balanced maps."""
     found = latencies(model, routing, spread_frac, n_tokens)["mean"]
     return gain(found, "gem", LINEAR), gain(found, "gem", BALANCED)
+
+
+def _names(routings: Sequence[str]) -> str:
+    return " / ".join(f"`{routing}`" for routing in routings)
 
 
 def _pair(gains: tuple[float, float]) -> str:
@@ -97,38 +104,38 @@ def _by_routing() -> str:
 Saved by the search over the linear map / over the token-balanced map (longest first, equally many experts each).
 
 {table(["model", *(f"`{routing}`" for routing in ROUTINGS)], rows)}
-Under the bursty routings most of what is gained over the linear map is token balance, which knows no speeds. What
-speeds add is the second number, and it needs experts that stay hot: `layered` is the same in every step. Longest first
-by the speeds of GPUs (`lpt-speed`), which knows only sums, is the better map in {len(shares) - n_below} of
-{len(shares)} cases. With eight experts on four GPUs there are few maps to choose from, and the slowest GPU
-has to take two.
+Under `temporal` most of what is gained over the linear map is token balance, which knows no speeds. What speeds add is
+the second number, and it needs experts that are not alike: `layered` has them, the same in every step, and
+`skewed-temporal`, which is the product of both, in bursts. Experts of real models differ and are bursty, so that this
+is the routing closest to GEM's. Longest first by the speeds of GPUs (`lpt-speed`), which knows only sums, is the better
+map in {len(shares) - n_below} of {len(shares)} cases. With eight experts on four GPUs there are few maps to choose
+from, and the slowest GPU has to take two.
 """
 
 
 def _by_spread() -> str:
-    chosen = ("layered", BURSTY)
-    rows = [[name, *(_pair(_gains(name, r, spread)) for r in chosen for spread in SPREADS)] for name in MODELS]
-    header = ["model", *(f"`{routing}`, {_percent(spread)} %" for routing in chosen for spread in SPREADS)]
+    rows = [[name, *(_pair(_gains(name, r, spread)) for r in GROWING for spread in SPREADS)] for name in MODELS]
+    header = ["model", *(f"`{routing}`, {_percent(spread)} %" for routing in GROWING for spread in SPREADS)]
     return f"""## By spread of speeds
 
 Saved over linear / over token-balanced maps. {_percent(NODE)} % is what GEM measured in one node of eight L40s,
 {_percent(FLEET)} % over 128 of them.
 
 {table(header, rows)}
-Under `{BURSTY}` the gain over the linear map falls with the spread: whatever the map, some burst meets the slowest GPU,
-and the slower it is the more often all maps wait for it.
+Under `{BURSTY}` the gain over the linear map falls with the spread: its experts of a kind are alike, so that of equally
+many experts the slowest GPU can hardly be given less; whatever the map, some burst meets it, and the slower it is the
+more often all maps wait for it. Where experts differ too, the slowest GPU gets those that seldom matter.
 """
 
 
 def _claims() -> str:
     even = max(abs(value) for name in MODELS for value in _gains(name, "uniform", 0.0))
     uniform = max(abs(value) for name in MODELS for value in _gains(name, "uniform", FLEET))
-    grows = {
-        routing: sum(
-            all(a < b for a, b in pairwise(_gains(name, routing, spread)[1] for spread in SPREADS)) for name in MODELS
-        )
-        for routing in ("layered", BURSTY)
-    }
+    grows = [
+        f"{sum(all(a < b for a, b in pairwise(_gains(m, r, spread)[over] for spread in SPREADS)) for m in MODELS)}"
+        for over in (0, 1)
+        for r in GROWING
+    ]
     over_linear = {routing: [_gains(name, routing, FLEET)[0] for name in MODELS] for routing in SEVERAL}
     p90 = {
         routing: [gain(latencies(name, routing, FLEET)["p90"], "gem", LINEAR) for name in MODELS] for routing in SEVERAL
@@ -145,8 +152,8 @@ def _claims() -> str:
         ["uniform routing, unequal GPUs: nearly nothing", f"at most {_percent(uniform)} either way"],
         [
             "the gain grows with the spread",
-            f"over token balance, of {len(MODELS)} models: {grows['layered']} under `layered`, {grows[BURSTY]} under "
-            f"`{BURSTY}`",
+            f"of {len(MODELS)} models under {_names(GROWING)}: over linear {' / '.join(grows[: len(GROWING)])}, "
+            f"over token balance {' / '.join(grows[len(GROWING) :])}",
         ],
         [f"mean {_percent(PUBLISHED_MEAN_FRAC)} % end to end", several(over_linear, "mean")],
         [f"at most {_percent(PUBLISHED_MAX_FRAC)} % end to end", several(over_linear, "max")],
@@ -154,21 +161,22 @@ def _claims() -> str:
         ["mean end to end against token balance", several(over_lpt, "mean")],
         [
             f"Qwen3-30B-A3B gains least, {_percent(PUBLISHED_QWEN_FRAC)} % end to end",
-            "least of the five over linear under " + (", ".join(f"`{r}`" for r in qwen) or "none"),
+            f"least of the five over linear under {_names(qwen) or 'none'}",
         ],
     ]
     return f"""## What GEM states, and what comes out
 
-Gains in the last rows are over the linear map at a spread of {_percent(FLEET)} %, under {" / ".join(SEVERAL)}. In
+Gains in the last rows are over the linear map at a spread of {_percent(FLEET)} %, under {_names(SEVERAL)}. In
 parentheses: the same if experts are two thirds of the time, the most that GEM's introduction grants; attention and
 communication, which no map of experts shortens, are not modelled.
 
 {table(["statement", "comes out, per cent"], rows)}
-Against the linear map more comes out than is published, against token balance under bursts less. That proves little
-either way: the routing decides, and that of the paper's tasks is not published; nor are its GPUs' speeds, its batches,
-or, as far as we could read, against which map it compares. Qwen3-30B-A3B is said to gain little because its routing is
-nearly uniform, which is the `uniform` column; made as bursty as the others it gains least all the same, for a GPU's
-many small experts average out.
+Against the linear map more comes out than is published; against token balance somewhat less where experts differ
+(`layered`, `skewed-temporal`), and next to nothing where those of a kind are alike. That proves little either way: the
+routing decides, and that of the paper's tasks is not published; nor are its GPUs' speeds, its batches, or, as far as we
+could read, against which map it compares. Qwen3-30B-A3B is said to gain little because its routing is nearly uniform,
+which is the `uniform` column; made as bursty as the others it gains least, or nearly so, all the same, for a GPU's many
+small experts average out.
 """
 
 
@@ -206,6 +214,24 @@ batches; `perfmodel balance` shows both times and chooses by rows.
 """
 
 
+def _histories() -> str:
+    found = {(name, routing): by_history(name, routing) for name in MODELS for routing in (BURSTY, SKEWED)}
+    words = list(next(iter(found.values())))
+    rows = [[name, f"`{r}`", *(_percent(one[history]) for history in words)] for (name, r), one in found.items()]
+    n_better = [sum(one[history] > one[words[0]] for one in found.values()) for history in words]
+    return f"""## Other histories than a window
+
+What the search saves over the token-balanced map of a window of 16 steps, on the same later steps at a spread of
+{_percent(FLEET)} %, when it is given that window; its loads smoothed, half way to the mean of each expert; that mean in
+every step; or the {LONG_WINDOW} steps that end with the window.
+
+{table(["model", "routing", *words], rows)}
+More steps are better than the window in {n_better[3]} of {len(rows)} cases, smoothed ones in {n_better[1]}, means in
+{n_better[2]}. So what bursts happened together is worth knowing, though chance is part of it, and the remedy for chance
+is a longer window, not a smoother one.
+"""
+
+
 def _best() -> str:
     rows = []
     for name in MODELS[:2]:
@@ -219,25 +245,32 @@ spread {_percent(FLEET)} %.
 {table(["model", "best of all", "search", "layers in which the search found it"], rows)}"""
 
 
-def measured(measured_csv: str) -> str:
-    """The section of the page on measured shares, from what `study.measured_routing` made."""
-    rows, at_fleet = [], []
-    for row in csv.DictReader(StringIO(measured_csv)):
-        found = {policy: float(row[f"{policy}_ns"]) for policy in (LINEAR, BALANCED, "gem")}
-        if float(row["spread_frac"]) == FLEET:
-            at_fleet.append(gain(found, "gem", LINEAR))
-        rows.append((row["model"], row["text"], _pair((gain(found, "gem", LINEAR), gain(found, "gem", BALANCED)))))
-    mean = float(np.mean(at_fleet))
-    texts = list(dict.fromkeys((model, text) for model, text, _ in rows))
-    body = [[model, text, *(pair for m, t, pair in rows if (m, t) == (model, text))] for model, text in texts]
+def measured_row(model: str, text: str) -> dict[tuple[str, float], tuple[float, float]]:
+    """What the search saves on measured shares over linear and over token-balanced maps, by routing and spread."""
+    columns = [(routing, spread) for routing in (AS_MEASURED, BURSTY) for spread in SPREADS]
+    found = {column: measured_latencies(model, text, *column) for column in columns}
+    return {column: (gain(one, "gem", LINEAR), gain(one, "gem", BALANCED)) for column, one in found.items()}
+
+
+def _measured() -> str:
+    gains = {(model, text): measured_row(model, text) for model, text in measured_shares()}
+    body = [[model, text, *map(_pair, one.values())] for (model, text), one in gains.items()]
+    header = [f"{routing}, {_percent(spread)} %" for routing, spread in next(iter(gains.values()))]
+    n_grows = sum(
+        all(a[1] < b[1] for a, b in pairwise(one[BURSTY, spread] for spread in SPREADS)) for one in gains.values()
+    )
+    means = {r: tuple(np.mean([one[r, FLEET] for one in gains.values()], axis=0)) for r in (AS_MEASURED, BURSTY)}
+    times = {r: _pair((FFN_FRAC * means[r][0], FFN_FRAC * means[r][1])) for r in means}
     return f"""## Measured shares
 
-Shares of three layers each that others measured over whole texts, drawn as steps of {N_TOKENS:,} tokens: real skew
-without real bursts. Over linear / over token-balanced maps ([{MEASURED}]({MEASURED})).
+Shares of three layers each that others measured over whole texts, drawn as steps of {N_TOKENS:,} tokens: real skew, as
+measured without bursts, and times the bursts of `{BURSTY}`, which are made. Over linear / over token-balanced maps.
 
-{table(["model", "text", *(f"spread {_percent(spread)} %" for spread in SPREADS)], body)}
-The mean over linear at {_percent(FLEET)} % is {_percent(mean)}, or {_percent(FFN_FRAC * mean)} if experts are two
-thirds of the time, where GEM states {_percent(PUBLISHED_MEAN_FRAC)} for its own models, tasks and GPUs.
+{table(["model", "text", *header], body)}
+Means at {_percent(FLEET)} %: {_pair(means[AS_MEASURED])} as measured, {_pair(means[BURSTY])} with bursts; if experts
+are two thirds of the time, {times[AS_MEASURED]} and {times[BURSTY]}, where GEM states {_percent(PUBLISHED_MEAN_FRAC)}
+for its own models, tasks and GPUs. With bursts the gain over token balance grows with the spread in {n_grows} of
+{len(gains)} rows.
 """
 
 

@@ -24,7 +24,10 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other commands do
 @app.command()
 def balance(
     routing: Annotated[
-        str, typer.Option(help="A file of counts, with steps or without, or a pattern, `temporal` or `layered`.")
+        str,
+        typer.Option(
+            help="A file of counts, with steps or without, a pattern, `layered`, `temporal`, `skewed-temporal`."
+        ),
     ],
     shape: Annotated[str, typer.Option(help="Catalogue name or Hugging Face config.json; `perfmodel list`.")],
     gpus: Annotated[str, typer.Option(help="GPUs that share the experts of each layer.")],

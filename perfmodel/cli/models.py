@@ -69,14 +69,22 @@ def schedule(
 
 @app.command(name="list")
 def list_names() -> None:
-    """The names that other commands accept: hardware, shapes, routings, access modes, fitted models, captures."""
-    from perfmodel import capture, latency, moe, offload, routing
+    """The names that other commands accept: hardware, shapes, routings, access modes, policies, models, captures ..."""
+    from perfmodel import capture, latency, moe, offload, placement, routing
+    from perfmodel.placement.export import FORMATS
+    from perfmodel.placing.compare import CACHE, DISPATCHED, OPTIMAL
 
     rows = {
         "hardware": hardware.names(),
         "shapes": moe.names(),
-        "routings": routing.pattern_usages(),
+        "routings": [*routing.pattern_usages(), *routing.family_usages()],
+        "recorded": [
+            os.path.relpath(path)
+            for path in sorted((Path(routing.__file__).parent.parent / "data" / "routing").glob("*"))
+        ],
         "access": list(offload.ACCESS_MODES),
+        "policies": [*dict.fromkeys([*placement.POLICIES, *DISPATCHED, CACHE, OPTIMAL])],
+        "exports": list(FORMATS),
         "models": list(latency.shipped_models()),
         "captures": [os.path.relpath(path) for path in capture.shipped_captures()],
     }

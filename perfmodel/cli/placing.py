@@ -41,7 +41,7 @@ def place(
             "unless given."
         ),
     ] = None,
-    policy: Annotated[str, typer.Option(help="One policy, or all; docs/placing.md.")] = "all",
+    policy: Annotated[str, typer.Option(help="One policy, or all; docs/placement.md.")] = "all",
     tokens: Annotated[
         str | None, typer.Option(help="Tokens of a pass, each answered by itself: 64,4096; 64 unless given.")
     ] = None,
@@ -109,16 +109,15 @@ def place(
     questions, n_context = _sizes(tokens, mix, requests, n_sequences)
     if out or export:
         _check_writing(out, export, to, len(questions))
-    bound = None if limit is None else number(limit.removesuffix("x"), "--limit")
-    if bound is not None and bound < 1:
-        raise InputError(f"--limit is {limit}, expected a slowdown of at least 1")
+    bound = _bound(limit)
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
-    hints = recordings.Hints(moe_shape, None, whole(steps, "--steps"), whole(step_tokens, "--step-tokens"), kind, phase)
-    recording = recordings.recording_of(routing, hints)
-    later = None if held_out is None else recordings.recording_of(held_out, hints)
     memory = model_memory(shape)
     if other_weights is not None:
         memory = replace(memory, non_expert_bytes=float(text.parse_bytes(other_weights)))
+    steps_of = whole(steps, "--steps"), whole(step_tokens, "--step-tokens")
+    hints = recordings.Hints(moe_shape, None, *steps_of, kind, phase, memory.n_model_layers)
+    recording = recordings.recording_of(routing, hints)
+    later = None if held_out is None else recordings.recording_of(held_out, hints)
     engine = Engine(
         **_device_memory(hbm_budget),
         n_context_tokens=n_context if context is None else whole(context, "--context"),
@@ -173,6 +172,14 @@ def place(
         print_json(pages[0] if len(pages) == 1 else pages)
     else:
         print_words("\n\n".join(report.placing_page(one, width()) for one in found))
+
+
+def _bound(limit: str | None) -> float | None:
+    """The slowdown that --limit says."""
+    bound = None if limit is None else number(limit.removesuffix("x"), "--limit")
+    if bound is not None and bound < 1:
+        raise InputError(f"--limit is {limit}, expected a slowdown of at least 1")
+    return bound
 
 
 def _device_memory(hbm_budget: str | None) -> dict[str, float]:

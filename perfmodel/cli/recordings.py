@@ -23,7 +23,7 @@ Phase = Annotated[str | None, typer.Option("--phase", help="Only passes of prefi
 
 @dataclass(frozen=True)
 class Hints:
-    """What the person says of a recording beyond its name; null for nothing."""
+    """What the person says of a recording beyond its name; null for nothing. `n_model_layers` counts dense ones too."""
 
     shape: MoEShape | None = None
     top_k: int | None = None
@@ -31,6 +31,7 @@ class Hints:
     step_tokens: int = 512
     kind: str | None = None
     phase: str | None = None
+    n_model_layers: int | None = None
 
 
 def recording_of(name: str, hints: Hints) -> Recording:
@@ -38,8 +39,7 @@ def recording_of(name: str, hints: Hints) -> Recording:
     shape = hints.shape
     if shape is not None and hints.top_k not in (None, shape.top_k):
         raise InputError(f"--top-k is {hints.top_k}, but {shape.name} says {shape.top_k}")
-    is_named = routing.is_pattern(name) or name.partition(":")[0] in routing.FAMILIES
-    if is_named and not Path(name).is_file():
+    if routing.is_drawn(name):
         if shape is None:
             raise InputError(f"routing {name!r} is a pattern: give --shape for its layers, experts and top-k")
         return routing.synthetic_recording(
@@ -50,6 +50,7 @@ def recording_of(name: str, hints: Hints) -> Recording:
         name,
         n_experts=None if shape is None else shape.n_experts,
         top_k=top_k,
+        n_layers=hints.n_model_layers,
         step_tokens=hints.step_tokens,
         kind=hints.kind,
         phase=hints.phase,

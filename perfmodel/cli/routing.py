@@ -7,7 +7,8 @@ import typer
 from perfmodel import hf_config, report
 from perfmodel import routing as routings
 from perfmodel.cli import recordings
-from perfmodel.cli.shell import Json, app, fraction, print_json, print_words, whole, width
+from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, whole, width
+from perfmodel.model_memory import model_memory
 from perfmodel.routing import Recording
 
 
@@ -16,7 +17,9 @@ def routing(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="Counts as FILE[#KEY], or a pattern such as power-law:1 or temporal:4 with --shape."
+            metavar="FILE",
+            help="A recording as FILE[#KEY][@LAYER], a folder of SGLang's files of all ranks, or a pattern such as "
+            "power-law:1 or temporal:4 with --shape.",
         ),
     ],
     tokens: Annotated[str, typer.Option(help="Batches whose active experts are told, separated by commas.")] = ",".join(
@@ -45,6 +48,18 @@ def routing(
     step_tokens: recordings.StepTokens = "512",
     kind: recordings.Kind = None,
     phase: recordings.Phase = None,
+    consistent: Annotated[
+        str, typer.Option(help="Experts used in at least this part of steps are called consistent.")
+    ] = f"{routings.CUTOFFS.consistent_least_frac:.0%}",
+    temporal: Annotated[
+        str, typer.Option(help="Experts used in at most this part of steps are called temporal ...")
+    ] = f"{routings.CUTOFFS.temporal_most_frac:.0%}",
+    temporal_weight: Annotated[
+        str, typer.Option(help="... if they receive at least so many uniform shares when they are used.")
+    ] = f"{routings.CUTOFFS.temporal_least_weight:g}",
+    used: Annotated[
+        str, typer.Option(help="Part of a uniform share from which on an expert counts as used in a step.")
+    ] = f"{routings.CUTOFFS.used_share:.0%}",
     top: Annotated[str | None, typer.Option(help="Rows of the table of layers; 20 unless given.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -52,6 +67,7 @@ def routing(
 
     hints = recordings.Hints(
         shape=None if shape is None else hf_config.resolve(shape),
+        n_model_layers=None if shape is None else model_memory(shape).n_model_layers,
         top_k=None if top_k is None else whole(top_k, "--top-k"),
         n_steps=whole(steps, "--steps"),
         step_tokens=whole(step_tokens, "--step-tokens"),
@@ -70,6 +86,12 @@ def routing(
         [whole(each, "--window") for each in window or ()] or routings.WINDOWS,
         [recording_of(other) for other in against or ()],
         fraction(hot, "--hot"),
+        routings.Cutoffs(
+            fraction(used, "--used"),
+            fraction(consistent, "--consistent"),
+            fraction(temporal, "--temporal"),
+            number(temporal_weight, "--temporal-weight"),
+        ),
     )
     if as_json:
         print_json(summary.to_json())

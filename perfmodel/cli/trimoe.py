@@ -8,7 +8,7 @@ import typer
 
 from perfmodel import hardware, report, text
 from perfmodel.cli.latency import machine_of
-from perfmodel.cli.shell import Json, app, number, print_json, print_words, whole, width
+from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, whole, width
 from perfmodel.errors import InputError
 
 if TYPE_CHECKING:  # this brings scipy and scikit-learn, which other commands do not need
@@ -27,7 +27,7 @@ def trimoe(
     ] = "trimoe",
     routing: Annotated[
         str,
-        typer.Option(help="three-class[:CHURN], a pattern (`perfmodel list`), layered, temporal, or a file of counts."),
+        typer.Option(help="three-class[:CHURN], a pattern, layered, temporal, skewed-temporal, or a file of counts."),
     ] = "three-class",
     layers: Annotated[str, typer.Option(help="Layers that stand for all, where the routing is no file.")] = "8",
     no_cpu: Annotated[bool, typer.Option("--no-cpu", help="TriMoE without the CPU.")] = False,
@@ -47,6 +47,9 @@ def trimoe(
     attention: Annotated[
         str | None, typer.Option(help="Time per layer beside its experts, such as 200us, under which weights may move.")
     ] = None,
+    hidden_moves: Annotated[
+        bool, typer.Option("--hidden-moves", help="Only weights that move without making a layer longer.")
+    ] = False,
     table: Annotated[
         list[str] | None, typer.Option(help="Times by tokens: gpu=FILE.csv, cpu=..., ndp=..., columns tokens and ns.")
     ] = None,
@@ -82,11 +85,12 @@ def trimoe(
         work,
         options=options,
         attention_ns=0.0 if attention is None else text.parse_ns(attention),
+        has_seen_moves=not hidden_moves,
         tables=dict(_table(word) for word in table or ()),
         model=latency.load_model(model) if model else None,
     )
     hot = HOT_FROM if hot_from is None else number(hot_from, "--hot-from")
-    cold = min(COLD_BELOW, hot) if cold_below is None else number(cold_below, "--cold-below")
+    cold = min(COLD_BELOW, hot) if cold_below is None else fraction(cold_below, "--cold-below")
     work = replace(work, bounds=trimoe.Bounds(cold, hot))
     system = variant(has_cpu=not no_cpu, has_amx=not no_amx, is_refined=not no_refinement, has_relayout=not no_relayout)
     fitted = cold_below is None

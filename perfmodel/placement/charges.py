@@ -43,44 +43,60 @@ class Charges:
         return self.costs.by_layer(self.costs.charge_ns)
 
     @cached_property
-    def _sets(self) -> tuple[Array, NDArray[np.bool_], Array]:
-        """Of all sets of steps: which experts are charged in none outside it, `[layer, set, expert]`; what each tier's
-        charge comes to in it, `[layer, set, tier]`; and the least that a step comes to, `[layer, tier]`."""
+    def _order(self) -> tuple[list[int], list[int]]:
+        """Tiers without charges (at least the one of the lowest, which is then taken to have none), and the others by
+        their charges, the lowest first."""
+        total = self.costs.by_layer(self.costs.charge_ns).sum(axis=(0, 1))
+        order = [int(tier) for tier in np.argsort(total, kind="stable")]
+        n_free = max(1, int((total == 0).sum()))
+        return order[:n_free], order[n_free:]
+
+    @cached_property
+    def _sets(self) -> tuple[Array, Array]:
+        """Of all sets of steps, for each tier with charges: which experts it charges in no step outside the set,
+        `[tier, layer, set, expert]`; and what the set is charged more than in the tier before, `[tier, layer, set]`.
+
+        Where a tier does not charge all that one before it charges, that is left out of the one before.
+        """
         steps, layers = self.costs.n_steps, self.costs.n_layers
-        by_step = self.costs.charge_ns.reshape(steps, layers, self.costs.n_experts, -1)
+        by_step = self.costs.charge_ns.reshape(steps, layers, self.costs.n_experts, -1)[..., self._order[1]]
+        by_step = np.moveaxis(by_step, 3, 0)  # [tier, step, layer, expert]
+        is_charged = np.minimum.accumulate((by_step > 0)[::-1], axis=0)[::-1]
+        least = np.where(by_step > 0, by_step, np.inf).min(axis=3)
+        least = np.minimum.accumulate(least[::-1], axis=0)[::-1]
+        least = np.where(np.isfinite(least), least, 0.0) * self.costs.weights[:, None]
         in_set = (np.arange(2**steps)[:, None] >> np.arange(steps)) & 1
-        is_charged = np.moveaxis(by_step.max(axis=3) > 0, 0, 2)  # [layer, expert, step]
-        outside = (is_charged[:, None] * (1.0 - in_set)[:, None]).sum(axis=3)
-        of_step = by_step.max(axis=2) * self.costs.weights[:, None, None]  # [step, layer, tier]
-        least = np.where(of_step > 0, of_step, np.inf).min(axis=0)
-        return (outside == 0).astype(np.float64), in_set.astype(bool), np.where(np.isfinite(least), least, 0.0)
+        outside = np.einsum("cs,tsle->tlce", 1.0 - in_set, is_charged.astype(np.float64), optimize=True)
+        more = np.diff(least, axis=0, prepend=0.0)  # [tier, step, layer]
+        return (outside == 0).astype(np.float64), np.einsum("cs,tsl->tlc", in_set, more)
 
     def _by_sets(self, reduced: Array) -> tuple[Tiers, Array]:
-        """All sets of steps that may be charged, and in turn the tiers of the lowest charges."""
-        allowed, in_set, least = self._sets
+        """All sets of steps in which experts may be charged, for each tier one within that of the tier before.
+
+        An expert may go to a tier whose set has all steps in which it is charged there; since sets lie within each
+        other, what is gained over the tiers before adds up set by set.
+        """
+        free, charged = self._order
+        allowed, more = self._sets
         rows = np.arange(self.costs.n_layers)
-        steps, layers = self.costs.n_steps, self.costs.n_layers
-        of_step = self.costs.charge_ns.max(axis=1).reshape(steps, layers, -1) * self.costs.weights[:, None, None]
-        total = of_step.sum(axis=(0, 1))
-        order = np.argsort(total, kind="stable")
-        free = [int(t) for t in order if total[t] == 0]
-        charged = [int(t) for t in order if total[t] > 0]
-        base = reduced[:, :, free].min(axis=2)
         tier = np.array(free, dtype=np.int8)[reduced[:, :, free].argmin(axis=2)]
-        best, found = base.sum(axis=1), tier
-        for n in range(1, len(charged) + 1):
-            away = reduced[:, :, charged[:n]]
-            gain = np.minimum(away.min(axis=2) - base, 0.0)
-            # Each step with a charged expert pays the lowest charge, and some step the dearest.
-            paid = (in_set @ of_step[:, :, charged[0]]).T + (least[:, charged[n - 1]] - least[:, charged[0]])[:, None]
-            value = base.sum(axis=1)[:, None] + paid + (allowed @ gain[:, :, None])[:, :, 0]
-            sets, least_ns = value.argmin(axis=1), value.min(axis=1)
-            better = least_ns < best
-            moves = (allowed[rows, sets] > 0) & (gain < 0) & better[:, None]
-            found = np.where(better[:, None], tier, found)
-            found = np.where(moves, np.array(charged[:n], dtype=np.int8)[away.argmin(axis=2)], found)
-            best = np.minimum(best, least_ns)
-        return found.astype(np.int8), best
+        lowest = np.minimum.accumulate(
+            np.concatenate([reduced[:, :, free].min(axis=2, keepdims=True), reduced[:, :, charged]], axis=2), axis=2
+        )
+        gain = np.moveaxis(np.diff(lowest, axis=2), 2, 0)  # [tier, layer, expert], at most 0
+        value = more + (allowed @ gain[:, :, :, None])[..., 0]
+        subset: list[NDArray[np.int64]] = []
+        for number in range(len(charged) - 1, 0, -1):
+            least, which = _least_of_subsets(value[number])
+            value[number - 1] += least
+            subset.insert(0, which)
+        sets = value[0].argmin(axis=1)
+        found = lowest[:, :, 0].sum(axis=1) + value[0].min(axis=1)
+        for number, at in enumerate(charged):
+            tier[(allowed[number, rows, sets] > 0) & (gain[number] < 0)] = at
+            if number < len(subset):
+                sets = subset[number][rows, sets]
+        return tier, found
 
     def _by_levels(self, reduced: Array) -> tuple[Tiers, Array]:
         """Levels of mean charge in turn: experts that ask for no more than a level are free to go anywhere."""
@@ -98,3 +114,16 @@ class Charges:
             above = np.where(charge > level[:, None, None], charge, np.inf).reshape(n_layers, -1).min(axis=1)
             lower = np.where(np.isfinite(above), above, lower)
         return tier, best
+
+
+def _least_of_subsets(value: Array) -> tuple[Array, NDArray[np.int64]]:
+    """The least of `value[row, set]` over all subsets of each set, sets being bits of their number, and which it is."""
+    sets = np.arange(value.shape[1])
+    which = np.broadcast_to(sets, value.shape)
+    bit = 1
+    while bit < len(sets):
+        without = sets & ~bit
+        is_less = value[:, without] < value
+        value, which = np.where(is_less, value[:, without], value), np.where(is_less, which[:, without], which)
+        bit *= 2
+    return value, which

@@ -10,36 +10,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
+from perfmodel.routing import used_experts
 
 from .balance import Array, ExpertMap, Index, linear, map_of, require_even, token_balanced
 from .staircase import Staircase
 
 WINDOW_STEPS = 16  # steps that a map is made from (GEM)
 # Ours: an expert is used in a step that gives it at least a quarter of an even share of the layer's assignments, and is
-# consistent if used in at least half of the steps: between the 85 % and the 17 % that GEM reports as averages.
+# consistent if used in at least half of the steps: between the 85 % and the 17 % that GEM reports as averages. Looser
+# than `routing.Cutoffs`, because here every expert is of one kind or the other, and 16 steps are all there is.
 USED_SHARE, CONSISTENT_STEPS_FRAC = 0.25, 0.5
 MAX_MAPS = 10_000  # of a layer, that all may be tried
 TINY = 1e-300  # of which infinitely much is still infinite
+MAX_AT_ONCE = 2**15  # times of swaps, which then stay in the cache
 LEAST_GAIN_FRAC = 1e-9  # of the score, that a swap must take away: rounding is no gain
-
-
-def used(loads: Array, used_share: float = USED_SHARE) -> NDArray[np.bool_]:
-    """Which experts are used in which steps, `[step, layer, expert]`: those with at least `used_share` of an even share
-    of the layer's assignments, and some."""
-    return np.asarray((loads >= used_share * loads.mean(axis=2, keepdims=True)) & (loads > 0))
 
 
 def consistent_experts(
     loads: Array, used_share: float = USED_SHARE, steps_frac: float = CONSISTENT_STEPS_FRAC
 ) -> NDArray[np.bool_]:
     """Which experts are used in at least `steps_frac` of the steps, `[layer, expert]`; all others are temporal."""
-    return np.asarray(used(loads, used_share).mean(axis=0) >= steps_frac)
+    return np.asarray(used_experts(loads, used_share).mean(axis=0) >= steps_frac)
 
 
 def usage(loads: Array) -> dict[str, float | None]:
     """What there is of both kinds: the share of experts that are consistent, and in which share of the steps experts of
     each kind are used, null where there are none."""
-    frac, is_consistent = used(loads).mean(axis=0), consistent_experts(loads)
+    frac, is_consistent = used_experts(loads, USED_SHARE).mean(axis=0), consistent_experts(loads)
     return {
         "consistent_experts_frac": float(is_consistent.mean()),
         "consistent_used_frac": float(frac[is_consistent].mean()) if is_consistent.any() else None,
@@ -135,22 +132,24 @@ def _swaps(
     loads: Array, gpu_of: Index, gpu: int, tokens: Array, ns: Array, staircase: Staircase
 ) -> tuple[Index, Index, Array]:
     """The experts of a GPU and of all others, and the score after each swap of one with one, `[own, other]`."""
-    here = np.flatnonzero(gpu_of == gpu)
-    others = [g for g in range(staircase.n_gpus) if g != gpu and (gpu_of == g).any()]
-    scores, there = [], []
-    for other in others:
-        theirs = np.flatnonzero(gpu_of == other)
-        rest = np.delete(ns, [gpu, other], axis=1).max(axis=1, initial=0.0)
-        moved = loads[:, here, None] - loads[:, None, theirs]
-        slowest = np.maximum(
-            staircase.of_one(gpu, tokens[:, gpu, None, None] - moved),
-            staircase.of_one(other, tokens[:, other, None, None] + moved),
-        )
-        scores.append(np.maximum(slowest, rest[:, None, None]).sum(axis=0))
-        there.append(theirs)
-    if not others:
-        return here, here[:0], np.empty((len(here), 0))
-    return here, np.concatenate(there), np.concatenate(scores, axis=1)
+    by_gpu = np.argsort(gpu_of, kind="stable")
+    here, there = by_gpu[gpu_of[by_gpu] == gpu], by_gpu[gpu_of[by_gpu] != gpu]
+    other = gpu_of[there]
+    others_ns = ns.copy()
+    others_ns[:, gpu] = 0.0
+    slowest, first = others_ns.argmax(axis=1), others_ns.max(axis=1)
+    others_ns[np.arange(len(ns)), slowest] = 0.0
+    second = others_ns.max(axis=1)
+    bystander = np.where(slowest[:, None] == other, second[:, None], first[:, None])  # the slowest that does not swap
+    scores = np.empty((len(here), len(there)))
+    n_at_once = max(MAX_AT_ONCE // max(len(loads) * len(here), 1), 1)
+    for start in range(0, len(there), n_at_once):
+        part = slice(start, start + n_at_once)
+        moved = loads[:, here, None] - loads[:, None, there[part]]
+        after = staircase.of_gpu(other[part], tokens[:, None, other[part]] + moved)
+        np.maximum(after, staircase.of_gpu(gpu, tokens[:, gpu, None, None] - moved), out=after)
+        scores[:, part] = np.maximum(after, bystander[:, None, part], out=after).sum(axis=0)
+    return here, there, scores
 
 
 def n_maps(n_experts: int, n_gpus: int) -> int:

@@ -71,18 +71,22 @@ class Memory:
             raise InputError(self._no_room(budget, tier))
         options = np.where(open_to, loss, np.inf)
         to = options.argmin(axis=2).astype(np.int8)
-        per_byte = options.min(axis=2) - np.take_along_axis(loss, tier[:, :, None].astype(np.int64), 2)[:, :, 0]
-        per_byte = np.where(self.holds(budget)[tier], per_byte / self.size_bytes, np.inf)
-        need = -self.room_bytes(tier, budget)
-        rows = per_byte if budget.of_each_layer else per_byte.reshape(1, -1)
-        sizes = self.size_bytes.reshape(rows.shape)
-        order = np.argsort(rows, axis=1, kind="stable")
-        before = np.cumsum(np.take_along_axis(sizes, order, 1), axis=1) - np.take_along_axis(sizes, order, 1)
-        leaves = np.zeros(rows.shape, dtype=bool)
-        is_needed = (before < need[:, None] - self.slack_bytes) & np.isfinite(np.take_along_axis(rows, order, 1))
-        np.put_along_axis(leaves, order, is_needed, axis=1)
-        leaves = leaves.reshape(tier.shape)
+        more_ns = options.min(axis=2) - np.take_along_axis(loss, tier[:, :, None].astype(np.int64), 2)[:, :, 0]
+        loss_ns = np.where(self.holds(budget)[tier], more_ns, np.inf)
+        leaves = self.first_to_leave(loss_ns, budget, -self.room_bytes(tier, budget) - self.slack_bytes)
         tier[leaves] = to[leaves]
+
+    def first_to_leave(self, loss: Array, budget: Budget, need_bytes: Array) -> Mask:
+        """Those experts, `[layer, expert]`, that lose least per byte by leaving what a budget limits, as many as make
+        room for `need_bytes`, `[layer]`, or `[1]` of a budget that all layers share; an infinite loss stays."""
+        size = self.size_bytes if budget.of_each_layer else self.size_bytes.reshape(1, -1)
+        per_byte = loss.reshape(size.shape) / size
+        order = np.argsort(per_byte, axis=1, kind="stable")
+        in_order = np.take_along_axis(size, order, axis=1)
+        before = np.cumsum(in_order, axis=1) - in_order
+        leaves = np.zeros(size.shape, dtype=bool)
+        np.put_along_axis(leaves, order, before < need_bytes[:, None], axis=1)
+        return np.asarray((leaves & np.isfinite(per_byte)).reshape(loss.shape))
 
     def _no_room(self, budget: Budget, tier: Tiers) -> str:
         held = float(np.where(self.holds(budget)[tier], self.size_bytes, 0.0).sum())

@@ -12,8 +12,8 @@ from .problem import Tiers
 from .relaxed import Relaxed
 
 ENOUGH = 3e-4  # of a placement's time: nearer to the bound nothing is gained by going on
-N_MOVES, N_MOVES_OF_STEPS = 48, 20  # moves of a layer that are tried in pairs at a time
-N_PRICED, PRICE_STEP, MAX_POLISH, PATIENCE = 10, 0.02, 24, 4
+N_MOVES, N_MOVES_OF_STEPS = 32, 20  # moves of a layer that are tried in pairs at a time
+N_PRICED, PRICE_STEP, MAX_POLISH, PATIENCE = 8, 0.02, 24, 4
 
 
 def _rounded(costs: Costs, memory: Memory, relaxed: Relaxed) -> Tiers:
@@ -56,18 +56,9 @@ def _emptied(costs: Costs, memory: Memory, tier: Tiers) -> Tiers:
         over = [b for b in memory.budgets if (memory.room_bytes(tier, b) < -memory.slack_bytes).any()]
         if not over:
             break
-        held, size = memory.holds(over[0]), memory.size_bytes
+        held = memory.holds(over[0])
         loss = np.where(held[tier][:, :, None] & ~held, _gains(costs, tier), np.inf)
-        need = np.broadcast_to(np.maximum(-memory.room_bytes(tier, over[0]), 0.0), costs.n_layers)[:, None]
-        order = np.argsort(loss.min(axis=2) / size, axis=None if not over[0].of_each_layer else 1, kind="stable")
-        rank = size.ravel()[order] if order.ndim == 1 else np.take_along_axis(size, order, axis=1)
-        before = np.cumsum(rank, axis=-1) - rank
-        leaves = np.zeros(size.shape, dtype=bool)
-        if order.ndim == 1:
-            leaves.ravel()[order] = before < np.maximum(need[0] / 2, 1e-9)
-        else:
-            np.put_along_axis(leaves, order, (before < np.maximum(need / 2, 1e-9)) & (need > 0), axis=1)
-        leaves &= np.isfinite(loss.min(axis=2))
+        leaves = memory.first_to_leave(loss.min(axis=2), over[0], -memory.room_bytes(tier, over[0]) / 2)
         if not leaves.any():
             break
         tier[leaves] = loss.argmin(axis=2)[leaves]

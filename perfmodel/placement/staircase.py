@@ -74,9 +74,9 @@ class Staircase:
         """The time of each GPU, ns `[..., gpu]`, for assignments of the same shape."""
         return np.asarray(self._levels[np.arange(self.n_gpus), self._level(tokens)])
 
-    def of_one(self, gpu: int, tokens: Array) -> Array:
-        """The time of one GPU, ns, for assignments of any shape."""
-        return np.asarray(self._levels[gpu][self._level(tokens)])
+    def of_gpu(self, gpu: int | Index, tokens: Array) -> Array:
+        """The time of one GPU, or of `gpu[...]`, ns, for assignments of any shape that this has or broadcasts to."""
+        return np.asarray(self._levels[gpu, self._level(tokens)])
 
     def at_speeds(self, speeds: Array) -> "Staircase":
         """The staircases of GPUs that run at `speeds[gpu]` times the speed of this one GPU, or of these."""

@@ -36,7 +36,7 @@ def balance_json(
         "n_gpus": staircase.n_gpus,
         "n_steps_fitted": found.n_fitted,
         "n_steps_judged": found.n_judged,
-        "n_token_counts": len(staircase.boundaries),
+        "token_counts": staircase.boundaries.tolist(),
         "token_counts_saved_frac": saved_frac(staircase.boundaries),
         "spread_frac": float(staircase.spreads.max()),
         **usage(recording.loads),
@@ -53,8 +53,8 @@ def balance_page(found: "Comparison", staircase: "Staircase", recording: "Record
         f"{shape} on {text.counted(staircase.n_gpus, 'GPU')}, {recording.name}, times by {times}",
         f"maps from {text.counted(found.n_fitted, 'step')}, judged by {found.n_judged} later ones",
         *(f"routing: {words}" for words in recording.notes),
-        f"fastest GPU {spread} faster than the slowest; timed at {facts['n_token_counts']} token counts, {saved} fewer "
-        "than all",
+        f"fastest GPU {spread} faster than the slowest; timed at {len(staircase.boundaries)} token counts, {saved} "
+        "fewer than all",
         f"{text.frac(facts['consistent_experts_frac'])} of experts are consistent, used in "
         f"{text.frac(facts['consistent_used_frac'])} of steps, the others in {text.frac(facts['temporal_used_frac'])}",
     ]

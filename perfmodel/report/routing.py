@@ -1,16 +1,24 @@
 """The page about how a recording spreads its tokens over experts, and whether that is worth anything."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from perfmodel import text
 from perfmodel.report.words import BARS, table, wrapped
-from perfmodel.routing import COVERED_FRACS, Comparison, Recording, RoutingSummary, Shares, served_curves
-from perfmodel.routing.verdict import LEAST_GAIN, NONE, UNCLEAR, gain_over_size
+from perfmodel.routing import COVERED_FRACS, Comparison, ExpertsInTime, Recording, RoutingSummary, Shares, served_curves
+from perfmodel.routing.verdict import LEAST_GAIN, MOVING, NONE, UNCLEAR, gain_over_size
 
 MOST_LAYERS = 20  # rows of the table of layers
 N_BARS = 12
 RULE_OF_THREE = 3.0  # what n tokens never did, they do with less than 3 / n of probability (95 % confidence)
 NINETY = COVERED_FRACS.index(0.9)
+LEAST_COLUMNS = ("CV", "top 10 %", "effective", "cold half", "top 25 %", "chance", "Gini", "hot to cold")
+LEGEND = (
+    "90 % on: the fewest experts that serve 90 % of assignments; max/mean: the busiest expert over the mean, chance: "
+    "what uniform routing of as many tokens exceeds in one sample of twenty; CV: standard deviation over mean; Gini: 0 "
+    "even, 1 all on one; effective: as many evenly used experts would be as uncertain"
+)
 
 
 def routing_page(summary: RoutingSummary, width: int, n_rows: int = MOST_LAYERS) -> str:
@@ -20,7 +28,7 @@ def routing_page(summary: RoutingSummary, width: int, n_rows: int = MOST_LAYERS)
         wrapped(summary.verdict.reason, width),
         _layers(summary, width, n_rows),
         _warnings(summary, width),
-        _resident(summary),
+        _resident(summary, width),
         _decode(summary, width),
         _time(summary, width),
         *(_against(each, width) for each in summary.comparisons),
@@ -45,8 +53,21 @@ def _header(recording: Recording, width: int) -> str:
         known.append(f"{text.count(float(loads.mean()))} assignments a layer, tokens unknown")
     lines = [wrapped(f"{recording.name}: {', '.join(known)}", width, "", "  ")]
     if n_steps > 1 and not recording.is_ordered:
-        lines.append("the steps are in no known order: nothing is said of time")
+        lines.append(wrapped("the steps are in no known order: nothing is said of time", width))
     return "\n".join([*lines, *(wrapped(f"note: {note}", width, "", "  ") for note in recording.notes)])
+
+
+def _fitting(rows: list[list[str]], header: list[str], width: int, least: Sequence[str]) -> str:
+    """A table as wide as the page at most: columns of `least` are left out in their order, and named."""
+    for n_out in range(len(least) + 1):
+        kept = [i for i, title in enumerate(header) if title not in least[:n_out]]
+        found = table([[row[i] for i in kept] for row in rows], [header[i] for i in kept])
+        if max(map(len, found.splitlines())) <= width:
+            break
+    if not n_out:
+        return found
+    words = f"a wider page also has: {', '.join(least[:n_out])}"
+    return f"{found}\n{wrapped(words, width, '', '  ')}"
 
 
 def load_bars(shares: Shares, n_bars: int = N_BARS) -> str:
@@ -77,9 +98,10 @@ def _layers(summary: RoutingSummary, width: int, n_rows: int) -> str:
         rows.append(["mean", *mean, load_bars(np.diff(served_curves(shares).mean(axis=0)))])
     header = ["layer", "active", "90 % on", "hottest", "top 10 %", "top 25 %", "cold half", "max/mean", "chance", "CV",
               "Gini", "effective", "hot to cold"]  # fmt: skip
-    lines = [table(rows, header)]
+    lines = [_fitting(rows, header, width, LEAST_COLUMNS)]
     if len(shown) < n_layers:
-        lines.append(f"{len(shown)} of {n_layers} layers; --top {n_layers} shows all, the mean is over all")
+        words = f"{len(shown)} of {n_layers} layers; --top {n_layers} shows all, the mean is over all"
+        lines.append(wrapped(words, width))
     covering = found.covering_frac.mean(axis=0)
     parts = [
         f"{text.frac(float(frac))} for {100 * part:.0f} %" for part, frac in zip(COVERED_FRACS, covering, strict=True)
@@ -87,6 +109,7 @@ def _layers(summary: RoutingSummary, width: int, n_rows: int) -> str:
     covered = f"experts that serve a part of assignments, mean of layers: {', '.join(parts)}"
     lines.append(wrapped(covered, width, "", "  "))
     lines.append(wrapped(_depth(summary), width, "", "  "))
+    lines.append(wrapped(LEGEND, width, "", "  "))
     return "\n".join(line for line in lines if line)
 
 
@@ -108,11 +131,16 @@ def _depth(summary: RoutingSummary) -> str:
     if len(gains) < 2 or summary.verdict.label == UNCLEAR:
         return ""
     steep, flat = int(np.argmax(found.gini)), int(np.argmin(found.gini))
-    return (
+    words = (
         f"most concentrated: layer {found.layers[steep]} (90 % of assignments on "
         f"{text.frac(float(found.covering_frac[steep, NINETY]))} of experts), least: layer {found.layers[flat]} "
-        f"({text.frac(float(found.covering_frac[flat, NINETY]))}); in {int((gains >= LEAST_GAIN).sum())} of "
-        f"{text.counted(len(gains), 'layer')} the hot set saves {100 * LEAST_GAIN:.0f} % or more"
+        f"({text.frac(float(found.covering_frac[flat, NINETY]))})"
+    )
+    if summary.verdict.label == MOVING:  # what it saves over all steps, no placement can
+        return words
+    return (
+        f"{words}; in {int((gains >= LEAST_GAIN).sum())} of {text.counted(len(gains), 'layer')} the hot set saves "
+        f"{100 * LEAST_GAIN:.0f} % or more"
     )
 
 
@@ -130,15 +158,15 @@ def _warnings(summary: RoutingSummary, width: int) -> str:
         by_chance, n_unseen = float(sampling.n_unused_by_chance.sum()), float(sampling.n_unseen.sum())
         unseen, unnoticed = float(sampling.unseen_frac.mean()), min(RULE_OF_THREE / n_tokens, 1.0)
         lines.append(
-            f"never used: {text.counted(n_unused, 'expert')} over all layers. Small samples miss experts: "
-            f"uniform routing of as many tokens would leave out {by_chance:,.0f}. Of these, more would wake at least "
-            f"{n_unseen:,.0f} (Chao), for {text.frac(unseen)} of further assignments (Good-Turing), and any may serve "
-            f"{100 * unnoticed:.2g} % of tokens unnoticed"
+            f"never used: {text.counted(n_unused, 'expert')} over all layers; uniform routing of as many tokens would "
+            f"leave out {by_chance:,.0f} by chance. With more tokens at least {n_unseen:,.0f} of them would be used "
+            f"(Chao), by {text.frac(unseen)} of further assignments (Good-Turing); an expert not seen here may still "
+            f"be selected by {100 * unnoticed:.2g} % of tokens (95 % confidence)"
         )
     return "\n".join(wrapped(line, width, "", "  ") for line in lines)
 
 
-def _resident(summary: RoutingSummary) -> str:
+def _resident(summary: RoutingSummary, width: int) -> str:
     rows = [
         [
             text.frac(gain.resident_frac), f"{gain.n_resident}", text.frac(gain.served_frac),
@@ -146,8 +174,11 @@ def _resident(summary: RoutingSummary) -> str:
         ]
         for gain in summary.verdict.gains
     ]  # fmt: skip
-    header = ["resident", "experts", "hottest serve", "of unseen tokens", "uniform", "offloaded assignments saved"]
-    return table(rows, header)
+    header = ["resident", "experts", "in the sample", "of unseen tokens", "by size", "saved"]
+    words = "assignments that the hottest experts serve if they are resident, and the part of offloaded ones that saves"
+    if summary.verdict.label == MOVING:
+        words += "; over all steps at once, which no placement knows beforehand"
+    return f"{wrapped(words, width, '', '  ')}\n{_fitting(rows, header, width, ('in the sample',))}"
 
 
 def _saved(gain_frac: float) -> str:
@@ -158,9 +189,9 @@ def _decode(summary: RoutingSummary, width: int) -> str:
     decode, top_k = summary.verdict.decode, summary.recording.top_k
     resident = text.frac(summary.resident_frac)
     if top_k is None:
-        return "active experts by batch size: top-k is not known; give --top-k"
+        return wrapped("active experts by batch size: top-k is not known; give --top-k", width)
     if summary.verdict.label == UNCLEAR:
-        return "active experts by batch size: nothing is said for so small a sample"
+        return wrapped("active experts by batch size: nothing is said for so small a sample", width)
     rows = [
         [
             text.count(row.n_tokens), f"{row.n_active:,.1f}", f"{row.n_active_uniform:,.1f}",
@@ -168,13 +199,17 @@ def _decode(summary: RoutingSummary, width: int) -> str:
         ]
         for row in decode
     ]  # fmt: skip
-    header = ["batch tokens", "active experts", "uniform", f"offloaded, hottest {resident} kept", "by size", "saved"]
-    return f"{table(rows, header)}\n{wrapped(_decode_words(summary), width)}"
+    words = f"experts of a layer active in a batch, and how many of them are offloaded with {resident} resident"
+    header = ["tokens", "active", "if uniform", "offloaded: hottest kept", "by size", "saved"]
+    found = _fitting(rows, header, width, ("if uniform",))
+    return f"{wrapped(words, width, '', '  ')}\n{found}\n{wrapped(_decode_words(summary), width)}"
 
 
 def _decode_words(summary: RoutingSummary) -> str:
+    if summary.verdict.label == MOVING:
+        return "These are for the hot set of all steps at once; as it moves, only a cache that follows saves as much."
     if summary.verdict.label == NONE:
-        return "In decode the hot set saves no more than that, and less the larger the batch."
+        return "In decode the hot set saves as little, and less the larger the batch."
     most, least = summary.verdict.n_decode_tokens, f"{100 * LEAST_GAIN:.0f} %"
     if most is None:
         return f"Decode: the hot set saves {least} or more of the experts to be copied, however large the batch."
@@ -195,7 +230,7 @@ def _time(summary: RoutingSummary, width: int) -> str:
         words = f"a step used {summary.n_active_per_step:,.1f} experts of a layer"
         if summary.n_active_independent is not None:
             words += f"; independent tokens would use {summary.n_active_independent:,.1f}"
-        lines.append(words)
+        lines.append(wrapped(words, width))
     if summary.overlaps:
         rows = [
             [
@@ -205,36 +240,45 @@ def _time(summary: RoutingSummary, width: int) -> str:
             ]
             for row in summary.overlaps
         ]  # fmt: skip
-        header = ["window", "windows", "Jaccard", "last window's", "moving average's", "first half's", "its own",
-                  "random"]  # fmt: skip
-        lines.append(
-            f"what the hot {text.frac(summary.overlaps[0].hot_frac)} of experts serve of later windows\n"
-            + table(rows, header)
+        header = ["window", "windows", "Jaccard", "last window", "average", "first half", "itself", "random"]
+        hot = text.frac(summary.overlaps[0].hot_frac)
+        words = (
+            f"assignments of a window that the hot {hot} of experts serve if chosen in the last window, by a moving "
+            "average, in the first half of the recording, in the window itself, and at random; Jaccard: how far the "
+            "hot set is that of the window before (1: the same)"
         )
+        found = _fitting(rows, header, width, ("windows", "average", "Jaccard"))
+        lines.append(f"{wrapped(words, width, '', '  ')}\n{found}")
     elif summary.recording.is_ordered and len(summary.recording.loads) > 1:
-        lines.append("too few steps to say whether the hot set moves")
-    experts = summary.experts
-    if experts is None:
-        return "\n\n".join(lines)
+        lines.append(wrapped("too few steps to say whether the hot set moves", width))
+    if summary.experts is not None:
+        lines.append(wrapped(_in_time(summary.experts), width))
+    return "\n\n".join(lines)
+
+
+def _in_time(experts: ExpertsInTime) -> str:
     n_temporal = experts.is_temporal.sum(axis=1)
+    cutoffs = experts.cutoffs
+    least, most = 100 * cutoffs.consistent_least_frac, 100 * cutoffs.temporal_most_frac
     words = (
-        f"consistent experts (used in nearly every {'step' if experts.joined_steps == 1 else 'window'}): "
-        f"{experts.is_consistent.sum(axis=1).mean():.1f} of a layer; temporal (rarely, then much): "
-        f"{n_temporal.mean():.1f}"
+        f"consistent experts (used in {least:.3g} % of steps or more): "
+        f"{experts.is_consistent.sum(axis=1).mean():.1f} of a layer; temporal (in {most:.3g} % or fewer, then with "
+        f"{cutoffs.temporal_least_weight:g} uniform shares or more): {n_temporal.mean():.1f}"
     )
     if n_temporal.any():
-        words += f", with {np.nanmean(experts.temporal_weight):.1f} times a uniform share when used"
+        words += f", with {np.nanmean(experts.temporal_weight):.1f} uniform shares when used"
     if experts.joined_steps > 1:
         words += f"; {experts.joined_steps} steps taken together, as single ones have too few tokens"
-    groups = [group for layer in experts.groups for group in layer]
-    if groups:
+    sizes = sorted(len(group) for layer in experts.groups for group in layer)
+    if sizes:
         pair = experts.pairs[0]
+        size = f"{sizes[0]}" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
         words += (
-            f". Hot together: {text.counted(len(groups), 'group')} over all layers of {len(min(groups, key=len))} to "
-            f"{len(max(groups, key=len))} experts (mean correlation {np.nanmean(experts.group_correlation):.2f}), most "
-            f"of all {pair.experts[0]} and {pair.experts[1]} of layer {pair.layer} ({pair.correlation:.2f})"
+            f". Hot together: {text.counted(len(sizes), 'group')} over all layers of {size} experts (mean correlation "
+            f"{np.nanmean(experts.group_correlation):.2f}), most of all {pair.experts[0]} and {pair.experts[1]} of "
+            f"layer {pair.layer} ({pair.correlation:.2f})"
         )
-    return "\n\n".join([*lines, wrapped(words, width)])
+    return words
 
 
 def _against(comparison: Comparison, width: int) -> str:

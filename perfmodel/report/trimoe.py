@@ -15,7 +15,7 @@ UNIT_WORDS = {"gpu": "GPU", "cpu": "CPU", "ndp": "NDP"}
 
 def trimoe_page(found: "Comparison", scaled: Sequence[tuple[str, "Comparison"]], source: str, width: int) -> str:
     """The page of a comparison; `scaled` are the same with the near-data rates multiplied, each with words for it."""
-    from perfmodel.trimoe.study import FACTORS, MIGRATIONS, OVERHEAD, SPEEDUP, UTILISATION
+    from perfmodel.trimoe.study import BATCHES, FACTORS, MIGRATIONS, MODELS, OVERHEAD, SPEEDUP, UTILISATION
 
     work, system = found.work, found.system
     n_steps, n_layers, n_experts = work.steps.shape
@@ -54,7 +54,7 @@ def trimoe_page(found: "Comparison", scaled: Sequence[tuple[str, "Comparison"]],
         lines.append(f"sensitivity   speed-up with near-data rates scaled: {words}")
     lines.append(
         "basis         near-data rates are assumed, baselines reconstructed, attention and other layers left out; "
-        "docs/trimoe.md"
+        f"published figures are of {', '.join(MODELS)} at {BATCHES[0]} to {BATCHES[-1]} tokens; docs/trimoe.md"
     )
     body = [wrapped(line, width, "", " " * 14) for line in lines]
     return "\n".join([wrapped(head, width), "", table(rows, header), "", *body])

@@ -49,13 +49,24 @@ from .statistics import (
     max_over_mean,
     served_curves,
 )
-from .steps import FAMILIES, family_usages, synthetic_counts, synthetic_recording, synthetic_steps
+from .steps import FAMILIES, family_usages, is_drawn, synthetic_counts, synthetic_recording, synthetic_steps
 from .summary import DECODE_TOKENS, RoutingSummary, selected, summarise
-from .temporal import HOT_FRAC, WINDOWS, ExpertsInTime, HotSetOverlap, experts_in_time, hot_set_overlap
+from .temporal import (
+    CUTOFFS,
+    HOT_FRAC,
+    WINDOWS,
+    Cutoffs,
+    ExpertsInTime,
+    HotSetOverlap,
+    experts_in_time,
+    hot_set_overlap,
+    used_experts,
+)
 from .verdict import RESIDENT_FRAC, DecodeGain, ResidentGain, Verdict, judge
 
 __all__ = [
     "COVERED_FRACS",
+    "CUTOFFS",
     "DECODE_TOKENS",
     "FAMILIES",
     "HOT_FRAC",
@@ -67,6 +78,7 @@ __all__ = [
     "WINDOWS",
     "Comparison",
     "Counts",
+    "Cutoffs",
     "DecodeGain",
     "ExpertsInTime",
     "HotSetOverlap",
@@ -92,6 +104,7 @@ __all__ = [
     "held_out_curves",
     "hot_set_overlap",
     "is_counted",
+    "is_drawn",
     "is_pattern",
     "is_published",
     "judge",
@@ -120,5 +133,6 @@ __all__ = [
     "synthetic_recording",
     "synthetic_steps",
     "uniform_shares",
+    "used_experts",
     "write_counts",
 ]

@@ -4,6 +4,7 @@ The arrays of a file that `write_counts` made are `counts` `[steps, layers, expe
 `top_k` and `n_tokens`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ SLOTS = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 PLACEMENTS = (*SLOTS, "expert_to_ep_rank", "expert_map")
 PER_SLOT = ("expert_load_window", "expert_load_pass", "global_physical_count")
 MEANT = (COUNTS, "activation_freq", "weight", "expert_counts")  # taken where a file has just one of these names
+
+NUMBERED = re.compile(r"\D*(\d{1,4})\D*")  # arrays of one layer each
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -50,6 +53,8 @@ def draft_of_arrays(name: str, arrays: Arrays, key: str, hints: Hints, is_lenien
             return draft_of_buffer(name, arrays[key or found[0]], hints, map_of(name, arrays[slots]))
     if not key and len(arrays) > 1 and hints.kind != "counts" and all(is_named_ids(one) for one in arrays):
         return _draft_of_requests(name, arrays, hints)
+    if not key and (draft := _draft_of_layers(name, arrays)) is not None:
+        return draft
     chosen = key or _meant(arrays)
     if chosen in PLACEMENTS or (not key and chosen not in arrays and set(arrays) & set(PLACEMENTS)):
         raise InputError(f"{name} says where experts are placed and not how often they are used; expected counts")
@@ -100,6 +105,18 @@ def _meant(arrays: Arrays) -> str:
     return named[0] if len(named) == 1 or COUNTS in arrays else next(iter(arrays)) if len(arrays) == 1 else COUNTS
 
 
+def _draft_of_layers(name: str, arrays: Arrays) -> Draft | None:
+    """The recording in arrays that are one layer each, numbered as `0` or `layer_0`; null where they are not."""
+    by_layer = {int(found[1]): array for one, array in arrays.items() if (found := NUMBERED.fullmatch(one))}
+    shapes = {array.shape for array in arrays.values()}
+    if not 1 < len(by_layer) == len(arrays) or len(shapes) > 1 or len(next(iter(shapes))) != 1:
+        return None
+    layers = sorted(by_layer)
+    loads = loads_of(name, np.stack([by_layer[layer] for layer in layers]))
+    notes = (f"its {len(layers)} arrays are read as a layer each, {next(iter(arrays))} and so on",)
+    return Draft(loads, np.array(layers), notes=notes, has_dense_layers=True)
+
+
 def _draft_of_requests(name: str, arrays: Arrays, hints: Hints) -> Draft:
     ids = [ids_of(f"{name}: {one}", array) for one, array in arrays.items() if array.size]
     if len({one.shape[1:] for one in ids}) > 1:
@@ -118,4 +135,6 @@ def _draft_of_own(name: str, arrays: Arrays) -> Draft:
         for one, shape in zip((layers, top_k, n_tokens), expected, strict=True)
     ):
         raise InputError(f"{name}: its layers, top_k and n_tokens do not belong to counts of shape {loads.shape}")
+    if layers.min() < 0 or len(np.unique(layers)) < len(layers):
+        raise InputError(f"{name}: its layers are {layers.tolist()}, expected a place of its own for each, from 0")
     return Draft(loads, layers.astype(np.int64), int(top_k), n_tokens.astype(np.int64))

@@ -64,6 +64,11 @@ def engine_draft(loads: Loads, hints: Hints, is_ordered: bool, notes: tuple[str,
     if hints.n_experts is not None and _ends_in_shared(loads, hints.n_experts):
         notes += (f"experts from {hints.n_experts} on are left out: fused shared experts are recorded as if routed",)
         loads = loads[:, :, : hints.n_experts]
+    elif hints.n_experts is None and _last_looks_shared(loads):
+        notes += (
+            f"expert {loads.shape[2] - 1} has the same load in every layer of a step and no other has as much, as a "
+            "fused shared expert would; say how many experts are routed to leave it out",
+        )
     layers = np.arange(loads.shape[1], dtype=np.int64)
     return Draft(loads, layers, None, None, is_ordered, notes, has_dense_layers=True)
 
@@ -78,6 +83,14 @@ def _ends_in_shared(loads: Loads, n_experts: int) -> bool:
     loads = loads[:, loads.any(axis=(0, 2))]
     of_shared = loads[:, :, n_experts:].sum(axis=2)
     return bool((of_shared == of_shared[:, :1]).all() and (loads[:, :, :n_experts].max(axis=2) <= of_shared).all())
+
+
+def _last_looks_shared(loads: Loads) -> bool:
+    """Whether the last expert is what every token uses in each of several layers, and the only one."""
+    loads = loads[:, loads.any(axis=(0, 2))]
+    if loads.shape[1] < 2 or loads.shape[2] < 2:
+        return False
+    return _ends_in_shared(loads, loads.shape[2] - 1) and bool((loads[:, :, :-1].max(axis=2) < loads[:, :, -1]).all())
 
 
 def _in_order(loads: Loads) -> tuple[Loads, bool, tuple[str, ...]]:

@@ -20,7 +20,7 @@ from .dumps import draft_of_dumps, is_dump
 from .json_files import draft_of_json
 from .patterns import Shares, pattern_usages
 from .recording import MAX_LOAD, STEP_TOKENS, Draft, Hints, Recording, tokens_of
-from .tables import draft_of_csv, draft_of_parquet
+from .tables import bare_table, draft_of_csv, draft_of_parquet
 from .torch_files import is_torch_file, read_torch
 
 Counts = NDArray[np.int64]
@@ -194,8 +194,12 @@ def _without_idle_layers(draft: Draft) -> Draft:
     if busy.all() or not busy.any():
         return draft
     idle = draft.layers[~busy]
-    words = f"layer {idle[0]} has" if len(idle) == 1 else f"{len(idle)} layers ({idle[0]} to {idle[-1]}) have"
-    notes = (*draft.notes, f"{words} no load, as dense layers, and are left out")
+    words = (
+        f"layer {idle[0]} has no load, as a dense layer, and is left out"
+        if len(idle) == 1
+        else f"{len(idle)} layers ({idle[0]} to {idle[-1]}) have no load, as dense layers, and are left out"
+    )
+    notes = (*draft.notes, words)
     return replace(draft, loads=draft.loads[:, busy], layers=draft.layers[busy], notes=notes)
 
 
@@ -212,6 +216,10 @@ def _draft(path: Path, key: str, hints: Hints, is_lenient: bool) -> Draft:
     try:
         if path.is_dir():
             return _draft_of_folder(path, key, hints)
+        if not path.stat().st_size:
+            raise InputError(f"{path.name} is empty")
+        if _begins(path, b"\x1f\x8b"):
+            raise InputError(f"{path.name} is compressed by gzip; unpack it first")
         if is_torch_file(path):
             found = read_torch(path)
             if is_dump(found):
@@ -229,7 +237,7 @@ def _draft(path: Path, key: str, hints: Hints, is_lenient: bool) -> Draft:
             raise ValueError("its first bytes are of no such file")
         table = draft_of_csv(path, hints, is_lenient)
         if table is None:
-            return draft_of_arrays(path.name, {"": _bare_table(path)}, key, hints, is_lenient)
+            return draft_of_arrays(path.name, {"": bare_table(path)}, key, hints, is_lenient)
         refuse_key(path.name, key)
         return table
     except InputError:
@@ -252,22 +260,18 @@ def _numpy_arrays(path: Path) -> dict[str, NDArray[Any]]:
     with path.open("rb") as stream:
         loaded = np.load(stream, allow_pickle=False)
         arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded}
+    arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}  # a zip may hold others
     if not arrays:
         raise InputError(f"{path.name} holds no arrays")
     return arrays
 
 
-def _bare_table(path: Path) -> NDArray[np.float64]:
-    text = path.read_text(encoding="utf-8-sig")
-    return np.loadtxt(text.splitlines(), delimiter=",", ndmin=2) if text.strip() else np.empty((0, 0))
-
-
 def _tensors(name: str, found: object) -> dict[str, NDArray[Any]]:
-    """The arrays of what torch.save wrote by name; the name of one that is not in a dict is empty."""
+    """The arrays of what torch.save wrote by name, of a list by place; the name of one that is alone is empty."""
     if isinstance(found, np.ndarray):
         return {"": found}
-    named = found if isinstance(found, dict) else {}
+    named = found if isinstance(found, dict) else dict(enumerate(found)) if isinstance(found, list | tuple) else {}
     arrays = {str(key): value for key, value in named.items() if isinstance(value, np.ndarray)}
     if not arrays:
-        raise InputError(f"{name} holds no tensors by name, expected one of {KNOWN}")
+        raise InputError(f"{name} holds no tensors of numbers, alone or in a dict or list; known are {KNOWN}")
     return arrays

@@ -100,7 +100,8 @@ def _ids(name: str, routed: Any, beside: dict[str, Any], hints: Hints) -> NDArra
         n_layers, top_k = n_layers or other, top_k or other
     if n_layers is None or top_k is None:
         raise InputError(
-            f"{name}: {ROUTED} in base64 does not say its shape; give n_layers (all of the model) and top_k"
+            f"{name}: {ROUTED} in base64 does not say its shape; give n_layers (all of the model) and top_k, or the "
+            "model's shape"
         )
     if not len(flat) or len(flat) % (n_layers * top_k):
         raise InputError(f"{name}: {ROUTED} has {len(flat)} ids, no multiple of {n_layers} layers x top-k {top_k}")
@@ -135,6 +136,8 @@ def _draft_of_passes(name: str, rows: Iterable[Any], hints: Hints) -> Draft:
         raise InputError(f"{name}: {words}")
     loads = np.stack(counts)
     filled = np.asarray(loads.any(axis=(1, 2)))
+    if not filled.any():
+        raise InputError(f"{name} recorded nothing: all its counts are zero")
     notes = () if filled.all() else (f"{int((~filled).sum())} of {len(filled)} passes are empty and left out",)
     is_ordered = all(type(number) is int for number in numbers) and numbers == sorted(numbers)
     layers = np.arange(loads.shape[1], dtype=np.int64)

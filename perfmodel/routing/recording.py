@@ -113,7 +113,9 @@ class Draft:
 
 def loads_of(name: str, array: NDArray[np.generic]) -> Loads:
     """Loads `[step, layer, expert]` of an array of counts with one to three of these axes, the last ones."""
-    if array.dtype.kind not in "iuf" or not 1 <= array.ndim <= 3 or not array.size:
+    if not array.size:
+        raise InputError(f"{name} holds no numbers: its shape is {array.shape}")
+    if array.dtype.kind not in "iuf" or not 1 <= array.ndim <= 3:
         found = "float64" if array.dtype.kind in "iuf" else array.dtype
         raise InputError(f"{name}: found {found} in {array.ndim} dimensions, expected counts [layers, experts]")
     loads = array.astype(np.float64)

@@ -3,13 +3,15 @@
 Shares are made first, `[step, layer, expert]`, then counts of tokens. Everything is reproducible by seed. numpy only.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
 from .batches import MAX_DRAWN, drawn_counts, expected_counts
-from .files import Counts
+from .files import Counts, split_source
 from .patterns import (
     DEFAULT_EXPONENT,
     Argument,
@@ -32,6 +34,7 @@ TEMPORAL_EXPERT_FRAC, GROUP_SIZE, IDLE_WEIGHT = 0.5, 4, 0.01
 FAMILIES: dict[str, Argument] = {
     "layered": Argument("spread", 0.5, 0, 1),
     "temporal": Argument("burst", 4, 1, 1e6),
+    "skewed-temporal": Argument("burst", 4, 1, 1e6),
 }
 
 
@@ -40,12 +43,27 @@ def family_usages() -> list[str]:
     return [f"{name}[:{argument.name.upper()}]" for name, argument in FAMILIES.items()]
 
 
+def is_drawn(source: str, *more: str) -> bool:
+    """Whether a routing is drawn from the family or pattern of that name; else it is in a file, or a folder of files.
+
+    A file is preferred to a name, a name to a folder. Raises InputError where it is neither; `more` are further names
+    that are listed then.
+    """
+    if not Path(source).is_file() and (source.partition(":")[0] in FAMILIES or is_pattern(source)):
+        return True
+    if not Path(split_source(source)[0]).exists():
+        known = ", ".join([*more, *family_usages(), *pattern_usages()])
+        raise InputError(f"no routing file {source!r}, and no routing of that name; known: {known}")
+    return False
+
+
 def synthetic_steps(name: str, n_steps: int, n_layers: int, n_experts: int, seed: int) -> Shares:
-    """Shares `[step, layer, expert]`, summing to 1 over experts, of `layered`, `temporal` or a pattern.
+    """Shares `[step, layer, expert]`, summing to 1 over experts, of a family or a pattern.
 
     A pattern is the same in every step and layer, hottest expert first. `layered:SPREAD` is a power law with an
     exponent and an order of experts for each layer, the same in every step. `temporal:BURST` changes from step to step,
-    in bursts of BURST steps on average. Raises InputError for unknown names, and for sizes below 1.
+    in bursts of BURST steps on average; `skewed-temporal:BURST` is that times `layered`, over its sum. Raises
+    InputError for unknown names, and for sizes below 1.
     """
     for words, size in (("steps", n_steps), ("layers", n_layers), ("experts", n_experts)):
         if size < 1:
@@ -61,7 +79,11 @@ def synthetic_steps(name: str, n_steps: int, n_layers: int, n_experts: int, seed
     if family == "layered":
         layers = layered_shares(n_layers, n_experts, number, rng)
         return np.broadcast_to(layers, (n_steps, n_layers, n_experts)).copy()
-    return np.stack([temporal_shares(n_steps, n_experts, number, rng) for _ in range(n_layers)], axis=1)
+    bursts = np.stack([temporal_shares(n_steps, n_experts, number, rng) for _ in range(n_layers)], axis=1)
+    if family == "temporal":
+        return bursts
+    skewed = bursts * layered_shares(n_layers, n_experts, FAMILIES["layered"].default, rng)
+    return np.asarray(skewed / skewed.sum(axis=2, keepdims=True))
 
 
 def layered_shares(n_layers: int, n_experts: int, spread: float, rng: np.random.Generator) -> Shares:

@@ -12,7 +12,16 @@ from perfmodel.errors import InputError
 from .recording import Recording
 from .sampling import SamplingError
 from .statistics import Comparison, LayerStatistics, compare, expected_active, layer_statistics, n_resident_of
-from .temporal import HOT_FRAC, WINDOWS, ExpertsInTime, HotSetOverlap, experts_in_time, hot_set_overlap
+from .temporal import (
+    CUTOFFS,
+    HOT_FRAC,
+    WINDOWS,
+    Cutoffs,
+    ExpertsInTime,
+    HotSetOverlap,
+    experts_in_time,
+    hot_set_overlap,
+)
 from .verdict import RESIDENT_FRAC, Verdict, judge
 
 DECODE_TOKENS = (1, 4, 16, 64, 256)  # batches that are judged where none are named
@@ -79,10 +88,12 @@ def summarise(
     windows: Sequence[int] = WINDOWS,
     against: Sequence[Recording] = (),
     hot_frac: float = HOT_FRAC,
+    cutoffs: Cutoffs = CUTOFFS,
 ) -> RoutingSummary:
     """All that is said of the routing of a recording; `against` are others that its hot experts are tried on.
 
-    The verdict and comparisons are about resident_frac of experts, overlaps of windows about the hot_frac hottest.
+    The verdict and comparisons are about resident_frac of experts, overlaps of windows about the hot_frac hottest;
+    `cutoffs` say which experts are consistent and temporal.
 
     Raises InputError for fractions and batches that cannot be, top-k outside 1 to the number of experts, and others
     that are of another model.
@@ -103,7 +114,7 @@ def summarise(
         float((recording.loads > 0).sum(axis=2)[used].mean()),
         _independent(recording),
         tuple(each for each in found if each),
-        experts_in_time(recording.loads, recording.layers) if recording.is_ordered else None,
+        experts_in_time(recording.loads, recording.layers, cutoffs) if recording.is_ordered else None,
         tuple(compare(recording, other, resident_frac) for other in against),
     )
 
@@ -138,7 +149,7 @@ def _chance_rows(sampling: SamplingError | None, n_layers: int) -> list[dict[str
 
 
 def _in_time(experts: ExpertsInTime, recording: Recording) -> dict[str, Any]:
-    return {
+    return asdict(experts.cutoffs) | {
         "joined_steps": experts.joined_steps,
         "n_joined": experts.n_joined,
         "pairs": [asdict(pair) for pair in experts.pairs],

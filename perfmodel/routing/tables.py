@@ -1,4 +1,4 @@
-"""Recordings from tables: CSV of counts or of `layer,expert` rows, and Parquet of either.
+"""Recordings from tables: CSV (or tabs, semicolons, blanks) of counts or of `layer,expert` rows, Parquet of either.
 
 A table is *wide*, a row for each layer and a column for each expert, or *long*, a row for each selection or each count.
 polars is imported where a table has a header or is Parquet.
@@ -37,13 +37,13 @@ def draft_of_csv(path: Path, hints: Hints, is_lenient: bool) -> Draft | None:
     are more of them than a model has layers. `is_lenient` is whether what may be either is counts. Raises InputError
     for columns that are not known and for what may be either, ValueError for no CSV.
     """
-    with path.open("rb") as file:
-        first = next((line for line in file if line.strip() and not line.startswith(b"#")), b"").decode("utf-8-sig")
-    has_header = not _are_numbers(first)
-    kind = hints.kind or ("ids" if has_header else _kind_of_rows(path, first.count(",") + 1, hints))
+    first = _first_row(path)
+    sign = _separator(first)
+    n_columns, has_header = len(first.split(sign)), not _are_numbers(first.split(sign))
+    kind = hints.kind or ("ids" if has_header else _kind_of_rows(path, sign, n_columns, hints))
     if kind is None and not is_lenient:
         raise InputError(
-            f"{path.name}: rows of {first.count(',') + 1} numbers may be counts of as many experts, or layer,expert of "
+            f"{path.name}: rows of {n_columns} numbers may be counts of as many experts, or layer,expert of "
             "selections; say which by kind, counts or ids"
         )
     if not has_header and kind != "ids":
@@ -51,7 +51,9 @@ def draft_of_csv(path: Path, hints: Hints, is_lenient: bool) -> Draft | None:
     import polars as pl
 
     try:
-        table = pl.read_csv(path, has_header=has_header, comment_prefix="#", infer_schema_length=None)
+        table = pl.read_csv(
+            path, has_header=has_header, separator=sign or " ", comment_prefix="#", infer_schema_length=None
+        )
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise ValueError(first_line(error)) from None
     table = table.rename({old: old.strip() for old in table.columns})
@@ -60,14 +62,33 @@ def draft_of_csv(path: Path, hints: Hints, is_lenient: bool) -> Draft | None:
     return draft_of_table(path.name, table, hints)
 
 
-def _kind_of_rows(path: Path, n_columns: int, hints: Hints) -> str | None:
+def bare_table(path: Path) -> NDArray[np.float64]:
+    """The numbers of a table without a header; InputError where there are none."""
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.partition("#")[0].strip()]
+    if not lines:
+        raise InputError(f"{path.name} holds no numbers")
+    return np.loadtxt(lines, delimiter=_separator(lines[0]), ndmin=2)
+
+
+def _first_row(path: Path) -> str:
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip() and not line.startswith(b"#")), b"")
+    return first.decode("utf-8-sig").strip()
+
+
+def _separator(row: str) -> str | None:
+    """What divides the columns of a row: a tab, semicolon or comma; null for blanks."""
+    return next((sign for sign in "\t;," if sign in row), None)
+
+
+def _kind_of_rows(path: Path, sign: str | None, n_columns: int, hints: Hints) -> str | None:
     """Whether rows without a header are counts or a layer and expert each (ids); null where they may be either."""
     if n_columns not in (2, 3) or n_columns == hints.n_experts:
         return "counts"
     with path.open("rb") as file:
         if sum(1 for line in file if line.strip()) > MAX_LAYERS:
             return "ids"
-    rows = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
+    rows = np.loadtxt(path, delimiter=sign, ndmin=2, encoding="utf-8-sig")
     may_be_ids = (rows == np.floor(rows)).all() and len(np.unique(rows[:, 0])) < len(rows)  # layers come again
     return None if may_be_ids else "counts"
 
@@ -92,14 +113,16 @@ def draft_of_table(name: str, table: "pl.DataFrame", hints: Hints) -> Draft:
     if not table.height:
         raise InputError(f"{name} has no rows, expected {LONG}")
     if found["layer"] is not None and found["expert"] is not None:
+        if found["token"] is not None and (found["count"] or "").lower() == "weight":
+            found["count"] = None  # the router's weight of a selection, and not how many there are
         columns = {meaning: _numbers(name, table, column) for meaning, column in found.items() if column is not None}
         return _draft_of_rows(name, columns, hints)
     labels = [column for column in (found["layer"], found["step"], "") if column in table.columns]
     experts = [column for column in table.columns if column not in labels]
     if not experts or not all(re.fullmatch(r"\D*\d+", column) for column in experts):
         raise InputError(
-            f"{name} is not a routing file (.npy, .npz or .csv of counts): its columns are "
-            f"{', '.join(table.columns)[:80]}, expected {LONG}, or one for each expert"
+            f"{name} is not a routing file: its columns are {', '.join(table.columns)[:80]}, expected {LONG}, or one "
+            "for each expert"
         )
     experts.sort(key=lambda column: int(re.sub(r"\D", "", column)))
     counts = np.stack([_numbers(name, table, column) for column in experts], axis=1)
@@ -150,18 +173,25 @@ def _draft_of_rows(name: str, columns: dict[str, NDArray[Any]], hints: Hints) ->
     return Draft(loads, layers, notes=notes)
 
 
-def _are_numbers(line: str) -> bool:
+def _are_numbers(words: list[str]) -> bool:
     try:
-        return bool([float(word) for word in line.split(",")])
+        np.array(words, dtype=np.float64)
     except ValueError:
-        return not line.strip()
+        return False
+    return True
 
 
 def _numbers(name: str, table: "pl.DataFrame", column: str | None) -> NDArray[Any]:
     """A column as numbers; InputError for words and for gaps."""
+    import polars as pl
+
     series = table[str(column)]
-    if not series.dtype.is_numeric() or series.null_count():
-        raise InputError(f"{name}: column {column} holds {series.dtype} with {series.null_count()} gaps, not numbers")
+    if series.dtype == pl.String:  # blanks around a number make it a word
+        series = series.str.strip_chars().cast(pl.Float64, strict=False)
+    if not series.dtype.is_numeric():
+        raise InputError(f"{name}: column {column} holds {series.dtype}, expected numbers")
+    if series.null_count():
+        raise InputError(f"{name}: column {column} has no number in {series.null_count()} of {len(series)} rows")
     return series.to_numpy()
 
 

@@ -3,10 +3,13 @@
 Everything is over `loads[step, layer, expert]` of steps that follow each other in time.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from perfmodel.errors import InputError
 
 from .patterns import Shares
 from .recording import Loads
@@ -100,6 +103,35 @@ def _hot(loads: Loads, n_hot: int, rng: np.random.Generator) -> NDArray[np.bool_
     return is_hot
 
 
+def used_experts(loads: Loads, used_share: float = USED_SHARE) -> NDArray[np.bool_]:
+    """Which experts each step uses, `[step, layer, expert]`: those with at least `used_share` of a uniform share of the
+    layer's assignments, and some."""
+    return np.asarray((loads >= used_share * loads.mean(axis=2, keepdims=True)) & (loads > 0))
+
+
+@dataclass(frozen=True)
+class Cutoffs:
+    """Which experts are consistent and temporal: used in at least and in at most so much of the steps.
+
+    Used is an expert in a step that sends it at least `used_share` of a uniform share; temporal ones receive at least
+    `temporal_least_weight` uniform shares when they are used. Raises InputError for what is below 0 or no fraction.
+    """
+
+    used_share: float = USED_SHARE
+    consistent_least_frac: float = CONSISTENT_STEP_FRAC
+    temporal_most_frac: float = TEMPORAL_MOST_FRAC
+    temporal_least_weight: float = TEMPORAL_LEAST_WEIGHT
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            most = 1.0 if name.endswith("_frac") else math.inf
+            if not 0 <= value <= most:
+                raise InputError(f"{name} is {value:g}, expected at least 0{' and at most 1' if most == 1 else ''}")
+
+
+CUTOFFS = Cutoffs()
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """Two temporal experts of a layer and the correlation of their shares over steps."""
@@ -113,12 +145,13 @@ class Pair:
 class ExpertsInTime:
     """Which experts are always in use and which in bursts: columns with an entry for each layer.
 
-    An expert is *used* in a step that sends it at least half of a uniform share, `joined_steps` steps taken together.
-    Consistent and temporal experts are by the thresholds of `experts_in_time`; `temporal_weight` is what temporal ones
-    receive when used, in uniform shares, NaN without one. Groups are of temporal experts whose shares rise and fall
-    together (`group_correlation`, the mean inside them, NaN without one); `pairs` are the strongest of all layers.
+    Consistent and temporal experts are by the `cutoffs`, `joined_steps` steps taken together; `temporal_weight` is what
+    temporal ones receive when used, in uniform shares, NaN without one. Groups are of temporal experts whose shares
+    rise and fall together (`group_correlation`, the mean inside them, NaN without one); `pairs` are the strongest of
+    all layers.
     """
 
+    cutoffs: Cutoffs
     joined_steps: int
     n_joined: int
     used_frac: Shares
@@ -133,9 +166,7 @@ class ExpertsInTime:
 def experts_in_time(
     loads: Loads,
     layers: NDArray[np.int64],
-    consistent_least_frac: float = CONSISTENT_STEP_FRAC,
-    temporal_most_frac: float = TEMPORAL_MOST_FRAC,
-    temporal_least_weight: float = TEMPORAL_LEAST_WEIGHT,
+    cutoffs: Cutoffs = CUTOFFS,
 ) -> ExpertsInTime | None:
     """Which experts of each layer are consistent, and which temporal and together; null for too few steps or tokens.
 
@@ -151,19 +182,22 @@ def experts_in_time(
     sums = loads[: n_joined * joined].reshape(n_joined, joined, n_layers, n_experts).sum(axis=1)
     totals = sums.sum(axis=2, keepdims=True)
     relative = np.divide(sums * n_experts, totals, out=np.zeros_like(sums), where=totals > 0)
-    used = relative >= USED_SHARE
-    n_used = used.sum(axis=0)
+    is_used = used_experts(sums, cutoffs.used_share)
+    n_used = is_used.sum(axis=0)
     used_frac = n_used / np.maximum((totals > 0).sum(axis=0), 1)
-    weight = (relative * used).sum(axis=0) / np.maximum(n_used, 1)
-    temporal = (n_used > 0) & (used_frac <= temporal_most_frac) & (weight >= temporal_least_weight)
-    rows = [_together(relative[:, i], used[:, i], np.flatnonzero(temporal[i]), int(layers[i])) for i in range(n_layers)]
+    weight = (relative * is_used).sum(axis=0) / np.maximum(n_used, 1)
+    temporal = (n_used > 0) & (used_frac <= cutoffs.temporal_most_frac) & (weight >= cutoffs.temporal_least_weight)
+    rows = [
+        _together(relative[:, i], is_used[:, i], np.flatnonzero(temporal[i]), int(layers[i])) for i in range(n_layers)
+    ]
     with np.errstate(invalid="ignore"):
         temporal_weight = (weight * temporal).sum(axis=1) / temporal.sum(axis=1)
     return ExpertsInTime(
+        cutoffs,
         joined,
         n_joined,
         used_frac,
-        used_frac >= consistent_least_frac,
+        used_frac >= cutoffs.consistent_least_frac,
         temporal,
         temporal_weight,
         tuple(groups for groups, _, _ in rows),
@@ -173,7 +207,7 @@ def experts_in_time(
 
 
 def _together(
-    relative: Shares, used: NDArray[np.bool_], experts: NDArray[np.int64], layer: int
+    relative: Shares, is_used: NDArray[np.bool_], experts: NDArray[np.int64], layer: int
 ) -> tuple[tuple[tuple[int, ...], ...], float, list[Pair]]:
     """Groups of experts linked by correlation over steps, the mean correlation inside groups, and the linked pairs."""
     from scipy.sparse.csgraph import connected_components
@@ -183,10 +217,10 @@ def _together(
     if not n_pairs:
         return (), float("nan"), []
     correlation = np.asarray(np.corrcoef(relative[:, experts], rowvar=False))
-    is_used = used[:, experts].astype(np.int64)
-    n_used, n_both = is_used.sum(axis=0), is_used.T @ is_used
+    own = is_used[:, experts].astype(np.int64)
+    n_used, n_both = own.sum(axis=0), own.T @ own
     # How likely as many steps are common to two that are used in so many steps each, at random.
-    by_chance = hypergeom.sf(n_both - 1, len(used), n_used[:, None], n_used[None, :])
+    by_chance = hypergeom.sf(n_both - 1, len(is_used), n_used[:, None], n_used[None, :])
     linked = np.triu((correlation >= GROUP_CORRELATION) & (by_chance < FALSE_LINKS / n_pairs), 1)
     _, label = connected_components(linked, directed=False)
     members = [np.flatnonzero(label == i) for i in np.unique(label)]

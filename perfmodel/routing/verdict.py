@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perfmodel import text
 
@@ -25,6 +26,7 @@ LEAST_GAIN = 0.10  # less of the offloaded assignments saved than this is no ben
 LARGE_GAIN = 0.25  # ... and less than this is a slight one
 N_SIGMA = 3.0  # by so many standard deviations a following hot set must do better than chance
 CERTAIN = 0.01  # the chance of as much skew under uniform routing from which on skew is taken for real
+MOST_NAMED = 4  # layers
 TINY = 1e-12  # where nothing is offloaded, nothing is saved
 HOT, SLIGHT, MOVING, NONE, UNCLEAR = "hot set", "slight hot set", "moving hot set", "no benefit", "unclear"
 
@@ -114,9 +116,11 @@ def judge(
         found = [hot_set_overlap(recording.loads, window, judged.n_resident) for window in windows]
         overlap = max((each for each in found if each), key=lambda each: each.last_frac, default=None)
     decode, n_decode_tokens = _decode(recording, n_tokens, judged.n_resident)
-    label, reason = _judged(judged, n_experts, sampling, overlap)
     by_layer = (served if held_out is None else held_out)[:, judged.n_resident]
     layer_gain_frac = gain_over_size(by_layer, judged.by_size_frac)
+    label, reason = _judged(judged, n_experts, sampling, overlap)
+    if label in (NONE, SLIGHT, HOT):
+        reason += _few_layers(layer_gain_frac, recording.layers, sampling)
     return Verdict(label, reason, gains, layer_gain_frac, decode, n_decode_tokens, overlap, sampling)
 
 
@@ -155,6 +159,53 @@ def _decode(
     return found, bisect.bisect_left(range(1, MOST_TOKENS), True, key=lambda n: of(n).gain_frac < LEAST_GAIN)
 
 
+def _chance(sampling: SamplingError) -> float:
+    """How likely uniform routing is as uneven, all layers taken together (Fisher's method)."""
+    from scipy.stats import combine_pvalues
+
+    return float(combine_pvalues(np.maximum(sampling.p_value, TINY)).pvalue)
+
+
+def _few_layers(gain_frac: Shares, layers: NDArray[np.int64], sampling: SamplingError | None) -> str:
+    """Which layers have a large gain, where they are the smaller part of them."""
+    is_large = gain_frac >= LARGE_GAIN
+    if sampling is not None:
+        is_large &= sampling.p_value <= CERTAIN
+    found = layers[is_large]
+    if not 0 < len(found) < len(layers) / 2:
+        return ""
+    names = ", ".join(map(str, found[:MOST_NAMED])) + (", ..." if len(found) > MOST_NAMED else "")
+    return (
+        f" Only {len(found)} of {len(layers)} layers {'gain' if len(found) > 1 else 'gains'} much "
+        f"({'layers' if len(found) > 1 else 'layer'} {names}): there the hot set saves "
+        f"{text.frac(float(gain_frac[is_large].mean()))}."
+    )
+
+
+def _unproven(gain: ResidentGain, hot: str, served: str, even: str, is_chance: bool) -> tuple[str, str] | None:
+    """The label and reason where the sample shows no gain, or one that is chance or not there elsewhere; else null."""
+    chosen = f"{hot} serve {text.frac(gain.served_frac)} of the assignments they were chosen by"
+    if gain.most_gain_frac < LEAST_GAIN:
+        saved = text.frac(max(gain.most_gain_frac, 0.0))
+        return NONE, (
+            f"No benefit: {chosen}, against {even} by size alone: {saved} of offloaded assignments saved at most. "
+            "Place by size, not by popularity."
+        )
+    if not is_chance and (gain.gain_frac + gain.most_gain_frac) / 2 < LEAST_GAIN:
+        changes = " What is hot in one half is not in the other." if gain.gain_frac < gain.most_gain_frac / 2 else ""
+        return NONE, (
+            f"No benefit: {chosen} and {served} of others, against {even} by size alone.{changes} Place by size, not "
+            "by popularity."
+        )
+    if not is_chance and gain.gain_frac >= LEAST_GAIN:
+        return None
+    also = ", and uniform routing of as few tokens could look as uneven" if is_chance else ""
+    return UNCLEAR, (
+        f"The sample is too small to say: {chosen}, but {served} of others ({even} by size alone){also}. Record more "
+        "tokens; until then place by size."
+    )
+
+
 def _over_time(gain: ResidentGain, overlap: HotSetOverlap | None, is_sample: bool) -> tuple[float, float, float]:
     """Gains in the second half of hot sets chosen in the first and anew from the last window, and what of it is sure.
 
@@ -181,24 +232,17 @@ def _judged(
         return MOVING, (
             f"The hot set moves: {hot} in the first half of the recording serve {text.frac(overlap.static_frac)} of "
             f"assignments in the second, against {even} by size alone; chosen anew from the last "
-            f"{text.counted(overlap.window_steps, 'step')} {text.frac(overlap.last_frac)}. A static placement is not "
-            "worth it; a cache that follows may be."
+            f"{'step' if overlap.window_steps == 1 else f'{overlap.window_steps} steps'} "
+            f"{text.frac(overlap.last_frac)}. A static placement is not worth it; a cache that follows may be."
         )
     served = text.frac(gain.served_frac if gain.held_out_frac is None else gain.held_out_frac)
     figures = (
         f"{hot} serve {served} of assignments, against {even} under uniform routing: "
         f"{text.frac(max(gain.gain_frac, 0.0))} of offloaded assignments saved"
     )
-    if gain.most_gain_frac < LEAST_GAIN:
-        return NONE, f"No benefit: {figures}. Place by size, not by popularity."
-    is_chance = sampling is not None and bool((sampling.p_value > CERTAIN).mean() > 0.5)
-    if is_chance or gain.gain_frac < LEAST_GAIN:
-        also = ", and uniform routing of as few tokens could look as uneven" if is_chance else ""
-        return UNCLEAR, (
-            f"The sample is too small to say: {hot} serve {text.frac(gain.served_frac)} of the assignments they were "
-            f"chosen by, but {served} of others ({even} by size alone){also}. Record more tokens; until then place "
-            "by size."
-        )
+    unproven = _unproven(gain, hot, served, even, sampling is not None and _chance(sampling) > CERTAIN)
+    if unproven is not None:
+        return unproven
     if overlap is not None and kept < LEAST_GAIN:
         return UNCLEAR, (
             f"Too few steps to say: {figures}, but those of the first half serve {text.frac(overlap.static_frac)} of "

@@ -30,7 +30,8 @@ class Bounds:
     def __post_init__(self) -> None:
         if not 0 <= self.cold_below <= self.hot_from:
             raise InputError(
-                f"classes begin at {self.cold_below:g} and {self.hot_from:g} mean loads, expected two ascending numbers"
+                f"classes begin at {self.cold_below:g} and {self.hot_from:g} mean loads, expected two ascending "
+                "numbers from 0 on"
             )
 
 

@@ -61,12 +61,21 @@ def dealt(loads: Array, resident: Mask, n_dimms: int) -> Index:
     return home
 
 
-def relayout(machine: Machine, layout: Layout, predicted: Array, classes: Classes, window: Window) -> Relayout:
+def relayout(
+    machine: Machine,
+    layout: Layout,
+    predicted: Array,
+    classes: Classes,
+    window: Window,
+    *,
+    has_seen_moves: bool = True,
+) -> Relayout:
     """The moves for loads `predicted[batch, expert]`, tried in the order of their benefit.
 
     A move is made where the link it takes is free for long enough in the window, and where it makes the layer end later
-    (its modules being busy) by less than its benefit; what is not made waits for another step. The link between modules
-    makes one move after another. Copies to device memory replace the residents that gain least by being there.
+    (its modules being busy) by less than its benefit, or without `has_seen_moves` not at all; what is not made waits
+    for another step. The link between modules makes one move after another. Copies to device memory replace the
+    residents that gain least by being there.
     """
     n_layers, n_experts = predicted.shape
     coming, leaving = _swaps(machine, layout, predicted, classes)
@@ -91,6 +100,7 @@ def relayout(machine: Machine, layout: Layout, predicted: Array, classes: Classe
         later = np.maximum(busy.max(axis=1) - end, 0.0)
         has_room = np.where(copies, pcie >= machine.pcie_ns, link >= machine.gather_ns)
         made = (benefit[row, choice] > later) & has_room & ~touched[row, expert]
+        made &= has_seen_moves | (later == 0)
         if not made.any():
             continue
         at, who = row[made], expert[made]

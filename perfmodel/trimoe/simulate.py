@@ -27,12 +27,12 @@ from .scheduler import UNITS, Busy, Domains, busy
 MAX_ROWS = 2048  # layers of steps that are scheduled at once
 HBM_FRAC = 0.5  # of device memory for routed experts; assumed, for no source says how many experts TriMoE keeps there
 
-Decide = Callable[[Costs, Array, Bounds], Domains]  # from costs and tokens [batch, expert]
+Decide = Callable[[Costs, Array], Domains]  # from costs and tokens [batch, expert]
 
 
 @dataclass(frozen=True)
 class System:
-    """Who computes what: `decide(costs, tokens, bounds)` gives domains `[batch, expert]`. `has_cpu`, `has_amx`,
+    """Who computes what: `decide(costs, tokens)` gives domains `[batch, expert]`. `has_cpu`, `has_amx`,
     `has_ndp` are what it uses of the machine, `has_relayout` whether it moves weights between steps."""
 
     name: str
@@ -50,8 +50,9 @@ class Workload:
     `steps[step, layer, expert]` to be timed; `n_slots` experts of each layer have room in device memory.
 
     `attention_ns` is the time per layer beside its experts, under which weights may move too (0: attention is not
-    modelled, and hides nothing). `tables` are times by tokens that stand before the computed ones, `model` a fitted
-    model of the GPU's kernel (null: default constants).
+    modelled, and hides nothing). `has_seen_moves` is whether a move may make a layer end later by less than its
+    benefit, or else is made only where it is hidden. `tables` are times by tokens that stand before the computed ones,
+    `model` a fitted model of the GPU's kernel (null: default constants).
     """
 
     profile: HardwareProfile
@@ -63,6 +64,7 @@ class Workload:
     bounds: Bounds = BOUNDS
     new_frac: float = NEW_FRAC
     attention_ns: float = 0.0
+    has_seen_moves: bool = True
     tables: dict[str, Table] = field(default_factory=dict)
     model: LatencyModel | None = None
 
@@ -229,7 +231,7 @@ def _static(work: Workload, system: System, machine: Machine, layout: Layout) ->
         resident, striped = np.tile(layout.resident, (n, 1)), np.tile(layout.striped, (n, 1))
         rows = tokens.reshape(-1, n_experts)
         costs = machine.costs(rows, resident, striped, np.tile(layout.home, (n, 1)))
-        found.append(busy(costs, system.decide(costs, rows, work.bounds)))
+        found.append(busy(costs, system.decide(costs, rows)))
     return found, [], {}, 0
 
 
@@ -242,12 +244,13 @@ def _moving(work: Workload, system: System, machine: Machine, layout: Layout) ->
     n_moves, n_right = dict.fromkeys(MOVES, 0), 0
     for step, tokens in enumerate(work.steps):
         costs = machine.costs(tokens, layout.resident, layout.striped, layout.home)
-        domain = system.decide(costs, tokens, work.bounds)
+        domain = system.decide(costs, tokens)
         now = busy(costs, domain)
         found.append(now)
         predicted = work.new_frac * tokens + (1 - work.new_frac) * predicted
         classes = classify(predicted, work.bounds)
-        done = relayout(machine, layout, predicted, classes, _window(work, machine, layout, tokens, domain, now))
+        window = _window(work, machine, layout, tokens, domain, now)
+        done = relayout(machine, layout, predicted, classes, window, has_seen_moves=work.has_seen_moves)
         exposed.append(done.exposed_ns)
         if step + 1 < len(work.steps):
             n_right += _n_right(done.moved, classes, classify(work.steps[step + 1], work.bounds))

@@ -3,16 +3,12 @@
 Counts are `[step, layer, expert]`, token-expert assignments of a decode batch.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
-from perfmodel.routing import Recording, Shares, is_pattern, read_recording, synthetic_counts, synthetic_steps
-from perfmodel.routing.files import split_source
-from perfmodel.routing.patterns import Argument, numbers_after, pattern_usages
-from perfmodel.routing.steps import FAMILIES, family_usages
+from perfmodel.routing import Recording, Shares, is_drawn, read_recording, synthetic_counts, synthetic_steps
+from perfmodel.routing.patterns import Argument, numbers_after
 
 FAMILY = "three-class"
 # arXiv 2603.01058: more than 70 % of experts carry about 8 % of tokens (cold), 20 to 40 % carry up to 70 % (warm). The
@@ -67,28 +63,24 @@ def steps_of(source: str, shape: MoEShape, n_tokens: int, n_steps: int, n_layers
             f"{n_steps:,} steps (some before the timed ones) of {n_layers} layers of {shape.n_experts} experts are "
             f"more than {MAX_LOADS:,} loads"
         )
-    name = source.partition(":")[0]
-    if name == FAMILY:
+    is_ordered = True
+    if source.partition(":")[0] == FAMILY:
         shares = three_class_shares(n_steps, n_layers, shape.n_experts, numbers_after(source, (CHURN,))[0], seed)
-    elif name in FAMILIES or is_pattern(source):
+    elif is_drawn(source, f"{FAMILY}[:{CHURN.name.upper()}]"):
         shares = synthetic_steps(source, n_steps, n_layers, shape.n_experts, seed)
     else:
-        shares = _file_shares(source, shape, n_steps)
-    if shares.shape[2] != shape.n_experts:
-        raise InputError(f"routing {source!r} is for {shares.shape[2]} experts, the model shape has {shape.n_experts}")
+        found = read_recording(source, n_experts=shape.n_experts, top_k=shape.top_k)
+        shares, is_ordered = _step_shares(found, n_steps), found.is_ordered
     counts = synthetic_counts(shares, n_tokens, shape.top_k, seed).astype(np.float64)
     tokens = np.full(len(counts), n_tokens, dtype=np.int64)
-    return Recording(source, counts, np.arange(counts.shape[1]), shape.top_k, tokens)
+    return Recording(source, counts, np.arange(counts.shape[1]), shape.top_k, tokens, is_ordered)
 
 
-def _file_shares(source: str, shape: MoEShape, n_steps: int) -> Shares:
-    """Shares `[step, layer, expert]` of a routing file; one that knows no steps is the same in each of `n_steps`."""
-    if not Path(split_source(source)[0]).exists():
-        known = ", ".join([f"{FAMILY}[:{CHURN.name.upper()}]", *family_usages(), *pattern_usages()])
-        raise InputError(f"no routing file {source!r}, and no routing of that name; known: {known}")
-    found = read_recording(source, n_experts=shape.n_experts, top_k=shape.top_k)
-    if len(found.loads) == 1:
-        return np.broadcast_to(found.shares, (n_steps, *found.shares.shape)).copy()
-    loads = found.loads[:n_steps]
+def _step_shares(recorded: Recording, n_steps: int) -> Shares:
+    """Shares `[step, layer, expert]` of at most `n_steps`; a recording of one step is the same in each of them, and a
+    layer that did nothing in a step has its usual shares."""
+    if len(recorded.loads) == 1:
+        return np.broadcast_to(recorded.shares, (n_steps, *recorded.shares.shape)).copy()
+    loads = recorded.loads[:n_steps]
     sums = loads.sum(axis=2, keepdims=True)
-    return np.where(sums > 0, loads / np.maximum(sums, 1.0), found.shares)
+    return np.where(sums > 0, loads / np.where(sums > 0, sums, 1.0), recorded.shares)

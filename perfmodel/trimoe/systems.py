@@ -13,60 +13,55 @@ from perfmodel.physics import Array
 from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
 
 from .costs import Costs
-from .prediction import COLD, Bounds, classify
+from .prediction import Bounds
 from .scheduler import Domains, busy, schedule
 from .simulate import System, Workload, simulate
 
-MAX_COPIED = 32  # hottest experts of a layer that the GPU-NDP baseline may copy
 COLD_FRACS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the load from which experts are hot: below it they are cold
 
 
-def _scheduled(costs: Costs, tokens: Array, bounds: Bounds, *, is_refined: bool = True) -> Domains:
+def _scheduled(costs: Costs, tokens: Array, *, is_refined: bool = True) -> Domains:
     return schedule(costs, is_refined=is_refined, is_guarded=False)
 
 
-def _residents_or(costs: Costs, domain: int) -> Domains:
+def _residents_or(costs: Costs, tokens: Array, *, domain: int) -> Domains:
     """Residents on the GPU, all others in one domain."""
     return np.where(np.isfinite(costs.cost_ns[..., RESIDENT]), RESIDENT, domain)
 
 
-def _gpu_cpu(costs: Costs, tokens: Array, bounds: Bounds) -> Domains:
-    return _residents_or(costs, ON_HOST)
-
-
-def _gpu_prefetch(costs: Costs, tokens: Array, bounds: Bounds) -> Domains:
-    return _residents_or(costs, COPIED)
-
-
-def _cold_on_cpu(costs: Costs, tokens: Array, bounds: Bounds) -> Domains:
-    on_gpu = _residents_or(costs, COPIED)
-    return np.where((on_gpu == COPIED) & (classify(tokens, bounds) == COLD), ON_HOST, on_gpu)
-
-
-def _gpu_ndp(costs: Costs, tokens: Array, bounds: Bounds) -> Domains:
-    """As many of the hottest of the others are copied as make the layer shortest, which MoNDE balances too."""
-    domain = _residents_or(costs, NEAR_DATA)
-    best, shortest = domain, busy(costs, domain).makespan_ns
-    order = np.argsort(np.where(domain == NEAR_DATA, -tokens, np.inf), axis=1, kind="stable")
-    for n in range(min(MAX_COPIED, tokens.shape[1])):
-        expert = order[:, n : n + 1]
-        domain = domain.copy()
-        was = np.take_along_axis(domain, expert, axis=1)
-        np.put_along_axis(domain, expert, np.where(was == NEAR_DATA, COPIED, was), axis=1)
-        span = busy(costs, domain).makespan_ns
-        best = np.where((span < shortest)[:, None], domain, best)
-        shortest = np.minimum(span, shortest)
+def _hottest_copied(costs: Costs, tokens: Array, *, domain: int) -> Domains:
+    """Residents on the GPU; of the others as many of the hottest are copied to it as make the layer shortest, the rest
+    is computed in one domain."""
+    tried = _residents_or(costs, tokens, domain=domain)
+    best, shortest = tried, busy(costs, tried).makespan_ns
+    order = np.argsort(np.where(tried == domain, -tokens, np.inf), axis=1, kind="stable")
+    for expert in order.T:
+        tried = tried.copy()
+        was = np.take_along_axis(tried, expert[:, None], axis=1)
+        np.put_along_axis(tried, expert[:, None], np.where(was == domain, COPIED, was), axis=1)
+        now = busy(costs, tried)
+        best = np.where((now.makespan_ns < shortest)[:, None], tried, best)
+        shortest = np.minimum(now.makespan_ns, shortest)
+        if (now.gpu_ns >= shortest).all():
+            break  # with more copies the GPU alone takes as long
     return best
 
 
 TRIMOE = System("TriMoE", "all three, refined, with relayout", _scheduled, has_relayout=True)
+_on_cpu = partial(_residents_or, domain=ON_HOST)
+_on_gpu = partial(_residents_or, domain=COPIED)
+_rest_near_data = partial(_hottest_copied, domain=NEAR_DATA)
+_rest_on_cpu = partial(_hottest_copied, domain=ON_HOST)
 BASELINES = (
-    System("GPU-CPU", "residents on the GPU, all others on the CPU, as KTransformers", _gpu_cpu, has_ndp=False),
-    System("GPU-NDP", "residents and some copies on the GPU, all others near data, as MoNDE", _gpu_ndp, has_cpu=False),
+    System("GPU-CPU", "residents on the GPU, all others on the CPU, as KTransformers", _on_cpu, has_ndp=False),
     System(
-        "GPU-only", "all on the GPU, copied where not resident, as Klotski", _gpu_prefetch, has_cpu=False, has_ndp=False
+        "GPU-NDP",
+        "residents and some copies on the GPU, all others near data, as MoNDE",
+        _rest_near_data,
+        has_cpu=False,
     ),
-    System("CPU-cold", "cold experts on the CPU, hot and warm ones copied to the GPU", _cold_on_cpu, has_ndp=False),
+    System("GPU-only", "all on the GPU, copied where not resident, as Klotski", _on_gpu, has_cpu=False, has_ndp=False),
+    System("CPU-cold", "residents and some copies on the GPU, the cold rest on the CPU", _rest_on_cpu, has_ndp=False),
 )
 # From GPU and NDP alone to all of TriMoE, one part more at a time, in the order of the published factors.
 _greedy = partial(_scheduled, is_refined=False)
