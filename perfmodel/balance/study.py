@@ -5,7 +5,6 @@ Nothing here is fitted to the numbers of GEM (arXiv 2605.19945); they are compar
 
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from perfmodel.placement.balance import Array
 from perfmodel.placement.gem import WINDOW_STEPS, best_map, straggler_ns
 from perfmodel.placement.staircase import SPREAD_IN_FLEET_FRAC, SPREAD_IN_NODE_FRAC, Staircase, spread_speeds
 from perfmodel.predict import Basis, basis_of
-from perfmodel.routing import Shares, synthetic_counts, synthetic_steps
+from perfmodel.routing import SHIPPED, Shares, synthetic_counts, synthetic_steps
 
 from .compare import BALANCED, LINEAR, N_STEPS, compare, made, steps_of
 from .profiles import layer_ns_by_rows, predicted_staircase
@@ -24,7 +23,6 @@ MACHINE, N_GPUS, N_TOKENS, N_LAYERS = "h100-sxm", 4, 4096, 6
 MODELS = ("mixtral-8x7b", "mixtral-8x22b", "llama-4-scout", "hunyuan-a13b", "qwen3-30b-a3b")
 LASTING, BURSTY, SKEWED = "layered", "temporal:1", "skewed-temporal:1"
 ROUTINGS = ("uniform", LASTING, BURSTY, "temporal:4", SKEWED, "skewed-temporal:4")
-RECORDED = Path(__file__).parent.parent / "data" / "routing" / "olmoe-mixtral.npz"
 MEASURED = {"olmoe-1b-7b": "olmoe", "mixtral-8x7b": "mixtral-8x7b"}  # names of the catalogue by those in the file
 AS_MEASURED = "as measured"  # of shares: the same in every step
 LONG_WINDOW = 3 * WINDOW_STEPS  # beside the published one, to tell what a window of 16 steps fits by chance
@@ -135,7 +133,7 @@ def against_the_best(model: str, spread_frac: float) -> tuple[float, float, floa
 @cache
 def measured_shares() -> dict[tuple[str, str], Shares]:
     """Shares `[layer, expert]` that others measured, by model of the catalogue and text."""
-    with np.load(RECORDED) as recorded:
+    with np.load(SHIPPED) as recorded:
         keys = [(key, *key.split("__")) for key in recorded.files]
         return {(MEASURED[model], text): recorded[key] for key, model, text in keys if model in MEASURED}
 

@@ -78,12 +78,9 @@ def list_names() -> None:
         "hardware": hardware.names(),
         "shapes": moe.names(),
         "routings": [*routing.pattern_usages(), *routing.family_usages()],
-        "recorded": [
-            os.path.relpath(path)
-            for path in sorted((Path(routing.__file__).parent.parent / "data" / "routing").glob("*"))
-        ],
+        "recorded": [os.path.relpath(routing.SHIPPED)],
         "access": list(offload.ACCESS_MODES),
-        "policies": [*dict.fromkeys([*placement.POLICIES, *DISPATCHED, CACHE, OPTIMAL])],
+        "policies": list(dict.fromkeys([*placement.POLICIES, *DISPATCHED, CACHE, OPTIMAL])),
         "exports": list(FORMATS),
         "models": list(latency.shipped_models()),
         "captures": [os.path.relpath(path) for path in capture.shipped_captures()],

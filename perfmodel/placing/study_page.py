@@ -9,13 +9,12 @@ import numpy as np
 from perfmodel import hf_config, markdown
 from perfmodel.hardware import hardware
 from perfmodel.predict import basis_of
-from perfmodel.routing import Recording, read_recording
+from perfmodel.routing import SHIPPED, Recording, read_recording
 
 from .compare import FORESEEN, OPTIMAL, Outcome, compare, policy_names
 from .question import Question
 from .windows import batches
 
-RECORDED = Path(__file__).parent.parent / "data" / "routing" / "olmoe-mixtral.npz"
 MODELS = {"olmoe": "olmoe-1b-7b__wikipedia", "mixtral-8x7b": "mixtral-8x7b__wikipedia"}
 DOMAINS = ("wikipedia", "c4", "book", "arxiv", "github", "tulu")
 MACHINES = (("gh200", "zero-copy"), ("gh200", "copy-overlap+cpu"), ("h100-pcie", "copy-overlap+cpu"))
@@ -26,7 +25,7 @@ LEFT_OUT = ("descending", "back-loading", FORESEEN)
 
 def recording(key: str) -> Recording:
     """The measured counts of a model on a domain, of three of its layers, without steps."""
-    return read_recording(f"{RECORDED}#{key}")
+    return read_recording(f"{SHIPPED}#{key}")
 
 
 def asked(machine: str, access: str, shape: str, key: str, n_tokens: int, resident_frac: float) -> Question:

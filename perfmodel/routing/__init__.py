@@ -17,7 +17,7 @@ from .batches import (
     routing,
     sample_choices,
 )
-from .files import Counts, layer_shares, read_recording, read_shares, routing_keys, write_counts
+from .files import SHIPPED, Counts, layer_shares, read_recording, read_shares, routing_keys, write_counts
 from .patterns import (
     PATTERNS,
     Shares,
@@ -74,6 +74,7 @@ __all__ = [
     "N_DRAWS",
     "PATTERNS",
     "PUBLISHED",
+    "SHIPPED",
     "RESIDENT_FRAC",
     "WINDOWS",
     "Comparison",

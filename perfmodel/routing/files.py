@@ -31,6 +31,8 @@ KNOWN = (
 )
 BINARY = (".pt", ".pth", ".parquet", ".json", ".jsonl")  # which are known by their first bytes
 
+SHIPPED = Path(__file__).parent.parent / "data" / "routing" / "olmoe-mixtral.npz"  # measured; see data/README.md
+
 
 def split_source(source: str) -> tuple[str, str, int | None]:
     """The file, key and layer of `FILE[#KEY][@LAYER]`; the key is empty and the layer null where they are not given.
