@@ -1,7 +1,7 @@
 """The command about placements: it loads, asks, prints, and writes what engines read."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,22 +10,19 @@ import typer
 from perfmodel import report, text
 from perfmodel.cli import recordings
 from perfmodel.cli.latency import machine_of
-from perfmodel.cli.shell import Json, app, note, number, print_json, print_words, progress, whole
+from perfmodel.cli.shell import Json, app, note, number, print_json, print_words, progress, whole, width
 from perfmodel.errors import InputError
 from perfmodel.routing import Recording
 
 if TYPE_CHECKING:  # this brings scipy and scikit-learn, which other commands do not need
-    from perfmodel.hardware import HardwareProfile
     from perfmodel.model_memory import ModelMemory
-    from perfmodel.moe import MoEShape
     from perfmodel.placing.answers import Answer
-    from perfmodel.placing.question import Question
-    from perfmodel.placing.windows import Batch
 
-ALL, AUTO = "all", "auto"
+AUTO = "auto"
 BATCH_SIZES = tuple(4**i for i in range(9))
 EXPERT_FRAC = re.compile(r"\s*([0-9.]+)\s*%\s*")
 MIX = re.compile(r"\s*([0-9.]+)\s*x\s*([0-9]+)\s*")
+REQUESTS = re.compile(r"\s*([0-9]+)\s*\+\s*([0-9]+)\s*")
 
 
 @app.command()
@@ -44,10 +41,16 @@ def place(
             "unless given."
         ),
     ] = None,
-    policy: Annotated[str, typer.Option(help="One policy, or all; docs/policies.md.")] = ALL,
-    tokens: Annotated[str, typer.Option(help="Tokens of a pass, each answered by itself: 64, or 64,4096.")] = "64",
+    policy: Annotated[str, typer.Option(help="One policy, or all; docs/placement.md.")] = "all",
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens of a pass, each answered by itself: 64,4096; 64 unless given.")
+    ] = None,
     mix: Annotated[
         str | None, typer.Option(help="Passes of several sizes placed for together, such as 200x64,1x4096.")
+    ] = None,
+    requests: Annotated[
+        str | None,
+        typer.Option(help="Instead of --mix: tokens of prompt and output, such as 512+128, of --sequences at a time."),
     ] = None,
     access: Annotated[
         str, typer.Option(help="How offloaded experts are used, several with a plus; auto tries all the machine can.")
@@ -58,8 +61,10 @@ def place(
     op: Annotated[str, typer.Option(help="What is timed: moe-layer, fused-moe or grouped-gemm.")] = "moe-layer",
     model: Annotated[str | None, typer.Option(help="A fitted model, as of `predict`.")] = None,
     residency: Annotated[str | None, typer.Option(help="How zero-copy sees two memories, as of `predict`.")] = None,
-    context: Annotated[str | None, typer.Option(help="Tokens of each sequence in the KV cache.")] = None,
-    sequences: Annotated[str, typer.Option(help="Sequences in the KV cache.")] = "1",
+    context: Annotated[
+        str | None, typer.Option(help="Tokens of each sequence in the KV cache; those of --requests unless given.")
+    ] = None,
+    sequences: Annotated[str, typer.Option(help="Sequences at a time, all in the KV cache.")] = "1",
     other_weights: Annotated[
         str | None, typer.Option(help="Weights besides experts, such as 6GB, where the shape's config does not say.")
     ] = None,
@@ -68,151 +73,145 @@ def place(
     host_holds_all: Annotated[
         bool, typer.Option("--host-holds-all", help="The engine keeps all experts in host memory too (ktransformers).")
     ] = False,
+    replicas: Annotated[str, typer.Option(help="Replicas of the model on other devices of the same host.")] = "1",
+    copies: Annotated[
+        str | None, typer.Option(help="Further copies of hot experts that the engine keeps in device memory.")
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="As many resident experts in each layer (--kt-num-gpu-experts).")
+    ] = False,
     limit: Annotated[
         str | None, typer.Option(help="A slowdown such as 1.2x: how many experts may leave, and at which batches.")
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Add slowdown by device memory.")] = False,
     out: Annotated[str | None, typer.Option(help="Write the best placement to this .json file.")] = None,
     export: Annotated[
-        str | None, typer.Option(help="Write it for an engine: sglang, ktransformers, llama.cpp, vllm, json ...")
+        str | None,
+        typer.Option(help="Write it for an engine: sglang, ktransformers, llama.cpp, vllm ...; docs/export.md."),
     ] = None,
     to: Annotated[str, typer.Option(help="Folder for --export.")] = ".",
     steps: recordings.Steps = "16",
     step_tokens: recordings.StepTokens = "512",
     kind: recordings.Kind = None,
     phase: recordings.Phase = None,
+    seed: Annotated[str, typer.Option(help="Of what is drawn: windows, the random policy, the search.")] = "1",
     as_json: Json = False,
 ) -> None:
     """Where each expert should live, what that costs, and how far from the best it can be."""
     from perfmodel import hf_config, latency
-    from perfmodel.placing import windows
+    from perfmodel.model_memory import model_memory
+    from perfmodel.placing import answers, windows
     from perfmodel.placing.question import Question
+    from perfmodel.placing.room import N_STAGING, Engine, room_for
     from perfmodel.predict import Settings, basis_of
 
+    n_sequences = whole(sequences, "--sequences")
+    questions, n_context = _sizes(tokens, mix, requests, n_sequences)
+    if out or export:
+        _check_writing(out, export, to, len(questions))
+    bound = _bound(limit)
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
-    memory = _memory(shape, other_weights)
+    memory = model_memory(shape)
+    if other_weights is not None:
+        memory = replace(memory, non_expert_bytes=float(text.parse_bytes(other_weights)))
     steps_of = whole(steps, "--steps"), whole(step_tokens, "--step-tokens")
     hints = recordings.Hints(moe_shape, None, *steps_of, kind, phase, memory.n_model_layers)
     recording = recordings.recording_of(routing, hints)
     later = None if held_out is None else recordings.recording_of(held_out, hints)
-    asked = _Memory(hbm_budget, context, sequences, workspace, host_budget, host_holds_all)
-    capacity_bytes, budget = _capacity(asked, profile, moe_shape, memory, recording)
-    bound = None if limit is None else number(limit.removesuffix("x"), "--limit")
+    engine = Engine(
+        **_device_memory(hbm_budget),
+        n_context_tokens=n_context if context is None else whole(context, "--context"),
+        n_sequences=n_sequences,
+        n_staging=N_STAGING if access == AUTO or "copy" in access else 0,
+        n_copies=0 if copies is None else whole(copies, "--copies"),
+        host_bytes=None if host_budget is None else float(text.parse_bytes(host_budget)),
+        host_holds_all=host_holds_all,
+        n_replicas=whole(replicas, "--replicas"),
+        is_per_layer=per_layer,
+    )
+    if workspace is not None:
+        engine = replace(engine, workspace_bytes=float(text.parse_bytes(workspace)))
+    room = room_for(profile, moe_shape, memory, engine, recording.loads.shape[1])
     basis = basis_of(profile, moe_shape, latency.load_model(model) if model else None)
-    found: list[Answer] = []
-    for sizes in _sizes(tokens, mix):
-        batches, words = windows.batches(recording, sizes, moe_shape.top_k, later=later)
-        host_bytes = _host_bytes(asked, profile, moe_shape, recording)
-        start = AUTO if access == AUTO else access
+    drawn = whole(seed, "--seed")
+
+    def asked(sizes: dict[int, float]) -> "tuple[Question, str]":
+        batches, words = windows.batches(recording, sizes, moe_shape.top_k, later=later, seed=drawn)
         question = Question(
             basis,
             moe_shape,
-            "zero-copy" if start == AUTO else start,
+            "zero-copy" if access == AUTO else access,
             batches,
-            capacity_bytes,
-            host_bytes,
+            room.capacity_bytes,
+            room.host_bytes,
             op,
             Settings(residency=residency),
+            per_layer,
+            drawn,
         )
-        found.append(_answered(question, words, budget, policy, start == AUTO))
+        return question, words
+
+    def answer(sizes: dict[int, float]) -> "Answer":
+        question, words = asked(sizes)
+        placed = answers.answered(question, words, room.notes, engine, policy, access == AUTO, progress)
         if bound is not None:
-            more, _ = windows.batches(recording, dict.fromkeys(BATCH_SIZES, 1.0), moe_shape.top_k, later=later)
-            found[-1] = _limited(found[-1], bound, more)
+            more = asked(dict.fromkeys(BATCH_SIZES, 1.0))[0].batches
+            placed = answers.with_limit(placed, bound, more, progress)
         if pareto:
-            found[-1] = _with_trade_off(found[-1])
-    progress("")
+            name = placed.best.policy
+            placed = replace(placed, trade_off=answers.trade_off(placed.question, name, progress))
+        return placed
+
+    try:
+        found = [answer(sizes) for sizes in questions]
+    finally:
+        progress("")
     _write(found[0], recording, memory, out, export, to)
     if as_json:
         pages = [report.placing_json(one) for one in found]
         print_json(pages[0] if len(pages) == 1 else pages)
     else:
-        print_words("\n\n".join(report.placing_page(one) for one in found))
+        print_words("\n\n".join(report.placing_page(one, width()) for one in found))
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """What was said of memory, in words."""
-
-    hbm_budget: str | None
-    context: str | None
-    sequences: str
-    workspace: str | None
-    host_budget: str | None
-    host_holds_all: bool
+def _bound(limit: str | None) -> float | None:
+    """The slowdown that --limit says."""
+    bound = None if limit is None else number(limit.removesuffix("x"), "--limit")
+    if bound is not None and bound < 1:
+        raise InputError(f"--limit is {limit}, expected a slowdown of at least 1")
+    return bound
 
 
-def _memory(shape: str, other_weights: str | None) -> "ModelMemory":
-    """What the model takes besides its experts, as its config says, or the person."""
-    from perfmodel.model_memory import model_memory
-
-    found = model_memory(shape)
-    if other_weights is not None:
-        found = replace(found, non_expert_bytes=float(text.parse_bytes(other_weights)))
-    return found
-
-
-def _capacity(
-    asked: _Memory, profile: "HardwareProfile", shape: "MoEShape", memory: "ModelMemory", recording: Recording
-) -> tuple[float, list[str]]:
-    """Device memory for the experts of the recorded layers, and in words how it came about."""
-    from perfmodel.placement.budget import WORKSPACE_BYTES, expert_budget
-
-    n_layers = recording.loads.shape[1]
-    all_bytes = n_layers * shape.layer_bytes
-    experts = f"{n_layers} layers of {shape.n_experts} experts of {text.n_bytes(shape.expert_bytes)}: "
-    share = EXPERT_FRAC.fullmatch(asked.hbm_budget or "")
-    if share is not None:
-        capacity = number(share[1], "--hbm-budget") / 100 * all_bytes
-        return capacity, [f"{experts}{text.n_bytes(all_bytes)}, of which {text.n_bytes(capacity)} may be resident"]
-    said = asked.hbm_budget
-    total = profile["memory_capacity_bytes"] if said is None else float(text.parse_bytes(said))
-    notes = []
-    if memory.non_expert_bytes is None:
-        notes = [f"weights besides experts are not known and count as none: {'; '.join(memory.notes)}"]
-        memory = replace(memory, non_expert_bytes=0.0)
-    budget = expert_budget(
-        total,
-        shape,
-        memory,
-        n_context_tokens=0 if asked.context is None else whole(asked.context, "--context"),
-        n_sequences=whole(asked.sequences, "--sequences"),
-        workspace_bytes=WORKSPACE_BYTES if asked.workspace is None else float(text.parse_bytes(asked.workspace)),
-    )
-    taken = f"weights besides experts {text.n_bytes(budget.non_expert_bytes)}, KV cache {text.n_bytes(budget.kv_bytes)}"
-    words = (
-        f"{experts}{text.n_bytes(all_bytes)}; of {text.n_bytes(total)} of device memory {taken} and workspace "
-        f"{text.n_bytes(budget.workspace_bytes)} leave {text.n_bytes(budget.expert_bytes)} for experts of "
-        f"{shape.n_layers} layers"
-    )
-    capacity = budget.expert_bytes
-    if n_layers != shape.n_layers:
-        capacity *= n_layers / shape.n_layers
-        notes.append(f"{recording.name} has {n_layers} of {shape.n_layers} layers: they get their part of it")
-    return min(capacity, all_bytes), [words, *notes]
+def _device_memory(hbm_budget: str | None) -> dict[str, float]:
+    """What --hbm-budget says, by the fields of an Engine."""
+    if hbm_budget is None:
+        return {}
+    share = EXPERT_FRAC.fullmatch(hbm_budget)
+    if share is None:
+        return {"device_bytes": float(text.parse_bytes(hbm_budget))}
+    frac = number(share[1], "--hbm-budget") / 100
+    if frac > 1:
+        raise InputError(f"--hbm-budget is {hbm_budget} of the experts, expected at most 100%")
+    return {"expert_frac": frac}
 
 
-def _host_bytes(asked: _Memory, profile: "HardwareProfile", shape: "MoEShape", recording: Recording) -> float | None:
-    """Host memory for the experts of the recorded layers; null where nothing limits it."""
-    known = profile.first("host_capacity_bytes")
-    if asked.host_budget is not None:
-        total = float(text.parse_bytes(asked.host_budget))
-    elif known is not None:
-        total = known[1].value
-    else:
-        return None
-    part = recording.loads.shape[1] / shape.n_layers
-    if asked.host_holds_all and shape.n_layers * shape.layer_bytes > total:
-        raise InputError(
-            f"host memory of {text.n_bytes(total)} cannot hold all experts, "
-            f"{text.n_bytes(shape.n_layers * shape.layer_bytes)}, as --host-holds-all says the engine does"
-        )
-    return float(total * part)
+def _sizes(
+    tokens: str | None, mix: str | None, requests: str | None, n_sequences: int
+) -> tuple[list[dict[int, float]], int]:
+    """The questions, each as passes by tokens: one for each batch size, or one for a mix of passes; and the tokens of a
+    sequence in the KV cache, 0 where nothing was said of it."""
+    from perfmodel.placing.windows import passes_of
 
-
-def _sizes(tokens: str, mix: str | None) -> list[dict[int, float]]:
-    """The questions: one for each batch size, or one for a mix of passes."""
+    if sum(word is not None for word in (tokens, mix, requests)) > 1:
+        raise InputError("give one of --tokens, --mix and --requests")
+    if requests is not None:
+        match = REQUESTS.fullmatch(requests)
+        if match is None:
+            raise InputError(f"--requests is {requests!r}, expected tokens of prompt and output such as 512+128")
+        prompt, output = (whole(word, "--requests") for word in match.groups())
+        return [passes_of(prompt, output, n_sequences)], prompt + output
     if mix is None:
-        return [{whole(word.strip(), "--tokens"): 1.0} for word in tokens.split(",")]
+        return [{whole(word.strip(), "--tokens"): 1.0} for word in (tokens or "64").split(",")], 0
     found: dict[int, float] = {}
     for word in mix.split(","):
         match = MIX.fullmatch(word)
@@ -220,57 +219,27 @@ def _sizes(tokens: str, mix: str | None) -> list[dict[int, float]]:
             raise InputError(f"--mix has {word!r}, expected passes x tokens such as 200x64")
         size = whole(match[2], "--mix")
         found[size] = found.get(size, 0.0) + number(match[1], "--mix")
-    return [found]
+    return [found], 0
 
 
-def _answered(question: "Question", words: str, budget: list[str], policy: str, is_auto: bool) -> "Answer":
-    """All policies, or one beside ours, under the access mode that was asked for, or the best one."""
-    from perfmodel.placing import answers
-    from perfmodel.placing.compare import FORESEEN, OPTIMAL, best_of, compare, domains, policy_names
-    from perfmodel.placing.question import prediction
+def _check_writing(out: str | None, export: str | None, to: str, n_placements: int) -> None:
+    """Refuse what cannot be written before anything is placed."""
+    from perfmodel.placement.export import FORMATS
 
-    accesses = answers.by_access(question, progress) if is_auto else {}
-    if accesses:
-        question = replace(question, access=next(iter(accesses)))
-    names = (*policy_names(question), FORESEEN) if policy == ALL else (policy,)
-    outcomes = compare(question, names, progress)
-    best = next((one for one in outcomes if one.policy == OPTIMAL), None) or best_of(outcomes)
-    batch = question.batches[0]
-    return answers.Answer(
-        question,
-        words,
-        budget,
-        outcomes,
-        best,
-        prediction(question, batch, domains(question, best, batch), best.tier),
-        accesses,
-    )
-
-
-def _limited(placed: "Answer", limit: float, batches: "tuple[Batch, ...]") -> "Answer":
-    """The answers about a limit of slowdown."""
-    from perfmodel.placing import answers
-
-    sizes = answers.by_batch(placed.question, placed.best, batches)
-    return replace(
-        placed,
-        limit=limit,
-        leaving=answers.most_leaving(placed.question, limit, placed.best.policy, progress),
-        sizes=sizes,
-        within=answers.below(sizes, limit),
-    )
-
-
-def _with_trade_off(placed: "Answer") -> "Answer":
-    from perfmodel.placing import answers
-
-    return replace(placed, trade_off=answers.trade_off(placed.question, placed.best.policy, progress))
+    if n_placements > 1:
+        raise InputError("--out and --export write one placement: give one size of --tokens, or --mix")
+    if out is not None and not Path(out).parent.is_dir():
+        raise InputError(f"{Path(out).name} cannot be written: {str(Path(out).parent)!r} is no folder")
+    if export is not None and export not in FORMATS:
+        raise InputError(f"unknown export format {export!r}; known: {', '.join(FORMATS)}")
+    if export is not None and not Path(to).is_dir():
+        raise InputError(f"--to is {to!r}, which is no folder")
 
 
 def _write(
     placed: "Answer", recording: Recording, memory: "ModelMemory", out: str | None, export: str | None, to: str
 ) -> None:
-    """Write the best placement, as our own file and for an engine."""
+    """Write the placement that was taken, as our own file and for an engine."""
     if out is None and export is None:
         return
     from perfmodel.placement import Placement
@@ -280,6 +249,11 @@ def _write(
 
     question, best = placed.question, placed.best
     layers = tuple(int(layer) for layer in recording.layers)
+    if export is not None and len(layers) != question.shape.n_layers:
+        raise InputError(
+            f"an engine needs all {question.shape.n_layers} layers, {recording.name} has {len(layers)}; "
+            "--out writes those that it has"
+        )
     if memory.moe_layers is not None and len(layers) == len(memory.moe_layers) and layers[-1] < len(layers):
         layers = memory.moe_layers  # those of a pattern are counted among themselves
     model = PlacedModel(
@@ -287,19 +261,22 @@ def _write(
         question.shape,
         layers,
         memory.n_model_layers,
-        {"hardware": question.basis.device.profile.name, "access": question.access, "windows": placed.windows},
+        {
+            "hardware": question.basis.device.profile.name,
+            "access": question.access,
+            "windows": placed.windows,
+            "capacity_bytes": question.capacity_bytes,
+            "batches": {str(b.n_tokens): b.n_passes for b in question.batches},
+        },
         {"slowdown": best.slowdown, "held_out_ns": best.held_out_ns.tolist(), "dispatch": best.dispatch},
     )
+    made = None
+    if export is not None:
+        made = exported(export, model, question.popularity, Path(out).stem if out else "placement")
     if out is not None:
         write_placement(out, model)
         note(f"wrote {out}")
-    if export is not None:
-        if len(layers) != question.shape.n_layers:
-            raise InputError(
-                f"an engine needs all {question.shape.n_layers} layers, {recording.name} has {len(layers)}; "
-                "--out writes those that it has"
-            )
-        made = exported(export, model, question.popularity, Path(out).stem if out else "placement")
+    if made is not None:
         for path in write(to, made):
             note(f"wrote {path}")
         for line in (*made.flags, *made.warnings, *([made.rounding.words()] if made.rounding else [])):

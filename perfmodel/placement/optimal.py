@@ -46,6 +46,7 @@ def minimise(
     candidates = [balanced(costs, memory, relaxed, rng), filled(costs, memory, relaxed.largest)]
     candidates += filter(memory.fits, starts)
     found = min(candidates, key=lambda tier: float(costs.layers_ns(tier).sum()))
-    found = polished(costs, memory, relaxed, found, rng)
+    better = polished(costs, memory, relaxed, found, rng)
+    found = better if memory.fits(better) else found
     time_ns = float(costs.layers_ns(found).sum())
     return Solution(found, time_ns, min(relaxed.bound_ns, time_ns))

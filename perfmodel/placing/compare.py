@@ -10,15 +10,16 @@ from perfmodel.offload import Mask
 from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, POLICIES, RESIDENT, TIERS, Problem, Tiers
 from perfmodel.placement.costs import Array, Costs
 from perfmodel.placement.dispatch import DISPATCHES
-from perfmodel.placement.optimal import Solution, minimise
+from perfmodel.placement.optimal import minimise
 from perfmodel.routing import Counts
 from perfmodel.trimoe import machine_of, schedule
 from perfmodel.trimoe.prediction import HOT_FROM, Bounds, classify
 
-from .question import Question, costs_of, resident_ns, steps_ns, steps_of
+from .question import Question, costs_of, steps_ns, steps_of
 from .windows import Batch
 
-OPTIMAL, CACHE, FORESEEN = "optimal", "lru", "foreseen"
+OPTIMAL, FIXED, CACHE, FORESEEN = "optimal", "optimal-fixed", "lru", "foreseen"
+TO_COMPARE = (CACHE, FORESEEN)  # rows that nobody can choose: a cache is no placement, and nobody knows what comes
 # Policies that divide each step anew among device and host: by what they keep resident, and their dispatch.
 TRIMOE = "trimoe"
 COLD_BOUNDS = (0.25, 0.5, 1.0, 2.0, 4.0)  # loads over the mean below which TriMoE calls an expert cold, to choose from
@@ -35,10 +36,12 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What a policy costs: mean latency of a layer by batch, ns, in the steps that decided (`fitted_ns[batch]`) and in
-    those that judge (`held_out_ns[batch]`), and of the latter with all experts resident (`resident_ns[batch]`).
+    those that judge (`held_out_ns[batch]`), and both with all experts resident.
 
     `tier[layer, expert]` are numbers of placement.TIERS; `dispatch` names how what is not resident is divided in each
-    step (null: as the tiers say). `passes[batch]` weigh batches. `solution` is null for policies without a bound.
+    step (null: as the tiers say). `passes[batch]` weigh batches. Of the mean latency of a layer in the steps that were
+    searched, the table of costs says `table_ns` for this placement (null: it has no place for a cache or for steps that
+    are divided) and at least `bound_ns` for any placement (null where no bound was looked for).
     """
 
     policy: str
@@ -46,9 +49,11 @@ class Outcome:
     dispatch: str | None
     fitted_ns: Array
     held_out_ns: Array
+    fitted_resident_ns: Array
     resident_ns: Array
     passes: Array
-    solution: Solution | None = None
+    table_ns: float | None = None
+    bound_ns: float | None = None
 
     @property
     def slowdown(self) -> float:
@@ -56,16 +61,36 @@ class Outcome:
         return float(self.held_out_ns @ self.passes / (self.resident_ns @ self.passes))
 
     @property
-    def fitted_total_ns(self) -> float:
-        """Time of a layer in all passes of the steps that decided."""
-        return float(self.fitted_ns @ self.passes)
+    def fitted_slowdown(self) -> float:
+        """The same in the steps that decided."""
+        return float(self.fitted_ns @ self.passes / (self.fitted_resident_ns @ self.passes))
+
+    @property
+    def gap_frac(self) -> float | None:
+        """By how much of its time a placement that divides no steps could be faster at most, by the table of costs."""
+        if self.table_ns is None or self.bound_ns is None:
+            return None
+        return max(1 - self.bound_ns / self.table_ns, 0.0)
+
+    def swapped(self) -> "Outcome":
+        """The same for who decides on the steps that judge; the table of costs is another one then."""
+        return replace(
+            self,
+            fitted_ns=self.held_out_ns,
+            held_out_ns=self.fitted_ns,
+            fitted_resident_ns=self.resident_ns,
+            resident_ns=self.fitted_resident_ns,
+            table_ns=None,
+            bound_ns=None,
+        )
 
 
 def policy_names(question: Question) -> tuple[str, ...]:
     """The policies that can answer a question, ours last."""
     static = [name for name in POLICIES if name not in DISPATCHED]
     dispatched = [name for name in DISPATCHED if name != TRIMOE or NEAR_DATA in question.tiers]
-    return (*static, *(dispatched if _divides(question) else ()), CACHE, OPTIMAL)
+    cache = (CACHE,) if question.n_slots else ()
+    return (*static, *((*dispatched, *cache, FIXED) if _divides(question) else cache), OPTIMAL)
 
 
 def _divides(question: Question) -> bool:
@@ -73,15 +98,13 @@ def _divides(question: Question) -> bool:
     return {COPIED, ON_HOST} <= set(question.tiers)
 
 
-def thinned(question: Question, n_steps: int) -> Question:
-    """The same question over fewer steps, for answers that take many placements."""
-    few = (replace(b, fitted=b.fitted[:n_steps], held_out=b.held_out[:n_steps]) for b in question.batches)
-    return replace(question, batches=tuple(few))
-
-
 def compare(question: Question, names: tuple[str, ...], progress: Progress = lambda _: None) -> list[Outcome]:
-    """What each of the named policies costs, in their order; `optimal` knows the others and is never slower than any of
-    them in the steps that decided. Raises InputError for a name that is not among `policy_names`."""
+    """What each of the named policies costs, in their order.
+
+    `optimal` knows the others that are named and is never slower than any of them in the steps that decided, and
+    `optimal-fixed` never slower than those that divide no steps; caches do not count. `foreseen` is what `optimal`
+    could do if it knew the steps that judge. Raises InputError for a name that is none of `policy_names`.
+    """
     known = (*policy_names(question), FORESEEN)
     for name in names:
         if name not in known:
@@ -89,96 +112,129 @@ def compare(question: Question, names: tuple[str, ...], progress: Progress = lam
     costs = costs_of(question)
     colder = _coldest(question, costs)
     found: dict[str, Outcome] = {}
-    for name in [name for name in names if name not in (OPTIMAL, FORESEEN)]:
+    for name in (name for name in names if name not in (OPTIMAL, FIXED, FORESEEN)):
         progress(f"{name} ...")
         found[name] = _cached(question) if name == CACHE else _by_policy(question, name, colder)
-    if OPTIMAL in names:
+    others = [one for name, one in found.items() if name != CACHE]
+    bound_ns = None
+    if {OPTIMAL, FIXED} & set(names):
         progress("optimal ...")
-        found[OPTIMAL] = _optimal(question, costs, colder, [one for name, one in found.items() if name != CACHE])
+        ours, bound_ns = _ours(question, costs, others)
+        found |= ours
+        others += ours.values()
     if FORESEEN in names:
         progress("what could have been known ...")
-        found[FORESEEN] = replace(_optimal(_swapped(question), costs_of(question, held_out=True), colder, []))
-        found[FORESEEN] = evaluated(question, FORESEEN, found[FORESEEN].tier, found[FORESEEN].dispatch)
-    return [found[name] for name in names]
+        best = _ours(question.swapped(), costs_of(question.swapped()), [one.swapped() for one in others])[0][OPTIMAL]
+        found[FORESEEN] = replace(best.swapped(), policy=FORESEEN)
+    return [_with_bound(question, costs, found[name], bound_ns) for name in names]
 
 
-def best_of(outcomes: list[Outcome]) -> Outcome:
-    """The one that is fastest in the steps that decided: what a person would choose, knowing no others. Caches do not
-    count, for they are no placement."""
-    return min((one for one in outcomes if one.policy not in (CACHE, FORESEEN)), key=lambda one: one.fitted_total_ns)
+def _with_bound(question: Question, costs: Costs, one: Outcome, bound_ns: float | None) -> Outcome:
+    """An outcome with what the table of costs says of it, and of all."""
+    has_row = one.dispatch is None and one.policy != CACHE
+    table_ns = float(costs.layers_ns(_positions(question, one.tier)).mean()) if has_row else None
+    return replace(one, table_ns=table_ns, bound_ns=bound_ns)
 
 
-def _swapped(question: Question) -> Question:
-    """The question of who has seen the steps that judge."""
-    batches = tuple(replace(b, fitted=b.held_out, held_out=b.fitted) for b in question.batches)
-    return replace(question, batches=batches)
+def _numbers(question: Question) -> Tiers:
+    """Numbers of placement.TIERS by position in the question's tiers."""
+    return np.array(question.tiers, dtype=np.int8)
+
+
+def _positions(question: Question, tier: Tiers) -> Tiers:
+    """Positions in the question's tiers of numbers of placement.TIERS."""
+    position = np.zeros(len(TIERS), dtype=np.int8)
+    position[list(question.tiers)] = np.arange(len(question.tiers))
+    return np.asarray(position[tier])
 
 
 def _coldest(question: Question, costs: Costs) -> Tiers:
     """The tier outside device memory in which each expert is fastest by its own longest load, `[layer, expert]`."""
     longest = np.stack([costs.by_layer(block.values.max(axis=2)) for block in costs.blocks[1:]], axis=2)
-    coldest: Tiers = np.array(question.tiers[1:], dtype=np.int8)[longest.argmin(axis=2)]
-    return coldest
+    return np.asarray(_numbers(question)[1:][longest.argmin(axis=2)])
+
+
+def _problem(question: Question, load: Array) -> Problem:
+    """What a policy is asked that keeps experts by their load, `[layer, expert]`."""
+    layer_bytes = question.layer_capacity_bytes
+    return Problem(load, question.size_bytes, question.capacity_bytes, layer_bytes, question.seed)
+
+
+def _topped(question: Question, tier: Tiers) -> Tiers:
+    """The placement with room that it leaves given to experts that no step woke that was searched, the most used ones
+    first: these cost nothing there, and other steps may wake them."""
+    is_resident = tier == RESIDENT
+    sleeps = np.all([(b.searched == 0).all(axis=0) for b in question.batches], axis=0)
+    kept = POLICIES["frequency"](_problem(question, np.where(is_resident, 2.0, sleeps * (1 + question.popularity))))
+    return np.where(is_resident | (sleeps & (kept == RESIDENT)), RESIDENT, tier).astype(np.int8)
 
 
 def _by_policy(question: Question, name: str, colder: Tiers) -> Outcome:
     """The outcome of a published policy, which knows popularity, sizes and memory."""
     keeps, dispatch = DISPATCHED.get(name, (name, None))
-    problem = Problem(question.popularity, question.size_bytes, question.capacity_bytes)
-    is_resident = POLICIES[keeps](problem) == RESIDENT
+    is_resident = POLICIES[keeps](_problem(question, question.popularity)) == RESIDENT
     if name == TRIMOE:
-        colder = _coldest_by_trimoe(question, is_resident)
+        return _by_cold_bounds(question, is_resident)
     return evaluated(question, name, np.where(is_resident, RESIDENT, colder).astype(np.int8), dispatch)
 
 
-def _coldest_by_trimoe(question: Question, is_resident: Mask) -> Tiers:
-    """Memory modules for cold experts, host memory for warm ones, by the bound between them that suits the steps that
-    decided best; TriMoE publishes none."""
-    few, found = thinned(question, 2), {}
+def _by_cold_bounds(question: Question, is_resident: Mask) -> Outcome:
+    """TriMoE: memory modules for cold experts, host memory for warm ones, by the bound between them that suits the
+    steps that decided best; it publishes none."""
+    few, tried = question.thinned(4), []
     for bound in COLD_BOUNDS:
         is_cold = classify(question.popularity, Bounds(bound, max(bound, HOT_FROM))) == 0
-        colder = np.where(is_cold, NEAR_DATA, ON_HOST).astype(np.int8)
-        tier = np.where(is_resident, RESIDENT, colder).astype(np.int8)
-        found[evaluated(few, TRIMOE, tier, TRIMOE).fitted_total_ns] = colder
-    return found[min(found)]
+        tier = np.where(is_resident, RESIDENT, np.where(is_cold, NEAR_DATA, ON_HOST)).astype(np.int8)
+        tried.append(evaluated(few, TRIMOE, tier, TRIMOE))
+    return evaluated(question, TRIMOE, min(tried, key=_fitted_slowdown).tier, TRIMOE)
 
 
-def _optimal(question: Question, costs: Costs, colder: Tiers, others: list[Outcome]) -> Outcome:
-    """The placement of least predicted time. The search goes by the table of costs, where others help it to start; what
-    it and the others found is then judged by the full formulas, each with and without dividing steps anew."""
-    position = np.zeros(len(TIERS), dtype=np.int8)
-    position[list(question.tiers)] = np.arange(len(question.tiers))
-    starts = tuple(position[one.tier] for one in others)
-    solution = minimise(costs, question.size_bytes, question.budgets, starts)
-    tiers = [np.array(question.tiers, dtype=np.int8)[solution.tier]]
-    if len(question.tiers) > 2:  # host and link slow each other, which the table leaves out
-        busy = minimise(costs_of(question, contended=True), question.size_bytes, question.budgets, starts)
-        tiers.append(np.array(question.tiers, dtype=np.int8)[busy.tier])
-    candidates = [evaluated(question, OPTIMAL, tier, None) for tier in tiers]
+def _fitted_slowdown(one: Outcome) -> float:
+    return one.fitted_slowdown
+
+
+def _ours(question: Question, costs: Costs, others: list[Outcome]) -> tuple[dict[str, Outcome], float]:
+    """The placements of least predicted time, with steps divided where they can be (`optimal`) and without
+    (`optimal-fixed`), and the least mean latency of a layer that the table of costs has for any that divides none.
+
+    The search goes by the table, where others help it to start; what it and the others found is then judged by the full
+    formulas. Where host and link slow each other, which the table leaves out, it is searched a second time as if they
+    always did.
+    """
+    starts = tuple(_positions(question, one.tier) for one in others)
+    tables = [costs, *([costs_of(question, contended=True)] if len(question.tiers) > 2 else [])]
+    solutions = [minimise(one, question.size_bytes, question.budgets, starts, question.seed) for one in tables]
+    tiers = [_topped(question, _numbers(question)[solution.tier]) for solution in solutions]
+    static = [*(evaluated(question, FIXED, tier, None) for tier in tiers), *(o for o in others if o.dispatch is None)]
+    fixed = min(static, key=_fitted_slowdown)
+    candidates = [fixed, *others]
     if _divides(question):
-        tiers += [one.tier for one in sorted(others, key=lambda one: one.fitted_total_ns)[:1]]
+        so_far = min(candidates, key=_fitted_slowdown).tier
+        tiers += [] if any(np.array_equal(so_far, tier) for tier in tiers) else [so_far]
         candidates += [evaluated(question, OPTIMAL, tier, BEST_DISPATCH) for tier in tiers]
-    found = min([*candidates, *others], key=lambda one: one.fitted_total_ns)
-    return replace(found, policy=OPTIMAL, solution=solution)
+    best = min(candidates, key=_fitted_slowdown)
+    found = {FIXED: replace(fixed, policy=FIXED), OPTIMAL: replace(best, policy=OPTIMAL)}
+    return found, solutions[0].bound_ns / question.n_layers
+
+
+def best_of(outcomes: list[Outcome]) -> Outcome:
+    """The one that is fastest in the steps that decided: what a person would choose, knowing no others."""
+    return min((one for one in outcomes if one.policy not in TO_COMPARE), key=_fitted_slowdown)
 
 
 def _cached(question: Question) -> Outcome:
     """A cache of each layer's experts, least recently used out, as large as the memory: the expected misses."""
-    n_slots = int(question.capacity_bytes // (question.n_layers * question.shape.expert_bytes))
-    if n_slots < 1:
-        raise InputError("a cache needs room for an expert of each layer")
-    settings = replace(question.settings, n_slots=min(n_slots, question.shape.n_experts))
-    cached = replace(question, access="paged", settings=settings)
+    settings = replace(question.settings, n_slots=question.n_slots)
     tier = np.ones(question.popularity.shape, dtype=np.int8)
-    return evaluated(cached, CACHE, tier, None)
+    return evaluated(replace(question, access="paged", settings=settings), CACHE, tier, None)
 
 
 def evaluated(question: Question, policy: str, tier: Tiers, dispatch: str | None) -> Outcome:
     """What a placement costs in both windows, by the full formulas."""
 
     def mean_ns(counts: Counts, n_tokens: int) -> float:
-        domains = tier if dispatch is None else divided(question, counts, n_tokens, tier, dispatch)
-        return float(steps_ns(question, counts, n_tokens, domains, tier).mean())
+        used = tier if dispatch is None else divided(question, counts, n_tokens, tier, dispatch)
+        return float(steps_ns(question, counts, n_tokens, used, tier).mean())
 
     batches = question.batches
     return Outcome(
@@ -187,7 +243,7 @@ def evaluated(question: Question, policy: str, tier: Tiers, dispatch: str | None
         dispatch,
         np.array([mean_ns(b.fitted, b.n_tokens) for b in batches]),
         np.array([mean_ns(b.held_out, b.n_tokens) for b in batches]),
-        np.array([float(resident_ns(question, b.held_out, b.n_tokens).mean()) for b in batches]),
+        *question.resident_ns,
         np.array([b.n_passes for b in batches]),
     )
 

@@ -1,6 +1,7 @@
 """A placement problem of one machine, model and routing, and what any placement costs there."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from .windows import Batch
 class Question:
     """Where should the experts of a model live? `access` is one mode or several (see `offload.modes_of`),
     `capacity_bytes` the device memory for the experts of all layers of the batches, `host_bytes` that of the host
-    (null: enough)."""
+    (null: enough). `is_per_layer`: as many experts of each layer may be resident, which some engines need. `seed` is
+    for policies that draw, and for the search."""
 
     basis: Basis
     shape: MoEShape
@@ -34,6 +36,8 @@ class Question:
     host_bytes: float | None = None
     op: str = "moe-layer"
     settings: Settings = field(default_factory=Settings)
+    is_per_layer: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         n_experts = self.batches[0].fitted.shape[2]
@@ -52,10 +56,10 @@ class Question:
 
     @property
     def popularity(self) -> Shares:
-        """The share of each expert in its layer in what decides, `[layer, expert]`, each pass counted as often as it is
-        made."""
-        loads = sum(b.n_passes * b.fitted.mean(axis=0) for b in self.batches)
-        shares: Shares = loads / np.sum(loads, axis=1, keepdims=True)
+        """The share of each expert in its layer in all steps that decide, `[layer, expert]`, each pass counted as often
+        as it is made."""
+        n_tokens = [b.n_passes * b.n_tokens for b in self.batches]
+        shares: Shares = np.average([b.fitted_shares for b in self.batches], axis=0, weights=n_tokens)
         return shares
 
     @property
@@ -66,9 +70,57 @@ class Question:
     @property
     def budgets(self) -> tuple[Budget, ...]:
         """The memory that tiers share, as positions in `tiers`."""
-        device = Budget((0,), self.capacity_bytes)
-        elsewhere = tuple(range(1, len(self.tiers)))
-        return (device,) if self.host_bytes is None else (device, Budget(elsewhere, self.host_bytes))
+        layer_bytes, elsewhere = self.layer_capacity_bytes, tuple(range(1, len(self.tiers)))
+        device = (Budget((0,), self.capacity_bytes) if layer_bytes is None else Budget((0,), layer_bytes, True),)
+        return device if self.host_bytes is None else (*device, Budget(elsewhere, self.host_bytes))
+
+    @property
+    def layer_capacity_bytes(self) -> float | None:
+        """Device memory for whole experts of each layer; null where layers share it."""
+        one_bytes = self.shape.expert_bytes
+        n_each = int(self.capacity_bytes / self.n_layers / one_bytes + 1e-9)
+        return n_each * one_bytes if self.is_per_layer else None
+
+    @property
+    def n_slots(self) -> int:
+        """Experts of each layer that a cache of this memory holds."""
+        return min(int(self.capacity_bytes / self.n_layers / self.shape.expert_bytes + 1e-9), self.shape.n_experts)
+
+    @property
+    def least_bytes(self) -> float:
+        """Device memory that takes what the host has no room for."""
+        if self.host_bytes is None:
+            return 0.0
+        n_each = self.n_layers if self.is_per_layer else 1
+        step = n_each * self.shape.expert_bytes
+        return step * max(0.0, float(np.ceil((self.size_bytes.sum() - self.host_bytes) / step - 1e-9)))
+
+    def thinned(self, every: int) -> "Question":
+        """The same question over every second or third step and so on, for answers that take many placements."""
+        few = (
+            replace(b, searched=b.searched[::every], fitted=b.fitted[::every], held_out=b.held_out[::every])
+            for b in self.batches
+        )
+        return replace(self, batches=tuple(few))
+
+    def swapped(self) -> "Question":
+        """The question of who has seen the steps that judge."""
+        batches = (
+            Batch(b.n_tokens, b.n_passes, b.held_out, b.held_out, b.fitted, b.held_out_shares, b.fitted_shares)
+            for b in self.batches
+        )
+        return replace(self, batches=tuple(batches))
+
+    @cached_property
+    def resident_ns(self) -> tuple[Array, Array]:
+        """Mean latency of a layer with all experts in device memory, ns `[batch]`, in the steps that decide and in
+        those that judge."""
+        found = [
+            [float(_resident_ns(self, counts, b.n_tokens).mean()) for counts in (b.fitted, b.held_out)]
+            for b in self.batches
+        ]
+        fitted, held_out = np.array(found).T
+        return fitted, held_out
 
 
 def rows_of(question: Question, counts: Counts, n_tokens: int, home: Tiers | None = None) -> tuple[Basis, Work]:
@@ -90,8 +142,7 @@ def routing_of(question: Question, counts: Counts, n_tokens: int) -> Routing:
 
 
 def _settings(question: Question, counts: Counts, home: Tiers | None) -> Settings:
-    if NEAR_DATA not in question.tiers:
-        return question.settings
+    """The settings with where experts lie: in one memory module only what modules compute."""
     where = np.zeros(counts.shape[1:], np.int8) if home is None else home
     return replace(question.settings, striped=np.tile(where != NEAR_DATA, (len(counts), 1)))
 
@@ -104,20 +155,19 @@ def steps_ns(question: Question, counts: Counts, n_tokens: int, tier: Tiers, hom
     return placement_ns(basis, work, question.shape, rows, question.access).reshape(counts.shape[:2])
 
 
-def resident_ns(question: Question, counts: Counts, n_tokens: int) -> Array:
+def _resident_ns(question: Question, counts: Counts, n_tokens: int) -> Array:
     """The same with all experts in device memory."""
     basis, work = rows_of(question, counts, n_tokens)
     resident = np.zeros(work.rows.shape, dtype=np.int8)
     return placement_ns(basis, work, question.shape, resident, ACCESS_MODES[0]).reshape(counts.shape[:2])
 
 
-def costs_of(question: Question, *, held_out: bool = False, contended: bool = False) -> Costs:
-    """The costs of all placements over the steps that decide (or those that judge), tiers by position in `tiers`;
-    `contended` where host and link are always busy at once."""
+def costs_of(question: Question, *, contended: bool = False) -> Costs:
+    """The costs of all placements over the steps that are searched, tiers by position in `tiers`; `contended` where
+    host and link are always busy at once."""
     found = []
     for batch in question.batches:
-        counts = batch.held_out if held_out else batch.fitted
-        basis, work = rows_of(question, counts, batch.n_tokens)
+        basis, work = rows_of(question, batch.searched, batch.n_tokens)
         serial = "copy" in modes_of(question.access)
         device, n_layers = basis.device, question.n_layers
         found.append(placement_costs(work, question.tiers, device, n_layers, serial=serial, contended=contended))
@@ -140,10 +190,10 @@ def steps_of(question: Question, counts: Counts, n_tokens: int, resident: Mask, 
 
 def prediction(question: Question, batch: Batch, tier: Tiers, home: Tiers) -> Prediction:
     """The prediction for the steps of a batch that judge, with its interval, parts and reasons, of a placement
-    `tier[layer, expert]` or one for each step; `home` as in `rows_of`."""
+    `home[layer, expert]` whose experts are used as `tier[layer, expert]` says, or one for each step."""
     counts = batch.held_out
     routing = routing_of(question, counts, batch.n_tokens)
-    return predict_placement(
+    found = predict_placement(
         question.basis,
         question.shape,
         routing,
@@ -152,3 +202,5 @@ def prediction(question: Question, batch: Batch, tier: Tiers, home: Tiers) -> Pr
         op=question.op,
         settings=_settings(question, counts, home),
     )
+    n_offloaded = float((home != RESIDENT).sum(axis=1).mean())  # those that sleep in a step too
+    return replace(found, n_offloaded=round(n_offloaded), offloaded_bytes=n_offloaded * question.shape.expert_bytes)

@@ -6,109 +6,196 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perfmodel import text
-from perfmodel.placement import RESIDENT, TIERS
+from perfmodel.placement import NEAR_DATA, RESIDENT, TIERS
 
-from .words import table
+from .words import table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other pages do not need
     from perfmodel.placing.answers import Answer
     from perfmodel.placing.compare import Outcome
-    from perfmodel.placing.question import Question
 
-CACHE, FORESEEN = "lru", "foreseen"  # outcomes that are no placement to choose
+CACHE, FORESEEN, OPTIMAL, FIXED = "lru", "foreseen", "optimal", "optimal-fixed"
+INDENT = " " * 14
+SAME_FRAC = 0.02  # placements of the same size nearer to each other than this are alike
+LEGEND = (
+    "slowdown: over all experts resident, in the steps that judge; fitted: in those by which the best was chosen; to "
+    "gain: by how much any other placement could be faster at most, by the table of costs; divided by: the rule that "
+    "shares out each step's experts among device and host (-: each expert has its place)"
+)
 
 
-def placing_page(placed: "Answer") -> str:
-    """The comparison of policies as a page for people."""
+def placing_page(placed: "Answer", width: int) -> str:
+    """The comparison of policies as a page for people, tables as wide as they are, other lines at most `width`."""
     question = placed.question
     passes = " and ".join(f"{text.count(b.n_passes)} of {text.counted(b.n_tokens, 'token')}" for b in question.batches)
-    single = len(question.batches) == 1
-    batch = text.counted(question.batches[0].n_tokens, "token") if single else f"passes: {passes}"
+    tokens = text.counted(placed.batch.n_tokens, "token")
+    batch = tokens if len(question.batches) == 1 else f"passes: {passes}"
     head = f"{question.shape.name} on {question.basis.device.profile.title}, {batch}, {question.access}"
-    lines = [head, placed.windows, *placed.budget, ""]
-    lines += [_accesses(placed), ""] if placed.accesses else []
-    lines.append(_policies(placed.outcomes, question))
-    lines += ["", *_verdict(placed)]
-    if placed.trade_off:
-        rows = [
-            [text.n_bytes(p.capacity_bytes), str(p.n_resident), str(p.n_offloaded), f"{p.slowdown:.3f}x"]
-            for p in placed.trade_off
-        ]
-        lines += ["", table(rows, ["device memory for experts", "resident", "offloaded", "slowdown"])]
-    if placed.limit is not None:
-        lines += ["", *_break_even(placed)]
-    lines += ["", str(placed.prediction)]
-    return "\n".join(lines)
+    prediction = str(placed.predictions[placed.best.policy]).split("\n")
+    if len(question.batches) > 1:
+        prediction[0] = f"{prediction[0]}, in passes of {tokens}"
+    parts = [
+        _prose([head, placed.windows, *placed.notes, *_host(placed)], width),
+        _accesses(placed) if placed.accesses else "",
+        f"{_policies(placed)}\n{_prose([LEGEND], width)}",
+        _prose(_verdict(placed), width),
+        _trade_off(placed) if placed.trade_off else "",
+        _prose(_break_even(placed), width) if placed.limit is not None else "",
+        _prose(prediction, width),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _prose(lines: Sequence[str], width: int) -> str:
+    return "\n".join(wrapped(line, width, "", INDENT) for line in lines)
+
+
+def _host(placed: "Answer") -> list[str]:
+    need = placed.host
+    of = "" if need.capacity_bytes is None else f" of {text.n_bytes(need.capacity_bytes)}"
+    words = f"experts in host memory {text.n_bytes(need.needed_bytes)}{of}"
+    return ["; ".join([words, *need.notes])]
 
 
 def _accesses(placed: "Answer") -> str:
-    rows = [[name, f"{one.slowdown:.3f}x"] for name, one in placed.accesses.items()]
-    return table(rows, ["access, best placement of each", "slowdown"])
+    rows = [
+        [
+            name,
+            f"{one.slowdown:.3f}x",
+            f"{one.fitted_slowdown:.3f}x",
+            text.n_bytes(_tier_bytes(placed, one)["resident"]),
+        ]
+        for name, one in placed.accesses.items()
+    ]
+    return table(rows, ["access, the best placement of each", "slowdown", "fitted", "resident"])
 
 
-def _policies(outcomes: Sequence["Outcome"], question: "Question") -> str:
+def _policies(placed: "Answer") -> str:
+    """One row a policy, the fastest in the steps that judge first."""
+    question = placed.question
+    is_single = len(question.batches) == 1
+    ranges = {name: found.interval for name, found in placed.predictions.items() if found.interval and is_single}
     rows = []
-    for one in sorted(outcomes, key=lambda one: one.slowdown):
-        times = [text.ns(ns) for ns in one.held_out_ns]
-        placed = [text.n_bytes(size) for size in _tier_bytes(one, question).values()]
-        where = ["cache" if one.policy == CACHE else size for size in placed]
-        rows.append([one.policy, f"{one.slowdown:.3f}x", *times, text.ns(one.fitted_total_ns), *where, _note(one)])
-    sizes = [f"{b.n_tokens:,} tokens" for b in question.batches]
+    for one in sorted(placed.outcomes, key=lambda one: one.slowdown):
+        sizes = [text.n_bytes(size) for size in _tier_bytes(placed, one).values()]
+        if one.policy == CACHE:
+            sizes = ["cache"] * len(sizes)
+        elif one.dispatch is not None and NEAR_DATA not in question.tiers:
+            sizes[1:] = ["by step"] * (len(sizes) - 1)
+        low_high = ranges.get(one.policy)
+        rows.append(
+            [
+                one.policy,
+                f"{one.slowdown:.3f}x",
+                f"{one.fitted_slowdown:.3f}x",
+                text.ns(one.held_out_ns[0]) if is_single else text.ns(float(one.held_out_ns @ one.passes)),
+                *([f"{text.ns(low_high[0])} to {text.ns(low_high[1])}" if low_high else "-"] if ranges else []),
+                *sizes,
+                "-" if one.gap_frac is None else text.frac(one.gap_frac),
+                one.dispatch or "-",
+            ]
+        )
+    interval = ["90 % interval"] if ranges else []
     tiers = [TIERS[tier] for tier in question.tiers]
-    return table(rows, ["policy", "slowdown", *sizes, "when decided", *tiers, "steps divided"])
+    time = "a layer" if is_single else "all passes"
+    return table(rows, ["policy", "slowdown", "fitted", time, *interval, *tiers, "to gain", "divided by"])
 
 
-def _note(one: "Outcome") -> str:
-    return one.dispatch or "-"
-
-
-def _tier_bytes(one: "Outcome", question: "Question") -> dict[str, float]:
+def _tier_bytes(placed: "Answer", one: "Outcome") -> dict[str, float]:
     n_experts = np.bincount(one.tier.ravel(), minlength=len(TIERS))
+    question = placed.question
     return {TIERS[tier]: int(n_experts[tier]) * question.shape.expert_bytes for tier in question.tiers}
 
 
 def _verdict(placed: "Answer") -> list[str]:
-    best, others = placed.best, [one for one in placed.outcomes if one.policy not in (placed.best.policy, FORESEEN)]
+    best, question = placed.best, placed.question
+    by_name = {one.policy: one for one in placed.outcomes}
     lines = [f"best          {best.policy}: {best.slowdown:.3f}x in steps it has not seen"]
-    rivals = sorted((one for one in others if one.policy != CACHE), key=lambda one: one.slowdown)
+    if best.policy not in (OPTIMAL, FIXED):
+        lines = [f"taken         {best.policy}: {best.slowdown:.3f}x in steps it has not seen"]
+    rivals = sorted(
+        (one for name, one in by_name.items() if name not in (best.policy, CACHE, FORESEEN)),
+        key=lambda one: one.slowdown,
+    )
     if rivals:
         lead = rivals[0].slowdown / best.slowdown - 1
-        words = f"{text.frac(lead)} slower" if lead >= 0 else f"{text.frac(-lead)} faster there than the best"
-        lines.append(f"next          {rivals[0].policy}, {words}")
-    if best.solution is not None:
+        lines.append(f"next          {rivals[0].policy}, {text.frac(abs(lead))} {'slower' if lead >= 0 else 'faster'}")
+    fixed = [one for name, one in by_name.items() if one.dispatch is None and name not in (CACHE, FORESEEN)]
+    if len(fixed) > 2 and max(one.slowdown for one in fixed) < (1 + SAME_FRAC) * min(one.slowdown for one in fixed):
         lines.append(
-            f"certificate   in the steps that decided no placement can be more than "
-            f"{text.frac(max(best.solution.gap_frac, 0.0))} faster, by the table of costs"
+            f"no benefit    placements differ by less than {text.frac(SAME_FRAC)}: at this batch it counts how many "
+            "experts are resident, not which"
+        )
+    seen = by_name.get(FORESEEN)
+    to_gain = 0.0 if seen is None else 1 - seen.slowdown / best.slowdown
+    if to_gain > SAME_FRAC:
+        lines.append(
+            f"routing       moves: who knew the steps that judge could be {text.frac(to_gain)} faster, and nobody "
+            "who decides before can be sure of that"
+        )
+    certified = best if best.gap_frac is not None else by_name.get(FIXED)
+    if certified is not None and certified.gap_frac is not None:
+        lines.append(
+            f"certificate   in the steps that were searched no placement can be more than "
+            f"{text.frac(certified.gap_frac)} faster than {certified.policy}, by the table of costs, in which "
+            "host and link never slow each other and no step is divided anew"
         )
     if len(best.passes) > 1:
         spent = best.held_out_ns * best.passes
         shares = ", ".join(
-            f"{text.frac(share)} in passes of {b.n_tokens:,} tokens"
-            for share, b in zip(spent / spent.sum(), placed.question.batches, strict=True)
+            f"{text.frac(share)} in passes of {b.n_tokens:,} tokens ({time / whole:.2f}x)"
+            for share, b, time, whole in zip(
+                spent / spent.sum(), question.batches, best.held_out_ns, best.resident_ns, strict=True
+            )
         )
         lines.append(f"time          {shares}")
     if best.dispatch is not None:
+        other = f"; {FIXED} is for engines that do not ({by_name[FIXED].slowdown:.3f}x)" if FIXED in by_name else ""
         lines.append(
-            f"engine        must decide in each step whether host or device computes an offloaded expert "
-            f"({best.dispatch}); as one that never does: see the other policies"
+            f"engine        must decide in each step whether host or device computes an expert that is not resident "
+            f"({best.dispatch}){other}"
         )
     return lines
 
 
+def _trade_off(placed: "Answer") -> str:
+    rows = [
+        [text.n_bytes(p.capacity_bytes), str(p.n_resident), str(p.n_offloaded), f"{p.slowdown:.3f}x"]
+        for p in placed.trade_off
+    ]
+    return table(rows, ["device memory for experts", "resident", "offloaded", "slowdown"])
+
+
 def _break_even(placed: "Answer") -> list[str]:
-    limit, leaving = f"{placed.limit:g}x", placed.leaving
+    limit, leaving = placed.limit, placed.leaving
+    assert limit is not None
     n_all = placed.question.popularity.size
     if leaving is None:
-        lines = [f"break-even    no expert may leave before the slowdown passes {limit}"]
+        lines = [f"break-even    no expert may leave before the slowdown passes {limit:g}x"]
     else:
         lines = [
-            f"break-even    {leaving.n_offloaded} of {n_all} experts may leave before the slowdown passes {limit} "
-            f"({leaving.slowdown:.3f}x, {text.n_bytes(leaving.capacity_bytes)} stay in device memory)"
+            f"break-even    {leaving.n_offloaded} of {n_all} experts may leave before the slowdown passes {limit:g}x "
+            f"({leaving.slowdown:.3f}x, {text.n_bytes(leaving.capacity_bytes)} for experts in device memory)"
         ]
     if placed.sizes:
-        lines.append(f"batches       the best placement stays within {limit} {placed.within}")
-        lines.append("              " + ", ".join(f"{n:,}: {slowdown:.2f}x" for n, slowdown in placed.sizes))
+        lines.append(f"batches       this placement stays within {limit:g}x {below(placed.sizes, limit)}")
+        lines.append(INDENT + ", ".join(f"{n:,}: {slowdown:.2f}x" for n, slowdown in placed.sizes))
     return lines
+
+
+def below(points: Sequence[tuple[int, float]], limit: float) -> str:
+    """At which of these batch sizes (tokens, slowdown) the slowdown stays within a limit, in words."""
+    good = [slowdown <= limit for _, slowdown in points]
+    sizes = [f"{n:,}" for n, _ in points]
+    if all(good):
+        return f"at all batches from {sizes[0]} to {sizes[-1]} tokens"
+    if not any(good):
+        return f"at no batch from {sizes[0]} to {sizes[-1]} tokens"
+    changes = [i for i in range(1, len(good)) if good[i] != good[i - 1]]
+    if len(changes) == 1:
+        at = changes[0]
+        return f"from {sizes[at]} tokens on" if good[at] else f"up to {sizes[at - 1]} tokens"
+    return "at " + ", ".join(size for size, is_good in zip(sizes, good, strict=True) if is_good) + " tokens"
 
 
 def placing_json(placed: "Answer") -> dict[str, Any]:
@@ -116,19 +203,21 @@ def placing_json(placed: "Answer") -> dict[str, Any]:
     question = placed.question
 
     def of(one: "Outcome") -> dict[str, Any]:
-        solution = one.solution
+        found = placed.predictions.get(one.policy)
         return {
             "policy": one.policy,
             "slowdown": one.slowdown,
+            "fitted_slowdown": one.fitted_slowdown,
             "held_out_ns": one.held_out_ns.tolist(),
             "fitted_ns": one.fitted_ns.tolist(),
             "resident_ns": one.resident_ns.tolist(),
+            "interval_ns": None if found is None or found.interval is None else list(found.interval),
             "n_resident": int((one.tier == RESIDENT).sum()),
-            "tier_bytes": _tier_bytes(one, question),
+            "tier_bytes": _tier_bytes(placed, one),
             "dispatch": one.dispatch,
-            "table_ns": None if solution is None else solution.time_ns,
-            "bound_ns": None if solution is None else solution.bound_ns,
-            "gap_frac": None if solution is None else solution.gap_frac,
+            "table_ns": one.table_ns,
+            "bound_ns": one.bound_ns,
+            "gap_frac": one.gap_frac,
         }
 
     return {
@@ -138,11 +227,12 @@ def placing_json(placed: "Answer") -> dict[str, Any]:
         "batches": [{"n_tokens": b.n_tokens, "n_passes": b.n_passes} for b in question.batches],
         "windows": placed.windows,
         "capacity_bytes": question.capacity_bytes,
-        "budget": list(placed.budget),
+        "notes": list(placed.notes),
+        "host": {"needed_bytes": placed.host.needed_bytes, "capacity_bytes": placed.host.capacity_bytes},
         "accesses": {name: one.slowdown for name, one in placed.accesses.items()},
         "policies": [of(one) for one in placed.outcomes],
         "best": of(placed.best),
-        "prediction": placed.prediction.to_json(),
+        "prediction": {"n_tokens": placed.batch.n_tokens, **placed.predictions[placed.best.policy].to_json()},
         "trade_off": [vars(point) for point in placed.trade_off],
         "limit": placed.limit,
         "leaving": None if placed.leaving is None else vars(placed.leaving),
