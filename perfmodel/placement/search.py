@@ -138,7 +138,8 @@ def _exchanged(
     for move in (one[best], other[best]):
         found[layers, expert[layers, move]] = to[layers, move]
     times = [costs.layers_ns(x) + (price or 0.0) * _price_of(memory, relaxed, x) for x in (tier, found)]
-    return np.where((times[1] < times[0])[:, None], found, tier)
+    helps = (times[1] < times[0]) & np.isfinite(time.min(axis=1))
+    return np.where(helps[:, None], found, tier)
 
 
 def _price_of(memory: Memory, relaxed: Relaxed, tier: Tiers) -> Array:
