@@ -124,7 +124,7 @@ def test_small_batches_have_more_steps_and_shares_are_those_of_all_steps() -> No
     recording = recorded(n_steps=40, n_experts=8)
     small, large = batches(recording, {1: 1.0, 64: 1.0}, 2)[0]
     assert (len(small.searched), len(small.fitted)) == (32, 64)  # 16 x 8 experts / 2 assignments
-    assert len(large.searched) == len(large.fitted) == 8
+    assert len(large.searched) == len(large.fitted) == 32
     loads = recording.loads[:20].sum(axis=0)
     assert small.fitted_shares == pytest.approx(loads / loads.sum(axis=1, keepdims=True))
     assert not np.array_equal(small.fitted_shares, small.held_out_shares)

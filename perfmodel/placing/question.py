@@ -12,13 +12,15 @@ from perfmodel.offload.beside import crossing_each_ns, host_each_ns
 from perfmodel.offload.device import copy_each_ns
 from perfmodel.physics import Array, Work, smooth_max, tiled
 from perfmodel.placement import NEAR_DATA, RESIDENT, Placement, Tiers
-from perfmodel.placement.costs import Costs, joined
+from perfmodel.placement.costs import Costs, condensed, joined
 from perfmodel.placement.dispatch import Steps
 from perfmodel.placement.memory import Budget
 from perfmodel.predict import Basis, Prediction, Settings, placement_ns, predict_placement, work_of
 from perfmodel.routing import Counts, Routing, Shares
 
 from .windows import Batch
+
+N_SEARCHED = 8  # steps that a search goes by: it takes longer with each, and charges are exact up to as many
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,14 +165,15 @@ def _resident_ns(question: Question, counts: Counts, n_tokens: int) -> Array:
 
 
 def costs_of(question: Question, *, contended: bool = False) -> Costs:
-    """The costs of all placements over the steps that are searched, tiers by position in `tiers`; `contended` where
-    host and link are always busy at once."""
+    """The costs of all placements over N_SEARCHED steps that stand for those that are searched, tiers by position in
+    `tiers`; `contended` where host and link are always busy at once."""
     found = []
     for batch in question.batches:
         basis, work = rows_of(question, batch.searched, batch.n_tokens)
         serial = "copy" in modes_of(question.access)
         device, n_layers = basis.device, question.n_layers
-        found.append(placement_costs(work, question.tiers, device, n_layers, serial=serial, contended=contended))
+        costs = placement_costs(work, question.tiers, device, n_layers, serial=serial, contended=contended)
+        found.append(condensed(costs, N_SEARCHED))
     return joined(found, [batch.n_passes for batch in question.batches])
 
 
