@@ -7,13 +7,16 @@ import runpy
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
 from perfmodel.analysis import TABLES, analyse
 from perfmodel.bound import sweep
 from perfmodel.capture_lines import RESIDENCIES
+from perfmodel.cli.main import app
 from perfmodel.design import design
 from perfmodel.diff import diff
 from perfmodel.evaluation import Errors, summary
@@ -73,6 +76,12 @@ def test_links_between_documents_resolve() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_list_of_documents_in_the_readme_is_complete() -> None:
+    listed = README.partition("## Documents")[2]
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in listed, page.name
 
 
 def test_the_model_page_names_every_constant_and_functions_that_exist() -> None:
@@ -155,6 +164,54 @@ def test_the_nomenclature_knows_the_keys_of_predictions_evaluations_designs_and_
     ]
     named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")))
     assert keys_of(records) - named == set()
+
+
+# Keys whose value holds names of data as keys: access modes, tiers, systems, domains, parts of assignments.
+BY_NAME = {
+    "accesses",
+    "bottleneck_frac",
+    "covering_frac",
+    "factors",
+    "speedup_over",
+    "systems",
+    "tier_bytes",
+    "utilisation",
+}
+
+
+def without_names_of_data(value: object) -> object:
+    """The value with lists instead of objects below the keys of BY_NAME."""
+    if isinstance(value, dict):
+        kept = {key: without_names_of_data(one) for key, one in value.items()}
+        return {k: [*v.values()] if k in BY_NAME and isinstance(v, dict) else v for k, v in kept.items()}
+    return [without_names_of_data(one) for one in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    ("command", "among"),
+    [
+        ("routing temporal:4 --shape olmoe --steps 20 --against uniform", {"verdict", "joined_steps", "kept_frac"}),
+        ("balance --shape olmoe --routing temporal:4 --gpus 4 --tokens 256 --steps 20", {"token_counts", "idle_frac"}),
+        ("trimoe --shape glm-4.5-air --batch 256 --steps 4 --layers 2", {"sensitivity", "migration_frac"}),
+        (
+            "place --shape made-up --routing temporal:4 --steps 4 --step-tokens 64 --hardware gh200 --hbm-budget 50% "
+            "--limit 1.5 --pareto",
+            {"prediction", "slowdown", "notes", "leaving", "n_offloaded", "table_ns"},
+        ),
+    ],
+)
+def test_the_nomenclature_knows_the_keys_of_routing_placements_and_balancing(
+    command: str, among: set[str], tmp_path: Path
+) -> None:
+    small = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 2}
+    small |= {"num_experts": 4, "num_experts_per_tok": 2, "model_type": "qwen3_moe", "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    words = command.replace("made-up", str(tmp_path / "config.json")).split()
+    done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False, standalone_mode=False)
+    keys = keys_of(without_names_of_data(json.loads(done.stdout)))
+    named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")))
+    assert keys - named == set()
+    assert among <= keys
 
 
 def test_every_shipped_data_file_has_its_origin_written_down() -> None:
