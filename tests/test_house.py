@@ -14,7 +14,7 @@ LIBRARY = sorted((ROOT / "perfmodel").rglob("*.py"))
 # Each module may import from its own level and those before it (docs/decisions/0001-house.md).
 LEVELS = (
     {"errors"},
-    {"text", "markdown", "moe", "hf_config", "routing", "workers"},
+    {"text", "markdown", "moe", "hf_config", "files", "routing", "workers"},
     {"trace", "hardware", "model_memory"},
     {"cache"},
     {"readers", "classify", "placement", "physics", "capture", "capture_lines", "intervals", "lanes"},

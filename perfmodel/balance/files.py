@@ -1,11 +1,9 @@
 """A map of experts to GPUs as a file, in the words of serving engines."""
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 
-from perfmodel.errors import InputError
+from perfmodel.files import write_whole
 from perfmodel.placement.balance import ExpertMap, Index
 
 
@@ -17,7 +15,6 @@ def write_map(path: str | Path, one: ExpertMap, layers: Index) -> None:
     Where GPUs do not have equally many slots, `is_even` is false, and engines cannot take it. Raises InputError where
     it cannot be written.
     """
-    path = Path(path)
     content = {
         "policy": one.policy,
         "n_gpus": one.n_gpus,
@@ -28,12 +25,4 @@ def write_map(path: str | Path, one: ExpertMap, layers: Index) -> None:
         "logical_to_physical_map": one.log2phy.tolist(),
         "logical_replica_count": one.logcnt.tolist(),
     }
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path.name} cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(content) + "\n").encode())

@@ -1,9 +1,7 @@
 """Placement files: a placement with what it belongs to, as JSON that this project writes and reads back."""
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
+from perfmodel.files import write_whole
 from perfmodel.moe import MoEShape
 
 from . import RESIDENT, TIERS, Placement
@@ -68,23 +67,6 @@ class PlacedModel:
         """Weight bytes of the routed experts in each tier, over all layers of the placement."""
         n_experts = np.bincount(self.placement.tier.ravel(), minlength=len(TIERS))
         return {name: int(n) * self.shape.expert_bytes for name, n in zip(TIERS, n_experts, strict=True)}
-
-
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all, beside and then renamed; raises InputError where it cannot be written."""
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path.name} cannot be written: {error.strerror or error}") from None
-    finally:  # an interrupt, too, leaves nothing half-written
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def placement_json(placed: PlacedModel) -> str:

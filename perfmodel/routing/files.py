@@ -3,9 +3,8 @@
 What a file is, its first bytes say. numpy only, and polars for tables with a header and Parquet.
 """
 
-import os
+import io
 import re
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError, first_line
+from perfmodel.files import write_whole
 
 from .arrays import BESIDE_COUNTS, COUNTS, draft_of_arrays, refuse_key
 from .dumps import draft_of_dumps, is_dump
@@ -144,24 +144,15 @@ def write_counts(path: str | Path, counts: Counts, layers: NDArray[np.int64], to
         )
     if (counts < 0).any() or (counts.sum(axis=2) != n_tokens[:, None] * top_k).any():
         raise InputError(f"{path.name}: the counts of a step are not its tokens x top-k")
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            np.savez_compressed(
-                file,
-                counts=counts.astype(np.int64),
-                layers=layers.astype(np.int64),
-                top_k=np.int64(top_k),
-                n_tokens=n_tokens.astype(np.int64),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path.name} cannot be written: {error.strerror or error}") from None
-    finally:  # an interrupt, too, leaves nothing half-written
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    file = io.BytesIO()
+    np.savez_compressed(
+        file,
+        counts=counts.astype(np.int64),
+        layers=layers.astype(np.int64),
+        top_k=np.int64(top_k),
+        n_tokens=n_tokens.astype(np.int64),
+    )
+    write_whole(path, file.getvalue())
 
 
 def _read(source: str, hints: Hints, is_lenient: bool) -> tuple[str, Draft]:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from perfmodel import text
 from perfmodel.errors import InputError
+from perfmodel.files import write_whole
 from perfmodel.placement import Loads
 
-from ..files import PlacedModel, write_whole
+from ..files import PlacedModel
 
 Kept = NDArray[np.float64]  # the part of each expert's weights in device memory, 0 to 1, `[layer, expert]`
 

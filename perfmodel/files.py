@@ -1,0 +1,24 @@
+"""Files that are written whole or not at all."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from perfmodel.errors import InputError
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all, beside and then renamed; raises InputError where it cannot be written."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be written: {error.strerror or error}") from None
+    finally:  # an interrupt, too, leaves nothing half-written
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
