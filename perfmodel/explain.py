@@ -7,8 +7,9 @@ import numpy as np
 
 from perfmodel import text
 from perfmodel.latency import LatencyModel, hull_features
-from perfmodel.offload import Device, Tier, link_rate, modes_of, placement_parts
+from perfmodel.offload import Device, link_rate, modes_of, placement_parts
 from perfmodel.physics import Array, Work, total
+from perfmodel.placement import Tiers
 
 STEP_LOG = 0.01  # by how much a constant is moved to see what that does
 GEMMS = ("up", "down")  # the grouped GEMMs of a layer, in the order of `Work.k`
@@ -65,7 +66,7 @@ class Explanation:
         return found
 
 
-def explain(work: Work, tier: Tier, access: str, device: Device, model: LatencyModel | None) -> Explanation:
+def explain(work: Work, tier: Tiers, access: str, device: Device, model: LatencyModel | None) -> Explanation:
     """What a prediction for this work under this placement rests on."""
     return Explanation(
         roofs=_roofs(work, device),
@@ -89,7 +90,7 @@ def _roofs(work: Work, device: Device) -> dict[str, str]:
     return found
 
 
-def _knees(work: Work, tier: Tier, access: str, device: Device) -> dict[str, float]:
+def _knees(work: Work, tier: Tiers, access: str, device: Device) -> dict[str, float]:
     """Rows n at which 2 n K N / F = w K N / B, of the achieved rates (the ridge point in rows), by source."""
     c, roof, o = device.constants, device.roof, device.offload
     flops = roof.flops_per_s * c.eff_compute
@@ -101,11 +102,11 @@ def _knees(work: Work, tier: Tier, access: str, device: Device) -> dict[str, flo
     return {where: flops * work.weight_bytes / (2 * rate) for where, rate in sources.items()}
 
 
-def _latency(work: Work, tier: Tier, access: str, device: Device) -> float:
+def _latency(work: Work, tier: Tiers, access: str, device: Device) -> float:
     return float(total(placement_parts(work, tier, access, device)[0]).mean())
 
 
-def _sensitivity(work: Work, tier: Tier, access: str, device: Device) -> dict[str, float]:
+def _sensitivity(work: Work, tier: Tiers, access: str, device: Device) -> dict[str, float]:
     """d log latency / d log constant of the constants that matter most, at most N_SENSITIVE; efficiencies stand for the
     rates of the machine."""
     base = _latency(work, tier, access, device)

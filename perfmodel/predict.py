@@ -12,10 +12,10 @@ from perfmodel.explain import Explanation, explain
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import COVERAGE, Forecast, LatencyModel
 from perfmodel.moe import MoEShape
-from perfmodel.offload import ACCESS_MODES, Device, Host, Mask, Tier, modes_of, placement_parts, rate_keys
+from perfmodel.offload import ACCESS_MODES, Device, Host, Mask, modes_of, placement_parts, rate_keys
 from perfmodel.offload.fitted import OffloadFit, Way, from_json
 from perfmodel.physics import Array, Parts, Work, total
-from perfmodel.placement import Placement, place
+from perfmodel.placement import Placement, Tiers, place
 from perfmodel.routing import Routing
 from perfmodel.transfer import zero_shot_half_width
 
@@ -251,7 +251,7 @@ def predict_placement(
     )
 
 
-def placement_ns(basis: Basis, work: Work, shape: MoEShape, tier: Tier, access: str) -> Array:
+def placement_ns(basis: Basis, work: Work, shape: MoEShape, tier: Tiers, access: str) -> Array:
     """Latency of each row of work, ns `[batch]`, with each expert in `tier[batch, expert]`, as `predict_placement` has
     it but without evidence; `basis` is one that reaches the access modes."""
     parts, _ = placement_parts(work, tier, access, basis.device)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from perfmodel.placement.balance import Array
+from perfmodel.physics import Array
 from perfmodel.placement.staircase import Staircase
 from perfmodel.routing import synthetic_counts, synthetic_steps
 

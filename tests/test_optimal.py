@@ -8,9 +8,10 @@ import pytest
 from scipy.optimize import OptimizeResult
 
 from perfmodel.errors import InputError
+from perfmodel.physics import Array
 from perfmodel.placement import Tiers, relaxed
 from perfmodel.placement.charges import Charges
-from perfmodel.placement.costs import Array, Block, Costs, additive, condensed, joined, parallel
+from perfmodel.placement.costs import Block, Costs, additive, condensed, joined, parallel
 from perfmodel.placement.memory import Budget, Memory
 from perfmodel.placement.optimal import minimise
 

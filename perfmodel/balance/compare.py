@@ -8,7 +8,8 @@ import numpy as np
 
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
-from perfmodel.placement.balance import Array, ExpertMap, imbalance, linear, round_robin, token_balanced
+from perfmodel.physics import Array
+from perfmodel.placement.balance import ExpertMap, imbalance, linear, round_robin, token_balanced
 from perfmodel.placement.eplb import rebalance
 from perfmodel.placement.gem import TINY, WINDOW_STEPS, gem
 from perfmodel.placement.staircase import Staircase

@@ -13,7 +13,8 @@ from perfmodel import physics
 from perfmodel.capture import IS_OFFLOADED
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
-from perfmodel.placement.balance import Array, ExpertMap, Index, require_even
+from perfmodel.physics import Array
+from perfmodel.placement.balance import ExpertMap, Index, require_even
 from perfmodel.placement.staircase import Staircase, token_counts
 from perfmodel.predict import OPS, Basis, work_of
 from perfmodel.routing import Routing, Shares

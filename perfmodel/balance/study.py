@@ -10,7 +10,7 @@ import numpy as np
 
 from perfmodel import moe
 from perfmodel.hardware import hardware
-from perfmodel.placement.balance import Array
+from perfmodel.physics import Array
 from perfmodel.placement.gem import WINDOW_STEPS, best_map, straggler_ns
 from perfmodel.placement.staircase import SPREAD_IN_FLEET_FRAC, SPREAD_IN_NODE_FRAC, Staircase, spread_speeds
 from perfmodel.predict import Basis, basis_of

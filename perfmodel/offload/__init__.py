@@ -10,7 +10,7 @@ predictions and are imported by name.
 from .beside import beside_parts
 from .constants import PRIORS, OffloadConstants
 from .device import ACCESS_MODES, LAYOUTS, SPREADS, Device, Host, Mask, link_rate, rate_keys, usable_modes
-from .modes import MIXABLE, TIER_OF, Tier, modes_of, offload_parts, placement_parts
+from .modes import MIXABLE, TIER_OF, modes_of, offload_parts, placement_parts
 from .table import placement_costs
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Host",
     "Mask",
     "OffloadConstants",
-    "Tier",
     "beside_parts",
     "link_rate",
     "modes_of",

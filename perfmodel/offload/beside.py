@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.physics import Array, Parts, Work, sum_parts, tiled, total
-from perfmodel.placement import COPIED, IN_PLACE, NEAR_DATA, ON_HOST
+from perfmodel.placement import COPIED, IN_PLACE, NEAR_DATA, ON_HOST, Tiers
 from perfmodel.text import NS_PER_S
 
 from .device import (
@@ -34,10 +34,8 @@ from .device import (
 from .in_place import in_place_parts
 from .overlap import exposed_ns
 
-Domains = NDArray[np.integer]
 
-
-def beside_parts(work: Work, domain: Domains, device: Device) -> tuple[Parts, list[str | None]]:
+def beside_parts(work: Work, domain: Tiers, device: Device) -> tuple[Parts, list[str | None]]:
     """Latency by part, ns `[batch]`, with each expert where `domain[batch, expert]` says (a number of placement.TIERS),
     and for each row the part that outlasts what runs beside it (None: the largest part binds). Models 7.4 to 7.6.
 

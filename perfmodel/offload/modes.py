@@ -4,12 +4,11 @@ Numbers in brackets are those of docs/model.md. Times are ns.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from perfmodel.capture_lines import RESIDENCIES
 from perfmodel.errors import InputError
 from perfmodel.physics import Array, Parts, Work, sum_parts, tiled
-from perfmodel.placement import COPIED, IN_PLACE, NEAR_DATA, ON_HOST, RESIDENT
+from perfmodel.placement import COPIED, IN_PLACE, NEAR_DATA, ON_HOST, RESIDENT, Tiers
 
 from .beside import beside_parts
 from .device import (
@@ -29,7 +28,6 @@ from .overlap import exposed_ns
 from .paged import paged_parts
 
 Binding = list[str | None]
-Tier = NDArray[np.integer]
 
 # The tier of what an access mode reaches. Modes whose experts others compute, or that are read meanwhile, mix.
 TIER_OF = {"zero-copy": IN_PLACE, "copy": COPIED, "copy-overlap": COPIED, "cpu": ON_HOST, "near-data": NEAR_DATA}
@@ -47,7 +45,7 @@ def modes_of(access: str) -> tuple[str, ...]:
     return modes
 
 
-def placement_parts(work: Work, tier: Tier, access: str, device: Device) -> tuple[Parts, Binding]:
+def placement_parts(work: Work, tier: Tiers, access: str, device: Device) -> tuple[Parts, Binding]:
     """Latency by part, ns `[batch]`, and what binds, with each expert in `tier[batch, expert]`, a number of
     placement.TIERS, of one access mode or several (see `modes_of`).
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
-Array = NDArray[np.float64]
+from .problem import Array
+
 Index = NDArray[np.int64]
 
 

@@ -6,8 +6,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from .costs import Array, Costs
-from .problem import Tiers
+from .costs import Costs
+from .problem import Array, Tiers
 
 MAX_STEPS = 8  # up to which all sets of steps that are charged are tried
 N_LEVELS = 16  # of charges that are told apart beyond that

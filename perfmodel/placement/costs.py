@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
-from .problem import Tiers
+from .problem import Array, Tiers
 
-Array = NDArray[np.float64]
 Experts = NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 Compose = Callable[[Array], Array]  # loads [row, resource] to ns [row], and to slopes [row, resource]

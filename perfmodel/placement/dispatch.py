@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
-from .problem import COPIED, ON_HOST, RESIDENT, Tiers
-
-Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
+from .problem import COPIED, ON_HOST, RESIDENT, Array, Mask, Tiers
 
 SAME_FRAC = 1e-9  # spans this near to each other are the same but for rounding
 

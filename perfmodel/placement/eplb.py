@@ -7,7 +7,8 @@ import numpy as np
 
 from perfmodel.errors import InputError
 
-from .balance import Array, ExpertMap, Index, longest_first, map_of_slots
+from .balance import ExpertMap, Index, longest_first, map_of_slots
+from .problem import Array
 
 
 def rebalance(loads: Array, n_slots: int, n_groups: int, n_nodes: int, n_gpus: int) -> ExpertMap:

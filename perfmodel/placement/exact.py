@@ -4,9 +4,9 @@ from itertools import product
 
 import numpy as np
 
-from .costs import Array, Costs
+from .costs import Costs
 from .memory import Memory
-from .problem import Tiers
+from .problem import Array, Tiers
 
 MAX_OPTIONS = 2**13  # placements of one layer that are looked at
 MAX_KEPT = 4000  # partial placements that none other beats; beyond that it takes too long

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 from perfmodel.routing import used_experts
 
-from .balance import Array, ExpertMap, Index, linear, map_of, require_even, token_balanced
+from .balance import ExpertMap, Index, linear, map_of, require_even, token_balanced
+from .problem import Array
 from .staircase import Staircase
 
 WINDOW_STEPS = 16  # steps that a map is made from (GEM)

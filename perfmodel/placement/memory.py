@@ -3,14 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 
-from .costs import Array
-from .problem import Tiers
-
-Mask = NDArray[np.bool_]
+from .problem import Array, Mask, Tiers
 
 
 @dataclass(frozen=True)

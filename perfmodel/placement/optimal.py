@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .costs import Array, Costs
+from .costs import Costs
 from .exact import exactly
 from .memory import Budget, Memory
-from .problem import Tiers
+from .problem import Array, Tiers
 from .relaxed import relax
 from .search import balanced, filled, polished
 

@@ -16,7 +16,9 @@ RESIDENT, COPIED, ON_HOST, NEAR_DATA, IN_PLACE = range(len(TIERS))
 OFFLOADED = 1  # of policies that only know device memory and the rest
 
 Loads = Counts | Shares  # how much each expert is used, `[layer, expert]`
-Tiers = NDArray[np.int8]
+Tiers = NDArray[np.integer]  # numbers of TIERS
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

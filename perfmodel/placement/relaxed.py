@@ -13,9 +13,9 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
 from .charges import Charges
-from .costs import Array, Costs, one_hot
+from .costs import Costs, one_hot
 from .memory import Memory
-from .problem import Tiers
+from .problem import Array, Tiers
 
 MAX_ROUNDS, RELAXED_GAP = 60, 1e-4
 SLOW_ROUNDS, SLOW_FRAC = 12, 0.7  # rounds over which the distance is to fall to this part of itself

@@ -6,9 +6,9 @@ layers trade it.
 
 import numpy as np
 
-from .costs import Array, Costs, one_hot
+from .costs import Costs, one_hot
 from .memory import Memory
-from .problem import Tiers
+from .problem import Array, Tiers
 from .relaxed import Relaxed
 
 ENOUGH = 3e-4  # of a placement's time: nearer to the bound nothing is gained by going on

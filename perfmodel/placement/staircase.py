@@ -10,7 +10,8 @@ import numpy as np
 
 from perfmodel.errors import InputError
 
-from .balance import Array, Index
+from .balance import Index
+from .problem import Array
 
 TAIL_RATIO = 1.02  # between counts beyond the last boundary that is timed itself: no step hides a larger difference
 N_TILES = 64  # boundaries that are timed one by one, ours; beyond them one more tile is at most 1.6 % of the time

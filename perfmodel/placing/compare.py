@@ -7,8 +7,9 @@ import numpy as np
 
 from perfmodel.errors import InputError
 from perfmodel.offload import Mask
+from perfmodel.physics import Array
 from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, POLICIES, RESIDENT, TIERS, Problem, Tiers
-from perfmodel.placement.costs import Array, Costs
+from perfmodel.placement.costs import Costs
 from perfmodel.placement.dispatch import DISPATCHES
 from perfmodel.placement.optimal import minimise
 from perfmodel.routing import Counts

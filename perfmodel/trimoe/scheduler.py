@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.physics import Array
-from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
+from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT, Tiers
 
 from .costs import N_DOMAINS, Costs
-
-Domains = NDArray[np.int64]  # [batch, expert], numbers of placement.TIERS
 
 UNITS = ("gpu", "cpu", "ndp")  # who can be the bottleneck
 UNIT_OF = np.array([0, 0, 1, 2])  # of each domain: what is resident and what is copied are both computed by the GPU
@@ -42,7 +40,7 @@ class Busy:
         return np.asarray(self.by_unit_ns.max(axis=1))
 
     @property
-    def bottleneck(self) -> Domains:
+    def bottleneck(self) -> NDArray[np.int64]:
         """Who is the slowest, `[batch]`, a number in UNITS."""
         return np.asarray(self.by_unit_ns.argmax(axis=1))
 
@@ -52,7 +50,7 @@ class Busy:
         return np.stack([self.gpu_ns, self.cpu_ns, self.ndp_ns.mean(axis=1)], axis=1)
 
 
-def busy(costs: Costs, domain: Domains) -> Busy:
+def busy(costs: Costs, domain: Tiers) -> Busy:
     """How long each unit works when experts are computed where `domain[batch, expert]` says."""
     cost, every, home = (_chosen(part, domain) for part in (costs.cost_ns, costs.every_dimm_ns, costs.home_dimm_ns))
     unit = UNIT_OF[domain]
@@ -62,12 +60,12 @@ def busy(costs: Costs, domain: Domains) -> Busy:
     return Busy(gpu, cpu, dimm, ndp)
 
 
-def greedy(costs: Costs) -> Domains:
+def greedy(costs: Costs) -> Tiers:
     """The cheapest domain of each expert by itself, `[batch, expert]`; of equals the one nearest to the memory."""
     return np.asarray(N_DOMAINS - 1 - costs.cost_ns[..., ::-1].argmin(axis=2))
 
 
-def refine(costs: Costs, domain: Domains) -> Domains:
+def refine(costs: Costs, domain: Tiers) -> Tiers:
     """A schedule after moves of single experts, each the one that lowers its layer's makespan most, until none does.
 
     Every move of every expert is tried, at once; of those that help as much, as many do where one unit alone is the
@@ -100,7 +98,7 @@ def refine(costs: Costs, domain: Domains) -> Domains:
     return domain
 
 
-def _makespans_after(costs: Costs, domain: Domains, sums: Array, dimm: Array) -> Array:
+def _makespans_after(costs: Costs, domain: Tiers, sums: Array, dimm: Array) -> Array:
     """The makespan after each possible move, `[batch, expert, domain]`; infinite for an impossible one."""
     cost = _chosen(costs.cost_ns, domain)
     unit = UNIT_OF[domain]
@@ -121,7 +119,7 @@ def _makespans_after(costs: Costs, domain: Domains, sums: Array, dimm: Array) ->
     return np.asarray(np.maximum(after, at_home[..., None] + every + own, out=after))
 
 
-def schedule(costs: Costs, *, is_refined: bool = True, is_guarded: bool = True) -> Domains:
+def schedule(costs: Costs, *, is_refined: bool = True, is_guarded: bool = True) -> Tiers:
     """Who computes each expert, `[batch, expert]`, as numbers of `placement.TIERS`.
 
     Greedy, then refined where `is_refined`. Refining from the cheapest domains may end in a worse minimum than without
@@ -153,5 +151,5 @@ def by_dimm(values: Array, home: NDArray[np.int64], n_dimms: int) -> Array:
     return np.asarray(sums.reshape(len(home), n_dimms))
 
 
-def _chosen(values: Array, domain: Domains) -> Array:
+def _chosen(values: Array, domain: Tiers) -> Array:
     return np.asarray(np.take_along_axis(values, domain[..., None], axis=2)[..., 0])

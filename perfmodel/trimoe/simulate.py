@@ -16,18 +16,18 @@ from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import LatencyModel
 from perfmodel.moe import MoEShape
 from perfmodel.physics import Array
-from perfmodel.placement import COPIED, NEAR_DATA
+from perfmodel.placement import COPIED, NEAR_DATA, Tiers
 from perfmodel.routing import Loads, Recording
 
 from .costs import OPTIONS, Costs, Machine, Options, Table, machine_of
 from .prediction import BOUNDS, COLD, NEW_FRAC, Bounds, classify
 from .relayout import MOVES, Layout, Window, dealt, relayout
-from .scheduler import UNITS, Busy, Domains, busy
+from .scheduler import UNITS, Busy, busy
 
 MAX_ROWS = 2048  # layers of steps that are scheduled at once
 HBM_FRAC = 0.5  # of device memory for routed experts; assumed, for no source says how many experts TriMoE keeps there
 
-Decide = Callable[[Costs, Array], Domains]  # from costs and tokens [batch, expert]
+Decide = Callable[[Costs, Array], Tiers]  # from costs and tokens [batch, expert]
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _moving(work: Workload, system: System, machine: Machine, layout: Layout) ->
     return found, exposed, n_moves, n_right
 
 
-def _window(work: Workload, machine: Machine, layout: Layout, tokens: Array, domain: Domains, now: Busy) -> Window:
+def _window(work: Workload, machine: Machine, layout: Layout, tokens: Array, domain: Tiers, now: Busy) -> Window:
     """What a layer leaves free: its links but for its own copies and for striped experts gathered in one module."""
     end = now.makespan_ns + work.attention_ns
     n_copied = ((domain == COPIED) & (tokens > 0)).sum(axis=1)
@@ -269,7 +269,7 @@ def _window(work: Workload, machine: Machine, layout: Layout, tokens: Array, dom
     return Window(end - n_copied * machine.pcie_ns, end - n_gathered * gather_ns, now.dimm_ns, end)
 
 
-def _n_right(moved: dict[str, NDArray[np.bool_]], predicted: Domains, actual: Domains) -> int:
+def _n_right(moved: dict[str, NDArray[np.bool_]], predicted: Tiers, actual: Tiers) -> int:
     """How many moved experts have the class that they were moved for; one copied for being warm may become hot."""
     copied = moved["prefetch"] & (actual >= predicted)
     others = [moved[kind] & (actual == predicted if kind == "stripe" else actual == COLD) for kind in MOVES[1:]]

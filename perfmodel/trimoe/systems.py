@@ -10,26 +10,26 @@ from functools import partial
 import numpy as np
 
 from perfmodel.physics import Array
-from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
+from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT, Tiers
 
 from .costs import Costs
 from .prediction import Bounds
-from .scheduler import Domains, busy, schedule
+from .scheduler import busy, schedule
 from .simulate import System, Workload, simulate
 
 COLD_FRACS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the load from which experts are hot: below it they are cold
 
 
-def _scheduled(costs: Costs, tokens: Array, *, is_refined: bool = True) -> Domains:
+def _scheduled(costs: Costs, tokens: Array, *, is_refined: bool = True) -> Tiers:
     return schedule(costs, is_refined=is_refined, is_guarded=False)
 
 
-def _residents_or(costs: Costs, tokens: Array, *, domain: int) -> Domains:
+def _residents_or(costs: Costs, tokens: Array, *, domain: int) -> Tiers:
     """Residents on the GPU, all others in one domain."""
     return np.where(np.isfinite(costs.cost_ns[..., RESIDENT]), RESIDENT, domain)
 
 
-def _hottest_copied(costs: Costs, tokens: Array, *, domain: int) -> Domains:
+def _hottest_copied(costs: Costs, tokens: Array, *, domain: int) -> Tiers:
     """Residents on the GPU; of the others as many of the hottest are copied to it as make the layer shortest, the rest
     is computed in one domain."""
     tried = _residents_or(costs, tokens, domain=domain)
