@@ -13,14 +13,10 @@ from perfmodel.moe import MoEShape
 from perfmodel.offload import placement_parts
 from perfmodel.physics import total
 from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT, Placement
-from perfmodel.placing import answers
+from perfmodel.placing import CACHE, FIXED, FORESEEN, OPTIMAL, answers
 from perfmodel.placing.answers import accesses, answered, by_access, by_batch, most_leaving, trade_off, with_limit
 from perfmodel.placing.compare import (
-    CACHE,
     DISPATCHED,
-    FIXED,
-    FORESEEN,
-    OPTIMAL,
     TRIMOE,
     best_of,
     compare,

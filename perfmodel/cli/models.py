@@ -72,7 +72,8 @@ def list_names() -> None:
     """The names that other commands accept: hardware, shapes, routings, access modes, policies, models, captures ..."""
     from perfmodel import capture, latency, moe, offload, placement, routing
     from perfmodel.placement.export import FORMATS
-    from perfmodel.placing.compare import CACHE, DISPATCHED, OPTIMAL
+    from perfmodel.placing import CACHE, OPTIMAL
+    from perfmodel.placing.compare import DISPATCHED
 
     rows = {
         "hardware": hardware.names(),

@@ -64,7 +64,6 @@ def routing(
     as_json: Json = False,
 ) -> None:
     """How routing spreads over experts, layers and time: is there a hot set, and what does placing by it save."""
-
     hints = recordings.Hints(
         shape=None if shape is None else hf_config.resolve(shape),
         n_model_layers=None if shape is None else model_memory(shape).n_model_layers,

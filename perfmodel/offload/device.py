@@ -44,8 +44,8 @@ class Device:
     and the `host_` constants say what it does. `previous_ns` is the time of work before this layer under which a copy
     may hide, `link_busy` whether weights of other layers cross the link while the host computes. `layout` and `spread`
     are those of near-data modules, `striped[batch, expert]` says it by expert (null: all as `layout`). `n_slots` is how
-    many experts of a layer a paged memory holds (null: as many as are
-    not offloaded), `shares[batch, expert]` their long-run popularity (null: every step is as this one).
+    many experts of a layer a paged memory holds (null: as many as are not offloaded), `shares[batch, expert]` their
+    long-run popularity (null: every step is as this one).
     """
 
     profile: HardwareProfile

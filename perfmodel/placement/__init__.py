@@ -1,7 +1,9 @@
 """Where each expert lives, and policies that decide it: functions on arrays, each with its source.
 
 `problem` is what a policy is asked and answers, `static` policies that decide once, `dispatch` those that decide at
-each step who computes what is not resident.
+each step who computes what is not resident. `optimal` looks for the best placement by `costs` within `memory`; `budget`
+says how many experts fit. `balance`, `eplb` and `gem` spread experts over GPUs of given `staircase`s. `files` and
+`export` write placements.
 """
 
 import numpy as np

@@ -46,7 +46,7 @@ class Charges:
     def _order(self) -> tuple[list[int], list[int]]:
         """Tiers without charges (at least the one of the lowest, which is then taken to have none), and the others by
         their charges, the lowest first."""
-        total = self.costs.by_layer(self.costs.charge_ns).sum(axis=(0, 1))
+        total = self._means.sum(axis=(0, 1))
         order = [int(tier) for tier in np.argsort(total, kind="stable")]
         n_free = max(1, int((total == 0).sum()))
         return order[:n_free], order[n_free:]

@@ -48,11 +48,11 @@ def relax(costs: Costs, memory: Memory, starts: tuple[Tiers, ...]) -> Relaxed:
         byte_prices, paid_ns = _paid(memory, prices, program_ns)
         slopes = np.einsum("jl,jlet->let", weights, np.stack(program.slopes))
         reduced = slopes + byte_prices[:, None, :] * memory.size_bytes[:, :, None]
-        column, least_ns = program.charge.cheapest(reduced)
+        column, least_ns = program.charges.cheapest(reduced)
         beside_ns = float((weights * np.stack(program.beside)).sum())
         bound_ns = max(bound_ns, fixed_ns + beside_ns + float(least_ns.sum()) - paid_ns)
         composed_ns = float(costs.compose_layers(costs.loads(mixture)).sum())
-        charges_ns = float((shares * np.stack(program.charges, axis=1)).sum())
+        charges_ns = float((shares * np.stack(program.charge_ns, axis=1)).sum())
         reached_ns = min(reached_ns, fixed_ns + composed_ns + charges_ns)
         apart_ns.append(reached_ns - bound_ns)
         is_slow = len(apart_ns) > SLOW_ROUNDS and apart_ns[-1] > SLOW_FRAC * apart_ns[-1 - SLOW_ROUNDS]
@@ -95,19 +95,19 @@ class _Program:
 
     def __init__(self, costs: Costs, memory: Memory) -> None:
         self.costs, self.memory = costs, memory
-        self.charge = Charges(costs)
+        self.charges = Charges(costs)
         self.columns: list[Tiers] = []
         self.slopes: list[Array] = []  # [layer, expert, tier] of each tangent
         self.beside: list[Array] = []  # [layer]
         self.idle = np.zeros((0, costs.n_layers), np.int64)  # [tangent, layer] rounds since it touched the mixture
-        self.charges: list[Array] = []  # [layer] of each column
+        self.charge_ns: list[Array] = []  # [layer] of each column
         self.held: list[list[Array]] = []  # bytes under each budget, [layer], of each column
         self.time: dict[tuple[int, int], Array] = {}  # ns of a column under a tangent, [layer]
 
     def add_column(self, tier: Tiers) -> None:
         """Let a placement be mixed in."""
         self.columns.append(tier)
-        self.charges.append(self.charge.of(tier))
+        self.charge_ns.append(self.charges.of(tier))
         sizes = self.memory.size_bytes
         self.held.append([np.where(self.memory.holds(b)[tier], sizes, 0.0).sum(axis=1) for b in self.memory.budgets])
         for number in range(len(self.slopes)):
@@ -188,7 +188,7 @@ class _Program:
         size = n_layers * (n + 1)
         below = csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(where))), (n_rows, size))
         whole = csr_matrix((np.ones(n_layers * n), (np.repeat(layer, n), at)), (n_layers, size))
-        goal = np.concatenate([np.stack(self.charges, axis=1).ravel() / unit_ns, np.ones(n_layers)])
+        goal = np.concatenate([np.stack(self.charge_ns, axis=1).ravel() / unit_ns, np.ones(n_layers)])
         lower, upper = np.zeros(size), np.full(size, np.inf)
         lower[n_layers * n :], upper[: n_layers * n] = -np.inf, 1.0
         return goal, below, limits, whole, (lower, upper)

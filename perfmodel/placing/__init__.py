@@ -1,1 +1,5 @@
 """Where the experts of a model should live: policies compared on steps they have not seen, and what follows."""
+
+# Rows of a comparison beside published policies: the best placement found, the best that divides no steps, a cache, and
+# who knew the steps that judge.
+OPTIMAL, FIXED, CACHE, FORESEEN = "optimal", "optimal-fixed", "lru", "foreseen"

@@ -11,10 +11,8 @@ from perfmodel.placement import COPIED, IN_PLACE, RESIDENT
 from perfmodel.placement.budget import HostNeed
 from perfmodel.predict import Prediction
 
+from . import CACHE, FORESEEN, OPTIMAL
 from .compare import (
-    CACHE,
-    FORESEEN,
-    OPTIMAL,
     TO_COMPARE,
     Outcome,
     Progress,
@@ -23,6 +21,7 @@ from .compare import (
     domains,
     evaluated,
     policy_names,
+    quietly,
 )
 from .question import Question, prediction
 from .room import Engine, needed
@@ -36,17 +35,13 @@ N_HALVINGS = 9  # of the range of memory in a search
 THINNED = 2  # every second step of a window where many placements are asked for
 
 
-def _quietly(_: str) -> None:
-    pass
-
-
 def accesses(question: Question) -> tuple[str, ...]:
     """The access modes and mixes that place experts and that the machine has all numbers for."""
     usable = [mode for mode in usable_modes(question.basis.device.profile) if mode != "paged"]
     return (*usable, *(mix for mix in MIXES if set(mix.split("+")) <= set(usable)))
 
 
-def by_access(question: Question, progress: Progress = _quietly) -> dict[str, Outcome]:
+def by_access(question: Question, progress: Progress = quietly) -> dict[str, Outcome]:
     """The best placement under each access mode and mix over a few steps, the fastest in those that decided first.
 
     Raises InputError for a machine without a second memory.
@@ -102,7 +97,7 @@ def answered(
     engine: Engine,
     policy: str = ALL,
     is_auto: bool = False,
-    progress: Progress = _quietly,
+    progress: Progress = quietly,
 ) -> Answer:
     """All policies compared, or one beside ours, under the access mode of the question or (`is_auto`) the fastest one.
 
@@ -148,7 +143,7 @@ def _point(question: Question, policy: str) -> Point:
     return Point(question.capacity_bytes, n, found.tier.size - n, found.slowdown)
 
 
-def trade_off(question: Question, policy: str = OPTIMAL, progress: Progress = _quietly) -> list[Point]:
+def trade_off(question: Question, policy: str = OPTIMAL, progress: Progress = quietly) -> list[Point]:
     """Slowdown by device memory, from as few resident experts as the host has room for to all, as one policy places
     them."""
     found = []
@@ -160,9 +155,7 @@ def trade_off(question: Question, policy: str = OPTIMAL, progress: Progress = _q
     return found
 
 
-def most_leaving(
-    question: Question, limit: float, policy: str = OPTIMAL, progress: Progress = _quietly
-) -> Point | None:
+def most_leaving(question: Question, limit: float, policy: str = OPTIMAL, progress: Progress = quietly) -> Point | None:
     """How many experts may leave device memory before the slowdown passes a limit; null where one is too many, or as
     few of them as the search tells apart.
 
@@ -202,7 +195,7 @@ def by_batch(question: Question, outcome: Outcome, batches: tuple[Batch, ...]) -
     return found
 
 
-def with_limit(placed: Answer, limit: float, batches: tuple[Batch, ...], progress: Progress = _quietly) -> Answer:
+def with_limit(placed: Answer, limit: float, batches: tuple[Batch, ...], progress: Progress = quietly) -> Answer:
     """An answer with how many experts may leave, and how slow the placement is in these batches, for a limit."""
     leaving = most_leaving(placed.question, limit, placed.best.policy, progress)
     sizes = by_batch(placed.question, placed.best, batches)

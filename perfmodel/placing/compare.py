@@ -14,16 +14,16 @@ from perfmodel.placement.dispatch import DISPATCHES
 from perfmodel.placement.optimal import minimise
 from perfmodel.routing import Counts
 from perfmodel.trimoe import machine_of, schedule
-from perfmodel.trimoe.prediction import HOT_FROM, Bounds, classify
+from perfmodel.trimoe.prediction import COLD, HOT_FROM, Bounds, classify
+from perfmodel.trimoe.systems import COLD_FRACS
 
+from . import CACHE, FIXED, FORESEEN, OPTIMAL
 from .question import Question, costs_of, steps_ns, steps_of
 from .windows import Batch
 
-OPTIMAL, FIXED, CACHE, FORESEEN = "optimal", "optimal-fixed", "lru", "foreseen"
 TO_COMPARE = (CACHE, FORESEEN)  # rows that nobody can choose: a cache is no placement, and nobody knows what comes
 # Policies that divide each step anew among device and host: by what they keep resident, and their dispatch.
 TRIMOE = "trimoe"
-COLD_BOUNDS = (0.25, 0.5, 1.0, 2.0, 4.0)  # loads over the mean below which TriMoE calls an expert cold, to choose from
 DISPATCHED = {
     "fiddler": ("fiddler", "fiddler"),
     "hybrimoe": ("frequency", "hybrimoe"),
@@ -32,6 +32,10 @@ DISPATCHED = {
 BEST_DISPATCH = "balanced"
 
 Progress = Callable[[str], None]
+
+
+def quietly(_: str) -> None:
+    """The progress of whom nobody watches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ def _divides(question: Question) -> bool:
     return {COPIED, ON_HOST} <= set(question.tiers)
 
 
-def compare(question: Question, names: tuple[str, ...], progress: Progress = lambda _: None) -> list[Outcome]:
+def compare(question: Question, names: tuple[str, ...], progress: Progress = quietly) -> list[Outcome]:
     """What each of the named policies costs, in their order.
 
     `optimal` knows the others that are named and is never slower than any of them in the steps that decided, and
@@ -183,8 +187,8 @@ def _by_cold_bounds(question: Question, is_resident: Mask) -> Outcome:
     """TriMoE: memory modules for cold experts, host memory for warm ones, by the bound between them that suits the
     steps that decided best; it publishes none."""
     few, tried = question.thinned(4), []
-    for bound in COLD_BOUNDS:
-        is_cold = classify(question.popularity, Bounds(bound, max(bound, HOT_FROM))) == 0
+    for frac in COLD_FRACS[1:]:  # without the first, under which none is cold
+        is_cold = classify(question.popularity, Bounds(frac * HOT_FROM, HOT_FROM)) == COLD
         tier = np.where(is_resident, RESIDENT, np.where(is_cold, NEAR_DATA, ON_HOST)).astype(np.int8)
         tried.append(evaluated(few, TRIMOE, tier, TRIMOE))
     return evaluated(question, TRIMOE, min(tried, key=_fitted_slowdown).tier, TRIMOE)

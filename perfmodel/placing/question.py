@@ -79,13 +79,11 @@ class Question:
     @property
     def layer_capacity_bytes(self) -> float | None:
         """Device memory for whole experts of each layer; null where layers share it."""
-        one_bytes = self.shape.expert_bytes
-        n_each = int(self.capacity_bytes / self.n_layers / one_bytes + 1e-9)
-        return n_each * one_bytes if self.is_per_layer else None
+        return self.n_slots * self.shape.expert_bytes if self.is_per_layer else None
 
     @property
     def n_slots(self) -> int:
-        """Experts of each layer that a cache of this memory holds."""
+        """Whole experts of each layer that this memory holds, or a cache of it."""
         return min(int(self.capacity_bytes / self.n_layers / self.shape.expert_bytes + 1e-9), self.shape.n_experts)
 
     @property

@@ -11,7 +11,8 @@ from perfmodel.hardware import hardware
 from perfmodel.predict import basis_of
 from perfmodel.routing import SHIPPED, Recording, read_recording
 
-from .compare import FORESEEN, OPTIMAL, Outcome, compare, policy_names
+from . import FORESEEN, OPTIMAL
+from .compare import Outcome, compare, policy_names
 from .question import Question
 from .windows import batches
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from perfmodel import text
 from perfmodel.placement import NEAR_DATA, RESIDENT, TIERS
+from perfmodel.placing import CACHE, FIXED, FORESEEN, OPTIMAL
 
 from .words import table, wrapped
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other pages do no
     from perfmodel.placing.answers import Answer
     from perfmodel.placing.compare import Outcome
 
-CACHE, FORESEEN, OPTIMAL, FIXED = "lru", "foreseen", "optimal", "optimal-fixed"
 INDENT = " " * 14
 SAME_FRAC = 0.02  # placements of the same size nearer to each other than this are alike
 LEGEND = (

@@ -20,7 +20,7 @@ from perfmodel.placement import COPIED, NEAR_DATA, Tiers
 from perfmodel.routing import Loads, Recording
 
 from .costs import OPTIONS, Costs, Machine, Options, Table, machine_of
-from .prediction import BOUNDS, COLD, NEW_FRAC, Bounds, classify
+from .prediction import BOUNDS, COLD, NEW_FRAC, Bounds, classify, ema
 from .relayout import MOVES, Layout, Window, dealt, relayout
 from .scheduler import UNITS, Busy, busy
 
@@ -237,9 +237,8 @@ def _static(work: Workload, system: System, machine: Machine, layout: Layout) ->
 
 def _moving(work: Workload, system: System, machine: Machine, layout: Layout) -> _Found:
     """Step after step; after each layer weights move for its next step, by a moving average of loads."""
-    predicted = work.before[0]
-    for load in work.before[1:]:
-        predicted = work.new_frac * load + (1 - work.new_frac) * predicted
+    known = np.concatenate([work.before[1:], work.steps])
+    after = ema(known, work.before[0], work.new_frac)[len(work.before) :]  # what is predicted after each step
     found, exposed = [], []
     n_moves, n_right = dict.fromkeys(MOVES, 0), 0
     for step, tokens in enumerate(work.steps):
@@ -247,10 +246,9 @@ def _moving(work: Workload, system: System, machine: Machine, layout: Layout) ->
         domain = system.decide(costs, tokens)
         now = busy(costs, domain)
         found.append(now)
-        predicted = work.new_frac * tokens + (1 - work.new_frac) * predicted
-        classes = classify(predicted, work.bounds)
+        classes = classify(after[step], work.bounds)
         window = _window(work, machine, layout, tokens, domain, now)
-        done = relayout(machine, layout, predicted, classes, window, has_seen_moves=work.has_seen_moves)
+        done = relayout(machine, layout, after[step], classes, window, has_seen_moves=work.has_seen_moves)
         exposed.append(done.exposed_ns)
         if step + 1 < len(work.steps):
             n_right += _n_right(done.moved, classes, classify(work.steps[step + 1], work.bounds))
