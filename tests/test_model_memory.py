@@ -252,7 +252,7 @@ def test_a_device_that_is_too_small_is_refused_with_what_takes_how_much() -> Non
     assert str(caught.value) == (
         "mixtral-8x7b: 8.00 GB of device memory leave no room for an expert of 352 MB: "
         "weights besides experts 3.21 GB, "
-        "KV cache of 1 sequence of 32,768 tokens 4.29 GB, workspace 2.15 GB, staging of 2 experts 705 MB"
+        "KV cache of 1 sequence of 32,768 tokens 4.29 GB, workspace 2.15 GB, 2 staging slots 705 MB"
     )
 
 
@@ -269,17 +269,15 @@ def test_unknown_memory_and_negative_numbers_are_refused() -> None:
 
 def test_the_host_holds_what_is_not_resident_or_everything() -> None:
     assert host_need(MIXTRAL, 56).needed_bytes == 200 * EXPERT
-    everything = host_need(MIXTRAL, 56, host_holds_all=True, n_replicas=2, other_bytes=1e9)
-    assert everything.needed_bytes == 2 * 256 * EXPERT + 1e9
+    everything = host_need(MIXTRAL, 56, host_holds_all=True, n_replicas=2)
+    assert everything.needed_bytes == 2 * 256 * EXPERT
     assert "56 resident experts in host memory as well" in everything.notes[0] and "pinned" in everything.notes[1]
     assert host_need(MIXTRAL, 256, is_pinned=False).notes == () and host_need(MIXTRAL, 256).needed_bytes == 0
 
 
 def test_a_host_that_is_too_small_is_refused_with_what_takes_how_much() -> None:
     with pytest.raises(InputError) as caught:
-        host_need(MIXTRAL, 0, 64e9, other_bytes=4e9)
-    assert str(caught.value) == (
-        "mixtral-8x7b: host memory of 64.0 GB cannot hold 94.2 GB: 256 experts of 352 MB, others 4.00 GB"
-    )
+        host_need(MIXTRAL, 0, 64e9)
+    assert str(caught.value) == ("mixtral-8x7b: host memory of 64.0 GB cannot hold 90.2 GB: 256 experts of 352 MB")
     with pytest.raises(InputError, match="257 resident experts"):
         host_need(MIXTRAL, 257)

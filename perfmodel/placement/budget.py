@@ -17,7 +17,8 @@ class DeviceBudget:
     """What one device holds, in bytes; its capacity less everything else is `expert_bytes`, the room for experts.
 
     `n_experts` whole experts fit over all layers, `n_experts_per_layer` in each layer when all have the same number, as
-    `--kt-num-gpu-experts` does; both are at most what the model has. `notes` are remarks in sentences.
+    `--kt-num-gpu-experts` does; both are at most what the model has. `taken` says what takes how much, `notes` are
+    remarks in sentences.
     """
 
     capacity_bytes: float
@@ -28,17 +29,14 @@ class DeviceBudget:
     copies_bytes: float
     n_experts: int
     n_experts_per_layer: int
+    taken: str
     notes: tuple[str, ...] = ()
 
     @property
     def expert_bytes(self) -> float:
         """Bytes left for resident experts, each once."""
-        return self.capacity_bytes - self.taken_bytes
-
-    @property
-    def taken_bytes(self) -> float:
-        """Bytes of everything else."""
-        return self.non_expert_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes + self.copies_bytes
+        others = self.non_expert_bytes, self.kv_bytes, self.workspace_bytes, self.staging_bytes, self.copies_bytes
+        return self.capacity_bytes - sum(others)
 
 
 def expert_budget(
@@ -66,34 +64,19 @@ def expert_budget(
     if memory.non_expert_bytes is None or kv_bytes is None:
         unknown = "weights besides experts" if memory.non_expert_bytes is None else "the KV cache"
         raise InputError(f"{shape.name}: the bytes of {unknown} are not known ({'; '.join(memory.notes)}); state them")
-    n_all = shape.n_layers * shape.n_experts
-    found = DeviceBudget(
-        capacity_bytes,
-        memory.non_expert_bytes,
-        kv_bytes,
-        workspace_bytes,
-        n_staging_experts * shape.expert_bytes,
-        n_copies * shape.expert_bytes,
-        0,
-        0,
-        memory.notes,
-    )
-    n_experts = min(n_all, int(found.expert_bytes // shape.expert_bytes))
+    one_bytes, n_all = shape.expert_bytes, shape.n_layers * shape.n_experts
+    cached = f"{text.counted(n_sequences, 'sequence')} of {text.counted(n_context_tokens, 'token')}"
+    slots, copies = f"{n_staging_experts} staging slots", f"{n_copies} further copies"
+    names = ("weights besides experts", f"KV cache of {cached}", "workspace", slots, copies)
+    others = (memory.non_expert_bytes, kv_bytes, workspace_bytes, n_staging_experts * one_bytes, n_copies * one_bytes)
+    taken = ", ".join(f"{name} {text.n_bytes(size)}" for name, size in zip(names, others, strict=True) if size)
+    n_experts = min(n_all, int((capacity_bytes - sum(others)) // one_bytes))
     if n_experts < 1:
-        cached = f"{text.counted(n_sequences, 'sequence')} of {text.counted(n_context_tokens, 'token')}"
-        parts = {
-            "weights besides experts": found.non_expert_bytes,
-            f"KV cache of {cached}": kv_bytes,
-            "workspace": workspace_bytes,
-            f"staging of {text.counted(n_staging_experts, 'expert')}": found.staging_bytes,
-            f"{n_copies} further copies of experts": found.copies_bytes,
-        }
-        taken = ", ".join(f"{name} {text.n_bytes(value)}" for name, value in parts.items() if value)
         raise InputError(
             f"{shape.name}: {text.n_bytes(capacity_bytes)} of device memory leave no room for an expert of "
-            f"{text.n_bytes(shape.expert_bytes)}: {taken}"
+            f"{text.n_bytes(one_bytes)}: {taken}"
         )
-    return DeviceBudget(**{**vars(found), "n_experts": n_experts, "n_experts_per_layer": n_experts // shape.n_layers})
+    return DeviceBudget(capacity_bytes, *others, n_experts, n_experts // shape.n_layers, taken, memory.notes)
 
 
 @dataclass(frozen=True)
@@ -113,36 +96,33 @@ def host_need(
     host_holds_all: bool = False,
     is_pinned: bool = True,
     n_replicas: int = 1,
-    other_bytes: float = 0.0,
 ) -> HostNeed:
     """How much host memory the experts take that are not resident, `n_resident` of all layers being on each device.
 
     `host_holds_all`: the engine keeps every expert in host memory whether or not it is resident too, as ktransformers
     does (#2084, #2023: host memory does not fall when experts go to the GPU). `n_replicas` copies of the model on other
-    devices of the host each hold their own. `other_bytes` are those of the engine and the system. Raises InputError
-    where the host has less, naming what takes how much, and for numbers out of range.
+    devices of the host each hold their own. Raises InputError where the host has less, naming what takes how
+    much, and for numbers out of range.
     """
     n_all = shape.n_layers * shape.n_experts
-    if not 0 <= n_resident <= n_all or n_replicas < 1 or other_bytes < 0:
+    if not 0 <= n_resident <= n_all or n_replicas < 1:
         raise InputError(
             f"{n_resident} resident experts in {n_replicas} replicas, expected 0 to {n_all}, and 1 or more"
         )
     n_held = n_all if host_holds_all else n_all - n_resident
-    expert_bytes = n_replicas * n_held * shape.expert_bytes
-    needed_bytes = expert_bytes + other_bytes
+    needed_bytes = n_replicas * n_held * shape.expert_bytes
     if capacity_bytes is not None and needed_bytes > capacity_bytes:
         replicas = f" for each of {n_replicas} replicas" if n_replicas > 1 else ""
         raise InputError(
             f"{shape.name}: host memory of {text.n_bytes(capacity_bytes)} cannot hold {text.n_bytes(needed_bytes)}: "
-            f"{text.counted(n_held, 'expert')} of {text.n_bytes(shape.expert_bytes)}{replicas}, "
-            f"others {text.n_bytes(other_bytes)}"
+            f"{text.counted(n_held, 'expert')} of {text.n_bytes(shape.expert_bytes)}{replicas}"
         )
     notes = []
     if host_holds_all and n_resident:
         notes.append(f"the engine keeps the {text.counted(n_resident, 'resident expert')} in host memory as well")
     if is_pinned and n_held:
         notes.append(
-            f"{text.n_bytes(expert_bytes)} of it are pinned: they cannot be swapped out, and `ulimit -l` or a "
+            f"{text.n_bytes(needed_bytes)} of it are pinned: they cannot be swapped out, and `ulimit -l` or a "
             "container may forbid locking so much"
         )
     return HostNeed(needed_bytes, capacity_bytes, tuple(notes))

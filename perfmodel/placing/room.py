@@ -107,16 +107,9 @@ def _budget(
         n_staging_experts=engine.n_staging,
         n_copies=engine.n_copies,
     )
-    cache = f"KV cache of {text.counted(engine.n_sequences, 'sequence')} of {engine.n_context_tokens:,} tokens"
-    parts = {
-        "weights besides experts": found.non_expert_bytes,
-        cache: found.kv_bytes,
-        "workspace": found.workspace_bytes,
-        f"{engine.n_staging} staging slots": found.staging_bytes,
-        f"{engine.n_copies} further copies": found.copies_bytes,
-    }
-    taken = ", ".join(f"{name} {text.n_bytes(size)}" for name, size in parts.items() if size)
-    words = f"of {text.n_bytes(total)} of device memory, {taken} leave {text.n_bytes(found.expert_bytes)} for experts"
+    words = (
+        f"of {text.n_bytes(total)} of device memory, {found.taken} leave {text.n_bytes(found.expert_bytes)} for experts"
+    )
     if not engine.n_context_tokens:
         notes.append("no KV cache is counted; --context and --sequences state it")
     return found, [words, *notes]
