@@ -5,7 +5,7 @@ The policies themselves are in `perfmodel.placement`; docs/balance.md has the de
 
 from .compare import POLICIES, Comparison, Outcome, Slots, compare, steps_of
 from .files import write_map
-from .profiles import device_ns, layer_ns_by_rows, observed_staircase, predicted_staircase, tile_rows_of
+from .profiles import device_ns, layer_ns_by_rows, observed_staircase, predicted_staircase
 
 __all__ = [
     "POLICIES",
@@ -18,6 +18,5 @@ __all__ = [
     "observed_staircase",
     "predicted_staircase",
     "steps_of",
-    "tile_rows_of",
     "write_map",
 ]

@@ -1,24 +1,22 @@
 """The command about experts over several GPUs: it loads, makes one call, prints."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from functools import partial
+from math import ceil
+from typing import Annotated
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from perfmodel import hf_config, report
 from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, whole
 from perfmodel.errors import InputError
-
-if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other commands do not need
-    from collections.abc import Callable
-
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from perfmodel.moe import MoEShape
-    from perfmodel.placement.balance import ExpertMap
-    from perfmodel.placement.staircase import Staircase
-    from perfmodel.routing import Recording
+from perfmodel.moe import MoEShape
+from perfmodel.placement.balance import ExpertMap
+from perfmodel.placement.staircase import Staircase, spread_speeds
+from perfmodel.routing import Recording
 
 
 @app.command()
@@ -95,11 +93,7 @@ def balance(
         note(f"wrote {out}: {found.outcomes[found.best].policy}")
 
 
-def _speeds(n_gpus: int, spread: str | None, speeds: str | None) -> "NDArray[np.float64]":
-    import numpy as np
-
-    from perfmodel.placement.staircase import spread_speeds
-
+def _speeds(n_gpus: int, spread: str | None, speeds: str | None) -> NDArray[np.float64]:
     if spread and speeds:
         raise InputError("give --spread or --speeds, not both")
     if not speeds:
@@ -110,7 +104,7 @@ def _speeds(n_gpus: int, spread: str | None, speeds: str | None) -> "NDArray[np.
     return found
 
 
-def _measured(folders: list[str], shape: "MoEShape", speeds: "NDArray[np.float64] | None", n_gpus: int) -> "Staircase":
+def _measured(folders: list[str], shape: MoEShape, speeds: NDArray[np.float64] | None, n_gpus: int) -> Staircase:
     from perfmodel.balance import observed_staircase
     from perfmodel.capture import load_capture
 
@@ -120,14 +114,11 @@ def _measured(folders: list[str], shape: "MoEShape", speeds: "NDArray[np.float64
 def _predicted(
     machine: str,
     model: str | None,
-    shape: "MoEShape",
-    speeds: "NDArray[np.float64]",
-    recording: "Recording",
+    shape: MoEShape,
+    speeds: NDArray[np.float64],
+    recording: Recording,
     tile_rows: int | None,
-) -> "tuple[Staircase, Callable[[ExpertMap, NDArray[np.float64]], float]]":
-    from functools import partial
-    from math import ceil
-
+) -> tuple[Staircase, Callable[[ExpertMap, NDArray[np.float64]], float]]:
     from perfmodel.balance import layer_ns_by_rows, predicted_staircase
     from perfmodel.latency import load_model
     from perfmodel.predict import basis_of

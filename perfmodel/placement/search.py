@@ -13,7 +13,8 @@ from .relaxed import Relaxed
 
 ENOUGH = 3e-4  # of a placement's time: nearer to the bound nothing is gained by going on
 N_MOVES, N_MOVES_OF_STEPS = 32, 20  # moves of a layer that are tried in pairs at a time
-N_PRICED, PRICE_STEP, MAX_POLISH, PATIENCE = 8, 0.02, 24, 4
+N_PRICED, PRICE_STEP = 8, 0.02  # rounds in which a price of memory is looked for, and by how much it changes at first
+MAX_POLISH, PATIENCE = 24, 4  # rounds of improvement at most, and how many may fail one after another
 
 
 def _rounded(costs: Costs, memory: Memory, relaxed: Relaxed) -> Tiers:

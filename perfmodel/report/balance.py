@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from perfmodel import text
+from perfmodel.placement.gem import usage
+from perfmodel.placement.staircase import Staircase, saved_frac
 from perfmodel.report.words import WIDTH, table, wrapped
+from perfmodel.routing import Recording
 
-if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
+if TYPE_CHECKING:  # this brings scipy and scikit-learn, which reading a trace does not need
     from perfmodel.balance import Comparison, Outcome
-    from perfmodel.placement.staircase import Staircase
-    from perfmodel.routing import Recording
 
 N_GPUS_SHOWN = 8
 BY_ROWS = (
@@ -23,12 +24,9 @@ MOE_ONLY = (
 
 
 def balance_json(
-    found: "Comparison", staircase: "Staircase", recording: "Recording", shape: str, times: str
+    found: "Comparison", staircase: Staircase, recording: Recording, shape: str, times: str
 ) -> dict[str, Any]:
     """The comparison as plain values, with what it rests on."""
-    from perfmodel.placement.gem import usage
-    from perfmodel.placement.staircase import saved_frac
-
     return {
         "shape": shape,
         "routing": recording.name,
@@ -45,7 +43,7 @@ def balance_json(
     }
 
 
-def balance_page(found: "Comparison", staircase: "Staircase", recording: "Recording", shape: str, times: str) -> str:
+def balance_page(found: "Comparison", staircase: Staircase, recording: Recording, shape: str, times: str) -> str:
     """What each policy makes of the routing: latency, what it gains, how even it is, and which GPU is waited for."""
     facts = balance_json(found, staircase, recording, shape, times)
     spread, saved = text.frac(facts["spread_frac"]), text.frac(facts["token_counts_saved_frac"])
