@@ -18,10 +18,10 @@ from .compare import (
     Progress,
     best_of,
     compare,
-    domains,
     evaluated,
     policy_names,
     quietly,
+    tiers_in_steps,
 )
 from .question import Question, prediction
 from .room import Engine, needed
@@ -128,7 +128,7 @@ def answered(
         best,
         batch,
         {
-            one.policy: prediction(question, batch, domains(question, one, batch), one.tier)
+            one.policy: prediction(question, batch, tiers_in_steps(question, one, batch), one.tier)
             for one in outcomes
             if one.policy != CACHE and (one is best or question.basis.model is not None)
         },

@@ -18,7 +18,7 @@ from perfmodel.trimoe.prediction import COLD, HOT_FROM, Bounds, classify
 from perfmodel.trimoe.systems import COLD_FRACS
 
 from . import CACHE, FIXED, FORESEEN, OPTIMAL
-from .question import Question, costs_of, steps_ns, steps_of
+from .question import Question, costs_of, dispatch_steps, steps_ns
 from .windows import Batch
 
 TO_COMPARE = (CACHE, FORESEEN)  # rows that nobody can choose: a cache is no placement, and nobody knows what comes
@@ -253,7 +253,7 @@ def evaluated(question: Question, policy: str, tier: Tiers, dispatch: str | None
     )
 
 
-def domains(question: Question, outcome: Outcome, batch: Batch) -> Tiers:
+def tiers_in_steps(question: Question, outcome: Outcome, batch: Batch) -> Tiers:
     """The tier of each expert in the steps that judge: `[layer, expert]`, or `[step, layer, expert]` where each is
     divided anew."""
     if outcome.dispatch is None:
@@ -270,16 +270,16 @@ def divided(question: Question, counts: Counts, n_tokens: int, tier: Tiers, disp
     resident = tier == RESIDENT
     if dispatch == TRIMOE:
         return _by_trimoe(question, counts, n_tokens, tier)
-    steps = steps_of(question, counts, n_tokens, resident)
+    steps = dispatch_steps(question, counts, n_tokens, resident)
     if dispatch != BEST_DISPATCH:
         return np.asarray(DISPATCHES[dispatch](steps).reshape(counts.shape), dtype=np.int8)
-    busy = steps_of(question, counts, n_tokens, resident, contended=True)
+    busy = dispatch_steps(question, counts, n_tokens, resident, contended=True)
     ways = [DISPATCHES[name](steps) for name in ("all-host", "all-copied", BEST_DISPATCH)]
     ways.append(DISPATCHES[BEST_DISPATCH](busy))
     tried = [way.reshape(counts.shape) for way in ways]
     if NEAR_DATA in question.tiers:
         tried += [np.broadcast_to(tier, counts.shape), _by_trimoe(question, counts, n_tokens, tier)]
-    best = np.argmin([steps_ns(question, counts, n_tokens, domains, tier) for domains in tried], axis=0)
+    best = np.argmin([steps_ns(question, counts, n_tokens, way, tier) for way in tried], axis=0)
     return np.asarray(np.take_along_axis(np.stack(tried), best[None, :, :, None], axis=0)[0], dtype=np.int8)
 
 

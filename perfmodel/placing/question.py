@@ -175,7 +175,9 @@ def costs_of(question: Question, *, contended: bool = False) -> Costs:
     return joined(found, [batch.n_passes for batch in question.batches])
 
 
-def steps_of(question: Question, counts: Counts, n_tokens: int, resident: Mask, *, contended: bool = False) -> Steps:
+def dispatch_steps(
+    question: Question, counts: Counts, n_tokens: int, resident: Mask, *, contended: bool = False
+) -> Steps:
     """What a dispatch may know of steps, a row for each step of each layer: what each expert takes by itself on the
     device, over the link and on the host, these two as if both were busy (`contended`) or not."""
     basis, work = rows_of(question, counts, n_tokens)
