@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from perfmodel.analysis import TABLES, analyse
@@ -76,6 +77,18 @@ def test_links_between_documents_resolve() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_commands_in_the_documents_have_options_that_exist() -> None:
+    known = {name: {o for p in one.params for o in p.opts} for name, one in get_command(app).commands.items()}
+    known["collect"].update(re.findall(r"--[a-z-]+", (ROOT / "collectors" / "cli.py").read_text(encoding="utf-8")))
+    n_seen = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for name, words in re.findall(r"^(?:    |\$ )perfmodel (\w+)(.*)", page.read_text(encoding="utf-8"), re.M):
+            options = set(re.findall(r"(?<!\S)\[?(--[a-z-]+)", words.partition(" #")[0]))
+            assert options <= known[name], f"{page.name}: perfmodel {name}{words}"
+            n_seen += len(options)
+    assert n_seen > 50
 
 
 def test_the_list_of_documents_in_the_readme_is_complete() -> None:

@@ -35,9 +35,13 @@ class Memory:
         """Which tiers a budget limits, `[tier]`."""
         return np.asarray(np.isin(np.arange(self.n_tiers), budget.tiers))
 
+    def held_bytes(self, tier: Tiers, budget: Budget) -> Array:
+        """What a placement has in the tiers that a budget limits, `[layer]`."""
+        return np.asarray(np.where(self.holds(budget)[tier], self.size_bytes, 0.0).sum(axis=1))
+
     def room_bytes(self, tier: Tiers, budget: Budget) -> Array:
         """What a placement leaves of a budget, `[layer]`, or `[1]` of one that all layers share; negative: too much."""
-        held = np.where(self.holds(budget)[tier], self.size_bytes, 0.0).sum(axis=1)
+        held = self.held_bytes(tier, budget)
         return np.asarray(budget.capacity_bytes - (held if budget.of_each_layer else held.sum(keepdims=True)))
 
     def fits(self, tier: Tiers) -> bool:
@@ -85,7 +89,7 @@ class Memory:
         return np.asarray((leaves & np.isfinite(per_byte)).reshape(loss.shape))
 
     def _no_room(self, budget: Budget, tier: Tiers) -> str:
-        held = float(np.where(self.holds(budget)[tier], self.size_bytes, 0.0).sum())
+        held = float(self.held_bytes(tier, budget).sum())
         each = " for each layer" if budget.of_each_layer else ""
         return (
             f"the experts take {float(self.size_bytes.sum()):,.0f} bytes and do not fit: {held:,.0f} bytes are left "

@@ -108,8 +108,7 @@ class _Program:
         """Let a placement be mixed in."""
         self.columns.append(tier)
         self.charge_ns.append(self.charges.of(tier))
-        sizes = self.memory.size_bytes
-        self.held.append([np.where(self.memory.holds(b)[tier], sizes, 0.0).sum(axis=1) for b in self.memory.budgets])
+        self.held.append([self.memory.held_bytes(tier, budget) for budget in self.memory.budgets])
         for number in range(len(self.slopes)):
             self._rate(number, len(self.columns) - 1)
 
