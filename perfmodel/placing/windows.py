@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 from perfmodel.routing import Counts, Recording, Shares, drawn_counts, expected_counts
 
-N_STEPS = 32  # of a window at least: with 8 the search fitted chance, and the choice was left to it
+N_STEPS = 32  # of a window at least: of 8 steps the fastest placement is fast by chance
 N_SEEN = 16  # assignments to the mean expert in a window: of small batches it takes more steps to see as many
 MAX_STEPS = (32, 64, 64)  # of a window at most: of what is searched, of what chooses, of what judges
 FITTED_FRAC = 0.5  # of the recorded steps that decide; the others judge

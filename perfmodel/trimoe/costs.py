@@ -16,7 +16,7 @@ from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import LatencyModel
 from perfmodel.moe import MoEShape, gemm_flops
-from perfmodel.offload import Device, OffloadConstants, link_rate
+from perfmodel.offload import Device, Mask, OffloadConstants, link_rate
 from perfmodel.offload.constants import ASSUMED
 from perfmodel.offload.device import host_bytes_per_s, host_gemm, require_near_data
 from perfmodel.physics import Array, Counts, smooth_max, tiled
@@ -25,7 +25,6 @@ from perfmodel.predict import basis_of, work_of
 from perfmodel.routing import Routing
 from perfmodel.text import NS_PER_S
 
-Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
 TABLES = ("gpu", "cpu", "ndp")  # who computes, as tables of times are named
 N_DOMAINS = 1 + max(RESIDENT, COPIED, ON_HOST, NEAR_DATA)

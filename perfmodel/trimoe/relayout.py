@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from perfmodel.offload import Mask
 from perfmodel.physics import Array
 from perfmodel.placement import NEAR_DATA
 
-from .costs import Index, Machine, Mask
+from .costs import Index, Machine
 from .prediction import COLD, Classes
 from .scheduler import by_dimm
 
