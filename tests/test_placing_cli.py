@@ -94,7 +94,8 @@ def test_memory_is_what_the_engine_leaves(run) -> None:  # type: ignore[no-untyp
     plain = ("--json", "--policy", "frequency", "--hbm-budget", "30MB", "--workspace", "1MB", "--other-weights", "9MB")
     found = json.loads(run(*plain))
     assert found["capacity_bytes"] == 20e6 - 2 * EXPERT_BYTES  # and two staging slots
-    assert json.loads(run(*plain, access="cpu"))["capacity_bytes"] == 20e6
+    for access in ("cpu", "zero-copy"):
+        assert json.loads(run(*plain, access=access))["capacity_bytes"] == 20e6
     assert json.loads(run(*plain, "--copies", "3"))["capacity_bytes"] == 20e6 - 5 * EXPERT_BYTES
     each = json.loads(run(*plain, "--per-layer"))
     assert each["capacity_bytes"] == 20 * EXPERT_BYTES and each["best"]["n_resident"] == 20

@@ -122,7 +122,7 @@ def place(
         **_device_memory(hbm_budget),
         n_context_tokens=n_context if context is None else whole(context, "--context"),
         n_sequences=n_sequences,
-        n_staging=N_STAGING if access == AUTO or "copy" in access else 0,
+        n_staging=N_STAGING if access == AUTO or {"copy", "copy-overlap"} & set(access.split("+")) else 0,
         n_copies=0 if copies is None else whole(copies, "--copies"),
         host_bytes=None if host_budget is None else float(text.parse_bytes(host_budget)),
         host_holds_all=host_holds_all,
