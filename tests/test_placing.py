@@ -30,9 +30,9 @@ from perfmodel.placing.compare import (
 )
 from perfmodel.placing.question import Question, prediction, rows_of, steps_ns
 from perfmodel.placing.room import Engine, needed, room_for
-from perfmodel.placing.windows import CHUNK_TOKENS, batches, passes_of
+from perfmodel.placing.windows import CHUNK_TOKENS, batches, drift, passes_of
 from perfmodel.predict import basis_of, predict_placement
-from perfmodel.report.placing import below, placing_json, placing_page
+from perfmodel.report.placing import MOVED, below, placing_json, placing_page
 from perfmodel.routing import Recording, Routing
 
 MADE_UP = MoEShape("made-up", hidden=1024, inter=512, n_layers=3, n_experts=8, top_k=2)
@@ -162,6 +162,20 @@ def test_a_search_that_fits_few_steps_too_well_is_not_chosen() -> None:
     judge = replace(question, batches=batches(recording, {1: 1.0}, 4, 400, seed=9)[0])
     true = [evaluated(judge, "any", one.tier, None).slowdown for one in (*others, best)]
     assert true[-1] <= min(true) * 1.02
+
+
+def test_routing_moves_where_its_halves_differ_and_chance_is_no_movement() -> None:
+    rng = np.random.default_rng(5)
+    first, second = rng.dirichlet(np.full(16, 0.7), (2, 12))  # of 12 layers
+    for part, moves in ((0.0, False), (0.6, True)):
+        rows = [(1 - part * step / 39) * first + part * step / 39 * second for step in range(40)]
+        loads = np.array([[rng.multinomial(128, row) for row in shares] for shares in rows], dtype=float)
+        recording = Recording("made up", loads, np.arange(12), 2, np.full(40, 64))
+        for sizes in ({64: 1.0}, {8: 1.0}):
+            found, _ = batches(recording, sizes, 2)
+            assert (drift(found[0]) > MOVED) == moves
+        sums = Recording("sums", loads.sum(axis=0, keepdims=True), np.arange(12), 2, np.full(1, 2560))
+        assert drift(batches(sums, {64: 1.0}, 2)[0][0]) == pytest.approx(1, abs=0.15)  # all drawn from the same
 
 
 def test_requests_become_passes_of_their_prompts_and_of_the_whole_batch() -> None:

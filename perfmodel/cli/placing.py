@@ -189,7 +189,8 @@ def _device_memory(hbm_budget: str | None) -> dict[str, float]:
     share = EXPERT_FRAC.fullmatch(hbm_budget)
     if share is None:
         return {"device_bytes": float(text.parse_bytes(hbm_budget))}
-    frac = number(share[1], "--hbm-budget") / 100
+    is_none = re.fullmatch(r"0+\.?0*", share[1]) is not None  # nothing resident is a question as well
+    frac = 0.0 if is_none else number(share[1], "--hbm-budget") / 100
     if frac > 1:
         raise InputError(f"--hbm-budget is {hbm_budget} of the experts, expected at most 100%")
     return {"expert_frac": frac}
@@ -279,5 +280,8 @@ def _write(
     if made is not None:
         for path in write(to, made):
             note(f"wrote {path}")
-        for line in (*made.flags, *made.warnings, *([made.rounding.words()] if made.rounding else [])):
+        kept = "" if made.rounding is None else made.rounding.words()
+        for line in (*made.flags, *made.warnings):
             note(line)
+        if kept and not any(kept in line for line in made.warnings):
+            note(kept)

@@ -26,7 +26,7 @@ from .compare import (
 )
 from .question import Question, prediction
 from .room import Engine, needed
-from .windows import Batch
+from .windows import Batch, drift
 
 ALL = "all"
 # What is tried where nobody says how experts are reached: every mode by itself, and those that share the work.
@@ -93,6 +93,11 @@ class Answer:
     limit: float | None = None
     leaving: Point | None = None
     sizes: Sequence[tuple[int, float]] = ()
+
+    @property
+    def drift(self) -> float:
+        """How far routing has moved from the steps that decided to those that judge, in passes that take most time."""
+        return drift(self.batch)
 
 
 def answered(

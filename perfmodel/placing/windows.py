@@ -33,6 +33,22 @@ class Batch:
     held_out_shares: Shares
 
 
+def drift(batch: Batch) -> float:
+    """How far the shares of the steps that judge are from those that choose, over how far the steps that are searched
+    are from these: about 1 where routing stays as it is, more where it moved between the halves.
+
+    Distances are total variation, means over layers, each over what the numbers of steps make of chance; 1 where the
+    two windows that decide are the same steps.
+    """
+
+    def distance(one: Counts, other: Counts) -> float:
+        first, second = (counts.sum(axis=0) / counts.sum(axis=(0, 2))[:, None] for counts in (one, other))
+        return float(np.abs(first - second).sum(axis=1).mean() / math.sqrt(1 / len(one) + 1 / len(other)))
+
+    within = distance(batch.searched, batch.fitted)
+    return distance(batch.fitted, batch.held_out) / within if within else 1.0
+
+
 def passes_of(n_prompt_tokens: int, n_output_tokens: int, n_sequences: int) -> dict[int, float]:
     """The passes that serve as many requests as there are sequences at a time, tokens: passes.
 
