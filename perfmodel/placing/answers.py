@@ -95,8 +95,9 @@ class Answer:
     sizes: Sequence[tuple[int, float]] = ()
 
     @property
-    def drift(self) -> float:
-        """How far routing has moved from the steps that decided to those that judge, in passes that take most time."""
+    def drift(self) -> float | None:
+        """How far routing has moved from the steps that decided to those that judge, in passes that take most time;
+        null where that cannot be told."""
         return drift(self.batch)
 
 

@@ -130,17 +130,20 @@ def _verdict(placed: "Answer") -> list[str]:
     seen = by_name.get(FORESEEN)
     to_gain = 0.0 if seen is None else 1 - seen.slowdown / best.slowdown
     gain = f"who knew the steps that judge could be {text.frac(to_gain)} faster"
-    if placed.drift > MOVED and (to_gain > SAME_FRAC or seen is None):
+    drift = placed.drift
+    if drift is not None and drift > MOVED and (to_gain > SAME_FRAC or seen is None):
         could = f"; {gain}, and nobody who decides before can be sure of that" if seen is not None else ""
         lines.append(
-            f"routing       moves: steps that judge are {placed.drift:.1f} times as far from those that decided as "
-            f"these from each other{could}"
+            f"routing       moves: steps that judge are {drift:.1f} times as far from those that decided as these from "
+            f"each other{could}"
         )
     elif to_gain > SAME_FRAC:
-        lines.append(
-            f"chance        {gain}, but routing is not seen to move: they are no further from the steps that decided "
-            "than these from each other"
+        why = (
+            "; too few batches decide to tell chance from routing that moves"
+            if drift is None
+            else ", but routing is not seen to move: they are as near to those that decided as these to each other"
         )
+        lines.append(f"{'foresight' if drift is None else 'chance':14}{gain}{why}")
     certified = best if best.gap_frac is not None else by_name.get(FIXED)
     if certified is not None and certified.gap_frac is not None:
         lines.append(
