@@ -181,6 +181,7 @@ def test_a_seed_changes_draws_and_nothing_else_does(run) -> None:  # type: ignor
         (("--export", "nope"), "unknown export format"),
         (("--export", "json", "--to", "/nowhere"), "no folder"),
         (("--out", "/nowhere/placed.json", "--policy", "frequency"), "cannot be written"),
+        (("--out", "."), "which is a folder"),
         (("--tokens", "4,8", "--out", "x.json"), "write one placement"),
     ],
 )

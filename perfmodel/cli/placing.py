@@ -231,6 +231,8 @@ def _check_writing(out: str | None, export: str | None, to: str, n_placements: i
         raise InputError("--out and --export write one placement: give one size of --tokens, or --mix")
     if out is not None and not Path(out).parent.is_dir():
         raise InputError(f"{Path(out).name} cannot be written: {str(Path(out).parent)!r} is no folder")
+    if out is not None and Path(out).is_dir():
+        raise InputError(f"--out is {out!r}, which is a folder; expected a file")
     if export is not None and export not in FORMATS:
         raise InputError(f"unknown export format {export!r}; known: {', '.join(FORMATS)}")
     if export is not None and not Path(to).is_dir():
