@@ -132,6 +132,13 @@ def test_every_engine_gets_its_files_and_flags_and_is_told_what_is_rounded(invok
     assert FLAGS.get(form, "") in done.stderr and not any(name.endswith(".part") for name in files)
     if form in ("sglang", "llama.cpp", "vllm"):
         assert "asked for 14 resident experts" in done.stderr  # 45 % of 32, and what is kept of them
+    lines = done.stderr.splitlines()
+    assert not any(one != other and other in one for one in lines for other in lines if other.startswith("asked for"))
+
+
+def test_none_of_the_experts_may_be_resident(run) -> None:  # type: ignore[no-untyped-def]
+    found = json.loads(run("--hbm-budget", "0%", "--json", "--policy", "frequency"))
+    assert found["capacity_bytes"] == 0 and {one["n_resident"] for one in found["policies"]} == {0}
 
 
 def test_part_of_the_layers_is_placed_and_not_exported(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -175,6 +182,7 @@ def test_a_seed_changes_draws_and_nothing_else_does(run) -> None:  # type: ignor
         (("--export", "nope"), "unknown export format"),
         (("--export", "json", "--to", "/nowhere"), "no folder"),
         (("--out", "/nowhere/placed.json", "--policy", "frequency"), "cannot be written"),
+        (("--out", "."), "which is a folder"),
         (("--tokens", "4,8", "--out", "x.json"), "write one placement"),
     ],
 )

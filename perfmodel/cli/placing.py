@@ -189,7 +189,8 @@ def _device_memory(hbm_budget: str | None) -> dict[str, float]:
     share = EXPERT_FRAC.fullmatch(hbm_budget)
     if share is None:
         return {"device_bytes": float(text.parse_bytes(hbm_budget))}
-    frac = number(share[1], "--hbm-budget") / 100
+    is_none = re.fullmatch(r"0+\.?0*", share[1]) is not None  # nothing resident is a question as well
+    frac = 0.0 if is_none else number(share[1], "--hbm-budget") / 100
     if frac > 1:
         raise InputError(f"--hbm-budget is {hbm_budget} of the experts, expected at most 100%")
     return {"expert_frac": frac}
@@ -230,6 +231,8 @@ def _check_writing(out: str | None, export: str | None, to: str, n_placements: i
         raise InputError("--out and --export write one placement: give one size of --tokens, or --mix")
     if out is not None and not Path(out).parent.is_dir():
         raise InputError(f"{Path(out).name} cannot be written: {str(Path(out).parent)!r} is no folder")
+    if out is not None and Path(out).is_dir():
+        raise InputError(f"--out is {out!r}, which is a folder; expected a file")
     if export is not None and export not in FORMATS:
         raise InputError(f"unknown export format {export!r}; known: {', '.join(FORMATS)}")
     if export is not None and not Path(to).is_dir():
@@ -279,5 +282,8 @@ def _write(
     if made is not None:
         for path in write(to, made):
             note(f"wrote {path}")
-        for line in (*made.flags, *made.warnings, *([made.rounding.words()] if made.rounding else [])):
+        kept = "" if made.rounding is None else made.rounding.words()
+        for line in (*made.flags, *made.warnings):
             note(line)
+        if kept and not any(kept in line for line in made.warnings):
+            note(kept)

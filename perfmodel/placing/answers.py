@@ -25,7 +25,7 @@ from .compare import (
 )
 from .question import Question, prediction
 from .room import Engine, needed
-from .windows import Batch
+from .windows import Batch, drift
 
 ALL = "all"
 # What is tried where nobody says how experts are reached: every mode by itself, and those that share the work.
@@ -88,6 +88,12 @@ class Answer:
     limit: float | None = None
     leaving: Point | None = None
     sizes: Sequence[tuple[int, float]] = ()
+
+    @property
+    def drift(self) -> float | None:
+        """How far routing has moved from the steps that decided to those that judge, in passes that take most time;
+        null where that cannot be told."""
+        return drift(self.batch)
 
 
 def answered(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from perfmodel import text
 from perfmodel.errors import InputError
 from perfmodel.routing import Counts, Recording, Shares, drawn_counts, expected_counts
 
@@ -14,6 +15,7 @@ N_SEEN = 16  # assignments to the mean expert in a window: of small batches it t
 MAX_STEPS = (32, 64, 64)  # of a window at most: of what is searched, of what chooses, of what judges
 FITTED_FRAC = 0.5  # of the recorded steps that decide; the others judge
 CHUNK_TOKENS = 8192  # of a prompt in one pass: what vLLM and SGLang set for large devices
+N_FEW = 4  # recorded batches that decide: fewer may be of one topic, and what is best in them no better elsewhere
 DRAWN_ONE_BY_ONE = 2**15  # tokens x experts up to which each token draws its experts without repeating one
 
 
@@ -31,6 +33,22 @@ class Batch:
     held_out: Counts
     fitted_shares: Shares
     held_out_shares: Shares
+
+
+def drift(batch: Batch) -> float | None:
+    """How far the shares of the steps that judge are from those that choose, over how far the steps that are searched
+    are from these: about 1 where routing stays as it is, more where it moved between the halves.
+
+    Distances are total variation, means over layers, each over what the numbers of steps make of chance; null where the
+    two windows that decide are the same steps.
+    """
+
+    def distance(one: Counts, other: Counts) -> float:
+        first, second = (counts.sum(axis=0) / counts.sum(axis=(0, 2))[:, None] for counts in (one, other))
+        return float(np.abs(first - second).sum(axis=1).mean() / math.sqrt(1 / len(one) + 1 / len(other)))
+
+    within = distance(batch.searched, batch.fitted)
+    return distance(batch.fitted, batch.held_out) / within if within else None
 
 
 def passes_of(n_prompt_tokens: int, n_output_tokens: int, n_sequences: int) -> dict[int, float]:
@@ -79,10 +97,16 @@ def batches(
         parts = [(recording, slice(n_fitted)), (recording, slice(n_fitted, None))]
     else:
         parts = [(recording, slice(None))] * 2
-    found = []
+    found, words = [], [_words(recording, later)]
     for number, (n_tokens, n_passes) in enumerate(sizes.items()):
         rng = np.random.default_rng([seed, number])
         decides, judges = (_joined_steps(whole, steps, n_tokens) for whole, steps in parts)
+        if len(decides) < N_FEW and n_recorded > 1:
+            few = "1 recorded batch" if len(decides) == 1 else f"{len(decides)} recorded batches"
+            verb = "decides" if len(decides) == 1 else "decide"
+            words.append(
+                f"only {few} of {text.counted(n_tokens, 'token')} {verb}: what is best in so few may be chance"
+            )
         halves = (decides[::2], decides[1::2]) if len(decides) > 1 else (decides, decides)
         n_enough = max(N_STEPS, math.ceil(N_SEEN * recording.loads.shape[2] / (n_tokens * top_k)))
         searched, fitted, held_out = (
@@ -91,7 +115,7 @@ def batches(
         )
         shares = (_shares(whole, steps) for whole, steps in parts)
         found.append(Batch(n_tokens, n_passes, searched, fitted, held_out, *shares))
-    return tuple(found), _words(recording, later)
+    return tuple(found), "; ".join(words)
 
 
 def _shares(recording: Recording, steps: slice) -> Shares:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other pages do no
 
 INDENT = " " * 14
 SAME_FRAC = 0.02  # placements of the same size nearer to each other than this are alike
+MOVED = 1.2  # drift from which on routing is said to move: 0.8 to 1.2 on routing that stays, 1.3 to 4 on made-up drift
 LEGEND = (
     "slowdown: over all experts resident, in the steps that judge; fitted: in those by which the best was chosen; to "
     "gain: by how much any other placement could be faster at most, by the table of costs; divided by: the rule that "
@@ -128,11 +129,21 @@ def _verdict(placed: "Answer") -> list[str]:
         )
     seen = by_name.get(FORESEEN)
     to_gain = 0.0 if seen is None else 1 - seen.slowdown / best.slowdown
-    if to_gain > SAME_FRAC:
+    gain = f"who knew the steps that judge could be {text.frac(to_gain)} faster"
+    drift = placed.drift
+    if drift is not None and drift > MOVED and (to_gain > SAME_FRAC or seen is None):
+        could = f"; {gain}, and nobody who decides before can be sure of that" if seen is not None else ""
         lines.append(
-            f"routing       moves: who knew the steps that judge could be {text.frac(to_gain)} faster, and nobody "
-            "who decides before can be sure of that"
+            f"routing       moves: steps that judge are {drift:.1f} times as far from those that decided as these from "
+            f"each other{could}"
         )
+    elif to_gain > SAME_FRAC:
+        why = (
+            "; too few batches decide to tell chance from routing that moves"
+            if drift is None
+            else ", but routing is not seen to move: they are as near to those that decided as these to each other"
+        )
+        lines.append(f"{'foresight' if drift is None else 'chance':14}{gain}{why}")
     certified = best if best.gap_frac is not None else by_name.get(FIXED)
     if certified is not None and certified.gap_frac is not None:
         lines.append(
@@ -225,6 +236,7 @@ def placing_json(placed: "Answer") -> dict[str, Any]:
         "hardware": question.basis.device.profile.name,
         "access": question.access,
         "batches": [{"n_tokens": b.n_tokens, "n_passes": b.n_passes} for b in question.batches],
+        "drift": placed.drift,
         "windows": placed.windows,
         "capacity_bytes": question.capacity_bytes,
         "notes": list(placed.notes),
