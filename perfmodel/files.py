@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON that is read or refused in one sentence."""
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from perfmodel.errors import InputError
 
@@ -22,3 +24,13 @@ def write_whole(path: str | Path, content: bytes) -> None:
     finally:  # an interrupt, too, leaves nothing half-written
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """What a JSON file holds; raises InputError where there is none, `what` saying of which kind, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {what} file {str(path)!r}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} is not a JSON file: {error}") from None

@@ -3,7 +3,6 @@
 Standard library only, so that a collector on a bare machine can read a config.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from perfmodel import moe
 from perfmodel.errors import InputError
+from perfmodel.files import read_json
 from perfmodel.moe import WEIGHT_BYTES, MoEShape
 
 # Multimodal configs hold the language model under one of these keys, possibly nested (thinker_config.text_config).
@@ -285,12 +285,7 @@ def read_fields(path: str | Path) -> Fields:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no config file {str(path)!r}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is not a JSON file: {error}") from None
+    config = read_json(path, "config")
     if not isinstance(config, dict):
         raise InputError(f"{path.name} holds a JSON {type(config).__name__}, expected an object with a model_type")
     return config

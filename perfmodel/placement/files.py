@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
-from perfmodel.files import write_whole
+from perfmodel.files import read_json, write_whole
 from perfmodel.moe import MoEShape
 
 from . import RESIDENT, TIERS, Placement
@@ -103,12 +103,7 @@ def read_placement(path: str | Path) -> PlacedModel:
     another type, tiers that are not named, and bytes per tier that do not belong to the tiers.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no placement file {str(path)!r}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is not a JSON file: {error}") from None
+    content = read_json(path, "placement")
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise InputError(f"{path.name} is not a placement file: its kind is not {KIND!r}")
     if content.get("schema") != PLACEMENT_SCHEMA:
