@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from perfmodel.physics import Array, Work, smooth_max, tiled
+from perfmodel.physics import Array, Work, smooth_value, tiled
 
 from .device import Device, Mask, expert_bytes
 
@@ -28,7 +28,7 @@ def last_chunk_ns(work: Work, copied: Mask, device: Device) -> Array:
     times = np.zeros_like(work.rows)
     for roofs in tiled.expert_roofs(work, device.kernel, device.roof, device.constants):
         memory = roofs.weights + roofs.activations
-        times = times + smooth_max([roofs.compute, memory], device.constants.smooth_p)[0]
+        times = times + smooth_value([roofs.compute, memory], device.constants.smooth_p)
     active = copied & (work.rows > 0)
     n_active = active.sum(axis=1)
     enough = np.ceil(CHUNK_BYTES / expert_bytes(work)[:, 0])

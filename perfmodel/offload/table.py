@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perfmodel.errors import InputError
-from perfmodel.physics import Array, Work, smooth_max, tiled, total
+from perfmodel.physics import Array, Work, smooth_value, tiled, total
 from perfmodel.placement import COPIED, IN_PLACE, NEAR_DATA, ON_HOST, RESIDENT, TIERS
 from perfmodel.placement.costs import Block, Costs
 
@@ -97,7 +97,7 @@ class Composition:
 
 def _norm(loads: Array, p: float) -> Array:
     """(sum of loads^p)^(1/p) by row, the smooth maximum of model 3; of what rounding left just below zero too."""
-    return smooth_max(list(np.maximum(loads, 0.0).T), p)[0]
+    return smooth_value(list(np.maximum(loads, 0.0).T), p)
 
 
 def placement_costs(
@@ -145,7 +145,7 @@ def _block(
             loads = [roofs.compute, roofs.weights + roofs.activations]
             if tier == IN_PLACE:
                 alone = [roofs.compute, roofs.activations, link[g]]
-                own = own + smooth_max(alone, device.constants.smooth_p)[0]
+                own = own + smooth_value(alone, device.constants.smooth_p)
                 found |= {g * resources.pooled + 2 + i: load for i, load in enumerate(alone)}
             else:
                 repeated = [*loads, *loads] if resources.has_in_place else loads

@@ -220,11 +220,21 @@ def elementwise(of_two: np.ufunc, terms: Sequence[Array]) -> Array:
 
 def smooth_max(terms: list[Array], p: float) -> tuple[Array, list[Array]]:
     """The smooth maximum (sum terms^p)^(1/p), and the share of it that each term accounts for; shares add up to it."""
+    value, powers, total = _norm(terms, p)
+    return value, [value * power / np.maximum(total, 1e-12) for power in powers]
+
+
+def smooth_value(terms: list[Array], p: float) -> Array:
+    """The smooth maximum alone, for many at a time."""
+    return _norm(terms, p)[0]
+
+
+def _norm(terms: list[Array], p: float) -> tuple[Array, list[Array], Array]:
+    """(sum terms^p)^(1/p), and the powers of the terms over the largest with their sum."""
     top = np.maximum(elementwise(np.maximum, terms), 1e-12)
     powers = [(term / top) ** p for term in terms]
     total = elementwise(np.add, powers)
-    value = top * total ** (1 / p)
-    return value, [value * power / np.maximum(total, 1e-12) for power in powers]
+    return top * total ** (1 / p), powers, total
 
 
 def sum_parts(*several: Parts) -> Parts:

@@ -191,7 +191,7 @@ def _gains(costs: Costs, tier: Tiers) -> Array:
     """What each single move adds to the mean time of its layer, ns `[layer, expert, tier]`; negative helps."""
     parts = one_hot(tier, costs.n_tiers)
     loads = costs.loads(parts)
-    before = costs.layers_ns(tier)[:, None] - costs.by_layer(costs.fixed_ns)[:, None]
+    before = (costs.compose_layers(loads) + costs.charges(tier))[:, None]
     expert = np.broadcast_to(np.arange(costs.n_experts), tier.shape)
     gains = np.zeros((*tier.shape, costs.n_tiers))
     rows = costs.of_rows(tier.astype(np.int64))

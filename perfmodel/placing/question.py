@@ -10,7 +10,7 @@ from perfmodel.moe import MoEShape
 from perfmodel.offload import ACCESS_MODES, TIER_OF, Mask, link_rate, modes_of, placement_costs
 from perfmodel.offload.beside import crossing_each_ns, host_each_ns
 from perfmodel.offload.device import copy_each_ns
-from perfmodel.physics import Array, Work, smooth_max, tiled
+from perfmodel.physics import Array, Work, smooth_value, tiled
 from perfmodel.placement import NEAR_DATA, RESIDENT, Placement, Tiers
 from perfmodel.placement.costs import Costs, condensed, joined
 from perfmodel.placement.dispatch import Steps
@@ -184,7 +184,7 @@ def dispatch_steps(
     device = basis.device
     on_device = np.zeros_like(work.rows)
     for roofs in tiled.expert_roofs(work, device.kernel, device.roof, device.constants):
-        on_device += smooth_max([roofs.compute, roofs.weights + roofs.activations], device.constants.smooth_p)[0]
+        on_device += smooth_value([roofs.compute, roofs.weights + roofs.activations], device.constants.smooth_p)
     link = copy_each_ns(work, link_rate(device.profile, "copy", contended=contended)[0], device.offload)
     host = host_each_ns(work, device, contended=contended) + crossing_each_ns(work, device)
     rows = np.tile(resident, (len(counts), 1))

@@ -19,7 +19,7 @@ from perfmodel.moe import MoEShape, gemm_flops
 from perfmodel.offload import Device, Mask, OffloadConstants, link_rate
 from perfmodel.offload.constants import ASSUMED
 from perfmodel.offload.device import host_bytes_per_s, host_gemm, require_near_data
-from perfmodel.physics import Array, Counts, smooth_max, tiled
+from perfmodel.physics import Array, Counts, smooth_value, tiled
 from perfmodel.placement import COPIED, NEAR_DATA, ON_HOST, RESIDENT
 from perfmodel.predict import basis_of, work_of
 from perfmodel.routing import Routing
@@ -254,7 +254,7 @@ def _gpu_table(device: Device, shape: MoEShape, tokens: Array) -> Table:
     times = np.full(len(tokens), float(device.constants.expert_ns))
     for roofs in tiled.expert_roofs(work, device.kernel, device.roof, device.constants):
         moved = roofs.weights + roofs.activations
-        times += smooth_max([roofs.compute, moved], device.constants.smooth_p)[0][:, 0]
+        times += smooth_value([roofs.compute, moved], device.constants.smooth_p)[:, 0]
     return Table(tokens, times)
 
 
