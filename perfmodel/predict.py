@@ -255,7 +255,13 @@ def placement_ns(basis: Basis, work: Work, shape: MoEShape, tier: Tiers, access:
     """Latency of each row of work, ns `[batch]`, with each expert in `tier[batch, expert]`, as `predict_placement` has
     it but without evidence; `basis` is one that reaches the access modes."""
     parts, _ = placement_parts(work, tier, access, basis.device)
-    return total(_corrected(parts, _learned(basis, work, shape)[0]))
+    return total(_corrected(parts, learned_correction(basis, work, shape)))
+
+
+def learned_correction(basis: Basis, work: Work, shape: MoEShape) -> Array:
+    """What a fitted model's residual multiplies the device's time of each row of work by, `[batch]`; 1 without a model
+    of the shape's dtype."""
+    return _learned(basis, work, shape)[0]
 
 
 def _learned(basis: Basis, work: Work, shape: MoEShape) -> tuple[Array, Forecast | None]:

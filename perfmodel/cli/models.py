@@ -54,15 +54,16 @@ def schedule(
 ) -> None:
     """What an expert-parallel layer costs under bulk, chunked and fused schedules (closed forms)."""
     from perfmodel import hf_config
-    from perfmodel import schedule as schedules
+    from perfmodel.predict import basis_of
+    from perfmodel.schedule import Layer, fabric_of, layer_timeline, traffic_of
 
     profile, moe_shape = hardware.hardware(hardware_name), hf_config.resolve(shape)
-    rows = [
-        schedules.layer_schedule(moe_shape, profile, whole(gpus, "--gpus"), whole(tokens, "--tokens"), name)
-        for name in schedules.SCHEDULES
-    ]
+    n_gpus, n_tokens = whole(gpus, "--gpus"), whole(tokens, "--tokens")
+    traffic = traffic_of("uniform", moe_shape, n_gpus, n_tokens)
+    layer = Layer(basis_of(profile, moe_shape, None), moe_shape, traffic, fabric_of(profile, n_gpus))
+    rows = [layer_timeline(layer, name) for name in ("bulk", "chunked")]
     if as_json:
-        print_json([asdict(row) for row in rows])
+        print_json([row.to_json() for row in rows])
     else:
         print_words(report.schedule_page(rows))
 

@@ -8,7 +8,7 @@ from perfmodel.report.words import table
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Verdict
-    from perfmodel.schedule import LayerSchedule
+    from perfmodel.schedule import LayerTimeline
 
 
 def check_page(verdicts: "Sequence[Verdict]") -> str:
@@ -36,7 +36,7 @@ def check_page(verdicts: "Sequence[Verdict]") -> str:
     )
 
 
-def schedule_page(rows: "Sequence[LayerSchedule]") -> str:
+def schedule_page(rows: "Sequence[LayerTimeline]") -> str:
     """Latency of each schedule and its phases."""
     phases = list(rows[0].phases)
     body = [

@@ -1,0 +1,168 @@
+"""How long each GPU of an expert-parallel layer computes in each phase, by the latency model, and what bounds it.
+
+On one GPU the phases sum to what `predict --op moe-layer` says of the layer.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from perfmodel import physics
+from perfmodel.moe import MoEShape
+from perfmodel.offload import placement_parts
+from perfmodel.physics import Array, Counts, Parts, Work, total
+from perfmodel.placement import RESIDENT, Tiers
+from perfmodel.placement.balance import Index
+from perfmodel.predict import Basis, learned_correction, work_of
+from perfmodel.routing import Routing
+from perfmodel.text import NS_PER_S
+
+from .fabric import Fabric
+from .traffic import Traffic
+
+GEMMS = ("gemm1", "gemm2")
+EXPERTS = ("gemm1", "activation", "gemm2", "offload")  # what experts do with the rows that arrived
+BEFORE = ("gate", "permute")  # what a GPU does with its tokens before they leave
+LAYER = "moe-layer"
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One MoE layer on several GPUs of one kind: what a machine can do (`basis`), the experts, who sends what, the
+    links; `tier[slot]` where each expert lies (null: all in device memory), reached by `access` (see
+    `offload.modes_of`; null only where nothing is offloaded). Host rates of `basis` are one GPU's share."""
+
+    basis: Basis
+    shape: MoEShape
+    traffic: Traffic
+    fabric: Fabric
+    tier: Tiers | None = None
+    access: str | None = None
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of one row on the wire: hidden values as the layer computes with them."""
+        return self.shape.hidden * physics.element_bytes(self.shape.dtype)[1]
+
+    @cached_property
+    def compute_ns(self) -> dict[str, Array]:
+        """The time of each phase that computes, ns `[GPU]`, by the names in timeline.PHASES, all rows at once."""
+        return compute_ns(self)
+
+    @cached_property
+    def bounds_ns(self) -> dict[str, Array]:
+        """What no schedule can beat on each GPU, ns `[GPU]`: see `bounds_ns`."""
+        return bounds_ns(self)
+
+
+def compute_ns(layer: Layer, share: float = 1.0, received_rows: Array | None = None) -> dict[str, Array]:
+    """The time of each phase that computes when a GPU has `share` of all its rows and tokens, ns `[GPU]`.
+
+    Weights are read for each share anew: that is what pipelining in chunks costs. `received_rows[GPU, place]` are what
+    experts compute where padding makes that more than `Traffic.received` (null). Experts outside device memory add
+    `offload`; where they take more off the GPU than they cost, they shorten the grouped GEMMs instead.
+    """
+    device = layer.basis.device
+    sent, received = _sent_work(layer, share), _received_work(layer, share, received_rows)
+    own = _resident(layer, sent)
+    there = _resident(layer, received)
+    no_gemm = _resident(layer, replace(received, k=received.k * 0, n=received.n * 0))
+    correction = learned_correction(layer.basis, received, layer.shape)
+    width = layer.shape.hidden + layer.shape.inter
+    found = {
+        "gate": own["router"] + no_gemm["overhead"],
+        "permute": own["permute"] * layer.shape.hidden / width,
+        "activation": there["permute"] * layer.shape.inter / width,
+        "reduce": own["combine"],
+    }
+    for g, name in enumerate(GEMMS):
+        keep = np.arange(received.k.shape[1]) == g
+        one = _resident(layer, replace(received, k=received.k * keep, n=received.n * keep))
+        found[name] = one["compute"] + one["memory"] + one["overhead"] - no_gemm["overhead"]
+    offload = np.zeros(layer.traffic.n_gpus)
+    if layer.tier is not None and (layer.tier != RESIDENT).any() and layer.access is not None:
+        parts, _ = placement_parts(received, received_tier(layer), layer.access, device)
+        offload = total({k: v for k, v in parts.items() if k != "launch"}) - total(there)
+    found = {name: value * correction for name, value in found.items()}
+    busy = sum(found[name] for name in EXPERTS[:3])
+    shrink = 1 + np.minimum(offload, 0.0) / np.maximum(busy, 1e-9)
+    for name in EXPERTS[:3]:
+        found[name] = found[name] * np.maximum(shrink, 0.0)
+    return {**found, "offload": np.maximum(offload, 0.0)}
+
+
+def bounds_ns(layer: Layer) -> dict[str, Array]:
+    """What no schedule can beat on each GPU, ns `[GPU]`: `compute` of its experts' rows at the full rate, `memory` to
+    read the weights of its active resident experts once, `link` to send or receive the rows that others have for it or
+    it for them, whichever is more and at the rate of the links they cross."""
+    basis, traffic = layer.basis, layer.traffic
+    work = _received_work(layer)
+    resident = work.rows if layer.tier is None else np.where(received_tier(layer) == RESIDENT, work.rows, 0.0)
+    here = replace(work, counts=Counts(resident), routing_of=np.arange(traffic.n_gpus, dtype=np.int64))
+    flops, weights = physics.ideal_work(here)
+    roof, constants = basis.device.roof, basis.device.constants
+    correction = np.minimum(learned_correction(basis, work, layer.shape), 1.0)
+    # Fitted efficiencies may exceed 1 where the calibrated roof was low.
+    compute = flops / (roof.flops_per_s * max(constants.eff_compute, 1.0)) * NS_PER_S
+    memory = weights / (roof.bytes_per_s * max(constants.eff_memory, 1.0)) * NS_PER_S
+    return {
+        "compute": compute * correction,
+        "memory": memory * correction,
+        "link": 2 * link_ns(layer, traffic.rows_between),
+    }
+
+
+def link_ns(layer: Layer, rows_between: Array) -> Array:
+    """How long each GPU's links are busy with one way of rows `[source, GPU]`, ns `[GPU]`: the busier of sending and
+    receiving, and of the links inside and between nodes, which work side by side."""
+    inside = layer.fabric.is_inside
+    busiest = np.zeros(layer.fabric.n_gpus)
+    for link, mask in ((layer.fabric.inside, inside), (layer.fabric.between, 1 - inside)):
+        if link is not None:
+            remote = rows_between * mask * (1 - np.eye(len(rows_between))) * layer.row_bytes
+            busiest = np.maximum(busiest, np.maximum(remote.sum(axis=1), remote.sum(axis=0)) * link.ns_per_byte)
+    return busiest
+
+
+def received_tier(layer: Layer) -> Tiers:
+    """The tier of each GPU's own experts, `[GPU, place]`, as `Traffic.received` has them."""
+    found = np.full(layer.traffic.received.shape, RESIDENT, dtype=np.int8)
+    if layer.tier is not None:
+        for gpu, slots in enumerate(layer.traffic.slots_of):
+            found[gpu, : len(slots)] = layer.tier[slots]
+    return found
+
+
+def _resident(layer: Layer, work: Work) -> Parts:
+    """Parts of work with all experts in device memory, without what the host needs to launch it."""
+    device = layer.basis.device
+    parts = device.form.resident_parts(work, device.roof, device.constants)
+    return {name: value for name, value in parts.items() if name != "launch"}
+
+
+def _sent_work(layer: Layer, share: float) -> Work:
+    """The router's side: each GPU's own tokens and all experts."""
+    traffic = layer.traffic
+    return _work(layer, traffic.rows * share, traffic.n_tokens * share, layer.shape.n_experts, layer.shape.top_k)
+
+
+def _received_work(layer: Layer, share: float = 1.0, received_rows: Array | None = None) -> Work:
+    """The experts' side: the rows that arrive on each GPU."""
+    rows = (layer.traffic.received if received_rows is None else received_rows) * share
+    n_held = np.array([len(slots) for slots in layer.traffic.slots_of])
+    return _work(layer, rows, np.asarray(layer.traffic.tokens.sum(axis=0) * share), n_held, 1)
+
+
+def _work(layer: Layer, rows: Array, n_tokens: Array, n_experts: Index | int, top_k: int) -> Work:
+    shape = replace(layer.shape, n_experts=rows.shape[1], top_k=top_k)
+    empty = Routing("", np.zeros(rows.shape, dtype=np.int64), 0, 1)  # whose rows are put in below, some of them shares
+    known = [layer.basis.tile(shape, max(1, round(n))) for n in n_tokens]
+    tiles = [tile for tile in known if tile is not None]
+    return replace(
+        work_of(shape, empty, LAYER, "graph"),
+        counts=Counts(rows),
+        n_tokens=np.asarray(n_tokens, dtype=np.float64),
+        n_experts=np.broadcast_to(np.asarray(n_experts, dtype=np.float64), len(rows)).copy(),
+        tile=np.concatenate(tiles) if tiles else None,
+    )
