@@ -104,12 +104,14 @@ def _timeline(layer: Layer, overheads: Overheads, n_chunks: int, schedule: str) 
     whole = compute_ns(layer, 1.0, sent.computed)
     chunks = chunk_rows(sent.computed, n_chunks)
     pieces = [whole] if n_chunks == 1 else [compute_ns(layer, 1 / n_chunks, rows) for rows in chunks]
-    # Communication kernels hold their processors while they run beside the experts of other chunks.
-    slow = factor / (1 - (overheads.comm_sm_frac if n_chunks > 1 else 0.0))
+    # Communication kernels hold their processors while they run beside the experts of other chunks. Links to the host
+    # and its CPU do not mind.
+    slow = dict.fromkeys(EXPERTS, factor / (1 - (overheads.comm_sm_frac if n_chunks > 1 else 0.0)))
+    slow["offload"] = factor
     collective_ns = all_to_all_ns(layer, sent.between / n_chunks, overheads)
     times = _Times(
         {name: whole[name] * factor for name in (*BEFORE, "reduce")},
-        [{name: piece[name] * slow for name in EXPERTS} for piece in pieces],
+        [{name: piece[name] * slow[name] for name in EXPERTS} for piece in pieces],
         dict.fromkeys(TRANSFERS, collective_ns),
         overheads.n_launches * overheads.host_launch_ns,
     )

@@ -164,7 +164,8 @@ def _correction(layer: Layer, work: Work) -> Array:
 def _sent_work(layer: Layer, share: float) -> Work:
     """The router's side: each GPU's own tokens and all experts."""
     traffic = layer.traffic
-    return _work(layer, traffic.rows * share, traffic.n_tokens * share, layer.shape.n_experts, layer.shape.top_k)
+    n_tokens = traffic.n_tokens.astype(np.float64) * share
+    return _work(layer, traffic.rows * share, n_tokens, layer.shape.n_experts, layer.shape.top_k)
 
 
 def _received_work(layer: Layer, share: float = 1.0, received_rows: Array | None = None) -> Work:

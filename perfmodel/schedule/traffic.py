@@ -104,12 +104,18 @@ def traffic_of(
     """
     shares = layer_shares_of(source, shape, layer)
     chosen = linear(1, shape.n_experts, n_gpus) if expert_map is None else expert_map
+    return traffic_from_shares(shares, shape, chosen, tokens_per_gpu, map_layer_of(chosen, n_gpus, layer), seed)
+
+
+def map_layer_of(chosen: ExpertMap, n_gpus: int, layer: int) -> int:
+    """The number in a map of the layer numbered `layer`: a map of one layer is for all. Raises InputError for a map of
+    another number of GPUs, or without that layer."""
     if chosen.n_gpus != n_gpus:
         raise InputError(f"the map is for {chosen.n_gpus} GPUs, expected {n_gpus}")
     n_layers = len(chosen.phy2log)
     if n_layers > 1 and layer >= n_layers:
         raise InputError(f"the map has {n_layers} layers, none numbered {layer}; expected 0 to {n_layers - 1}")
-    return traffic_from_shares(shares, shape, chosen, tokens_per_gpu, min(layer, n_layers - 1), seed)
+    return min(layer, n_layers - 1)
 
 
 def layer_shares_of(source: str, shape: MoEShape, layer: int = 0) -> Shares:
