@@ -293,7 +293,8 @@ def coverage(expert_frac: Sequence[float], token_frac: Sequence[float]) -> go.Fi
 def gantt(timelines: Sequence[LayerTimeline]) -> go.Figure:
     """Who does what when in one MoE layer: a panel for each schedule on one time axis, a row for each GPU and lane.
 
-    What a GPU computes stands above what it sends and receives. Spans that are under way together overlap.
+    What a GPU computes stands above what it sends and receives. Where a lane has several phases under way together, as
+    in a fused kernel, later ones are drawn thinner, over the earlier.
     """
     figure = make_subplots(
         rows=len(timelines),
@@ -306,10 +307,11 @@ def gantt(timelines: Sequence[LayerTimeline]) -> go.Figure:
         used = {(span.gpu, span.lane) for span in one.spans}
         labels = [f"GPU {g} {lane}" for g in range(len(one.end_ns)) for lane in LANES if (g, lane) in used]
         n_rows += len(labels)
-        for i, phase in enumerate(PHASES):
+        shown = [phase for phase in PHASES if any(span.phase == phase for span in one.spans)]
+        thinner = 0.7 / len(shown) if _has_overlaps(one) else 0.0
+        for depth, phase in enumerate(shown):
+            i = PHASES.index(phase)
             own = [span for span in one.spans if span.phase == phase]
-            if not own:
-                continue
             figure.add_bar(
                 row=panel,
                 col=1,
@@ -317,6 +319,7 @@ def gantt(timelines: Sequence[LayerTimeline]) -> go.Figure:
                 base=[span.start_ns for span in own],
                 x=[span.dur_ns for span in own],
                 orientation="h",
+                width=0.85 - thinner * depth,
                 name=phase,
                 legendgroup=phase,
                 showlegend=not any(trace.name == phase for trace in figure.data),
@@ -337,7 +340,18 @@ def gantt(timelines: Sequence[LayerTimeline]) -> go.Figure:
         figure.add_vline(x=one.latency_ns, row=panel, col=1, line={"color": "grey", "dash": "dash", "width": 1})
     _layout(figure, "One MoE layer", "", "")
     top = max(one.latency_ns for one in timelines)
-    ticks = [top * i / 8 for i in range(9)]
+    step = next(round(10.0**p * m, 6) for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top / 10)
+    ticks = [step * i for i in range(int(top / step) + 1)]
     figure.update_xaxes(range=[0, top * 1.02], tickvals=ticks, ticktext=[text.ns(tick) for tick in ticks])
     height = 200 + 60 * len(timelines) + 16 * n_rows
-    return figure.update_layout(barmode="overlay", height=height, bargap=0.15, margin={"l": 120})
+    return figure.update_layout(barmode="overlay", height=height, margin={"l": 120})
+
+
+def _has_overlaps(one: LayerTimeline) -> bool:
+    """Whether a lane of a GPU has two spans under way at once."""
+    until: dict[tuple[int, str], float] = {}
+    for span in sorted(one.spans, key=lambda span: span.start_ns):
+        if span.start_ns < until.get((span.gpu, span.lane), 0.0) * (1 - 1e-9):
+            return True
+        until[span.gpu, span.lane] = span.start_ns + span.dur_ns
+    return False
