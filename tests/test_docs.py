@@ -207,6 +207,10 @@ def without_names_of_data(value: object) -> object:
         ("balance --shape olmoe --routing temporal:4 --gpus 4 --tokens 256 --steps 20", {"token_counts", "idle_frac"}),
         ("trimoe --shape glm-4.5-air --batch 256 --steps 4 --layers 2", {"sensitivity", "migration_frac"}),
         (
+            "schedule --shape made-up --hardware h100-sxm --gpus 2 --tokens 64 --compare 1,2 --gpu-price 2",
+            {"schedules", "gemm2_ns", "dominating_skew", "tokens_per_s_per_price", "dispatch_ns"},
+        ),
+        (
             "place --shape made-up --routing temporal:4 --steps 4 --step-tokens 64 --hardware gh200 --hbm-budget 50% "
             "--limit 1.5 --pareto",
             {"prediction", "slowdown", "notes", "leaving", "n_offloaded", "table_ns"},

@@ -231,8 +231,8 @@ def test_on_one_gpu_the_phases_are_what_predict_says_of_the_layer(
     st.sampled_from(["olmoe", "mixtral-8x7b", "deepseek-v3"]),
     st.sampled_from(["uniform", "power-law:1.2", "one-hot:2"]),
     st.sampled_from([1, 2, 8]),
-    st.integers(0, 12),
-    st.sampled_from(CLOSED),
+    st.integers(0, 11),
+    st.sampled_from(SCHEDULES),
     st.sampled_from([None, 0.0, 1.0]),
     st.integers(1, 6),
 )
@@ -245,6 +245,9 @@ def test_no_schedule_beats_the_machine_and_work_in_is_work_done(
     found = layer_timeline(layer, schedule, overheads)
     assert found.latency_ns >= found.bound_ns * (1 - 1e-12)
     assert found.latency_ns == max(found.end_ns) == pytest.approx(max(s.start_ns + s.dur_ns for s in found.spans))
+    assert found.payload_bytes <= found.sent_bytes and (found.dropped_frac == 0 or capacity == 1.0)
+    if schedule == "fused":  # whose spans are what is under way, several phases at a time
+        return
     sums = np.zeros(n_gpus)
     for span in found.spans:
         assert span.dur_ns > 0 and span.start_ns >= 0
@@ -254,7 +257,6 @@ def test_no_schedule_beats_the_machine_and_work_in_is_work_done(
         for lane in ("compute", "send", "receive"):  # nothing does two things at once
             own = sorted((s.start_ns, s.start_ns + s.dur_ns) for s in found.spans if (s.gpu, s.lane) == (gpu, lane))
             assert all(a[1] <= b[0] * (1 + 1e-12) for a, b in itertools.pairwise(own))
-    assert found.payload_bytes <= found.sent_bytes and (found.dropped_frac == 0 or capacity == 1.0)
 
 
 def test_fitted_models_and_cpus_with_a_link_work_and_stay_above_the_bound() -> None:
@@ -283,6 +285,27 @@ def test_chunks_read_weights_anew_and_rows_alike_cost_alike() -> None:
     assert (half["gemm1"] > 0.5 * whole["gemm1"]).all() and (half["gemm1"] <= whole["gemm1"]).all()
     again = compute_ns(layer, 1.0, layer.traffic.received)
     assert all((again[name] == whole[name]).all() for name in whole)
+
+
+# Low-latency kernels of DeepEP (docs/legacy.md of its repository): H800, 8 in a node, a 400 Gb/s card each; 128 tokens
+# of 7168 values, top-8, experts taken to be used evenly; GPUs, us of dispatch in fp8, us of combine in bf16.
+DEEPEP = ((16, 118, 195), (32, 155, 273), (64, 173, 314), (128, 192, 369), (256, 194, 360))
+
+
+@pytest.mark.parametrize(("n_gpus", "dispatch_us", "combine_us"), DEEPEP)
+def test_rates_and_latencies_that_nothing_was_fitted_to_give_what_deepep_measured(
+    n_gpus: int, dispatch_us: float, combine_us: float
+) -> None:
+    h800 = made_up(peer_link_peak_bytes_per_s=200e9, net_link_peak_bytes_per_s=50e9)
+    one = MoEShape("deepseek-v3", n_experts=256, top_k=8, hidden=7168, inter=2048)
+    even = np.full((n_gpus, 256), 128 * 8 / 256)
+    slots = np.arange(256)
+    traffic = Traffic(even, np.ones((n_gpus, n_gpus)), slots * n_gpus // 256, slots, np.full(n_gpus, 128), 8)
+    layer = Layer(basis_of(h800, one, None), one, traffic, fabric_of(h800, n_gpus, 8))
+    fp8 = replace(layer, shape=replace(one, hidden=7168 // 2))  # bf16 rows of half as many values
+    bare = Overheads(1, collective_ns=0.0)
+    assert all_to_all_ns(layer, traffic.rows_between, bare) == pytest.approx(combine_us * 1e3, rel=0.06)
+    assert all_to_all_ns(fp8, traffic.rows_between, bare) == pytest.approx(dispatch_us * 1e3, rel=0.20)
 
 
 def test_published_identities(shared: Path) -> None:

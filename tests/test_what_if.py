@@ -26,13 +26,13 @@ from perfmodel.schedule.what_if import (
     answer,
     cited,
     compare,
+    dominating_skew,
     fitting_frac,
     launch_batch,
     max_over_mean,
     shared_host,
+    skew_frac,
     skewed,
-    straggler_frac,
-    straggler_skew,
 )
 
 OLMOE = shape("olmoe")
@@ -70,13 +70,13 @@ def test_launches_never_end_to_matter_where_each_takes_a_second() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stragglers_dominate_from_the_skew_on_that_is_found(schedule: str) -> None:
     question = asked(tokens=512)
-    skew = straggler_skew(question, schedule)
+    skew = dominating_skew(question, schedule)
     assert skew is not None
-    assert straggler_frac(skewed(question, skew.exponent), schedule) > 0.5
-    assert straggler_frac(skewed(question, skew.exponent - 0.03), schedule) < 0.5
+    assert skew_frac(skewed(question, skew.exponent), schedule) > 0.5
+    assert skew_frac(skewed(question, skew.exponent - 0.03), schedule) < 0.5
     assert skew.max_over_mean == max_over_mean(skewed(question, skew.exponent).layer) > 1.2
-    assert straggler_skew(asked(n_gpus=1), schedule) is None
-    assert straggler_frac(question, schedule) == 0
+    assert dominating_skew(asked(n_gpus=1), schedule) is None
+    assert skew_frac(question, schedule) == 0
 
 
 def test_skew_keeps_the_order_of_the_experts_and_a_power_law_is_itself() -> None:

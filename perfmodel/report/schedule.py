@@ -34,8 +34,8 @@ def schedule_json(found: "Answer") -> dict[str, Any]:
                 **one.to_json(),
                 "bound_ns": one.bound_ns,
                 "launch_batch": found.launch_batch[one.schedule],
-                "straggler_frac": found.straggler_frac[one.schedule],
-                "straggler_skew": asdict(skew) if (skew := found.skew[one.schedule]) else None,
+                "skew_frac": found.skew_frac[one.schedule],
+                "dominating_skew": asdict(skew) if (skew := found.dominating_skew[one.schedule]) else None,
             }
             for one in found.timelines
         ],
@@ -98,24 +98,23 @@ def _fusing(found: "Answer") -> str:
 
 
 def _launches(found: "Answer") -> str:
-    said = [
-        f"{name} (never)" if batch is None else f"{text.counted(batch, 'token')} ({name})"
-        for name, batch in found.launch_batch.items()
-    ]
-    return f"launching adds less than 10 % of the layer from so many tokens on each GPU on: {', '.join(said)}"
+    said = ", ".join(
+        f"{'never' if batch is None else text.count(batch)} ({name})" for name, batch in found.launch_batch.items()
+    )
+    return f"tokens on each GPU from which launching adds less than 10 % of the layer: {said}"
 
 
 def _stragglers(found: "Answer") -> str:
     if found.question.n_gpus == 1:
         return ""
-    now = ", ".join(f"{text.frac(max(frac, 0.0))} ({name})" for name, frac in found.straggler_frac.items())
+    now = ", ".join(f"{text.frac(max(frac, 0.0))} ({name})" for name, frac in found.skew_frac.items())
     then = ", ".join(
         f"never ({name})" if skew is None else f"{skew.max_over_mean:.2f}x ({name}, power-law:{skew.exponent:.2f})"
-        for name, skew in found.skew.items()
+        for name, skew in found.dominating_skew.items()
     )
     return (
-        f"even routing would save {now}; it would save more than half where the busiest GPU has so many times the mean "
-        f"rows: {then}"
+        f"even routing would save {now}; rows of the busiest GPU over the mean at which it would save more than half: "
+        f"{then}"
     )
 
 

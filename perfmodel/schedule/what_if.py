@@ -164,12 +164,12 @@ def skewed(question: Question, exponent: float) -> Question:
     return replace(question, shares=shares)
 
 
-def straggler_frac(question: Question, schedule: str) -> float:
+def skew_frac(question: Question, schedule: str) -> float:
     """The part of the layer that even routing would save: what all GPUs wait for the busiest, or pad for it."""
     return 1 - skewed(question, 0.0).latency_ns(schedule) / question.latency_ns(schedule)
 
 
-def straggler_skew(question: Question, schedule: str) -> Skew | None:
+def dominating_skew(question: Question, schedule: str) -> Skew | None:
     """The least skew at which stragglers take more than STRAGGLER_FRAC of the layer; null where none does."""
     even_ns = skewed(question, 0.0).latency_ns(schedule)
 
@@ -292,8 +292,9 @@ def compare(
     return found
 
 
-def cited(question: Question, schedules: Sequence[str]) -> list[str]:
-    """What the numbers rest on, in words: rates of the machine with their evidence, and what is assumed."""
+def cited(question: Question, schedules: Sequence[str], has_offloaded: bool = False) -> list[str]:
+    """What the numbers rest on, in words: rates of the machine with their evidence, and what is assumed; those that
+    offloading needs where the question or, as `has_offloaded` says, an alternative of it offloads."""
     layer, roof = question.layer, question.layer.basis.device.roof
     reached = dict(zip(roof.from_keys, (roof.flops_per_s, roof.bytes_per_s), strict=True))
     begins = []
@@ -303,8 +304,13 @@ def cited(question: Question, schedules: Sequence[str]) -> list[str]:
             is_known = len(link.from_keys) > 1
             source = question.profile.quantities[link.from_keys[1]].source if is_known else "assumed"
             begins.append(f"a message {where} begins after {text.ns(link.alpha_ns)}, {source}")
-    if layer.access is not None:
-        reached |= {key: layer.basis.device.profile[key] for key in rate_keys(layer.basis.device.profile, layer.access)}
+    if has_offloaded or question.offload_frac:
+        machine = layer.basis.device.profile
+        reached |= {key: machine[key] for key in rate_keys(machine, question.access)}
+        if question.n_per_host > 1:
+            begins.append(
+                f"{question.n_per_host} GPUs share a host: each has that part of its memory, bandwidth and CPU"
+            )
     found = []
     for key, rate in reached.items():
         quantity = question.profile.quantities[key]
@@ -334,8 +340,8 @@ class Answer:
     routing: str
     timelines: tuple[LayerTimeline, ...]
     launch_batch: Mapping[str, int | None]
-    straggler_frac: Mapping[str, float]
-    skew: Mapping[str, Skew | None]
+    skew_frac: Mapping[str, float]
+    dominating_skew: Mapping[str, Skew | None]
     max_over_mean: float
     buffer_bytes: float
     reasons: Sequence[str]
@@ -364,11 +370,11 @@ def answer(
         routing,
         tuple(question.timeline(name) for name in schedules),
         {name: launch_batch(question, name) for name in schedules},
-        {name: straggler_frac(question, name) for name in schedules},
-        {name: straggler_skew(question, name) for name in schedules},
+        {name: skew_frac(question, name) for name in schedules},
+        {name: dominating_skew(question, name) for name in schedules},
         max_over_mean(question.layer),
         symmetric_buffer_bytes(n_tokens * row_bytes, n_tokens, question.shape.n_experts),
-        cited(question, schedules),
+        cited(question, schedules, any(one.offload_frac for one in alternatives)),
         alternatives,
         notes,
     )
