@@ -266,6 +266,18 @@ def test_experts_outside_device_memory_hold_their_gpu_up_by_what_they_add() -> N
     assert found.latency_ns == pytest.approx(resident.latency_ns + added[0], rel=0.2)
 
 
+def test_misses_of_a_paged_memory_are_paid_whoever_has_the_rows() -> None:
+    rows, index = np.zeros((1, 8)), np.zeros(8, dtype=np.int64)
+    rows[0, :4] = 32
+    traffic = Traffic(rows, np.array([[64.0]]), index, np.arange(8), np.array([64]), 2)
+    basis = basis_of(SXM, SMALL, None)
+    basis = replace(basis, device=replace(basis.device, n_slots=2))
+    tier = np.array([0, 0, 0, 0, COPIED, COPIED, COPIED, COPIED], dtype=np.int8)
+    layer = Layer(basis, SMALL, traffic, fabric_of(SXM, 1), tier, "paged")
+    assert layer.compute_ns["offload"][0] > 0
+    assert plan_of(layer, 1.0).hold_ns == pytest.approx(layer.compute_ns["offload"][0] / 4 * (np.arange(8) < 4))
+
+
 def test_experts_whose_work_leaves_the_gpu_shorten_their_tasks_alone() -> None:
     machine = hardware("trimoe")
     shape = MoEShape("near-data-made", 128, 8, 2048, 768)

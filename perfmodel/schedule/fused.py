@@ -50,6 +50,7 @@ def fused_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
     by_phase = begin | busy_ns(plan)
     busy = np.asarray(sum(by_phase.values()))
     phases = {"launch": launch, **{name: float(ns.max()) for name, ns in by_phase.items() if ns.any()}}
+    phases["activation"] = 0.0  # it is part of the first GEMM's tiles
     remote = plan.lane >= 0
     if remote.any():
         one_way = float(link_ns(layer, layer.traffic.rows_between).max()) * overheads.work_factor
