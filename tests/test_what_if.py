@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from perfmodel.balance import read_map, write_map
 from perfmodel.cli.main import app
 from perfmodel.errors import InputError
-from perfmodel.hardware import hardware
+from perfmodel.hardware import HardwareProfile, hardware
+from perfmodel.latency import load_model
 from perfmodel.model_memory import ModelMemory, model_memory
 from perfmodel.moe import MoEShape, shape
 from perfmodel.offload import link_rate
@@ -125,6 +126,18 @@ def test_each_gpu_offloads_its_own_least_used_experts() -> None:
         replace(question, access="near-data").latency_ns("bulk")
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gpus_without_experts_or_rows_stand_idle_whatever_model_and_access(schedule: str) -> None:
+    on_two = map_of("made-up", np.arange(64)[None] % 2 * 3, 4)  # GPUs 1 and 2 hold nothing
+    fitted = load_model("h100-sxm-vllm-triton-bf16")
+    for access in ("zero-copy", "paged", "copy"):
+        for frac in (0.0, 0.25, 1.0):
+            question = asked(n_gpus=4, tokens=1, model=fitted, expert_map=on_two, offload_frac=frac, access=access)
+            found = question.timeline(schedule)
+            assert found.bound_ns <= found.latency_ns < 1e9
+            assert question.layer.traffic.received.sum(axis=1)[[1, 2]].tolist() == [0, 0]
+
+
 def test_what_fits_is_device_memory_less_everything_else() -> None:
     one = MoEShape("made-up", n_experts=16, top_k=2, hidden=4096, inter=8192, n_layers=60)  # 201.3 MB an expert
     memory = ModelMemory(non_expert_bytes=20e9)
@@ -141,7 +154,7 @@ def test_what_fits_is_device_memory_less_everything_else() -> None:
         fitting_frac(question, ModelMemory(non_expert_bytes=79e9))
 
 
-def replace_capacity(host_bytes: float) -> object:
+def replace_capacity(host_bytes: float) -> HardwareProfile:
     known = SXM.quantities
     return replace(
         SXM, quantities={**known, "host_capacity_bytes": replace(known["host_capacity_bytes"], value=host_bytes)}

@@ -69,7 +69,7 @@ def compute_ns(layer: Layer, share: float = 1.0, received_rows: Array | None = N
     sending = _resident(layer, sent)
     there = _resident(layer, received)
     no_gemm = _resident(layer, replace(received, k=received.k * 0, n=received.n * 0))
-    correction = _correction(layer, received)
+    correction = correction_of(layer, received)
     width = layer.shape.hidden + layer.shape.inter
     found = {
         "gate": sending["router"] + no_gemm["overhead"],
@@ -110,7 +110,7 @@ def bounds_ns(layer: Layer, kept_rows: Array | None = None) -> dict[str, Array]:
     resident = work.rows if layer.tier is None else np.where(received_tier(layer) == RESIDENT, work.rows, 0.0)
     here = replace(work, counts=Counts(resident), routing_of=np.arange(traffic.n_gpus, dtype=np.int64))
     roof, form = basis.device.roof, basis.device.form
-    correction = np.minimum(_correction(layer, work), 1.0)
+    correction = np.minimum(correction_of(layer, work), 1.0)
     ideal = zip(physics.ideal_work(here), (roof.flops_per_s, roof.bytes_per_s), strict=True)
     modelled = zip(*form.gemm_roofs(here, roof, basis.device.constants), strict=True)
     compute, memory = (
@@ -132,9 +132,15 @@ def link_ns(layer: Layer, rows_between: Array) -> Array:
     return busiest
 
 
-def correction_of(layer: Layer) -> Array:
-    """What a fitted model's residual multiplies the time of each GPU's experts by, `[GPU]`; 1 without one."""
-    return learned_correction(layer.basis, _received_work(layer), layer.shape)
+def correction_of(layer: Layer, work: Work | None = None) -> Array:
+    """What a fitted model's residual multiplies the time of each GPU by, `[GPU]`, of the experts' side of `work` (null:
+    all rows); 1 without a model, and where no row arrives, of which no model knows anything."""
+    work = _received_work(layer) if work is None else work
+    is_idle = work.n_rows == 0
+    rows = work.rows
+    rows[is_idle, 0] = 1.0
+    known = learned_correction(layer.basis, replace(work, counts=Counts(rows)), layer.shape)
+    return np.where(is_idle, 1.0, known)
 
 
 def received_tier(layer: Layer) -> Tiers:
@@ -151,16 +157,6 @@ def _resident(layer: Layer, work: Work) -> Parts:
     return {name: value for name, value in parts.items() if name != "launch"}
 
 
-def _correction(layer: Layer, work: Work) -> Array:
-    """What a fitted model's residual multiplies the time of each GPU by, `[GPU]`; 1 where no row arrives, of which no
-    model knows anything."""
-    is_idle = work.n_rows == 0
-    rows = work.rows
-    rows[is_idle, 0] = 1.0
-    known = replace(work, counts=Counts(rows), n_tokens=np.where(is_idle, 1.0, work.n_tokens))
-    return np.where(is_idle, 1.0, learned_correction(layer.basis, known, layer.shape))
-
-
 def _sent_work(layer: Layer, share: float) -> Work:
     """The router's side: each GPU's own tokens and all experts."""
     traffic = layer.traffic
@@ -171,10 +167,10 @@ def _sent_work(layer: Layer, share: float) -> Work:
 def _received_work(layer: Layer, share: float = 1.0, received_rows: Array | None = None) -> Work:
     """The experts' side: the rows that arrive on each GPU."""
     rows = layer.traffic.received * share if received_rows is None else received_rows
-    n_held = np.array([len(slots) for slots in layer.traffic.slots_of])
-    # Of padding no token is known; a token has at most top-k rows.
+    n_held = np.array([max(len(slots), 1) for slots in layer.traffic.slots_of])  # a GPU may have no expert
+    # Of padding no token is known; a token has at most top-k rows. Where nothing arrives one stands for none.
     n_tokens = np.maximum(layer.traffic.tokens.sum(axis=0) * share, rows.sum(axis=1) / layer.shape.top_k)
-    return _work(layer, rows, np.asarray(n_tokens), n_held, 1)
+    return _work(layer, rows, np.where(n_tokens > 0, n_tokens, 1.0), n_held, 1)
 
 
 def _work(layer: Layer, rows: Array, n_tokens: Array, n_experts: Index | int, top_k: int) -> Work:

@@ -98,9 +98,15 @@ class Question:
             basis.reaching(self.access, known, Settings(), LAYER), self.shape, traffic, fabric, tier, self.access
         )
 
+    @cached_property
+    def _timelines(self) -> dict[str, LayerTimeline]:
+        return {}
+
     def timeline(self, schedule: str) -> LayerTimeline:
         """The layer under a schedule."""
-        return layer_timeline(self.layer, schedule, self.overheads[schedule])
+        if schedule not in self._timelines:
+            self._timelines[schedule] = layer_timeline(self.layer, schedule, self.overheads[schedule])
+        return self._timelines[schedule]
 
     def latency_ns(self, schedule: str) -> float:
         """The latency of the layer under a schedule."""
