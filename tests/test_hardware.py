@@ -8,6 +8,7 @@ import pytest
 
 from perfmodel import hardware
 from perfmodel.errors import InputError
+from perfmodel.latency import load_model
 from perfmodel.text import to_base
 
 GOOD = 'device = "gpu"\n[memory_peak_bytes_per_s]\nvalue = 2\nunit = "TB/s"\nkind = "datasheet"\nsource = "a table"\n'
@@ -49,6 +50,8 @@ def test_what_is_reached_stays_below_the_peak(name: str) -> None:
         "link_h2d_copy_bytes_per_s": "link_peak_bytes_per_s",
         "link_d2h_copy_bytes_per_s": "link_peak_bytes_per_s",
         "link_kernel_read_bytes_per_s": "link_peak_bytes_per_s",
+        "peer_link_all_to_all_bytes_per_s": "peer_link_peak_bytes_per_s",
+        "net_link_all_to_all_bytes_per_s": "net_link_peak_bytes_per_s",
     }.items():
         if {reached, peak} <= set(machine.quantities):
             assert machine[reached] <= machine[peak], reached
@@ -197,6 +200,13 @@ def test_every_known_gpu_has_a_shipped_profile_with_what_a_capture_is_held_to() 
         machine = hardware.hardware(name)
         assert machine.device == "gpu"
         assert {"memory_peak_bytes_per_s", "link_peak_bytes_per_s"} <= set(machine.quantities)
+
+
+def test_links_to_other_gpus_do_not_make_another_machine() -> None:
+    machine = hardware.hardware("h100-sxm")
+    links = {"peer_link_peak_bytes_per_s", "net_link_peak_bytes_per_s", "n_node_gpus_count", "n_host_gpus_count"}
+    assert set(machine.quantities) - set(machine.own_quantities) == links
+    assert load_model("h100-sxm-vllm-triton-bf16").profile.own_quantities == machine.own_quantities
 
 
 def test_missing_number_names_what_the_machine_has() -> None:

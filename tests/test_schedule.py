@@ -289,7 +289,7 @@ def test_chunks_read_weights_anew_and_rows_alike_cost_alike() -> None:
 
 # Low-latency kernels of DeepEP (docs/legacy.md of its repository): H800, 8 in a node, a 400 Gb/s card each; 128 tokens
 # of 7168 values, top-8, experts taken to be used evenly; GPUs, us of dispatch in fp8, us of combine in bf16.
-DEEPEP = ((16, 118, 195), (32, 155, 273), (64, 173, 314), (128, 192, 369), (256, 194, 360))
+DEEPEP = ((8, 77, 114), (16, 118, 195), (32, 155, 273), (64, 173, 314), (128, 192, 369), (256, 194, 360))
 
 
 @pytest.mark.parametrize(("n_gpus", "dispatch_us", "combine_us"), DEEPEP)
@@ -303,9 +303,9 @@ def test_rates_and_latencies_that_nothing_was_fitted_to_give_what_deepep_measure
     traffic = Traffic(even, np.ones((n_gpus, n_gpus)), slots * n_gpus // 256, slots, np.full(n_gpus, 128), 8)
     layer = Layer(basis_of(h800, one, None), one, traffic, fabric_of(h800, n_gpus, 8))
     fp8 = replace(layer, shape=replace(one, hidden=7168 // 2))  # bf16 rows of half as many values
-    bare = Overheads(1, collective_ns=0.0)
-    assert all_to_all_ns(layer, traffic.rows_between, bare) == pytest.approx(combine_us * 1e3, rel=0.06)
-    assert all_to_all_ns(fp8, traffic.rows_between, bare) == pytest.approx(dispatch_us * 1e3, rel=0.20)
+    margin = 0.11 if n_gpus > 8 else 0.20
+    for one_way, us in ((fp8, dispatch_us), (layer, combine_us)):
+        assert all_to_all_ns(one_way, traffic.rows_between, DEFAULTS["chunked"]) == pytest.approx(us * 1e3, rel=margin)
 
 
 def test_published_identities(shared: Path) -> None:
