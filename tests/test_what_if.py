@@ -223,6 +223,10 @@ def test_a_map_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ({"n_gpus": None}, "is no map of experts as `perfmodel balance --out` writes it"),
         ({"gpu_of_slot": [[0, "x"]]}, "is no map of experts"),
+        ({"gpu_of_slot": [[0, 0.5]]}, "is no map of experts"),
+        ({"gpu_of_slot": [[0, 1], [0]]}, "is no map of experts"),
+        ({"physical_to_logical_map": [[0, 2**70]]}, "is no map of experts"),
+        ({"n_gpus": "2"}, "is no map of experts"),
         ({"gpu_of_slot": [0, 1]}, "are not both"),
         ({"gpu_of_slot": [[0, 2]]}, "a slot is on no GPU of 0 to 1"),
         ({"physical_to_logical_map": [[0, -1]]}, "or of no expert"),

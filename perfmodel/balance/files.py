@@ -37,10 +37,13 @@ def read_map(path: str | Path) -> ExpertMap:
     path = Path(path)
     found = read_json(path, "map")
     try:
-        policy, n_gpus = str(found["policy"]), int(found["n_gpus"])
-        gpu_of, phy2log = (np.array(found[key], dtype=np.int64) for key in ("gpu_of_slot", "physical_to_logical_map"))
+        policy, n_gpus = str(found["policy"]), found["n_gpus"]
+        gpu_of, phy2log = (np.array(found[key]) for key in ("gpu_of_slot", "physical_to_logical_map"))
+        is_whole = isinstance(n_gpus, int) and gpu_of.dtype.kind == phy2log.dtype.kind == "i"
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise InputError(f"{path.name} is no map of experts as `perfmodel balance --out` writes it") from None
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{path.name} is no map of experts as `perfmodel balance --out` writes it")
     if phy2log.ndim != 2 or phy2log.shape != gpu_of.shape or not phy2log.size:
         raise InputError(f"{path.name}: gpu_of_slot and physical_to_logical_map are not both [layer][slot]")
     if gpu_of.min() < 0 or gpu_of.max() >= n_gpus or phy2log.min() < 0:
