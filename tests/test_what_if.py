@@ -20,21 +20,10 @@ from perfmodel.placement.balance import linear, map_of, round_robin
 from perfmodel.placement.eplb import rebalance
 from perfmodel.routing import power_law_shares, uniform_shares
 from perfmodel.schedule import DEFAULTS, SCHEDULES, Overheads
+from perfmodel.schedule.alternatives import Prices, compare, fitting_frac
 from perfmodel.schedule.costs import received_tier
-from perfmodel.schedule.what_if import (
-    Prices,
-    Question,
-    answer,
-    cited,
-    compare,
-    dominating_skew,
-    fitting_frac,
-    launch_batch,
-    max_over_mean,
-    shared_host,
-    skew_frac,
-    skewed,
-)
+from perfmodel.schedule.question import Question, shared_host
+from perfmodel.schedule.what_if import answer, cited, dominating_skew, launch_batch, max_over_mean, skew_frac, skewed
 
 OLMOE = shape("olmoe")
 SXM, GH200 = hardware("h100-sxm"), hardware("gh200")

@@ -9,7 +9,7 @@ import typer
 
 from perfmodel import hf_config, report, text
 from perfmodel.cli.latency import machine_of
-from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, whole, width
+from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, progress, whole, width
 from perfmodel.errors import InputError, MissingExtraError
 from perfmodel.files import write_whole
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other commands do
     from perfmodel.hardware import HardwareProfile
     from perfmodel.model_memory import ModelMemory
     from perfmodel.schedule import LayerTimeline, Overheads
-    from perfmodel.schedule.what_if import Prices, Question
+    from perfmodel.schedule.alternatives import Prices
+    from perfmodel.schedule.question import Question
 
 ALL, AUTO = "all", "auto"
 FULL, NONE = "full", "none"
@@ -76,8 +77,10 @@ def schedule(
     from perfmodel.balance import read_map
     from perfmodel.latency import load_model
     from perfmodel.model_memory import model_memory
-    from perfmodel.schedule import what_if
+    from perfmodel.schedule.alternatives import compare as compared
+    from perfmodel.schedule.question import Question
     from perfmodel.schedule.traffic import layer_shares_of, map_layer_of
+    from perfmodel.schedule.what_if import answer
 
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
     n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer, "--layer")
@@ -87,7 +90,7 @@ def schedule(
     numbers = [whole(word.strip(), "--compare") for word in compare.split(",")] if compare else []
     prices = _prices(gpu_price, host_price, bool(numbers))
     chosen = None if expert_map is None else read_map(expert_map)
-    question = what_if.Question(
+    question = Question(
         profile,
         moe_shape,
         layer_shares_of(routing, moe_shape, n_layer),
@@ -104,8 +107,11 @@ def schedule(
     memory = model_memory(shape)
     question = replace(question, offload_frac=_offload_frac(offload or "0", question, memory, notes))
     fitted = memory if offload in (AUTO, None) else None
-    alternatives = what_if.compare(question, numbers, names, fitted, prices) if numbers else []
-    found = what_if.answer(question, routing, names, alternatives, notes)
+    try:
+        alternatives = compared(question, numbers, names, fitted, prices) if numbers else []
+        found = answer(question, routing, names, alternatives, notes, progress)
+    finally:
+        progress("")
     if as_json:
         print_json(report.schedule_json(found))
     else:
@@ -157,7 +163,7 @@ def _overheads(
 
 def _offload_frac(words: str, question: "Question", memory: "ModelMemory", notes: list[str]) -> float:
     """What --offload says; a note where more must leave device memory, or what a whole model takes is not known."""
-    from perfmodel.schedule.what_if import fitting_frac
+    from perfmodel.schedule.alternatives import fitting_frac
 
     if "memory_capacity_bytes" not in question.profile.quantities:
         if words == AUTO:
@@ -184,7 +190,7 @@ def _offload_frac(words: str, question: "Question", memory: "ModelMemory", notes
 
 
 def _prices(gpu: str | None, host: str | None, has_numbers: bool) -> "Prices | None":
-    from perfmodel.schedule.what_if import Prices
+    from perfmodel.schedule.alternatives import Prices
 
     if gpu is None and host is None:
         return None

@@ -61,7 +61,10 @@ def schedule_page(found: "Answer", width: int = WIDTH) -> str:
     )
     body = [
         ["latency", *(text.ns(one.latency_ns) for one in rows)],
-        *(["- " + name, *(text.ns(one.phases[name]) if name in one.phases else "" for one in rows)] for name in phases),
+        *(
+            ["- " + name, *(text.ns(one.phases[name]) if one.phases.get(name) else "" for one in rows)]
+            for name in phases
+        ),
         ["bottleneck", *(one.bottleneck for one in rows)],
         ["over its bound", *(ratio(one.latency_ns / one.bound_ns) for one in rows)],
         ["GPUs compute", *(text.frac(one.compute_busy_frac) for one in rows)],

@@ -1,7 +1,7 @@
 """Expert-parallel layers on several GPUs: what bulk, chunked and fused schedules of one MoE layer cost.
 
 `traffic` says who sends what to whom, `fabric` over which links, `costs` how long each GPU computes; `closed` and
-`fused` make a timeline of it. docs/schedule.md explains each formula.
+`fused` make a timeline of it; `question`, `what_if` and `alternatives` ask. docs/schedule.md explains each formula.
 """
 
 from .closed import bulk_timeline, chunked_timeline

@@ -1,131 +1,31 @@
-"""What an expert-parallel layer costs, and what if: larger batches, more skew, other numbers of GPUs.
+"""What if: fused, in larger batches, under more skew; and everything that can be said of an expert-parallel layer.
 
 docs/schedule.md says what each answer means.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from perfmodel import text
-from perfmodel.errors import InputError
-from perfmodel.hardware import HardwareProfile
-from perfmodel.latency import LatencyModel
-from perfmodel.model_memory import ModelMemory
-from perfmodel.moe import MoEShape
 from perfmodel.offload import rate_keys
-from perfmodel.placement import place
-from perfmodel.placement.balance import ExpertMap, linear
-from perfmodel.placement.budget import expert_budget
-from perfmodel.placing.room import N_STAGING
-from perfmodel.predict import Settings, basis_of
-from perfmodel.routing import Routing, Shares, power_law_shares
-from perfmodel.text import NS_PER_S
+from perfmodel.routing import power_law_shares
 
-from . import layer_timeline
-from .costs import LAYER, Layer
-from .fabric import fabric_of
+from .alternatives import Alternative
+from .costs import Layer
 from .measures import symmetric_buffer_bytes
-from .overheads import DEFAULTS, Overheads
+from .overheads import DEFAULTS
+from .question import Question
 from .timeline import LayerTimeline
-from .traffic import traffic_from_shares
 
 LAUNCH_FRAC = 0.1  # of a layer, below which launch overhead no longer matters
 STRAGGLER_FRAC = 0.5  # of a layer, above which stragglers dominate it
 MAX_TOKENS = 2**16  # on a GPU, where the search for a batch ends
 MAX_EXPONENT, N_HALVINGS = 10.0, 9  # of the power law that skew is searched along, and how finely: to 0.02
 
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One MoE layer on `n_gpus` GPUs of a kind with `tokens_per_gpu` tokens each, under the popularity `shares[1,
-    expert]` of its experts.
-
-    `expert_map` with its `map_layer` says where experts live (null: the first E / G on the first GPU and so on).
-    `gpus_per_node` and `gpus_per_host` are what the machine is described with, at most `n_gpus` (null: as the profile
-    says, or all in one node, a host for each). Of each GPU's experts `offload_frac`, least used first, are outside
-    device memory and reached by one `access` mode.
-    """
-
-    profile: HardwareProfile
-    shape: MoEShape
-    shares: Shares
-    n_gpus: int
-    tokens_per_gpu: int
-    model: LatencyModel | None = None
-    expert_map: ExpertMap | None = None
-    map_layer: int = 0
-    gpus_per_node: int | None = None
-    gpus_per_host: int | None = None
-    offload_frac: float = 0.0
-    access: str = "zero-copy"
-    overheads: Mapping[str, Overheads] = field(default_factory=lambda: dict(DEFAULTS))
-
-    @property
-    def n_per_node(self) -> int:
-        """GPUs of one node that this layer uses."""
-        return min(self.gpus_per_node or _count(self.profile, "n_node_gpus_count", self.n_gpus), self.n_gpus)
-
-    @property
-    def n_per_host(self) -> int:
-        """GPUs of this layer that share one host's memory and CPU."""
-        return min(self.gpus_per_host or _count(self.profile, "n_host_gpus_count", 1), self.n_gpus)
-
-    @property
-    def n_hosts(self) -> int:
-        """Hosts that the GPUs need."""
-        return -(-self.n_gpus // self.n_per_host)
-
-    @cached_property
-    def layer(self) -> Layer:
-        """The layer that is asked about; raises InputError where machine, map, tokens or access mode do not do."""
-        chosen = self.expert_map or linear(1, self.shape.n_experts, self.n_gpus)
-        traffic = traffic_from_shares(self.shares, self.shape, chosen, self.tokens_per_gpu, self.map_layer)
-        fabric = fabric_of(self.profile, self.n_gpus, self.n_per_node)
-        basis = basis_of(shared_host(self.profile, self.n_per_host), self.shape, self.model)
-        if not self.offload_frac:
-            return Layer(basis, self.shape, traffic, fabric)
-        used = self.shares[0] / np.bincount(traffic.expert_of, minlength=self.shape.n_experts)
-        by_slot, tier = used[traffic.expert_of], np.zeros(len(traffic.gpu_of), dtype=np.int8)
-        for slots in traffic.slots_of:
-            tier[slots] = place(by_slot[slots][None], self.offload_frac).tier[0]
-        popularity = traffic.at_experts(by_slot)
-        known = Routing("", np.zeros(popularity.shape, dtype=np.int64), 0, 1, popularity)
-        return Layer(
-            basis.reaching(self.access, known, Settings(), LAYER), self.shape, traffic, fabric, tier, self.access
-        )
-
-    @cached_property
-    def _timelines(self) -> dict[str, LayerTimeline]:
-        return {}
-
-    def timeline(self, schedule: str) -> LayerTimeline:
-        """The layer under a schedule."""
-        if schedule not in self._timelines:
-            self._timelines[schedule] = layer_timeline(self.layer, schedule, self.overheads[schedule])
-        return self._timelines[schedule]
-
-    def latency_ns(self, schedule: str) -> float:
-        """The latency of the layer under a schedule."""
-        return self.timeline(schedule).latency_ns
-
-
-def _count(profile: HardwareProfile, key: str, default: int) -> int:
-    found = profile.first(key)
-    return default if found is None else int(found[1].value)
-
-
-def shared_host(profile: HardwareProfile, n_gpus: int) -> HardwareProfile:
-    """The machine as one of `n_gpus` GPUs of a host has it when all use the host at once: its part of the host's
-    memory, bandwidth, CPU and of the memory modules that compute; links to the host are its own."""
-    part = {key: replace(q, value=q.value / n_gpus) for key, q in profile.quantities.items() if key.startswith("host_")}
-    modules = profile.first("n_ndp_count")
-    if modules is not None:
-        part["n_ndp_count"] = replace(modules[1], value=max(modules[1].value // n_gpus, 1.0))
-    return replace(profile, quantities={**profile.quantities, **part}) if n_gpus > 1 else profile
+Found = TypeVar("Found")
 
 
 def launch_batch(question: Question, schedule: str) -> int | None:
@@ -189,113 +89,6 @@ def dominating_skew(question: Question, schedule: str) -> Skew | None:
         middle = (low + high) / 2
         low, high = (low, middle) if dominates(middle) else (middle, high)
     return Skew(high, max_over_mean(skewed(question, high).layer))
-
-
-@dataclass(frozen=True)
-class Prices:
-    """What one GPU and one host with its memory cost, in any one currency, bought or by the hour."""
-
-    per_gpu: float
-    per_host: float = 0.0
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """The same tokens on another number of GPUs: what is offloaded, latency by schedule (null: it cannot run, and
-    `reason` says why), and its price (null: no prices are known)."""
-
-    n_gpus: int
-    n_hosts: int
-    tokens_per_gpu: int
-    offload_frac: float | None
-    latency_ns: Mapping[str, float] | None
-    price: float | None
-    reason: str = ""
-
-    @property
-    def fastest(self) -> str | None:
-        """The schedule with the least latency; null where none can run."""
-        return min(self.latency_ns, key=lambda name: (self.latency_ns or {})[name]) if self.latency_ns else None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Tokens of all GPUs through this layer in a second, by the fastest schedule; null where none can run."""
-        if self.latency_ns is None:
-            return None
-        return self.n_gpus * self.tokens_per_gpu / min(self.latency_ns.values()) * NS_PER_S
-
-    def to_json(self) -> dict[str, Any]:
-        """The alternative as plain values."""
-        rate = self.tokens_per_s
-        return {
-            "n_gpus": self.n_gpus,
-            "n_hosts": self.n_hosts,
-            "tokens_per_gpu": self.tokens_per_gpu,
-            "offload_frac": self.offload_frac,
-            "latency_ns": dict(self.latency_ns) if self.latency_ns else None,
-            "fastest": self.fastest,
-            "tokens_per_s": rate,
-            "tokens_per_s_per_gpu": rate / self.n_gpus if rate is not None else None,
-            "price": self.price,
-            "tokens_per_s_per_price": rate / self.price if rate is not None and self.price is not None else None,
-            "reason": self.reason,
-        }
-
-
-def fitting_frac(question: Question, memory: ModelMemory) -> float:
-    """The part of each GPU's experts that must leave device memory, every layer alike: whole copies of all other
-    weights, workspace and staging slots come first. Raises InputError where no expert fits, or the host has no room for
-    what leaves; weights that are not known count as none."""
-    one = question.shape
-    known = memory if memory.non_expert_bytes is not None else replace(memory, non_expert_bytes=0.0)
-    budget = expert_budget(question.profile["memory_capacity_bytes"], one, known, n_staging_experts=N_STAGING)
-    n_held = -(-one.n_experts // question.n_gpus)
-    if question.expert_map is not None:
-        gpu_of = question.expert_map.gpu_of[question.map_layer]
-        n_held = int(np.bincount(gpu_of, minlength=question.n_gpus).max())
-    n_gone = max(n_held - int(budget.expert_bytes // (one.n_layers * one.expert_bytes)), 0)
-    host = question.profile.first("host_capacity_bytes")
-    need_bytes = n_gone * one.n_layers * one.expert_bytes * question.n_per_host
-    if n_gone and (host is None or host[1].value < need_bytes):
-        has = "host memory is not known" if host is None else f"the host has {text.n_bytes(host[1].value)}"
-        raise InputError(
-            f"{n_gone} of {n_held} experts of a layer must leave each GPU, {text.n_bytes(need_bytes)} for all layers "
-            f"and {text.counted(question.n_per_host, 'GPU')} of a host, and {has}"
-        )
-    return n_gone / n_held
-
-
-def compare(
-    question: Question,
-    numbers: Sequence[int],
-    schedules: Sequence[str],
-    memory: ModelMemory | None,
-    prices: Prices | None = None,
-) -> list[Alternative]:
-    """The tokens of all GPUs together on other numbers of GPUs: `memory` says what fits on each, and the rest of the
-    experts is offloaded (null: `offload_frac` of the question everywhere).
-
-    Where a number of GPUs cannot hold the model the alternative says why. Raises InputError for a number that does not
-    divide tokens or experts, and with a map, which is made for one number of GPUs.
-    """
-    if question.expert_map is not None:
-        raise InputError("a map of experts is for one number of GPUs: compare numbers of GPUs without it")
-    n_all = question.n_gpus * question.tokens_per_gpu
-    found = []
-    for n_gpus in numbers:
-        if n_all % n_gpus:
-            raise InputError(f"{n_all} tokens of all GPUs do not divide over {n_gpus} GPUs")
-        one = replace(question, n_gpus=n_gpus, tokens_per_gpu=n_all // n_gpus)
-        price = None if prices is None else n_gpus * prices.per_gpu + one.n_hosts * prices.per_host
-        try:
-            frac = question.offload_frac if memory is None else fitting_frac(one, memory)
-        except InputError as error:
-            found.append(Alternative(n_gpus, one.n_hosts, one.tokens_per_gpu, None, None, price, str(error)))
-            continue
-        one = replace(one, offload_frac=frac)
-        latency_ns = {name: one.latency_ns(name) for name in schedules}
-        found.append(Alternative(n_gpus, one.n_hosts, one.tokens_per_gpu, frac, latency_ns, price))
-    return found
 
 
 def cited(question: Question, schedules: Sequence[str], has_offloaded: bool = False) -> list[str]:
@@ -368,16 +161,25 @@ def answer(
     schedules: Sequence[str],
     alternatives: Sequence[Alternative] = (),
     notes: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda words: None,
 ) -> Answer:
-    """Everything that can be said of a layer under these schedules."""
+    """Everything that can be said of a layer under these schedules; `progress` is told what is being looked for."""
+
+    def by_schedule(find: Callable[[Question, str], Found], what: str) -> dict[str, Found]:
+        found = {}
+        for name in schedules:
+            progress(f"{name}: {what} ...")
+            found[name] = find(question, name)
+        return found
+
     n_tokens, row_bytes = question.tokens_per_gpu, question.layer.row_bytes
     return Answer(
         question,
         routing,
-        tuple(question.timeline(name) for name in schedules),
-        {name: launch_batch(question, name) for name in schedules},
-        {name: skew_frac(question, name) for name in schedules},
-        {name: dominating_skew(question, name) for name in schedules},
+        tuple(by_schedule(Question.timeline, "who does what when").values()),
+        by_schedule(launch_batch, "the batch from which launches no longer matter"),
+        by_schedule(skew_frac, "what even routing would save"),
+        by_schedule(dominating_skew, "the skew at which stragglers dominate"),
         max_over_mean(question.layer),
         symmetric_buffer_bytes(n_tokens * row_bytes, n_tokens, question.shape.n_experts),
         cited(question, schedules, any(one.offload_frac for one in alternatives)),
