@@ -191,6 +191,8 @@ def test_bulk_is_its_phases_one_after_the_other() -> None:
     expected += 1000 + 2 * (21_000 + 16 * 5.12)
     assert found.latency_ns == pytest.approx(expected)
     assert found.phases["launch"] == 1000 and found.phases["dispatch"] == pytest.approx(21_000 + 16 * 5.12)
+    faster = layer_timeline(layer, "bulk", replace(one, work_factor=0.5))  # an engine that beats the model
+    assert faster.bound_ns <= faster.latency_ns and faster.bounds["link"] == found.bounds["link"] / 2
     slow = layer_timeline(layer, "bulk", replace(one, n_launches=500))
     assert slow.latency_ns == slow.bounds["host"] == slow.bound_ns == 500_000
     assert slow.bottleneck == "launch"
@@ -306,6 +308,18 @@ def test_rates_and_latencies_that_nothing_was_fitted_to_give_what_deepep_measure
     margin = 0.11 if n_gpus > 8 else 0.20
     for one_way, us in ((fp8, dispatch_us), (layer, combine_us)):
         assert all_to_all_ns(one_way, traffic.rows_between, DEFAULTS["chunked"]) == pytest.approx(us * 1e3, rel=margin)
+
+
+def test_a_layer_of_a_file_is_counted_from_zero_and_a_file_of_one_layer_is_for_all(tmp_path: Path) -> None:
+    counts = np.array([[1, 1, 1, 1], [5, 1, 1, 1], [1, 1, 1, 13]])
+    for name, rows in (("three", counts), ("one", counts[1:2])):
+        np.savez(tmp_path / f"{name}.npz", counts=rows)
+    assert layer_shares_of(str(tmp_path / "three.npz"), SMALL, 2).tolist() == [[1 / 16, 1 / 16, 1 / 16, 13 / 16]]
+    assert layer_shares_of(str(tmp_path / "one.npz"), SMALL, 2).tolist() == [[5 / 8, 1 / 8, 1 / 8, 1 / 8]]
+    with pytest.raises(InputError, match="has 3 layers, none numbered 3; expected 0 to 2"):
+        layer_shares_of(str(tmp_path / "three.npz"), SMALL, 3)
+    with pytest.raises(InputError, match="is for 4 experts, the shape has 64"):
+        layer_shares_of(str(tmp_path / "one.npz"), shape("olmoe"))
 
 
 def test_published_identities(shared: Path) -> None:

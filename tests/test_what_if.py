@@ -3,9 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from perfmodel.balance import read_map, write_map
@@ -226,6 +229,29 @@ def test_a_damaged_map_is_refused(tmp_path: Path, change: dict, words: str) -> N
     (tmp_path / "map.json").write_text(json.dumps({**whole, **change}))
     with pytest.raises(InputError, match=words):
         read_map(tmp_path / "map.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=8,
+)
+KEYS = ("policy", "n_gpus", "gpu_of_slot", "physical_to_logical_map")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fixed_dictionaries({key: JSON | st.just([[0, 1]]) | st.just(2) for key in KEYS}) | JSON)
+def test_any_json_is_a_map_that_holds_together_or_is_refused_in_a_sentence(content: object) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "map.json"
+        path.write_text(json.dumps(content))
+        try:
+            found = read_map(path)
+        except InputError as error:
+            assert str(error).startswith("map.json") and "\n" not in str(error)
+            return
+    assert found.gpu_of.shape == found.phy2log.shape
+    assert found.gpu_of.min() >= 0 and found.gpu_of.max() < found.n_gpus
 
 
 def run(*words: str) -> str:

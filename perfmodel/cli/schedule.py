@@ -34,9 +34,9 @@ def schedule(
     gpus: Annotated[str, typer.Option(help="GPUs that share the experts.")],
     tokens: Annotated[str, typer.Option(help="Tokens on each GPU.")],
     routing: Annotated[
-        str, typer.Option(help="A pattern (see `perfmodel list`), or a file of counts as FILE[#KEY].")
+        str, typer.Option(help="A pattern (see `perfmodel list`), or a file of counts as FILE[#KEY][@LAYER].")
     ] = "uniform",
-    layer: Annotated[str, typer.Option(help="Which layer of a file and of --map, from 0.")] = "0",
+    layer: Annotated[str, typer.Option(help="Which layer of a file and of --map, counted from 0.")] = "0",
     schedule_name: Annotated[
         str, typer.Option("--schedule", help="bulk, chunked, fused, several with commas, or all.")
     ] = ALL,

@@ -119,15 +119,19 @@ def map_layer_of(chosen: ExpertMap, n_gpus: int, layer: int) -> int:
 
 
 def layer_shares_of(source: str, shape: MoEShape, layer: int = 0) -> Shares:
-    """How popular the experts of one layer are, `[1, expert]`, by a routing pattern or file; a pattern is the same for
-    all layers. Raises InputError for a routing of other experts and for a layer that the file does not have."""
+    """How popular the experts of one layer are, `[1, expert]`, by a routing pattern or file; a pattern, and a file of
+    one layer, is for all. Raises InputError for a routing of other experts and for a layer that the file has not."""
     if is_pattern(source):
         return pattern_shares(source, shape.n_experts)
     shares = read_shares(source, shape.n_experts)
     if shares.shape[1] != shape.n_experts:
         raise InputError(f"routing {source!r} is for {shares.shape[1]} experts, the shape has {shape.n_experts}")
+    if len(shares) == 1:
+        return shares
     if not 0 <= layer < len(shares):
-        raise InputError(f"routing {source!r} has no layer numbered {layer}, expected 0 to {len(shares) - 1}")
+        raise InputError(
+            f"routing {source!r} has {len(shares)} layers, none numbered {layer}; expected 0 to {len(shares) - 1}"
+        )
     return shares[layer : layer + 1]
 
 
