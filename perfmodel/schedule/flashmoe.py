@@ -1,0 +1,336 @@
+"""FlashMoE's published latencies: what one calibrated number for each system explains, and what it does not.
+
+Makes docs/flashmoe.md. A `Hypothesis` says where the time that the model does not have goes, with one free number; it
+is calibrated on the row with 4096 tokens of each system and predicts all others. Times are ns.
+"""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import brentq
+
+from perfmodel.hardware import Quantity, hardware
+from perfmodel.moe import MoEShape, layer_flops
+from perfmodel.physics import PEAK_GEMM_FRAC
+from perfmodel.predict import basis_of
+from perfmodel.routing import SHIPPED, read_recording
+from perfmodel.text import NS_PER_S
+
+from . import layer_timeline
+from .costs import Layer
+from .fabric import fabric_of
+from .measures import TILE_ROWS, overlap_efficiency, padding_saved_frac, symmetric_buffer_bytes
+from .overheads import DEFAULTS, Overheads
+from .timeline import TRANSFERS, LayerTimeline
+from .traffic import traffic_of
+
+FOLDER = Path(__file__).parent.parent / "data" / "published"
+LATENCY, FACTS, SYMMETRIC = (FOLDER / f"flashmoe_{name}.csv" for name in ("latency", "facts", "symmetric"))
+MACHINE = "h100-sxm"
+SHAPE = MoEShape(
+    name="flashmoe-layer",
+    n_experts=32,
+    top_k=2,
+    hidden=2048,
+    inter=2048,
+    n_gemms=2,
+    dtype="fp16",
+    source="arXiv 2506.04667 section 4: plain experts, H = I = 2048, top-2",
+)
+ROUTING = "uniform"  # not published
+CAPACITY_FACTOR = 1.0  # arXiv 2506.04667 section 4
+NS_PER_MS = 1e6
+# Dense; half of the 989 that the data sheet of the H100 SXM states with sparsity. FlashMoE's code computes fp32 with
+# the tensor cores' TF32 instruction of the A100 (mmaConfig.cuh, m16n8k8; README: "TF32 (peak performance)").
+TF32_PEAK_FLOPS_PER_S = 494.7e12
+
+
+class Setting(NamedTuple):
+    """One measured setting: GPUs, and tokens on each."""
+
+    n_gpus: int
+    tokens_per_gpu: int
+
+
+FITTED_ON = Setting(8, 4096)
+
+
+@dataclass(frozen=True)
+class System:
+    """One published system: under which of SCHEDULES it is modelled, in which precision it was measured, with what is
+    known of its overheads, on which row it is calibrated, and at which rate its GEMMs would run (null: the machine's
+    for the precision)."""
+
+    schedule: str
+    dtype: str
+    overheads: Overheads
+    fitted_on: Setting
+    gemm_flops_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Where the time goes that the model does not have: `words`, the unit of its one number (`ns`, `frac` of a factor,
+    `bytes_per_s`, `flops_per_s`), and between which values it is looked for."""
+
+    words: str
+    unit: str
+    low: float
+    high: float
+
+
+FUSED = "flashmoe"
+SCHEDULE_OF = {
+    FUSED: "fused",
+    "comet": "chunked",
+    "fastermoe": "bulk",
+    "megatron-cutlass": "bulk",
+    "megatron-te": "bulk",
+}
+BASELINES = tuple(name for name in SCHEDULE_OF if name != FUSED)
+BULK = tuple(name for name, schedule in SCHEDULE_OF.items() if schedule == "bulk")  # those published at 8 GPUs
+
+BASELINE_HYPOTHESES = {
+    "launch": Hypothesis("the host needs longer for each launch", "ns", 1e2, 1e8),
+    "start": Hypothesis("each of the two collectives starts later", "ns", 1e0, 1e9),
+    "work": Hypothesis("all work of phases takes longer by a factor", "frac", 1e-2, 1e4),
+    "all-to-all": Hypothesis("the all-to-all is slower", "bytes_per_s", 1e7, 1e12),
+    "all-gather": Hypothesis("tokens go to all GPUs, and that is slower", "bytes_per_s", 1e7, 1e13),
+    "all rows": Hypothesis("each GPU computes the rows of all, by a factor", "frac", 1e-2, 1e4),
+}
+FUSED_HYPOTHESES = {
+    "rate": Hypothesis("the experts' GEMMs reach less", "flops_per_s", 1e12, 1e16),
+    "link": Hypothesis("the links reach less", "bytes_per_s", 1e9, 1e13),
+    "start": Hypothesis("the kernel starts later", "ns", 1e0, 1e9),
+}
+
+
+@cache
+def published() -> Mapping[str, Mapping[Setting, float]]:
+    """Published latencies of one layer's forward pass, ns, by system and setting."""
+    found: dict[str, dict[Setting, float]] = {}
+    with LATENCY.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            at = Setting(int(row["n_gpus"]), int(row["tokens_per_gpu"]))
+            found.setdefault(row["system"], {})[at] = float(row["forward_ms"]) * NS_PER_MS
+    return found
+
+
+@cache
+def facts(quantity: str) -> Mapping[str, float]:
+    """A published figure by system, as published (per cent as fractions)."""
+    with FACTS.open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] == quantity]
+    return {row["system"]: float(row["value"]) * (0.01 if row["unit"] == "%" else 1) for row in rows}
+
+
+@cache
+def systems() -> Mapping[str, System]:
+    """The systems of the latency table by name."""
+
+    found = {}
+    for name in published():
+        schedule = SCHEDULE_OF[name]
+        # FasterMoE's launches are not published: the default of the schedule stands for them.
+        n_launches = int(facts("launches_per_layer").get(name, DEFAULTS[schedule].n_launches))
+        known = replace(DEFAULTS[schedule], n_launches=n_launches, capacity_factor=CAPACITY_FACTOR)
+        found[name] = System(schedule, "fp16", known, FITTED_ON)
+    found["comet"] = replace(found["comet"], fitted_on=Setting(4, 4096))  # not published at 8 GPUs
+    tf32 = TF32_PEAK_FLOPS_PER_S * PEAK_GEMM_FRAC
+    return found | {FUSED: replace(found[FUSED], dtype="fp32", gemm_flops_per_s=tf32)}
+
+
+def hypotheses(system: str) -> Mapping[str, Hypothesis]:
+    """The hypotheses on a system by name."""
+    return FUSED_HYPOTHESES if system == FUSED else BASELINE_HYPOTHESES
+
+
+@cache
+def layer_at(
+    at: Setting, dtype: str, machine: str = MACHINE, n_experts: int = SHAPE.n_experts, routing: str = ROUTING
+) -> Layer:
+    """The published layer at a setting."""
+    shape, profile = replace(SHAPE, dtype=dtype, n_experts=n_experts), hardware(machine)
+    traffic = traffic_of(routing, shape, at.n_gpus, at.tokens_per_gpu)
+    return Layer(basis_of(profile, shape, None), shape, traffic, fabric_of(profile, at.n_gpus))
+
+
+def timeline(
+    system: str,
+    at: Setting,
+    hypothesis: str | None = None,
+    value: float = 0.0,
+    machine: str = MACHINE,
+    n_experts: int = SHAPE.n_experts,
+) -> LayerTimeline:
+    """A system's layer at a setting under a hypothesis and its number (null: as the model has it)."""
+    known = systems()[system]
+    if hypothesis == "all rows":
+        at = Setting(1, at.n_gpus * at.tokens_per_gpu)
+    layer, overheads = layer_at(at, known.dtype, machine, n_experts), known.overheads
+    if known.gemm_flops_per_s is not None:
+        layer = _at_gemm_rate(layer, value if hypothesis == "rate" else known.gemm_flops_per_s)
+    if hypothesis == "launch":
+        overheads = replace(overheads, host_launch_ns=value)
+    elif hypothesis == "start":
+        overheads = _later(overheads, known.schedule, value)
+    elif hypothesis in ("work", "all rows"):
+        overheads = replace(overheads, work_factor=value)
+    elif hypothesis in ("all-to-all", "link"):
+        layer = _at_link_rate(layer, value)
+    elif hypothesis == "all-gather":
+        # Every GPU gets all tokens of the others, where an all-to-all brings it top-k / n_gpus rows of each.
+        layer = _at_link_rate(layer, value * SHAPE.top_k / at.n_gpus)
+    return layer_timeline(layer, known.schedule, overheads)
+
+
+def calibrated(system: str, hypothesis: str) -> float | None:
+    """The number of a hypothesis with which a system's row of 4096 tokens comes out; null where none does."""
+    return needed(system, hypothesis, systems()[system].fitted_on)
+
+
+def needed(system: str, hypothesis: str, at: Setting) -> float | None:
+    """The number of a hypothesis with which one row of a system comes out; null where none does."""
+    return _solved(system, hypothesis, at, published()[system][at])
+
+
+@cache
+def _solved(system: str, hypothesis: str, at: Setting, target_ns: float) -> float | None:
+    known = hypotheses(system)[hypothesis]
+    # Latencies are about linear in times and factors, and in what a byte or FLOP takes.
+    is_rate = known.unit.endswith("per_s")
+    low, high = (1 / known.high, 1 / known.low) if is_rate else (known.low, known.high)
+
+    def excess(x: float) -> float:
+        return timeline(system, at, hypothesis, 1 / x if is_rate else x).latency_ns - target_ns
+
+    if excess(low) * excess(high) > 0:
+        return None
+    found = float(brentq(excess, low, high, xtol=1e-9 * low, rtol=1e-6))
+    return 1 / found if is_rate else found
+
+
+@cache
+def predicted(system: str, hypothesis: str, at: Setting) -> LayerTimeline | None:
+    """A system's layer under a hypothesis that is calibrated on its row of 4096 tokens; null where none calibrates."""
+    value = calibrated(system, hypothesis)
+    return None if value is None else timeline(system, at, hypothesis, value)
+
+
+def error_frac(system: str, hypothesis: str, at: Setting) -> float | None:
+    """Predicted over published latency, less 1; null where the hypothesis cannot be calibrated."""
+    found = predicted(system, hypothesis, at)
+    return None if found is None else found.latency_ns / published()[system][at] - 1
+
+
+def predicted_efficiency(system: str, hypothesis: str | None, n_gpus: int, tokens_per_gpu: int = 8192) -> float | None:
+    """Overlap efficiency T(2) / T(n_gpus) under a calibrated hypothesis (null: as the model has it)."""
+    pair = [Setting(n, tokens_per_gpu) for n in (2, n_gpus)]
+    found = [timeline(system, at) if hypothesis is None else predicted(system, hypothesis, at) for at in pair]
+    if found[0] is None or found[1] is None:
+        return None
+    return overlap_efficiency(found[0].latency_ns, found[1].latency_ns)
+
+
+def expert_flops_per_s(latency_ns: float, tokens_per_gpu: int) -> float:
+    """The rate at which each GPU computes the rows of its experts, were that all of a latency; under even routing."""
+    return layer_flops(SHAPE, tokens_per_gpu) / latency_ns * NS_PER_S
+
+
+def late_gpu_ns(found: LayerTimeline, ratio: float) -> float:
+    """The latency of a bulk layer in which one GPU computes `ratio` times slower: every phase waits for it."""
+    slow = sum(ns for name, ns in found.phases.items() if name not in (*TRANSFERS, "launch"))
+    return found.latency_ns + (ratio - 1) * slow
+
+
+def straggler_ratio(found: LayerTimeline) -> float:
+    """How much longer the first GPU to come to a bulk layer's combine is in it than the last, which waits for nobody:
+    the slowest over the fastest run of one collective (arXiv 2506.04667 Table 2)."""
+    done = [span.start_ns + span.dur_ns for span in found.spans if span.phase == "gemm2"]
+    end = max(span.start_ns + span.dur_ns for span in found.spans if span.phase == "combine")
+    return (end - min(done)) / (end - max(done))
+
+
+class Payload(NamedTuple):
+    """What a padded collective makes of a measured routing, mean over layers: the share of padding in what is sent
+    where every expert has the room that the fullest needs, and the share of rows that is dropped where each has room
+    for the even share (then as much of what is sent is padding)."""
+
+    padding_frac: float
+    dropped_frac: float
+
+
+def payload(key: str) -> Payload:
+    """The padding of one of the shipped measured routings (see `routing.routing_keys`)."""
+    loads = read_recording(f"{SHIPPED}#{key}").loads.sum(axis=0)
+    kept = np.minimum(loads, CAPACITY_FACTOR * loads.mean(axis=1, keepdims=True))
+    return Payload(
+        float(np.mean([padding_saved_frac(row, row.max()) for row in loads])),
+        float(np.mean(1 - kept.sum(axis=1) / loads.sum(axis=1))),
+    )
+
+
+class Symmetric(NamedTuple):
+    """A row of the published table of symmetric tensors: bytes as published, read as GiB, and the model's own size."""
+
+    model: str
+    n_bytes: float
+    n_experts: int
+    hidden: int
+    context_tokens: int
+
+    @property
+    def tokens_of_4kb(self) -> float:
+        """Tokens of 4 KiB that four copies hold."""
+        return self.n_bytes / symmetric_buffer_bytes(4096.0, TILE_ROWS * self.n_experts, self.n_experts)
+
+    @property
+    def whole_tiles_bytes(self) -> float:
+        """Size(L) of a context of fp32 tokens as wide as the model, each expert's share in whole tiles."""
+        n_tiles = -(-self.context_tokens // (self.n_experts * TILE_ROWS))
+        n_tokens = n_tiles * self.n_experts * TILE_ROWS
+        return symmetric_buffer_bytes(4.0 * self.hidden * n_tokens, n_tokens, self.n_experts)
+
+    @property
+    def formula_bytes(self) -> float:
+        """Size(L) of the same by the published formula, which rounds up only shares below one tile."""
+        token_buffer_bytes = 4.0 * self.hidden * self.context_tokens
+        return symmetric_buffer_bytes(token_buffer_bytes, self.context_tokens, self.n_experts)
+
+
+@cache
+def symmetric() -> tuple[Symmetric, ...]:
+    """The published table of symmetric tensors."""
+    with SYMMETRIC.open(encoding="utf-8") as file:
+        return tuple(
+            Symmetric(
+                row["model"],
+                float(row["symmetric_gb"]) * 2**30,
+                int(row["n_experts"]),
+                int(row["hidden"]),
+                int(row["context_tokens"]),
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+def _later(overheads: Overheads, schedule: str, value: float) -> Overheads:
+    if schedule == "fused":
+        return replace(overheads, host_launch_ns=value)
+    return replace(overheads, collective_ns=value)
+
+
+def _at_link_rate(layer: Layer, bytes_per_s: float) -> Layer:
+    inside = replace(layer.fabric.inside, bytes_per_s=bytes_per_s)
+    return replace(layer, fabric=replace(layer.fabric, inside=inside))
+
+
+def _at_gemm_rate(layer: Layer, flops_per_s: float) -> Layer:
+    profile = layer.basis.device.profile
+    known = {**profile.quantities, "fp32_gemm_flops_per_s": Quantity(flops_per_s, "assumed", "calibrated")}
+    return replace(layer, basis=basis_of(replace(profile, quantities=known), layer.shape, None))
