@@ -125,6 +125,11 @@ def link_ns(layer: Layer, rows_between: Array) -> Array:
     return busiest
 
 
+def correction_of(layer: Layer) -> Array:
+    """What a fitted model's residual multiplies the time of each GPU's experts by, `[GPU]`; 1 without one."""
+    return learned_correction(layer.basis, _received_work(layer), layer.shape)
+
+
 def received_tier(layer: Layer) -> Tiers:
     """The tier of each GPU's own experts, `[GPU, place]`, as `Traffic.received` has them."""
     found = np.full(layer.traffic.received.shape, RESIDENT, dtype=np.int8)
