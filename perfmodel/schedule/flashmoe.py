@@ -11,26 +11,24 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from scipy.optimize import brentq
 
 from perfmodel.hardware import Quantity, hardware
 from perfmodel.moe import MoEShape, layer_flops
 from perfmodel.physics import PEAK_GEMM_FRAC
 from perfmodel.predict import basis_of
-from perfmodel.routing import SHIPPED, read_recording
 from perfmodel.text import NS_PER_S
 
 from . import layer_timeline
 from .costs import Layer
 from .fabric import fabric_of
-from .measures import TILE_ROWS, overlap_efficiency, padding_saved_frac, symmetric_buffer_bytes
+from .measures import overlap_efficiency
 from .overheads import DEFAULTS, Overheads
-from .timeline import TRANSFERS, LayerTimeline
+from .timeline import LayerTimeline
 from .traffic import traffic_of
 
 FOLDER = Path(__file__).parent.parent / "data" / "published"
-LATENCY, FACTS, SYMMETRIC = (FOLDER / f"flashmoe_{name}.csv" for name in ("latency", "facts", "symmetric"))
+LATENCY, FACTS = (FOLDER / f"flashmoe_{name}.csv" for name in ("latency", "facts"))
 MACHINE = "h100-sxm"
 SHAPE = MoEShape(
     name="flashmoe-layer",
@@ -45,8 +43,8 @@ SHAPE = MoEShape(
 ROUTING = "uniform"  # not published
 CAPACITY_FACTOR = 1.0  # arXiv 2506.04667 section 4
 NS_PER_MS = 1e6
-# Dense; half of the 989 that the data sheet of the H100 SXM states with sparsity. FlashMoE's code computes fp32 with
-# the tensor cores' TF32 instruction of the A100 (mmaConfig.cuh, m16n8k8; README: "TF32 (peak performance)").
+# Dense; half of the 989 that the data sheet of the H100 SXM states with sparsity. FlashMoE's code multiplies fp32 with
+# the TF32 instruction of tensor cores (osayamenja/FlashMoE, mmaConfig.cuh).
 TF32_PEAK_FLOPS_PER_S = 494.7e12
 
 
@@ -75,7 +73,7 @@ class System:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """Where the time goes that the model does not have: `words`, the unit of its one number (`ns`, `frac` of a factor,
+    """Where the time goes that the model does not have: `words`, the unit of its one number (`ns`, `factor`,
     `bytes_per_s`, `flops_per_s`), and between which values it is looked for."""
 
     words: str
@@ -98,23 +96,26 @@ BULK = tuple(name for name, schedule in SCHEDULE_OF.items() if schedule == "bulk
 BASELINE_HYPOTHESES = {
     "launch": Hypothesis("the host needs longer for each launch", "ns", 1e2, 1e8),
     "start": Hypothesis("each of the two collectives starts later", "ns", 1e0, 1e9),
-    "work": Hypothesis("all work of phases takes longer by a factor", "frac", 1e-2, 1e4),
+    "work": Hypothesis("all work of phases takes longer by a factor", "factor", 1e-2, 1e4),
     "all-to-all": Hypothesis("the all-to-all is slower", "bytes_per_s", 1e7, 1e12),
     "all-gather": Hypothesis("tokens go to all GPUs, and that is slower", "bytes_per_s", 1e7, 1e13),
-    "all rows": Hypothesis("each GPU computes the rows of all, by a factor", "frac", 1e-2, 1e4),
+    "all rows": Hypothesis("each GPU computes the rows of all, by a factor", "factor", 1e-2, 1e4),
 }
 FUSED_HYPOTHESES = {
-    "rate": Hypothesis("the experts' GEMMs reach less", "flops_per_s", 1e12, 1e16),
-    "link": Hypothesis("the links reach less", "bytes_per_s", 1e9, 1e13),
-    "start": Hypothesis("the kernel starts later", "ns", 1e0, 1e9),
+    "rate": Hypothesis("the GEMMs of the experts", "flops_per_s", 1e12, 1e16),
+    "link": Hypothesis("the links", "bytes_per_s", 1e9, 1e13),
+    "launch": Hypothesis("the launch of the kernel", "ns", 1e2, 1e9),
 }
+
+
+Latencies = Mapping[str, Mapping[Setting, float]]  # ns by system and setting
 
 
 @cache
-def published() -> Mapping[str, Mapping[Setting, float]]:
+def published(path: Path = LATENCY) -> Latencies:
     """Published latencies of one layer's forward pass, ns, by system and setting."""
     found: dict[str, dict[Setting, float]] = {}
-    with LATENCY.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             at = Setting(int(row["n_gpus"]), int(row["tokens_per_gpu"]))
             found.setdefault(row["system"], {})[at] = float(row["forward_ms"]) * NS_PER_MS
@@ -132,7 +133,6 @@ def facts(quantity: str) -> Mapping[str, float]:
 @cache
 def systems() -> Mapping[str, System]:
     """The systems of the latency table by name."""
-
     found = {}
     for name in published():
         schedule = SCHEDULE_OF[name]
@@ -178,7 +178,7 @@ def timeline(
     if hypothesis == "launch":
         overheads = replace(overheads, host_launch_ns=value)
     elif hypothesis == "start":
-        overheads = _later(overheads, known.schedule, value)
+        overheads = replace(overheads, collective_ns=value)
     elif hypothesis in ("work", "all rows"):
         overheads = replace(overheads, work_factor=value)
     elif hypothesis in ("all-to-all", "link"):
@@ -189,14 +189,24 @@ def timeline(
     return layer_timeline(layer, known.schedule, overheads)
 
 
-def calibrated(system: str, hypothesis: str) -> float | None:
-    """The number of a hypothesis with which a system's row of 4096 tokens comes out; null where none does."""
-    return needed(system, hypothesis, systems()[system].fitted_on)
+def timeline_with_room(system: str, at: Setting, capacity_factor: float) -> LayerTimeline:
+    """A system's layer at a setting with another capacity factor than the published one."""
+    known = systems()[system]
+    overheads = replace(known.overheads, capacity_factor=capacity_factor)
+    return layer_timeline(layer_at(at, known.dtype), known.schedule, overheads)
 
 
-def needed(system: str, hypothesis: str, at: Setting) -> float | None:
+def calibrated(system: str, hypothesis: str, latencies: Latencies | None = None) -> float | None:
+    """The number of a hypothesis with which a system's row of 4096 tokens comes out; null where none does.
+
+    No other row of `latencies` (null: the published ones) is looked at.
+    """
+    return needed(system, hypothesis, systems()[system].fitted_on, latencies)
+
+
+def needed(system: str, hypothesis: str, at: Setting, latencies: Latencies | None = None) -> float | None:
     """The number of a hypothesis with which one row of a system comes out; null where none does."""
-    return _solved(system, hypothesis, at, published()[system][at])
+    return _solved(system, hypothesis, at, (latencies or published())[system][at])
 
 
 @cache
@@ -228,101 +238,15 @@ def error_frac(system: str, hypothesis: str, at: Setting) -> float | None:
     return None if found is None else found.latency_ns / published()[system][at] - 1
 
 
-def predicted_efficiency(system: str, hypothesis: str | None, n_gpus: int, tokens_per_gpu: int = 8192) -> float | None:
-    """Overlap efficiency T(2) / T(n_gpus) under a calibrated hypothesis (null: as the model has it)."""
-    pair = [Setting(n, tokens_per_gpu) for n in (2, n_gpus)]
-    found = [timeline(system, at) if hypothesis is None else predicted(system, hypothesis, at) for at in pair]
-    if found[0] is None or found[1] is None:
-        return None
-    return overlap_efficiency(found[0].latency_ns, found[1].latency_ns)
+def predicted_efficiency(system: str, hypothesis: str, n_gpus: int, tokens_per_gpu: int = 8192) -> float | None:
+    """Overlap efficiency T(2) / T(n_gpus) under a calibrated hypothesis; null where it cannot be calibrated."""
+    two, more = (predicted(system, hypothesis, Setting(n, tokens_per_gpu)) for n in (2, n_gpus))
+    return overlap_efficiency(two.latency_ns, more.latency_ns) if two and more else None
 
 
 def expert_flops_per_s(latency_ns: float, tokens_per_gpu: int) -> float:
     """The rate at which each GPU computes the rows of its experts, were that all of a latency; under even routing."""
     return layer_flops(SHAPE, tokens_per_gpu) / latency_ns * NS_PER_S
-
-
-def late_gpu_ns(found: LayerTimeline, ratio: float) -> float:
-    """The latency of a bulk layer in which one GPU computes `ratio` times slower: every phase waits for it."""
-    slow = sum(ns for name, ns in found.phases.items() if name not in (*TRANSFERS, "launch"))
-    return found.latency_ns + (ratio - 1) * slow
-
-
-def straggler_ratio(found: LayerTimeline) -> float:
-    """How much longer the first GPU to come to a bulk layer's combine is in it than the last, which waits for nobody:
-    the slowest over the fastest run of one collective (arXiv 2506.04667 Table 2)."""
-    done = [span.start_ns + span.dur_ns for span in found.spans if span.phase == "gemm2"]
-    end = max(span.start_ns + span.dur_ns for span in found.spans if span.phase == "combine")
-    return (end - min(done)) / (end - max(done))
-
-
-class Payload(NamedTuple):
-    """What a padded collective makes of a measured routing, mean over layers: the share of padding in what is sent
-    where every expert has the room that the fullest needs, and the share of rows that is dropped where each has room
-    for the even share (then as much of what is sent is padding)."""
-
-    padding_frac: float
-    dropped_frac: float
-
-
-def payload(key: str) -> Payload:
-    """The padding of one of the shipped measured routings (see `routing.routing_keys`)."""
-    loads = read_recording(f"{SHIPPED}#{key}").loads.sum(axis=0)
-    kept = np.minimum(loads, CAPACITY_FACTOR * loads.mean(axis=1, keepdims=True))
-    return Payload(
-        float(np.mean([padding_saved_frac(row, row.max()) for row in loads])),
-        float(np.mean(1 - kept.sum(axis=1) / loads.sum(axis=1))),
-    )
-
-
-class Symmetric(NamedTuple):
-    """A row of the published table of symmetric tensors: bytes as published, read as GiB, and the model's own size."""
-
-    model: str
-    n_bytes: float
-    n_experts: int
-    hidden: int
-    context_tokens: int
-
-    @property
-    def tokens_of_4kb(self) -> float:
-        """Tokens of 4 KiB that four copies hold."""
-        return self.n_bytes / symmetric_buffer_bytes(4096.0, TILE_ROWS * self.n_experts, self.n_experts)
-
-    @property
-    def whole_tiles_bytes(self) -> float:
-        """Size(L) of a context of fp32 tokens as wide as the model, each expert's share in whole tiles."""
-        n_tiles = -(-self.context_tokens // (self.n_experts * TILE_ROWS))
-        n_tokens = n_tiles * self.n_experts * TILE_ROWS
-        return symmetric_buffer_bytes(4.0 * self.hidden * n_tokens, n_tokens, self.n_experts)
-
-    @property
-    def formula_bytes(self) -> float:
-        """Size(L) of the same by the published formula, which rounds up only shares below one tile."""
-        token_buffer_bytes = 4.0 * self.hidden * self.context_tokens
-        return symmetric_buffer_bytes(token_buffer_bytes, self.context_tokens, self.n_experts)
-
-
-@cache
-def symmetric() -> tuple[Symmetric, ...]:
-    """The published table of symmetric tensors."""
-    with SYMMETRIC.open(encoding="utf-8") as file:
-        return tuple(
-            Symmetric(
-                row["model"],
-                float(row["symmetric_gb"]) * 2**30,
-                int(row["n_experts"]),
-                int(row["hidden"]),
-                int(row["context_tokens"]),
-            )
-            for row in csv.DictReader(file)
-        )
-
-
-def _later(overheads: Overheads, schedule: str, value: float) -> Overheads:
-    if schedule == "fused":
-        return replace(overheads, host_launch_ns=value)
-    return replace(overheads, collective_ns=value)
 
 
 def _at_link_rate(layer: Layer, bytes_per_s: float) -> Layer:
