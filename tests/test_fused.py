@@ -1,17 +1,23 @@
 """The fused schedule, tile by tile: by hand, against a simulation of one task after another, and conservation."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perfmodel.errors import InputError
 from perfmodel.hardware import hardware
 from perfmodel.moe import MoEShape
+from perfmodel.placement import COPIED, NEAR_DATA
 from perfmodel.predict import basis_of
 from perfmodel.schedule import Fabric, Layer, Link, Overheads, Traffic, fabric_of, layer_timeline, traffic_of
-from perfmodel.schedule.events import simulate
-from perfmodel.schedule.tiles import Blocks, Plan, blocks_of
+from perfmodel.schedule.costs import EXPERTS
+from perfmodel.schedule.events import GEMM1, GEMM2, REDUCE, Run, simulate
+from perfmodel.schedule.tiles import Blocks, Plan, blocks_of, busy_ns, plan_of
+from tests.fused_oracle import Oracle
 
 SXM = hardware("h100-sxm")
 SMALL = MoEShape("small-made", n_experts=8, top_k=2, hidden=512, inter=256)
@@ -99,6 +105,63 @@ def test_blocks_go_to_all_gpus_in_turn_and_only_the_last_of_an_expert_is_short()
     assert np.array_equal(np.bincount(blocks.source * 3 + blocks.slot, blocks.rows, 9).reshape(3, 3), rows)
 
 
+@st.composite
+def plans_made(draw: st.DrawFn) -> Plan:
+    """Plans of whole numbers, so that much happens at the same moment."""
+    n_gpus, n_slots = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    gpu_of = draw(st.lists(st.integers(0, n_gpus - 1), min_size=n_slots, max_size=n_slots))
+
+    def numbers(low: int, high: int, n: int) -> list[int]:
+        return draw(st.lists(st.integers(low, high), min_size=n, max_size=n))
+
+    n_blocks = draw(st.integers(1, 9))
+    source, slot = numbers(0, n_gpus - 1, n_blocks), numbers(0, n_slots - 1, n_blocks)
+    gpu = [gpu_of[s] for s in slot]
+    lane = [-1 if a == b else w for a, b, w in zip(source, gpu, numbers(0, 1, n_blocks), strict=True)]
+    return plan_made(
+        source,
+        gpu,
+        slot,
+        numbers(1, 9, n_blocks),
+        n_processors=draw(st.integers(1, 4)),
+        begin_ns=np.array(numbers(0, 9, n_gpus), dtype=float),
+        n_tiles=tuple(numbers(1, 5, 3)),
+        gemm_ns=np.array(numbers(1, 9, max(slot) * 4 + 4), dtype=float).reshape(-1, 2, 2),
+        reduce_ns=np.array(numbers(1, 5, n_blocks), dtype=float),
+        hold_ns=np.array(numbers(0, 1, max(slot) + 1), dtype=float) * draw(st.integers(1, 20)),
+        lane=np.array(lane),
+        alpha_ns=tuple(map(float, numbers(0, 3, 2))),
+    )
+
+
+def assert_as_one_task_after_another(plan: Plan, ran: Run) -> None:
+    slow = Oracle(plan)
+    blocks = range(len(plan.blocks.rows))
+    tasks = [[(slow.starts[s, b][0], slow.ends[s, b]) for s in (GEMM1, GEMM2, REDUCE)] for b in blocks]
+    assert ran.tasks.tolist() == [[list(pair) for pair in of_block] for of_block in tasks]
+    for mine, theirs in ((ran.sends, slow.sends), (ran.takes, slow.takes)):
+        assert mine.tolist() == [[list(theirs.get((way, b), (0.0, 0.0))) for way in range(2)] for b in blocks]
+    assert ran.end_ns.tolist() == slow.end_ns
+    for g, n_tasks in zip((GEMM1, GEMM2, REDUCE), plan.n_tiles, strict=True):
+        assert all(len(slow.starts[g, b]) == n_tasks for b in blocks)  # what came in was done
+    worked = np.array([gpu.worked for gpu in slow.gpus]) / plan.n_processors
+    assert sum(busy_ns(plan).values()) == pytest.approx(worked)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans_made())
+def test_the_simulation_is_that_of_one_task_after_another(plan: Plan) -> None:
+    assert_as_one_task_after_another(plan, simulate(plan))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 150), st.sampled_from(["uniform", "zipf:1.0"]))
+def test_so_it_is_for_layers_of_a_machine(n_gpus: int, n_tokens: int, routing: str) -> None:
+    shape = replace(SMALL, n_experts=6)
+    plan = replace(plan_of(layer_made(shape, n_gpus, n_tokens, routing), 1.0), n_processors=11)
+    assert_as_one_task_after_another(plan, simulate(plan))
+
+
 @pytest.mark.parametrize("n_gpus", [1, 2, 8])
 @pytest.mark.parametrize("n_tokens", [1, 100, 3000])
 @pytest.mark.parametrize("routing", ["uniform", "zipf:1.2"])
@@ -107,6 +170,133 @@ def test_no_bound_is_beaten_and_nobody_computes_longer_than_the_run(n_gpus: int,
     assert found.latency_ns >= max(found.bounds.values())
     assert max(found.busy_ns) + found.phases["launch"] <= found.latency_ns * (1 + 1e-12)
     assert found.latency_ns == max(found.end_ns)
+
+
+def test_a_task_costs_its_tile_at_a_processors_share_of_the_gpu() -> None:
+    shape = MoEShape("plain-made", n_experts=32, top_k=2, hidden=2048, inter=2048, n_gemms=2)
+    layer = layer_made(shape, 8, 1024)
+    plan = plan_of(layer, 1.0)
+    assert (plan.n_processors, plan.n_tiles) == (2 * 132 - 1, (32, 32, 32))
+    c = layer.basis.device.constants
+    rows = (128 + c.tile_overhead_rows) / (1 + c.tile_overhead_rows / 256)
+    cols = (64 + c.tile_overhead_cols) / (1 + c.tile_overhead_cols / 128)
+    compute = 2 * rows * cols * (2048 + c.tile_overhead_terms) / (798e12 / 263) * 1e9
+    # Of what a block of 128 rows reads and writes, and of an expert's weights, each of 32 tasks has its part.
+    moved, weights = (n_values * 2 / 32 / (3e12 / 263) * 1e9 for n_values in (128 * (2048 + 2048), 2048 * 2048))
+    p = c.smooth_p
+    later = (compute**p + moved**p) ** (1 / p)
+    first = (compute**p + (moved + weights) ** p) ** (1 / p)
+    assert plan.gemm_ns[0] == pytest.approx(np.array([[later, first], [later, first]]))
+    assert plan.wire_ns.sum() == pytest.approx(plan.blocks.rows[plan.lane >= 0].sum() * 2048 * 2 / (0.8 * 450))
+
+
+def test_the_weighted_sum_takes_in_all_what_other_schedules_take() -> None:
+    layer = layer_made(SMALL, 4, 300, "zipf:1.0")
+    assert busy_ns(plan_of(layer, 1.0))["reduce"] == pytest.approx(layer.compute_ns["reduce"])
+
+
+def test_a_block_of_one_row_costs_a_whole_row_of_tiles() -> None:
+    short, full = (busy_ns(plan_of(one_expert(n_rows), 1.0)) for n_rows in (1, 128))
+    assert short["gemm1"] == full["gemm1"]
+    assert busy_ns(plan_of(one_expert(129), 1.0))["gemm1"] > 1.5 * full["gemm1"]
+
+
+def one_expert(n_rows: int) -> Layer:
+    """One GPU with one expert."""
+    rows, zero = np.array([[float(n_rows)]]), np.zeros(1, dtype=np.int64)
+    shape = replace(SMALL, n_experts=1, top_k=1)
+    traffic = Traffic(rows, rows, zero, zero, np.array([n_rows]), 1)
+    return Layer(basis_of(SXM, shape, None), shape, traffic, fabric_of(SXM, 1))
+
+
+@pytest.mark.parametrize("inside_gb_per_s", [25, 100, 450])
+@pytest.mark.parametrize("routing", ["uniform", "zipf:1.0"])
+def test_large_batches_take_as_long_as_the_busier_of_processors_and_links(inside_gb_per_s: int, routing: str) -> None:
+    layer = layer_made(MoEShape("plain-made", 32, 2, 2048, 2048, 2), 8, 8192, routing)
+    layer = replace(layer, fabric=Fabric(8, 8, Link(2000.0, inside_gb_per_s * 1e9)))
+    found = layer_timeline(layer, "fused", ALONE)
+    begin = found.phases["gate"] + found.phases["permute"]
+    closed = max(*found.busy_ns, begin + found.bounds["link"])
+    assert 0.99 * closed <= found.latency_ns < 1.04 * closed
+
+
+def test_more_tokens_take_longer() -> None:
+    latencies = [layer_timeline(layer_made(SMALL, 4, 2**i), "fused").latency_ns for i in range(13)]
+    # Few tokens may take a little longer than some more: an expert that has only rows of others waits for the first of
+    # them before it reads its weights.
+    assert all(after >= 0.9 * before for before, after in itertools.pairwise(latencies))
+    assert latencies[5:] == sorted(latencies[5:])
+    assert latencies[-1] > 1.5 * latencies[0]
+
+
+def test_turning_the_gpus_round_turns_the_results_round() -> None:
+    layer = layer_made(SMALL, 4, 61, "zipf:1.0")
+    found = layer_timeline(layer, "fused")
+    old = layer.traffic
+    turned = replace(
+        old,
+        rows=np.roll(old.rows, 1, axis=0),
+        tokens=np.roll(old.tokens, (1, 1), axis=(0, 1)),
+        gpu_of=(old.gpu_of + 1) % 4,
+    )
+    other = layer_timeline(replace(layer, traffic=turned), "fused")
+    assert other.end_ns == pytest.approx(np.roll(found.end_ns, 1))
+    assert other.busy_ns == pytest.approx(np.roll(found.busy_ns, 1))
+
+
+def test_the_hottest_gpu_bounds_a_skewed_layer() -> None:
+    even, skewed = (layer_timeline(layer_made(SMALL, 4, 4096, name), "fused") for name in ("uniform", "zipf:1.5"))
+    hottest = max(skewed.busy_ns)
+    assert skewed.latency_ns > 1.3 * even.latency_ns
+    assert hottest <= skewed.latency_ns <= hottest + skewed.bounds["link"] + 20_000
+    assert hottest == skewed.busy_ns[0] > 1.3 * skewed.busy_ns[3]
+
+
+def test_experts_outside_device_memory_hold_their_gpu_up_by_what_they_add() -> None:
+    layer = layer_made(SMALL, 2, 64)
+    tier = np.array([COPIED, COPIED, 0, 0, 0, 0, 0, 0], dtype=np.int8)
+    away = replace(layer, tier=tier, access="copy")
+    found, resident = layer_timeline(away, "fused", ALONE), layer_timeline(layer, "fused", ALONE)
+    added = away.compute_ns["offload"]
+    assert added[0] > 0 == added[1]
+    assert np.subtract(found.busy_ns, resident.busy_ns) == pytest.approx(added, abs=1e-6)
+    assert found.phases["offload"] == pytest.approx(added[0])
+    plan = plan_of(away, 1.0)
+    assert plan.hold_ns[:3] == pytest.approx([added[0] / 2, added[0] / 2, 0])
+    assert found.latency_ns == pytest.approx(resident.latency_ns + added[0], rel=0.2)
+
+
+def test_experts_whose_work_leaves_the_gpu_shorten_their_tasks_alone() -> None:
+    machine = hardware("trimoe")
+    shape = MoEShape("near-data-made", 128, 8, 2048, 768)
+    traffic = traffic_of("uniform", shape, 1, 16)
+    layer = Layer(basis_of(machine, shape, None), shape, traffic, fabric_of(machine, 1))
+    tier = np.zeros(128, dtype=np.int8)
+    tier[::2] = NEAR_DATA
+    away = replace(layer, tier=tier, access="near-data")
+    less = sum(away.compute_ns[name] - layer.compute_ns[name] for name in EXPERTS)[0]
+    before, after = plan_of(layer, 1.0), plan_of(away, 1.0)
+    assert less < 0
+    assert np.array_equal(after.gemm_ns[1::2], before.gemm_ns[1::2])
+    gone = sum(busy_ns(after)[name] - busy_ns(before)[name] for name in ("gemm1", "gemm2"))
+    assert gone[0] == pytest.approx(less)
+
+
+def test_the_work_factor_multiplies_all_but_the_launch() -> None:
+    layer = layer_made(SMALL, 4, 300)
+    once, twice = (layer_timeline(layer, "fused", Overheads(1, 7_000.0, work_factor=x)) for x in (1.0, 2.0))
+    assert twice.latency_ns - 7_000 == pytest.approx(2 * (once.latency_ns - 7_000))
+    assert twice.phases["dispatch"] == pytest.approx(2 * once.phases["dispatch"])
+
+
+def test_spans_stay_few_and_lie_within_the_run() -> None:
+    found = layer_timeline(layer_made(SMALL, 8, 4096, "zipf:1.0"), "fused")
+    assert 8 * 9 <= len(found.spans) < 3000
+    assert min(span.start_ns for span in found.spans) == found.phases["launch"]
+    assert max(span.start_ns + span.dur_ns for span in found.spans) == pytest.approx(found.latency_ns)
+    for gpu in range(8):  # spans of a phase do not overlap each other
+        mine = sorted((s.start_ns, s.start_ns + s.dur_ns) for s in found.spans if s[:3] == (gpu, "compute", "gemm1"))
+        assert all(end < start for (_, end), (start, _) in itertools.pairwise(mine))
 
 
 def test_only_rows_that_were_asked_for_are_sent() -> None:

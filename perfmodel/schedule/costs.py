@@ -94,8 +94,8 @@ def compute_ns(layer: Layer, share: float = 1.0, received_rows: Array | None = N
 
 def bounds_ns(layer: Layer) -> dict[str, Array]:
     """What no schedule can beat on each GPU, ns `[GPU]`: `compute` of its experts' rows at the full rate, `memory` to
-    read the weights of its active resident experts once, `link` to send or receive the rows that others have for it or
-    it for them, whichever is more and at the rate of the links they cross."""
+    read the weights of its active resident experts once, `link` to send its own rows and those that it computed for
+    others, which is as much as it receives, at the rate of the links they cross."""
     basis, traffic = layer.basis, layer.traffic
     work = _received_work(layer)
     resident = work.rows if layer.tier is None else np.where(received_tier(layer) == RESIDENT, work.rows, 0.0)
@@ -109,7 +109,7 @@ def bounds_ns(layer: Layer) -> dict[str, Array]:
     return {
         "compute": compute * correction,
         "memory": memory * correction,
-        "link": 2 * link_ns(layer, traffic.rows_between),
+        "link": link_ns(layer, traffic.rows_between + traffic.rows_between.T),
     }
 
 

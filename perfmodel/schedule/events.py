@@ -5,8 +5,9 @@ becomes the tasks of its weighted sum. A task that is ready goes to a processor 
 first that becomes free, in the order in which tasks became ready.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from .tiles import Plan
 
 # Stages of a block. Of what happens at one moment, what is nearer to the end comes first, then the lower block.
 REDUCE, TAKE_BACK, SEND_BACK, GEMM2, TAKE, GEMM1 = range(6)
-Free = list[tuple[float, int]]  # a heap: so many processors are free from this moment on
+Free = list[float]  # when each processor of a GPU is free, ascending
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ def simulate(plan: Plan) -> Run:
     source, gpu, slot = (column.tolist() for column in (plan.blocks.source, plan.blocks.gpu, plan.blocks.slot))
     gemm_ns, hold_ns, reduce_ns = plan.gemm_ns.tolist(), plan.hold_ns.tolist(), plan.reduce_ns.tolist()
     begin, stays = plan.begin_ns.tolist(), (plan.lane < 0).tolist()
-    free: list[Free] = [[(when, plan.n_processors)] for when in begin]
-    is_first, reads, end_ns = [True] * len(hold_ns), [0] * n_blocks, list(begin)
+    free: list[Free] = [[when] * plan.n_processors for when in begin]
+    end_ns, unread = list(begin), [[True] * len(hold_ns) for _ in range(2)]
     tasks: list[list[Interval]] = [[(0.0, 0.0)] * n_blocks for _ in plan.n_tiles]
     events: list[tuple[float, int]] = []
 
@@ -57,17 +58,14 @@ def simulate(plan: Plan) -> Run:
         here, there = source[block], gpu[block]
         if stage == TAKE:
             at(links.take(block, THERE, there, now), GEMM1, block)
-        elif stage == GEMM1:
-            where = slot[block]
-            if is_first[where]:
-                is_first[where], reads[block] = False, 1
-                if hold_ns[where]:
-                    hold(free[there], now, hold_ns[where])
-            tasks[0][block] = ran = run(free[there], now, plan.n_tiles[0], gemm_ns[where][0][reads[block]])
-            at(ran[1], GEMM2, block)
-        elif stage == GEMM2:
-            tasks[1][block] = ran = run(free[there], now, plan.n_tiles[1], gemm_ns[slot[block]][1][reads[block]])
-            at(ran[1], REDUCE if stays[block] else SEND_BACK, block)
+        elif stage in (GEMM1, GEMM2):
+            g, where = int(stage == GEMM2), slot[block]
+            reads = unread[g][where]
+            unread[g][where] = False
+            if reads and stage == GEMM1 and hold_ns[where]:
+                hold(free[there], now, hold_ns[where])
+            tasks[g][block] = ran = run(free[there], now, plan.n_tiles[g], gemm_ns[where][g][reads])
+            at(ran[1], GEMM2 if stage == GEMM1 else REDUCE if stays[block] else SEND_BACK, block)
         elif stage == SEND_BACK:
             at(links.send(block, BACK, there, now), TAKE_BACK, block)
         elif stage == TAKE_BACK:
@@ -81,23 +79,18 @@ def simulate(plan: Plan) -> Run:
 def run(free: Free, ready: float, n_tasks: int, dur: float) -> Interval:
     """Give equal tasks to the processors that are free first; when the first starts, when the last ends.
 
-    Processors that are free from the same moment on take their tasks in one step.
+    All processors that are free before the first of them would be free again take one task each, in one step.
     """
-    first = begin = max(ready, free[0][0])
+    first, last = max(ready, free[0]), ready
     while n_tasks:
-        when, n = free[0]
-        begin = max(ready, when)
-        if n <= n_tasks:
-            heapreplace(free, (begin + dur, n))
-            n_tasks -= n
-        else:
-            free[0] = (when, n - n_tasks)
-            heappush(free, (begin + dur, n_tasks))
-            n_tasks = 0
-    return first, begin + dur
+        n = min(n_tasks, bisect_right(free, max(ready, free[0]) + dur))
+        free[:n] = [(when if when > ready else ready) + dur for when in free[:n]]
+        last = free[n - 1]
+        free.sort()  # two sorted runs: one merge
+        n_tasks -= n
+    return first, last
 
 
 def hold(free: Free, ready: float, dur: float) -> None:
     """Hold all processors up, each as soon as it is free."""
-    free[:] = [(max(ready, when) + dur, n) for when, n in free]
-    heapify(free)
+    free[:] = [max(ready, when) + dur for when in free]

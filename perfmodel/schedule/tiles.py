@@ -154,14 +154,15 @@ def _offloaded(layer: Layer, blocks: Blocks, gemm_ns: Array, n_tiles: tuple[int,
     resident = replace(layer, tier=None, access=None)
     more = np.asarray(sum(layer.compute_ns[name] - resident.compute_ns[name] for name in EXPERTS))
     n_blocks = np.bincount(blocks.slot, minlength=len(hold_ns))
-    is_off = (layer.tier != RESIDENT) & (n_blocks > 0)
     tasks = np.asarray(n_tiles) / n
     slot_ns = (gemm_ns[:, :, 0] @ tasks) * (n_blocks - 1) + gemm_ns[:, :, 1] @ tasks
     scale = np.ones(len(hold_ns))
     for gpu in range(traffic.n_gpus):
-        off = is_off & (traffic.gpu_of == gpu)
-        if off.any() and more[gpu] > 0:
-            hold_ns[off] = more[gpu] / off.sum()
+        here = (traffic.gpu_of == gpu) & (n_blocks > 0)
+        off = here & (layer.tier != RESIDENT)
+        if more[gpu] > 0:  # a paged memory may miss others than those that were said to lie outside
+            waits = off if off.any() else here
+            hold_ns[waits] = more[gpu] / waits.sum()
         elif off.any():
             scale[off] = max(0.0, 1 + more[gpu] / slot_ns[off].sum())
     return gemm_ns * scale[:, None, None], hold_ns
