@@ -66,7 +66,7 @@ def test_calibration_meets_its_own_row_and_looks_at_no_other(system: str, hypoth
     at = systems()[system].fitted_on
     found = predicted(system, hypothesis, at)
     assert at.tokens_per_gpu == 4096 and found is not None
-    assert found.latency_ns == pytest.approx(published()[system][at], rel=1e-4)
+    assert found.latency_ns == pytest.approx(published()[system][at], rel=2e-3)  # tasks change order
     with LATENCY.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -126,9 +126,12 @@ def test_more_gpus_refute_a_factor_and_an_all_to_all_in_megatron() -> None:
         assert off["work"] > 0.5 and off["all-to-all"] > 0.3
 
 
-def test_flashmoe_follows_from_one_rate_but_for_its_loss_with_gpus() -> None:
-    assert all(abs(error_frac(FUSED, "rate", at) or 0) < 0.1 for at in published()[FUSED])
-    assert (predicted_efficiency(FUSED, "rate", 8) or 0) > 0.97 > 0.92 > facts("overlap_efficiency_8gpu")[FUSED]
+def test_one_rate_predicts_flashmoes_tokens_roughly_and_not_its_loss_with_gpus() -> None:
+    for at in (Setting(8, 8192), Setting(8, 16384)):
+        assert 0.05 < (error_frac(FUSED, "rate", at) or 0) < 0.2  # too slow: a part of the time is fixed
+    assert 67e12 < (calibrated(FUSED, "rate") or 0) < 494.7e12  # beyond fp32 without tensor cores
+    assert (predicted_efficiency(FUSED, "rate", 8) or 0) > 0.97 > facts("overlap_efficiency_8gpu")[FUSED] + 0.05
+    assert (predicted_efficiency(FUSED, "link", 8) or 1) < 0.7
     assert (error_frac(FUSED, "launch", Setting(8, 16384)) or 0) < -0.3
 
 

@@ -74,9 +74,9 @@ def _utilisation() -> str:
 Fig 9 has "SM active": the share of cycles in which a processor has a warp in flight, mean over processors, on 2 A100
 with {UTILISATION_ON[1]} experts (tokens not published; 8K here). Ours is the share of a layer in which a GPU computes.
 They are not the same: a persistent kernel is active by definition from its start to its end, waiting or not, so
-FlashMoE's {text.frac(active[FUSED])} says little of work done; a collective's kernel is active on a few processors without
-computing; a kernel of few blocks leaves processors inactive while it computes. Published, and the computing share by
-the model under each hypothesis with its number from the H100:
+FlashMoE's {text.frac(active[FUSED])} says little of work done; a collective's kernel is active on a few processors
+without computing; a kernel of few blocks leaves processors inactive while it computes. Published, and the computing
+share by the model under each hypothesis with its number from the H100:
 
 {markdown.table(["system", "SM active", "as modelled", *BASELINE_HYPOTHESES], rows)}
 If SM active is near computing at all, FasterMoE's figure is what waiting gives (`launch`, `start`, `all-to-all`) and
