@@ -299,6 +299,43 @@ def test_spans_stay_few_and_lie_within_the_run() -> None:
         assert all(end < start for (_, end), (start, _) in itertools.pairwise(mine))
 
 
+@pytest.mark.parametrize(("n_tokens", "gb_per_s"), [(4096, 25), (4096, 100), (4096, 450), (200, 450)])
+@pytest.mark.parametrize("routing", ["uniform", "zipf:1.0"])
+def test_shortening_the_bottleneck_shortens_the_layer_most(n_tokens: int, gb_per_s: int, routing: str) -> None:
+    layer = layer_made(MoEShape("gated-made", 32, 4, 2048, 768), 8, n_tokens, routing)
+    layer = replace(layer, fabric=Fabric(8, 8, Link(2000.0, gb_per_s * 1e9)))
+    plan = plan_of(layer, 1.0)
+    shorter = {
+        "gate": replace(plan, begin_ns=plan.begin_ns - 0.1 * layer.compute_ns["gate"]),
+        "permute": replace(plan, begin_ns=plan.begin_ns - 0.1 * layer.compute_ns["permute"]),
+        "gemm1": replace(plan, gemm_ns=plan.gemm_ns * np.array([0.9, 1.0])[:, None]),
+        "gemm2": replace(plan, gemm_ns=plan.gemm_ns * np.array([1.0, 0.9])[:, None]),
+        "reduce": replace(plan, reduce_ns=plan.reduce_ns * 0.9),
+        "dispatch": replace(plan, wire_ns=plan.wire_ns * 0.9),
+    }
+    latency = {name: simulate(other).end_ns.max() for name, other in shorter.items()}
+    assert layer_timeline(layer, "fused").bottleneck == min(latency, key=lambda name: latency[name])
+
+
+def test_two_nodes_keep_their_bounds_and_the_network_between_them_shows() -> None:
+    layer = layer_made(SMALL, 4, 2048)
+    slow = replace(layer, fabric=Fabric(4, 2, Link(2000.0, 360e9), Link(5000.0, 10e9)))
+    one, two = (layer_timeline(each, "fused") for each in (layer, slow))
+    assert two.latency_ns >= max(two.bounds.values())
+    assert two.latency_ns > 2 * one.latency_ns
+    assert two.bottleneck == "dispatch"
+
+
+def test_a_gpu_without_tokens_only_serves_others() -> None:
+    rows = np.array([[300.0, 300.0], [0.0, 0.0]])
+    index = np.arange(2)
+    traffic = Traffic(rows, rows, index, index, np.array([300, 0]), 2)
+    layer = Layer(basis_of(SXM, SMALL, None), SMALL, traffic, fabric_of(SXM, 2))
+    found = layer_timeline(layer, "fused", ALONE)
+    assert found.end_ns[1] == layer.compute_ns["gate"][1] < found.end_ns[0]
+    assert found.busy_ns[1] > found.end_ns[1]
+
+
 def test_only_rows_that_were_asked_for_are_sent() -> None:
     layer = layer_made(SMALL, 4, 500, "zipf:1.0")
     found = layer_timeline(layer, "fused")
@@ -312,3 +349,11 @@ def test_a_cpu_has_no_fused_kernel() -> None:
     layer = Layer(basis_of(cpu, SMALL, None), SMALL, traffic_of("uniform", SMALL, 1, 64), Fabric(1, 1, Link(0.0, 1e9)))
     with pytest.raises(InputError, match="one kernel on a GPU"):
         layer_timeline(layer, "fused", ALONE)
+
+
+def test_a_gpu_whose_sms_nobody_counted_is_refused() -> None:
+    quantities = {key: value for key, value in SXM.quantities.items() if key != "n_cores_count"}
+    layer = layer_made(SMALL, 2, 64)
+    device = replace(layer.basis.device, profile=replace(SXM, quantities=quantities))
+    with pytest.raises(InputError, match="no n_cores_count"):
+        layer_timeline(replace(layer, basis=replace(layer.basis, device=device)), "fused")

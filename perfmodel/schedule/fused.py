@@ -38,10 +38,10 @@ SPAN_GAP_FRAC = 0.02
 def fused_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
     """One MoE layer in one fused kernel per GPU, simulated tile by tile.
 
-    `phases` of tasks are processor time over processors, of transfers the busiest link's time and alpha; `bottleneck`
-    is the longest phase of the busier resource, processors or links. Spans are the times in which a GPU has anything of
-    a phase under way (gaps under SPAN_GAP_FRAC of the run closed), so those of several phases overlap. Raises
-    InputError for a CPU and for a GPU whose number of SMs is not known.
+    `phases` of tasks are processor time over processors, of transfers the busiest link's time and alpha. `bottleneck`
+    is the longest phase of what is busier, processors or, from the first row on, links. Spans are the times in which a
+    GPU has anything of a phase under way (gaps under SPAN_GAP_FRAC of the run closed), so those of several phases
+    overlap. Raises InputError for a CPU and for a GPU whose number of SMs is not known.
     """
     plan = plan_of(layer, overheads.work_factor)
     ran = simulate(plan)
@@ -56,8 +56,8 @@ def fused_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
         alpha = max(plan.alpha_ns[lane] for lane in np.unique(plan.lane[remote]))
         phases |= dict.fromkeys(TRANSFERS, one_way + alpha)
     computes = [name for name in phases if name not in (*TRANSFERS, "launch")]
-    on_wire = sum(phases.get(name, 0.0) for name in TRANSFERS)
-    tight = computes if float(busy.max()) >= on_wire else list(TRANSFERS)
+    on_wire = plan.begin_ns + layer.bounds_ns["link"] * overheads.work_factor
+    tight = computes if busy.max() >= on_wire.max() else TRANSFERS
     sent = 2 * float(plan.blocks.rows[remote].sum()) * layer.row_bytes
     return LayerTimeline(
         schedule="fused",
@@ -75,7 +75,7 @@ def fused_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
 
 
 def _spans(plan: Plan, ran: Run, begin: dict[str, Array], launch: float) -> list[Span]:
-    """Spans of each GPU, lane and phase, in that order; where each block's work is drawn says `blocks`."""
+    """When each GPU has anything of a phase under way, by lane and phase, then GPU."""
     blocks, n_gpus = plan.blocks, len(plan.begin_ns)
     found, start = [], np.full(n_gpus, launch)
     for phase, dur in begin.items():
