@@ -135,6 +135,18 @@ def test_one_rate_predicts_flashmoes_tokens_roughly_and_not_its_loss_with_gpus()
     assert (error_frac(FUSED, "launch", Setting(8, 16384)) or 0) < -0.3
 
 
+def test_waiting_fits_the_utilisation_of_fastermoe_and_not_of_megatron() -> None:
+    def computing(system: str, hypothesis: str) -> float:
+        number = calibrated(system, hypothesis) or 0
+        return timeline(system, Setting(2, 8192), hypothesis, number, "a100-sxm-80gb", 64).compute_busy_frac
+
+    active = facts("sm_utilisation")
+    for name in ("launch", "start", "all-to-all"):
+        assert abs(computing("fastermoe", name) - active["fastermoe"]) < 0.1
+        assert computing("megatron-te", name) < 0.3 * active["megatron"]
+    assert computing("megatron-te", "all-gather") < active["megatron"] < computing("megatron-te", "work")
+
+
 def test_published_identities_by_hand() -> None:
     own = published()[FUSED]
     assert throughput_tokens_per_s(8192, 8, own[Setting(8, 8192)]) == pytest.approx(17.7e6, rel=0.003)

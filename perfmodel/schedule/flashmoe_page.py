@@ -202,6 +202,7 @@ def _by_gpus() -> str:
     fewer_gpus = [at for at in te if at.n_gpus < FITTED_ON.n_gpus]
     means = {name: sum(_errors([TE], name, fewer_gpus)) / len(fewer_gpus) for name in BASELINE_HYPOTHESES}
     crossed, gathered = ([needed(TE, name, at) or 0.0 for at in SCALED] for name in ("all-to-all", "all-gather"))
+    scattered = [needed(FASTER, "all-to-all", at) or 0.0 for at in SCALED]
     nvlink = hardware(MACHINE)["peer_link_peak_bytes_per_s"]
     head = ["where", "system", "needed on 2 GPUs", "on 4", "on 8", "error on 2"]
     return f"""## More GPUs: what tells the hypotheses apart
@@ -223,7 +224,8 @@ That is arithmetic; what follows is inference. Megatron Core's default dispatche
 (`--moe-token-dispatcher-type`, its MoE README), and work of each GPU on the gathered tokens, such as masks and
 permutations, grows as `all rows` does. Which dispatcher ran, and over which links, is not published.
 
-FasterMoE ({", ".join(ms(faster[at]) for at in SCALED)} ms) fits neither; nearest is an all-to-all at 6 to 8 GB/s.
+FasterMoE ({", ".join(ms(faster[at]) for at in SCALED)} ms) fits neither; nearest is an all-to-all, at
+{text.bytes_per_s(min(scattered))} to {text.bytes_per_s(max(scattered))}.
 Megatron-CUTLASS on 4 GPUs took {", ".join(ms(jump[Setting(4, n)]) for n in (4096, 8192, 16384))} ms with 4K, 8K and 16K
 tokens. Nothing that grows with tokens has such a step. The middle one stands in two figures; we take it for a disturbed
 measurement, and its efficiency on 4 GPUs rests on it.
