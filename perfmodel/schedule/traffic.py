@@ -76,6 +76,14 @@ class Traffic:
         return found
 
 
+def expected_tokens(rows_between: Array, tokens_per_gpu: int, top_k: int) -> Array:
+    """How many different tokens of each source have a row on each GPU when no more is known than its rows there,
+    `[source GPU, GPU]`: a token misses a GPU when none of its top-k goes there, taken as independent (exact for drawing
+    with return)."""
+    tokens = tokens_per_gpu * (1 - (1 - rows_between / (tokens_per_gpu * top_k)) ** top_k)
+    return np.asarray(np.minimum(tokens, rows_between))
+
+
 def traffic_of(
     source: str,
     shape: MoEShape,
@@ -123,9 +131,9 @@ def traffic_from_shares(
         rows = in_slots(counts)
         there = np.zeros((n_gpus, n_gpus))
         np.add.at(there.T, gpu_of, rows.T)
-        # A token misses a GPU when none of its top-k goes there, taken as independent (exact for drawing with return).
-        tokens = tokens_per_gpu * (1 - (1 - there / (tokens_per_gpu * shape.top_k)) ** shape.top_k)
-        return Traffic(rows, np.minimum(tokens, there), gpu_of, expert_of, n_tokens, shape.top_k)
+        return Traffic(
+            rows, expected_tokens(there, tokens_per_gpu, shape.top_k), gpu_of, expert_of, n_tokens, shape.top_k
+        )
     rows, tokens = np.empty((n_gpus, len(gpu_of))), np.empty((n_gpus, n_gpus))
     first_slot = np.full(shape.n_experts, -1)
     first_slot[expert_of[::-1]] = np.arange(len(expert_of))[::-1]
