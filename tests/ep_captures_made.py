@@ -58,13 +58,13 @@ def probe_lines(n_ranks: int) -> list[dict[str, Any]]:
     return lines
 
 
-def manifest(n_ranks: int, **settings: Any) -> dict[str, Any]:
+def manifest(n_ranks: int, n_cores: int | None = 4) -> dict[str, Any]:
     """The manifest of a made-up capture."""
     told = {"n_ranks": n_ranks, "backend": "gloo", "device": "cpu", "dtype": "float32", "threads": 1, "seed": 0}
     clock = [{"rank": rank, "offset_ns": 0, "error_ns": 15 * rank} for rank in range(n_ranks)]
     return {
         "schema": 1, "kind": "expert-parallel", "created": "2026-01-01", "collector": "made up",
-        "settings": told | settings, "machine": {"cpu_model": "made up", "n_cores": 2}, "software": {},
+        "settings": told, "machine": {"cpu_model": "made up", "n_cores": n_cores}, "software": {},
         "kernel": "made up", "clock": clock,
     }  # fmt: skip
 
@@ -92,7 +92,9 @@ def write_by_hand_made(path: Path) -> Path:
     return write_files(path, manifest(2), workloads, steps, probe_lines(2))
 
 
-def write_model_made(path: Path, shapes: Sequence[dict[str, Any]], n_ranks: int = 4, factor: float = 1.0) -> EpCapture:
+def write_model_made(
+    path: Path, shapes: Sequence[dict[str, Any]], n_ranks: int = 4, factor: float = 1.0, n_cores: int | None = 4
+) -> EpCapture:
     """A capture whose times are `factor` times the model's own, in bulk and in two chunks of each shape."""
     generator = np.random.default_rng(0)
     lines = []
@@ -110,7 +112,7 @@ def write_model_made(path: Path, shapes: Sequence[dict[str, Any]], n_ranks: int 
         for line in lines
         for rank in range(n_ranks)
     ]
-    told, probes = manifest(n_ranks), probe_lines(n_ranks)
+    told, probes = manifest(n_ranks, n_cores), probe_lines(n_ranks)
     profile = profile_of(load_ep_capture(write_files(path, told, lines, nothing, probes)))
     steps = []
     for line in lines:

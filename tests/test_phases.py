@@ -1,29 +1,35 @@
 """Measured phases beside predicted ones, on made-up captures whose times are known."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from perfmodel.cli.main import app
 from perfmodel.ep_capture import load_ep_capture, shipped_ep_captures
 from perfmodel.errors import InputError
+from perfmodel.hardware import QUANTITIES
 from perfmodel.latency import load_model
 from perfmodel.schedule.captured import (
     LATENCY,
     errors_of,
     last_at_combine,
     layer_of,
+    on_cores_ns,
     overlap_efficiencies,
     profile_of,
     set_beside,
     summary,
     with_factors,
 )
+from tests.conftest import ROOT
 from tests.ep_captures_made import (
     ALPHA_NS,
     GEMM_FLOPS_PER_S,
@@ -32,6 +38,7 @@ from tests.ep_captures_made import (
     write_by_hand_made,
     write_model_made,
 )
+from tests.test_docs import keys_of
 
 SHAPES: tuple[dict[str, Any], ...] = (
     {"shape": "made-up-a", "n_experts": 8, "hidden": 512, "inter": 256, "tokens_per_gpu": 64},
@@ -144,9 +151,9 @@ def run(*words: str) -> str:
 def test_the_page_says_what_is_covered_and_what_is_missed(tmp_path: Path) -> None:
     page = run(str(write_by_hand_made(tmp_path / "made-up")))
     assert page.startswith(
-        "made-up: 2 ranks of 1 thread on 2 cores, gloo on cpu, fp32\ncovers     2 workloads of 1 shape"
+        "made-up: 2 ranks of 1 thread on 4 cores, gloo on cpu, fp32\ncovers     2 workloads of 1 shape"
     )
-    assert "within 30.0 ns" in page and "3.70 µs" in page and "1.76x" in page
+    assert "within 30.0 ns" in page and "3.70 µs" in page and "1.76 / " in page
     assert "the rank that all wait for at combine is the predicted one in 1 of 1 workloads" in page
     one = run(str(tmp_path / "made-up"), "--workload", "1")
     assert "1.50 µs / " in one and one.startswith("b1: made-up-a, 10 tokens a rank, uniform, bulk")
@@ -185,3 +192,59 @@ def test_shipped_captures_are_predicted_within_bounds_that_hold_today(path: Path
     }
     assert (beside.table["predicted_ns"] >= 0).all()
     assert summary(beside).height == len(capture.measured)
+
+
+def test_ranks_that_share_cores_are_done_when_their_work_is() -> None:
+    assert on_cores_ns(np.array([10.0, 10, 10, 10]), 2) == 20  # all the time two on each core
+    assert on_cores_ns(np.array([10.0, 0, 0, 0]), 2) == 10  # alone on its core
+    # Three share two cores until the first is done after 3 x 4 / 2; then each has its own for the 6 that are left.
+    assert on_cores_ns(np.array([10.0, 4, 10]), 2) == 3 * 4 / 2 + 6
+    assert on_cores_ns(np.array([7.0, 3]), 2) == 7
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=8), st.sampled_from([0.5, 1, 2, 3.5]))
+def test_shared_cores_do_no_more_than_all_work_and_never_less_than_the_longest(
+    work: list[float], at_once: float
+) -> None:
+    done = on_cores_ns(np.array(work), at_once)
+    assert done >= max(sum(work) / at_once, max(work) / min(at_once, 1)) * (1 - 1e-9) - 1e-6
+    assert done <= (sum(work) / at_once + max(work) * max(1, 1 / at_once)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("n_cores", "crowd"), [(4, None), (2, 2.0), (None, None)])
+def test_ranks_share_cores_where_there_are_fewer_than_they_use(
+    n_cores: int | None, crowd: float, tmp_path: Path
+) -> None:
+    beside = set_beside(write_model_made(tmp_path / "made-up", SHAPES[:1], n_cores=n_cores))
+    shared = [one.sharing_ns for one in beside.predicted.values()]
+    if crowd is None:
+        assert shared == [0.0, 0.0] and "sharing" not in set(beside.table["phase"])
+        return
+    bulk = beside.predicted["w0"]
+    computing = sum(float(bulk.compute_ns[name].max()) for name in bulk.compute_ns)
+    assert 0.5 * computing < bulk.sharing_ns < 1.2 * computing  # nearly even ranks, two on each core
+
+
+def test_a_probe_longer_than_a_time_slice_saw_a_share_of_its_core(tmp_path: Path) -> None:
+    path = write_model_made(tmp_path / "made-up", SHAPES[:1], n_cores=2).path  # for four ranks
+    lines = [line for line in (path / "probes.jsonl").read_text().splitlines() if '"stream"' not in line]
+    for n_bytes, rate in ((2e7, 9e9), (2e8, 1e10), (4e7, 3e10)):  # 2.2 ms, 20 ms; 1.3 ms says nothing against these
+        lines += [
+            json.dumps(
+                {"probe": "stream", "rank": 0, "params": {"n_bytes": n_bytes}, "value": rate, "unit": "bytes_per_s"}
+            )
+        ]
+    (path / "probes.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    profile = profile_of(load_ep_capture(path))
+    assert profile["memory_stream_bytes_per_s"] == 2e10
+    assert "x 2 for the cores they share" in profile.quantities["memory_stream_bytes_per_s"].source
+    (path / "probes.jsonl").write_text("\n".join(lines) + "\n")
+    assert profile_of(load_ep_capture(path))["memory_stream_bytes_per_s"] == 3e10
+
+
+def test_the_nomenclature_knows_the_keys_of_phases(tmp_path: Path) -> None:
+    paths = [str(write_model_made(tmp_path / f"n{n}", SHAPES[:1], n_ranks=n).path) for n in (2, 4)]
+    keys = keys_of(json.loads(run(*paths, "--json"))) - set(QUANTITIES)
+    named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")))
+    assert keys - named == set()
+    assert {"faster_than_bulk", "last_frac", "overlap_efficiency", "hidden_frac"} <= keys

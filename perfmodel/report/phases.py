@@ -35,7 +35,7 @@ def phases_page(beside: "Beside", model: str | None = None) -> str:
         "",
         "time of steps by phase, summed over workloads: the rank that takes longest, and collectives",
         _totals(beside),
-        *(["", "who waits for whom, and the slowest rank's time over the fastest's", _waits(beside)]),
+        *(["", "who waits for whom in bulk, and the slowest rank's time over the fastest's", _waits(beside)]),
         "",
         *_misses(beside),
     ]
@@ -126,6 +126,8 @@ def _facts(beside: "Beside") -> pl.DataFrame:
 
 
 def _coverage(beside: "Beside", model: str | None) -> list[str]:
+    from perfmodel.schedule.captured import ranks_at_once
+
     capture, settings = beside.capture, beside.capture.manifest.settings
     measured, n_steps = capture.measured, ep_steps.latencies(capture)["n_steps"].to_list()
     n_shapes = len({one.shape for one in measured})
@@ -133,6 +135,8 @@ def _coverage(beside: "Beside", model: str | None) -> list[str]:
     cores = capture.manifest.machine.get("n_cores")
     of_cores = f" on {text.counted(cores, 'core')}" if settings.device == "cpu" and isinstance(cores, int) else ""
     left = len(capture.workloads) - len(measured)
+    at_once = ranks_at_once(capture)
+    crowd = "" if at_once is None else f"; cores hold {at_once:g} ranks at once"
     clock_ns, numbers = capture.clock_error_ns, beside.profile.quantities
     machine = [text.in_unit(one.value, _suffix(key)) + f" {_short(key)}" for key, one in numbers.items()]
     return [
@@ -143,7 +147,9 @@ def _coverage(beside: "Beside", model: str | None) -> list[str]:
         + (f"; {text.counted(left, 'workload')} without a step" if left else ""),
         f"clocks     of two ranks within {text.ns(clock_ns)}"
         + (f"; {text.counted(len(capture.traces), 'workload')} with profiled traces" if capture.traces else ""),
-        wrapped(f"a rank has {', '.join(machine)} (probes of all ranks at once)", WIDTH, "machine    ", " " * 11),
+        wrapped(
+            f"a rank has {', '.join(machine)} (probes of all ranks at once{crowd})", WIDTH, "machine    ", " " * 11
+        ),
         f"model      {model or 'default constants'}; nothing is fitted on the steps",
     ]
 
@@ -160,7 +166,7 @@ def _summary(beside: "Beside") -> str:
     rows = []
     for number, row in enumerate(_facts(beside).iter_rows(named=True), start=1):
         way = beside.capture.by_id[row["workload"]].way
-        gains = [ratio(row[name]) if row[name] else "" for name in ("faster_than_bulk", "predicted_faster_than_bulk")]
+        gains = [row[name] for name in ("faster_than_bulk", "predicted_faster_than_bulk") if row[name]]
         rows.append(
             [
                 f"{number:>3}  {row['shape']}",
@@ -172,11 +178,11 @@ def _summary(beside: "Beside") -> str:
                 text.ns(row["predicted_ns"]),
                 f"{100 * row['error_frac']:+.0f} %",
                 *(text.frac(row[name]) for name in ("exposed_frac", "hidden_frac")),
-                *gains,
+                " / ".join(f"{gain:.2f}" for gain in gains),
             ]
         )
     head = ["  #  shape", "tokens", "routing", "schedule", "measured", "p10-p90", "predicted", "error"]
-    return table(rows, [*head, "exposed", "hidden", "vs bulk", "predicted"])
+    return table(rows, [*head, "exposed", "hidden", "vs bulk"])
 
 
 def _errors(beside: "Beside") -> str:
@@ -193,17 +199,21 @@ def _errors(beside: "Beside") -> str:
 
 def _totals(beside: "Beside") -> str:
     sums = _totals_of(beside)
-    steps = next(row[1] for row in sums if row[0] == "latency")
-    rows = [[phase, text.ns(seen), text.ns(said), text.frac(seen / steps)] for phase, seen, said in sums]
+    steps = next(row[1] for row in sums if row[0] == "latency") or 1.0
+    rows = [
+        [phase, text.ns(seen), text.ns(said), text.frac(None if seen is None else seen / steps)]
+        for phase, seen, said in sums
+    ]
     return table(rows, ["phase", "measured", "predicted", "of steps"])
 
 
-def _totals_of(beside: "Beside") -> list[tuple[str, float, float]]:
-    """Phase, measured and predicted time, summed over workloads."""
+def _totals_of(beside: "Beside") -> list[tuple[str, float | None, float]]:
+    """Phase, measured and predicted time, summed over workloads; null where no such phase is measured."""
     longest = beside.table.group_by("workload", "phase", maintain_order=True).agg(
         pl.col("measured_ns", "predicted_ns").max()
     )
-    sums = longest.drop_nulls().group_by("phase", maintain_order=True).agg(pl.col("measured_ns", "predicted_ns").sum())
+    measured = pl.when(pl.col("measured_ns").is_not_null().any()).then(pl.col("measured_ns").sum())
+    sums = longest.group_by("phase", maintain_order=True).agg(measured, pl.col("predicted_ns").sum())
     return list(sums.iter_rows())
 
 
@@ -213,7 +223,7 @@ def _waits(beside: "Beside", only: EpWorkload | None = None) -> str:
     unequal = {(w, p): (m, h) for w, p, m, h in ep_steps.stragglers(capture).iter_rows()}
     rows = []
     for number, one in enumerate(capture.measured, start=1):
-        if only is not None and one is not only:
+        if (one is not only) if only is not None else one.schedule != "bulk":
             continue
         for phase in ("dispatch", "combine"):
             found = seen.get((one.workload, phase), [])
@@ -235,11 +245,9 @@ def _misses(beside: "Beside") -> list[str]:
     """Where predicted and measured time part most, as sentences."""
     from perfmodel.schedule.captured import last_at_combine
 
-    sums = [row for row in _totals_of(beside) if row[0] != "latency"]
-    worst = sorted(sums, key=lambda row: abs(row[2] - row[1]), reverse=True)[:N_MISSES]
-    words = [
-        f"{phase} by {text.ns(abs(said - seen))} ({'long' if said > seen else 'short'})" for phase, seen, said in worst
-    ]
+    off = {name: said - seen for name, seen, said in _totals_of(beside) if name != "latency" and seen is not None}
+    worst = sorted(off, key=lambda name: -abs(off[name]))[:N_MISSES]
+    words = [f"{name} by {text.ns(abs(off[name]))} ({'long' if off[name] > 0 else 'short'})" for name in worst]
     lines = [wrapped(f"most is missed in {', '.join(words)}, over all workloads", WIDTH)]
     found = last_at_combine(beside).drop_nulls()
     if found.height:
