@@ -1,0 +1,111 @@
+"""The fused schedule (FlashMoE, arXiv 2506.04667): one kernel on each GPU sends, computes and combines tiles.
+
+On each GPU router and permute come first. Then its rows leave in blocks of at most 128, one-sided and without padding;
+a block that arrives is computed at once, in tiles of 128 x 64 by whichever processors are free, sent back and summed.
+Nobody waits for anybody else. `tiles` says what there is to do and how long each task takes, `events` when it is done.
+
+What is modelled, and how:
+
+- Processors: two thread blocks on each SM without the one that schedules; each has its share of the GPU's compute and
+  bandwidth, busy or not: where fewer tiles are there than processors, the rest of the GPU is idle.
+- A tile of GEMM costs what the latency model says of a grouped GEMM in tiles of 128 x 64. A block of fewer rows costs
+  as much as a full one: it is padded where it arrives, never on the wire.
+- Weights are read from device memory by the first block that an expert computes, and hit the cache afterwards: too kind
+  where the experts of a GPU exceed its L2 and blocks of one expert are far apart. The activation is part of the first
+  GEMM's tiles.
+- Links: every GPU sends and receives at its link's rate, one block after another, first come first served, inside a
+  node and between nodes apart; a block's first byte arrives alpha after it was sent. Blocks go to all GPUs in turn.
+- Experts outside device memory hold their GPU up by what the other schedules call `offload`, when they start.
+- `work_factor` of the overheads multiplies every duration. What is not in this schedule is left aside: collectives,
+  chunks, processors for communication, capacity.
+"""
+
+import numpy as np
+
+from perfmodel.physics import Array
+from perfmodel.placement.balance import Index
+
+from .costs import BEFORE, Layer, link_ns
+from .events import Run, simulate
+from .overheads import Overheads
+from .tiles import Plan, busy_ns, plan_of
+from .timeline import TRANSFERS, LayerTimeline, Span
+
+# Spans of a phase closer than this share of the run are drawn as one: a few thousand for 8 GPUs, not one per task.
+SPAN_GAP_FRAC = 0.02
+
+
+def fused_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
+    """One MoE layer in one fused kernel per GPU, simulated tile by tile.
+
+    `phases` of tasks are processor time over processors, of transfers the busiest link's time and alpha; `bottleneck`
+    is the longest phase of the busier resource, processors or links. Spans are the times in which a GPU has anything of
+    a phase under way (gaps under SPAN_GAP_FRAC of the run closed), so those of several phases overlap. Raises
+    InputError for a CPU and for a GPU whose number of SMs is not known.
+    """
+    plan = plan_of(layer, overheads.work_factor)
+    ran = simulate(plan)
+    launch = overheads.n_launches * overheads.host_launch_ns
+    begin = {name: layer.compute_ns[name] * overheads.work_factor for name in BEFORE}
+    by_phase = begin | busy_ns(plan)
+    busy = np.asarray(sum(by_phase.values()))
+    phases = {"launch": launch, **{name: float(ns.max()) for name, ns in by_phase.items() if ns.any()}}
+    remote = plan.lane >= 0
+    if remote.any():
+        one_way = float(link_ns(layer, layer.traffic.rows_between).max()) * overheads.work_factor
+        alpha = max(plan.alpha_ns[lane] for lane in np.unique(plan.lane[remote]))
+        phases |= dict.fromkeys(TRANSFERS, one_way + alpha)
+    computes = [name for name in phases if name not in (*TRANSFERS, "launch")]
+    on_wire = sum(phases.get(name, 0.0) for name in TRANSFERS)
+    tight = computes if float(busy.max()) >= on_wire else list(TRANSFERS)
+    sent = 2 * float(plan.blocks.rows[remote].sum()) * layer.row_bytes
+    return LayerTimeline(
+        schedule="fused",
+        latency_ns=float(ran.end_ns.max()) + launch,
+        end_ns=tuple(float(x) for x in ran.end_ns + launch),
+        phases=phases,
+        busy_ns=tuple(float(x) for x in busy),
+        bounds={**{name: float(ns.max()) for name, ns in layer.bounds_ns.items()}, "host": launch},
+        bottleneck=max([*tight, "launch"], key=lambda name: phases[name]),
+        n_launches=overheads.n_launches,
+        sent_bytes=sent,
+        payload_bytes=sent,
+        spans=tuple(_spans(plan, ran, begin, launch)),
+    )
+
+
+def _spans(plan: Plan, ran: Run, begin: dict[str, Array], launch: float) -> list[Span]:
+    """Spans of each GPU, lane and phase, in that order; where each block's work is drawn says `blocks`."""
+    blocks, n_gpus = plan.blocks, len(plan.begin_ns)
+    found, start = [], np.full(n_gpus, launch)
+    for phase, dur in begin.items():
+        found += [Span(g, "compute", phase, float(start[g]), float(dur[g])) for g in range(n_gpus) if dur[g] > 0]
+        start = start + dur
+    on_gpu, at_home = blocks.gpu, blocks.source
+    drawn: list[tuple[str, str, Index, Array]] = [
+        ("compute", "gemm1", on_gpu, ran.tasks[:, 0]),
+        ("compute", "gemm2", on_gpu, ran.tasks[:, 1]),
+        ("compute", "reduce", at_home, ran.tasks[:, 2]),
+        ("send", "dispatch", at_home, ran.sends[:, 0]),
+        ("receive", "dispatch", on_gpu, ran.takes[:, 0]),
+        ("send", "combine", on_gpu, ran.sends[:, 1]),
+        ("receive", "combine", at_home, ran.takes[:, 1]),
+    ]
+    gap = SPAN_GAP_FRAC * float(ran.end_ns.max())
+    for lane, phase, where, times in drawn:
+        for g in range(n_gpus):
+            for from_ns, to_ns in _joined(times[(where == g) & (times[:, 1] > times[:, 0])], gap):
+                found.append(Span(g, lane, phase, launch + from_ns, to_ns - from_ns))
+    return found
+
+
+def _joined(times: Array, gap: float) -> list[tuple[float, float]]:
+    """The union of intervals `times[interval, (start, end)]`, gaps of at most `gap` closed."""
+    if not len(times):
+        return []
+    times = times[np.argsort(times[:, 0], kind="stable")]
+    ends = np.maximum.accumulate(times[:, 1])
+    is_new = np.append(True, times[1:, 0] > ends[:-1] + gap)
+    first = np.flatnonzero(is_new)
+    last = np.append(first[1:], len(times)) - 1
+    return list(zip(times[first, 0].tolist(), ends[last].tolist(), strict=True))
