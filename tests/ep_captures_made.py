@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from perfmodel.ep_capture import EpCapture, EpWorkload, load_ep_capture
-from perfmodel.schedule.captured import layer_of, predict_step, profile_of
+from perfmodel.schedule.captured import layer_of, predict_step
+from perfmodel.schedule.probed import profile_of
 
 GEMM_FLOPS_PER_S, STREAM_BYTES_PER_S, ALPHA_NS, LINK_BYTES_PER_S = 4e10, 1e10, 50_000.0, 2e9
 SIZES = (1_000, 10_000, 100_000, 1_000_000)  # bytes that a rank has for each other one

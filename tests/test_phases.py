@@ -24,11 +24,11 @@ from perfmodel.schedule.captured import (
     layer_of,
     on_cores_ns,
     overlap_efficiencies,
-    profile_of,
     set_beside,
     summary,
     with_factors,
 )
+from perfmodel.schedule.probed import profile_of
 from tests.conftest import ROOT
 from tests.ep_captures_made import (
     ALPHA_NS,

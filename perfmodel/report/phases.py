@@ -126,7 +126,7 @@ def _facts(beside: "Beside") -> pl.DataFrame:
 
 
 def _coverage(beside: "Beside", model: str | None) -> list[str]:
-    from perfmodel.schedule.captured import ranks_at_once
+    from perfmodel.schedule.probed import ranks_at_once
 
     capture, settings = beside.capture, beside.capture.manifest.settings
     measured, n_steps = capture.measured, ep_steps.latencies(capture)["n_steps"].to_list()
@@ -255,6 +255,10 @@ def _misses(beside: "Beside") -> list[str]:
         lines.append(
             f"the rank that all wait for at combine is the predicted one in {right} of {found.height} workloads in bulk"
         )
+    said = {name: time_ns for name, _, time_ns in _totals_of(beside)}
+    if "sharing" in said:
+        share = said["sharing"] / said["latency"]
+        lines.append(f"waiting for cores is {text.frac(share)} of predicted steps; it is measured in other phases")
     gains = [row for row in _facts(beside).iter_rows(named=True) if row["faster_than_bulk"] is not None]
     if gains:
         n_faster = sum(row["faster_than_bulk"] > 1 for row in gains)

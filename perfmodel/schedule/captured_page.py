@@ -64,16 +64,37 @@ captures of two and of more ranks.
 
 PREDICTED = """## What is predicted, and from what
 
-A rank's share of the machine is what the probes saw **while all ranks worked**: the fastest dense GEMM and stream
-(medians over ranks), and for the link the line latency + bytes / rate through the all-to-alls, fitted robustly on
-relative errors. Constants of the latency model are the defaults, or those of a shipped model of the same kind of
-device, fitted on one process. **Nothing is fitted on steps.** Rows and places of experts are the recorded ones. The
-schedule is the model's own bulk or chunked one, without launches, padding or processors held by communication. The
-model has no phase `counts`: it is predicted as one all-to-all of nothing. Nor has it `regroup`: 4 passes over the
-hidden values of received rows (two gathers, each read and write), counted and not fitted.
+What a rank can do is what the probes saw **while all ranks worked**: the fastest dense GEMM and stream (medians over
+ranks), and for the link the line latency + bytes / rate through the all-to-alls, fitted robustly on relative errors.
+Constants of the latency model are the defaults, or those of a shipped model of the same kind of device, fitted on one
+process. **Nothing is fitted on steps.** Rows and places of experts are the recorded ones. The schedule is the model's
+own bulk or chunked one, without launches, padding or processors held by communication. Three things that engines do,
+and ranks on one machine, are no part of that schedule and are added:
+
+- `counts`: one all-to-all of nothing.
+- `regroup`: 4 passes over the hidden values of received rows (two gathers, each read and write), counted, not fitted.
+- `sharing`: what ranks wait for each other's cores where they use more than there are. Between two collectives all are
+done when all their work is: ranks that are left share the cores evenly, and none uses more than its own. Collectives
+on such a machine are copies by the same cores, so that they take as long as all their bytes, not as the busiest rank's.
+A probe's call that ends within a time slice (3 ms, assumed: Linux gives about so much) saw a whole core, and one that
+is longer than its turn its share; rates are brought to those of a rank that has its core.
+
+No phase is measured to be `sharing`. A rank that has no core waits in whatever phase it is in: within a long grouped
+GEMM, or in a `dispatch` that is over as soon as somebody lets it run. So of such a machine believe the latency, and of
+phases those that are shorter than a time slice.
 
 "with a factor" says how much of an error is the same everywhere: each phase is multiplied by one factor, the median of
-measured over predicted **on all other shapes**, and judged on the shape left out.
+measured over predicted **on all other shapes**, and judged on the shape left out. `sharing` is among what the factor of
+the latency holds.
+
+## What the model leaves out
+
+- **Small operators.** All of a layer that does not grow is one constant, and it is booked under `gate`. Measured
+`permute`, `regroup` and `reduce` have a floor each, so that of few tokens they are predicted far too short and `gate`
+too long.
+- **Collectives after computing.** Probes call the same collective in a loop, where threads are awake and buffers are
+there. In a step each comes after something else; `counts` over its prediction says how much that is.
+- **Other work on the machine.** Probes and steps are minutes apart. Spreads of latencies say how quiet it was.
 
 """
 

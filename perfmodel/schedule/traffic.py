@@ -162,7 +162,7 @@ def traffic_from_shares(
         for gpu in range(n_gpus):
             turn = (chosen.copy_of[map_layer] - gpu) % n_copies[expert_of]
             rows[gpu] = whole[expert_of] + (turn < left[expert_of])
-        there = np.stack([np.bincount(gpu_of, own, n_gpus) for own in rows])
+        there = np.array([np.bincount(gpu_of, own, n_gpus) for own in rows], dtype=np.float64)
         tokens = expected_tokens(there, tokens_per_gpu, shape.top_k)
         return Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)
     for gpu in range(n_gpus):
