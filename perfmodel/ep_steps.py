@@ -81,6 +81,18 @@ def overlaps(capture: EpCapture) -> pl.DataFrame:
     )
 
 
+def ranks_computing(capture: EpCapture) -> pl.DataFrame:
+    """How many ranks compute at the same time, on the mean over the time in which any does: `workload`, `n_computing`.
+
+    Ranks that were interrupted within a phase are counted as computing, so that this is the most it can have been.
+    """
+    computing = _numbered(capture).filter(~_IS_MOVING)
+    by = ("number", "step")
+    any_ns, each_ns = (busy_ns(computing, keys).group_by("number").agg(pl.col("busy_ns").sum()) for keys in (by, _BY))
+    found = each_ns.join(any_ns, on="number", suffix="_any").join(_numbers(capture), on="number")
+    return found.select("workload", n_computing=pl.col("busy_ns") / pl.col("busy_ns_any")).sort("workload")
+
+
 def collectives(capture: EpCapture) -> pl.DataFrame:
     """When ranks come to each collective: one row for each `workload`, `step`, `phase`, `chunk`, with `last_rank`, by
     how much it comes after the first (`skew_ns`), how long the collective takes once all are there and the one before

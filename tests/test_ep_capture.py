@@ -60,6 +60,14 @@ def test_communication_is_hidden_or_exposed_and_a_step_has_nothing_else(made: Ep
     assert (chunked["communication_ns"], chunked["hidden_ns"], chunked["exposed_ns"]) == (1900, 600, 1300)
 
 
+def test_ranks_compute_at_once_or_one_after_another(made: EpCapture) -> None:
+    found = dict(ep_steps.ranks_computing(made).iter_rows())
+    # Bulk: one of both computes from 0 to 200, 900 to 3300 and 3500 to 3600, rank 0 for 1850 of it and rank 1 for 2680.
+    assert found["b1"] == pytest.approx((1850 + 2680) / 2700)
+    # Chunked: 0 to 100, 300 to 1500 (rank 1 goes on from 800 with its second chunk); 700 and 1300 of it.
+    assert found["c2"] == pytest.approx((700 + 1300) / 1300)
+
+
 def test_a_collective_begins_when_the_last_rank_is_there(made: EpCapture) -> None:
     found = ep_steps.collectives(made)
     combine = only(found, workload="b1", step=0, phase="combine")

@@ -153,7 +153,7 @@ def test_the_page_says_what_is_covered_and_what_is_missed(tmp_path: Path) -> Non
     assert page.startswith(
         "made-up: 2 ranks of 1 thread on 4 cores, gloo on cpu, fp32\ncovers     2 workloads of 1 shape"
     )
-    assert "within 30.0 ns" in page and "3.70 µs" in page and "1.76 / " in page
+    assert "within 30.0 ns" in page and "3.70 µs" in page and "1.76/" in page
     assert "the rank that all wait for at combine is the predicted one in 1 of 1 workloads" in page
     one = run(str(tmp_path / "made-up"), "--workload", "1")
     assert "1.50 µs / " in one and one.startswith("b1: made-up-a, 10 tokens a rank, uniform, bulk")
@@ -240,6 +240,23 @@ def test_a_probe_longer_than_a_time_slice_saw_a_share_of_its_core(tmp_path: Path
     assert "x 2 for the cores they share" in profile.quantities["memory_stream_bytes_per_s"].source
     (path / "probes.jsonl").write_text("\n".join(lines) + "\n")
     assert profile_of(load_ep_capture(path))["memory_stream_bytes_per_s"] == 3e10
+
+
+def test_captures_of_gpus_and_of_one_rank_are_read_too(tmp_path: Path) -> None:
+    path = write_model_made(tmp_path / "gpus", SHAPES).path
+    for name, old, new in (
+        ("workloads.jsonl", '"dtype": "fp32"', '"dtype": "bf16"'),
+        ("expert_parallel.json", '"device": "cpu", "dtype": "float32"', '"device": "cuda", "dtype": "bfloat16"'),
+    ):
+        content = (path / name).read_text()
+        assert old in content
+        (path / name).write_text(content.replace(old, new))
+    beside = set_beside(load_ep_capture(path))
+    assert beside.profile.device == "gpu" and "bf16_gemm_flops_per_s" in beside.profile.quantities
+    assert (beside.table["predicted_ns"] > 0).all()
+    alone = write_model_made(tmp_path / "alone", SHAPES[:1], n_ranks=1)
+    assert "dispatch" not in set(set_beside(alone).table["phase"])
+    assert run(str(alone.path)).startswith("alone: 1 rank of 1 thread")
 
 
 def test_the_nomenclature_knows_the_keys_of_phases(tmp_path: Path) -> None:

@@ -177,12 +177,13 @@ def _summary(beside: "Beside") -> str:
                 f"{(row['p90_ns'] - row['p10_ns']) / row['measured_ns']:.0%}",
                 text.ns(row["predicted_ns"]),
                 f"{100 * row['error_frac']:+.0f} %",
-                *(text.frac(row[name]) for name in ("exposed_frac", "hidden_frac")),
-                " / ".join(f"{gain:.2f}" for gain in gains),
+                *("n/a" if row[name] is None else f"{row[name]:.0%}" for name in ("exposed_frac", "hidden_frac")),
+                "n/a" if row["n_computing"] is None else f"{row['n_computing']:.1f}",
+                "/".join(f"{gain:.2f}" for gain in gains),
             ]
         )
     head = ["  #  shape", "tokens", "routing", "schedule", "measured", "p10-p90", "predicted", "error"]
-    return table(rows, [*head, "exposed", "hidden", "vs bulk"])
+    return table(rows, [*head, "exposed", "hidden", "at once", "vs bulk"])
 
 
 def _errors(beside: "Beside") -> str:

@@ -197,8 +197,9 @@ def errors_of(table: pl.DataFrame) -> pl.DataFrame:
 def summary(beside: Beside) -> pl.DataFrame:
     """One row for each measured workload, in order: what it is, steps, latency measured (median, p10, p90) and
     predicted, `error_frac` (signed), what ranks do in a step as shares of it summed over ranks and steps
-    (`compute_frac`, `exposed_frac` of communication, `idle_frac`), `hidden_frac` of the communication, and for chunked
-    workloads how many times faster than the same in bulk, measured and predicted (null without)."""
+    (`compute_frac`, `exposed_frac` of communication, `idle_frac`), `hidden_frac` of the communication, how many ranks
+    compute at once (`n_computing`, null where none does), and for chunked workloads how many times faster than the same
+    in bulk, measured and predicted (null without)."""
     capture, predicted = beside.capture, beside.predicted
     names = ("shape", "tokens_per_gpu", "routing", "schedule", "n_chunks")
     ids = [one.workload for one in capture.measured]
@@ -224,6 +225,7 @@ def summary(beside: Beside) -> pl.DataFrame:
         .with_columns(pl.Series("predicted_ns", said, pl.Float64))
         .with_columns(error_frac=pl.col("predicted_ns") / pl.col("measured_ns") - 1)
         .join(shares, on="workload", maintain_order="left")
+        .join(ep_steps.ranks_computing(capture), on="workload", how="left", maintain_order="left")
         .with_columns(
             pl.Series("faster_than_bulk", [gains.get(name) for name in ids], pl.Float64),
             pl.Series("predicted_faster_than_bulk", expected, pl.Float64),

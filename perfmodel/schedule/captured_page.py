@@ -53,6 +53,8 @@ it by when it happens), `gemm1`, `activation`, `gemm2`, `combine`, `reduce` (the
 done, and ends when the last rank has all. What ranks are in it before that is waiting, not transfer.
 - **hidden**: communication of a rank while it computes. Hidden + exposed = communication; compute + exposed + idle =
 the rank's step. Of a rank's communication, waiting for others is part.
+- **at once**: how many ranks compute at the same time, on the mean over the time in which any does. An interrupted
+phase counts as computing.
 - **last rank**: the one that comes to a collective last, and the share of steps in which it does; none where all come
 closer together than their clocks can tell. The others wait from their own start to its.
 - **t / t_a**: the longest time of a rank over the shortest in the same collective, or in all computing phases together,
@@ -94,6 +96,8 @@ the latency holds.
 too long.
 - **Collectives after computing.** Probes call the same collective in a loop, where threads are awake and buffers are
 there. In a step each comes after something else; `counts` over its prediction says how much that is.
+- **Where the system lets ranks run.** A system may keep ranks that wake each other on one core while another is
+idle. The model has all cores busy as long as enough ranks have work; where few compute "at once", they did not.
 - **Other work on the machine.** Probes and steps are minutes apart. Spreads of latencies say how quiet it was.
 
 """
