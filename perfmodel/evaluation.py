@@ -83,7 +83,7 @@ def evaluate(
         if split != "none":
             fitted = LatencyModel(model.profile, model.dtype, model.kernel, model.prior)
             fitted.fit(observations[train], n_folds=INNER_FOLDS)
-        elsewhere = None if machine is None or machine.quantities == model.profile.quantities else machine
+        elsewhere = None if machine is None or machine.own_quantities == model.profile.own_quantities else machine
         work = fitted.work(observations[test], elsewhere)
         forecast = fitted.forecast(work, elsewhere)
         predicted[test], width[test] = forecast.ns, forecast.log_half_width

@@ -6,6 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
+from plotly.subplots import make_subplots
 
 from perfmodel import text
 from perfmodel.hardware import HardwareProfile
@@ -13,6 +14,7 @@ from perfmodel.launch import LaunchMetrics
 from perfmodel.physics import PARTS, ceilings
 from perfmodel.predict import Prediction
 from perfmodel.roofline import tiers
+from perfmodel.schedule import LANES, PHASES, LayerTimeline
 
 # Okabe-Ito, readable without colour vision; order of use.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
@@ -286,3 +288,56 @@ def coverage(expert_frac: Sequence[float], token_frac: Sequence[float]) -> go.Fi
     figure.update_xaxes(tickformat=".0%")
     figure.update_yaxes(tickformat=".0%")
     return figure.update_layout(showlegend=False, height=320, margin={"b": 48})
+
+
+def gantt(timelines: Sequence[LayerTimeline]) -> go.Figure:
+    """Who does what when in one MoE layer: a panel for each schedule on one time axis, a row for each GPU and lane.
+
+    What a GPU computes stands above what it sends and receives. Spans that are under way together overlap.
+    """
+    figure = make_subplots(
+        rows=len(timelines),
+        shared_xaxes=True,
+        vertical_spacing=0.12 / len(timelines),
+        subplot_titles=[literal(f"{one.schedule}, {text.ns(one.latency_ns)}") for one in timelines],
+    )
+    n_rows = 0
+    for panel, one in enumerate(timelines, 1):
+        used = {(span.gpu, span.lane) for span in one.spans}
+        labels = [f"GPU {g} {lane}" for g in range(len(one.end_ns)) for lane in LANES if (g, lane) in used]
+        n_rows += len(labels)
+        for i, phase in enumerate(PHASES):
+            own = [span for span in one.spans if span.phase == phase]
+            if not own:
+                continue
+            figure.add_bar(
+                row=panel,
+                col=1,
+                y=[f"GPU {span.gpu} {span.lane}" for span in own],
+                base=[span.start_ns for span in own],
+                x=[span.dur_ns for span in own],
+                orientation="h",
+                name=phase,
+                legendgroup=phase,
+                showlegend=not any(trace.name == phase for trace in figure.data),
+                marker={
+                    "color": PALETTE[i % len(PALETTE)],
+                    "pattern": {"shape": "/" if i >= len(PALETTE) else ""},
+                    "line": {"width": 0.5, "color": "white"},
+                },
+                opacity=0.85,
+                hovertext=[
+                    f"{phase}, piece {span.piece}, GPU {span.gpu}<br>{text.ns(span.dur_ns)} from "
+                    f"{text.ns(span.start_ns)} on"
+                    for span in own
+                ],
+                hoverinfo="text",
+            )
+        figure.update_yaxes(categoryorder="array", categoryarray=labels[::-1], dtick=1, row=panel, col=1)
+        figure.add_vline(x=one.latency_ns, row=panel, col=1, line={"color": "grey", "dash": "dash", "width": 1})
+    _layout(figure, "One MoE layer", "", "")
+    top = max(one.latency_ns for one in timelines)
+    ticks = [top * i / 8 for i in range(9)]
+    figure.update_xaxes(range=[0, top * 1.02], tickvals=ticks, ticktext=[text.ns(tick) for tick in ticks])
+    height = 200 + 60 * len(timelines) + 16 * n_rows
+    return figure.update_layout(barmode="overlay", height=height, bargap=0.15, margin={"l": 120})

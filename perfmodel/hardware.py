@@ -59,12 +59,22 @@ QUANTITIES: dict[str, str] = {
     "ndp_peak_flops_per_s": "rate of expert GEMMs inside one near-data DIMM",
     "ndp_link_peak_bytes_per_s": "nominal bandwidth between near-data DIMMs, without the CPU",
     "peer_link_peak_bytes_per_s": "nominal bandwidth to the other GPUs of the node, one direction",
+    "peer_link_all_to_all_bytes_per_s": "bandwidth an all-to-all reaches inside a node, one direction of one GPU",
+    "peer_link_alpha_ns": "start of a message to another GPU of the node, before its first byte arrives",
+    "net_link_peak_bytes_per_s": "nominal bandwidth of a GPU's share of the network between nodes, one direction",
+    "net_link_all_to_all_bytes_per_s": "bandwidth an all-to-all reaches between nodes, one direction of one GPU",
+    "net_link_alpha_ns": "start of a message to a GPU of another node, before its first byte arrives",
+    "n_node_gpus_count": "GPUs that peer links join: those of one node, or of one NVLink domain",
+    "n_host_gpus_count": "GPUs that share the host as it is described here",
     "launch_overhead_ns": "launch call to start of a null kernel",
     "null_kernel_ns": "duration of a null kernel",
     "graph_launch_ns": "launch of a CUDA graph of one null kernel, waited for nothing",
     "graph_kernel_ns": "each further null kernel of a CUDA graph",
     "call_overhead_ns": "one grouped GEMM call on minimal work, host time included",
 }
+
+# What lies outside one machine: it changes nothing of what one GPU with its host does.
+OF_OTHERS = ("peer_link_", "net_link_", "n_node_gpus_", "n_host_gpus_")
 
 # What drivers call the GPUs of shipped profiles, and folders of public measurements (whole names), as patterns. A slice
 # (MIG) goes by its GPU's name and has less of everything. Other sizes and form factors of the same chips are not meant.
@@ -99,6 +109,11 @@ class HardwareProfile:
     device: str
     quantities: Mapping[str, Quantity]
     notes: str = ""
+
+    @property
+    def own_quantities(self) -> dict[str, Quantity]:
+        """The quantities without those of links to other GPUs: what one GPU with its host is told from another by."""
+        return {key: quantity for key, quantity in self.quantities.items() if not key.startswith(OF_OTHERS)}
 
     def __getitem__(self, key: str) -> float:
         """The value of a quantity in base units; raises InputError when this machine has none."""

@@ -280,7 +280,7 @@ def _half_width(basis: Basis, work: Work, forecast: Forecast | None) -> float | 
     if forecast is None or model is None:
         return None
     width = forecast.log_half_width
-    if model.profile.quantities != basis.device.profile.quantities:
+    if model.profile.own_quantities != basis.device.profile.own_quantities:
         width = zero_shot_half_width(model, work, basis.device.profile)
     return None if np.isnan(width).any() else float(np.average(width, weights=forecast.ns))
 
@@ -318,7 +318,7 @@ def _evidence(
         )
     if model is None:
         return [*reasons, "default constants, no fitted model given (--model)"], "datasheet", None
-    is_here = model.profile.quantities == profile.quantities
+    is_here = model.profile.own_quantities == profile.own_quantities
     elsewhere = [] if is_here else [f"fitted on {model.profile.name}"]
     unknown = [] if model.dtype == shape.dtype else [f"fitted on {model.dtype}, this shape is {shape.dtype}"]
     for way in ways:

@@ -85,7 +85,7 @@ def transferred(
     }
     found.constants_ = replace(model.constants_, **moved)
     found.tiles_ = _tiles(model, found)
-    if profile.quantities != model.profile.quantities:
+    if profile.own_quantities != model.profile.own_quantities:
         found.offload_ = None  # a link and a host of its own
     return found
 

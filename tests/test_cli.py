@@ -423,10 +423,10 @@ def test_check_exit_codes(tmp_path: Path) -> None:
     assert "expected a percentage" in refused("check", str(a), str(a), "--margin", "lots")
 
 
-def test_schedule_and_list(tmp_path: Path) -> None:
-    done = run("schedule", "--shape", "olmoe", "--hardware", "h100-sxm", "--gpus", "8", "--tokens", "8192", "--json")
-    assert [row["schedule"] for row in json.loads(done.stdout)] == ["bulk", "chunked", "fused"]
-    assert "cannot share 64 experts" in refused(
+def test_schedule_and_list() -> None:
+    done = run("schedule", "--shape", "olmoe", "--hardware", "h100-sxm", "--gpus", "8", "--tokens", "64", "--json")
+    assert [row["schedule"] for row in json.loads(done.stdout)["schedules"]] == ["bulk", "chunked", "fused"]
+    assert "64 experts cannot be shared evenly by 7 GPUs" in refused(
         "schedule", "--shape", "olmoe", "--hardware", "h100-sxm", "--gpus", "7", "--tokens", "8"
     )
     listed = run("list").stdout

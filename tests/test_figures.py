@@ -1,5 +1,7 @@
 """Figures hold the numbers they were given, say so in words, and interpret no name from a file."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("plotly", reason="plotly is not installed")
@@ -11,6 +13,7 @@ from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
 from perfmodel.predict import slowdown_curve
 from perfmodel.routing import coverage_curve, routing
+from perfmodel.schedule import PHASES, LayerTimeline, Span
 from perfmodel.trace import Trace
 from tests.traces_made import events
 
@@ -88,3 +91,30 @@ def test_coverage_runs_from_nothing_to_all() -> None:
     line = figures.coverage(*coverage_curve(routing("power-law", 8, 2, 100_000).counts)).data[0]
     assert (line.x[0], line.y[0]) == (0, 0)
     assert (line.x[-1], line.y[-1]) == (1, pytest.approx(1))
+
+
+def test_the_gantt_draws_every_span_in_a_panel_for_each_schedule_on_one_time_axis() -> None:
+    spans = (
+        Span(0, "compute", "gate", 5.0, 10.0),
+        Span(0, "send", "dispatch", 15.0, 20.0),
+        Span(1, "receive", "dispatch", 15.0, 20.0),
+        Span(1, "compute", "gemm1", 35.0, 50.0, 3),
+    )
+    one = LayerTimeline(HOSTILE, 90.0, (15.0, 90.0), {}, (10.0, 50.0), {}, "gemm1", 1, 0.0, 0.0, spans=spans)
+    figure = figures.gantt([one, replace(one, schedule="other", latency_ns=180.0, spans=spans[:1])])
+    drawn = [(t.name, y, base, x) for t in figure.data for y, base, x in zip(t.y, t.base, t.x, strict=True)]
+    assert sorted(drawn) == sorted(
+        [(s.phase, f"GPU {s.gpu} {s.lane}", s.start_ns, s.dur_ns) for s in (*spans, spans[0])]
+    )
+    assert [t.name for t in figure.data if t.showlegend] == ["gate", "dispatch", "gemm1"]  # each once
+    titles = [one.text for one in figure.layout.annotations]
+    assert titles[0].startswith("&lt;b onclick=x&gt;gemm") and titles[1] == "other, 180 ns"
+    assert figure.layout.xaxis.range == figure.layout.xaxis2.range and figure.layout.xaxis.range[1] > 180
+    assert figure.layout.yaxis.categoryarray == ("GPU 1 receive", "GPU 1 compute", "GPU 0 send", "GPU 0 compute")
+    looks = {(t.marker.color, t.marker.pattern.shape) for t in figures.gantt([everything()]).data}
+    assert len(looks) == len(PHASES)  # no two phases look alike
+
+
+def everything() -> LayerTimeline:
+    spans = tuple(Span(0, "compute", phase, 10.0 * i, 10.0) for i, phase in enumerate(PHASES))
+    return LayerTimeline("all", 90.0, (90.0,), {}, (90.0,), {}, "gate", 1, 0.0, 0.0, spans=spans)

@@ -94,7 +94,7 @@ def evaluate(
     read = read_sources(sources[is_model:], wanted, machine, note, any_version=kernel is None)
     for source in read:
         model = given if chosen == "none" and given else LatencyModel(source.profile, source.dtype, source.kernel)
-        is_here = given is not None and given.profile.quantities == source.profile.quantities
+        is_here = given is not None and given.profile.own_quantities == source.profile.own_quantities
         if model is given and not (is_here and given.kernel == source.kernel):
             note(
                 f"{source.kernel} on {source.profile.name} is judged by a model of {given.kernel} on "

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from perfmodel import hardware, report
-from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words, whole
+from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words
 from perfmodel.errors import InputError, MissingExtraError
 
 
@@ -42,30 +42,6 @@ def check(
         if n_missing:
             note(f"{n_missing} workloads of the other capture are missing in the {side} and were not compared")
     raise typer.Exit(1 if regression.is_slower(verdicts) else 0)
-
-
-@app.command()
-def schedule(
-    shape: Annotated[str, typer.Option(help="Catalogue name or Hugging Face config.json.")],
-    hardware_name: Annotated[str, typer.Option("--hardware", help="Profile with a peer link, such as h100-sxm.")],
-    gpus: Annotated[str, typer.Option(help="GPUs that share the experts.")],
-    tokens: Annotated[str, typer.Option(help="Tokens per GPU.")],
-    as_json: Json = False,
-) -> None:
-    """What an expert-parallel layer costs under bulk, chunked and fused schedules (closed forms)."""
-    from perfmodel import hf_config
-    from perfmodel.predict import basis_of
-    from perfmodel.schedule import Layer, fabric_of, layer_timeline, traffic_of
-
-    profile, moe_shape = hardware.hardware(hardware_name), hf_config.resolve(shape)
-    n_gpus, n_tokens = whole(gpus, "--gpus"), whole(tokens, "--tokens")
-    traffic = traffic_of("uniform", moe_shape, n_gpus, n_tokens)
-    layer = Layer(basis_of(profile, moe_shape, None), moe_shape, traffic, fabric_of(profile, n_gpus))
-    rows = [layer_timeline(layer, name) for name in ("bulk", "chunked")]
-    if as_json:
-        print_json([row.to_json() for row in rows])
-    else:
-        print_words(report.schedule_page(rows))
 
 
 @app.command(name="list")

@@ -38,7 +38,7 @@ def rebalance(loads: Array, n_slots: int, n_groups: int, n_nodes: int, n_gpus: i
         return np.take_along_axis(of_copies, order, axis=1).reshape(n_layers, n_slots)
 
     phy2log = in_order(np.take_along_axis(experts, copy_of, axis=1))
-    return map_of_slots("eplb", phy2log, in_order(_numbers_among_equals(copy_of)), n_gpus)
+    return map_of_slots("eplb", phy2log, in_order(numbers_among_equals(copy_of)), n_gpus)
 
 
 def packed(weights: Array, n_packs: int) -> Index:
@@ -71,7 +71,7 @@ def replicated(loads: Array, n_slots: int) -> tuple[Index, Index]:
     return copy_of, n_copies
 
 
-def _numbers_among_equals(values: Index) -> Index:
+def numbers_among_equals(values: Index) -> Index:
     """How many equal values come before each one in its row, of the shape of `values`."""
     order = np.argsort(values, axis=1, kind="stable")
     ascending = np.take_along_axis(values, order, axis=1)

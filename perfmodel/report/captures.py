@@ -1,14 +1,12 @@
-"""Text pages about comparisons of captures and schedules."""
+"""Text pages about comparisons of captures."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from perfmodel import text
 from perfmodel.report.words import table
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Verdict
-    from perfmodel.schedule import LayerTimeline
 
 
 def check_page(verdicts: "Sequence[Verdict]") -> str:
@@ -34,18 +32,3 @@ def check_page(verdicts: "Sequence[Verdict]") -> str:
     return (
         "\n".join(lines) + "\n\n" + table([row(v) for v in shown], ["workload", "ratio", "90 %", "verdict", ""]) + more
     )
-
-
-def schedule_page(rows: "Sequence[LayerTimeline]") -> str:
-    """Latency of each schedule and its phases."""
-    phases = list(rows[0].phases)
-    body = [
-        [
-            r.schedule,
-            text.ns(r.latency_ns),
-            *(text.ns(r.phases[p]) for p in phases),
-            f"{rows[0].latency_ns / r.latency_ns:.2f}x",
-        ]
-        for r in rows
-    ]
-    return table(body, ["schedule", "latency", *phases, f"against {rows[0].schedule}"])

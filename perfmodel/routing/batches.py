@@ -49,8 +49,10 @@ class Routing:
     @property
     def popularity(self) -> Shares:
         """The long-run share of each expert, `[draw, expert]`, each row summing to 1."""
+        if self.shares is not None:
+            return self.shares
         by_count: Shares = self.counts / (self.n_tokens * self.top_k)
-        return by_count if self.shares is None else self.shares
+        return by_count
 
 
 def expected_counts(shares: Shares, n_tokens: int, top_k: int) -> Counts:

@@ -4,13 +4,18 @@ A collective is a rendezvous: it begins when the last GPU comes to it and ends f
 one piece; chunked cuts the rows into pieces, whose collectives run beside the experts of other pieces.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from perfmodel.physics import Array
 
-from .costs import BEFORE, EXPERTS, Layer, compute_ns, link_ns
+from .costs import BEFORE, EXPERTS, Layer, bounds_ns, compute_ns, link_ns
 from .overheads import Overheads
-from .timeline import LayerTimeline, Span
+from .timeline import PHASES, TRANSFERS, LayerTimeline, Span
+
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it fill 0 to 1 evenly, however many there are
 
 
 def bulk_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
@@ -19,26 +24,47 @@ def bulk_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
 
 
 def chunked_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
-    """The rows in `overheads.n_chunks` pieces: while experts compute one, collectives move others."""
-    return _timeline(layer, overheads, overheads.n_chunks, "chunked")
+    """The rows in `overheads.n_chunks` pieces: while experts compute one, collectives move others.
+
+    One GPU by itself has nothing to move, and one piece.
+    """
+    return _timeline(layer, overheads, overheads.n_chunks if layer.traffic.n_gpus > 1 else 1, "chunked")
 
 
-def capacity_rows(layer: Layer, overheads: Overheads) -> tuple[Array, Array, float]:
-    """Rows between GPUs as they are sent `[source, GPU]`, rows of experts as they are computed `[GPU, place]`, and the
-    share of rows that is dropped, all by the capacity of the overheads."""
+@dataclass(frozen=True)
+class Sent:
+    """What a schedule makes of the rows that were asked for: `between[source, GPU]` as they are sent, `computed[GPU,
+    place]` as experts compute them, both with padding; `kept[source, slot]` those that are not dropped."""
+
+    between: Array
+    computed: Array
+    kept: Array
+
+
+def sent_rows(layer: Layer, overheads: Overheads) -> Sent:
+    """Padding and dropping by the capacity of the overheads: what one GPU may have for one expert.
+
+    One GPU by itself has nothing to pad for.
+    """
     traffic = layer.traffic
-    if overheads.capacity_factor is None:
-        return traffic.rows_between, traffic.received, 0.0
+    if overheads.capacity_factor is None or traffic.n_gpus == 1:
+        return Sent(traffic.rows_between, traffic.received, traffic.rows)
     if overheads.capacity_factor:
         even = traffic.n_tokens * traffic.top_k / len(traffic.gpu_of)
         capacity = np.ceil(overheads.capacity_factor * even)
     else:
         capacity = np.full(traffic.n_gpus, traffic.rows.max())
-    kept = np.minimum(traffic.rows, capacity[:, None]).sum()
-    n_held = np.array([len(slots) for slots in traffic.slots_of], dtype=np.float64)
-    place = np.arange(traffic.received.shape[1])
-    computed = np.where(place < n_held[:, None], capacity.sum(), 0.0)
-    return capacity[:, None] * n_held, computed, float(1 - kept / traffic.rows.sum())
+    padded = np.repeat(capacity[:, None], len(traffic.gpu_of), axis=1)
+    kept = np.minimum(traffic.rows, padded)
+    return Sent(traffic.between(padded), traffic.at_experts(padded.sum(axis=0)), kept)
+
+
+def chunk_rows(rows: Array, n_chunks: int) -> Array:
+    """Whole rows of each chunk, `[chunk, GPU, place]`, summing to `rows[GPU, place]` and as even as they can be; which
+    chunks have one more differs from place to place, so that few rows spread over chunks."""
+    first = np.arange(rows.shape[1]) * GOLDEN % 1
+    edges = np.floor(rows * np.arange(n_chunks + 1)[:, None, None] / n_chunks + first)
+    return np.asarray(np.diff(edges, axis=0))
 
 
 def all_to_all_ns(layer: Layer, rows_between: Array, overheads: Overheads) -> float:
@@ -48,94 +74,123 @@ def all_to_all_ns(layer: Layer, rows_between: Array, overheads: Overheads) -> fl
     if fabric.n_gpus == 1:
         return 0.0
     alpha = max(link.alpha_ns for link in (fabric.inside, fabric.between) if link is not None)
-    return float(overheads.collective_ns + alpha + link_ns(layer, rows_between).max())
+    moving = alpha + float(link_ns(layer, rows_between).max())
+    return overheads.collective_ns + overheads.work_factor * moving
+
+
+@dataclass(frozen=True)
+class _Times:
+    """How long each piece takes: phases of the whole layer, `[GPU]`; those of each chunk's experts, `[GPU]`; one
+    collective of a chunk by TRANSFERS; what the host needs to launch all."""
+
+    whole: dict[str, Array]
+    experts: list[dict[str, Array]]
+    collective: dict[str, float]
+    host_ns: float
+
+    def shortened(self, phase: str) -> "_Times":
+        """The same with one phase a tenth shorter."""
+
+        def cut(times: dict[str, Any]) -> dict[str, Any]:
+            return {name: ns * (0.9 if name == phase else 1.0) for name, ns in times.items()}
+
+        host_ns = self.host_ns * (0.9 if phase == "launch" else 1.0)
+        return _Times(cut(self.whole), [cut(one) for one in self.experts], cut(self.collective), host_ns)
 
 
 def _timeline(layer: Layer, overheads: Overheads, n_chunks: int, schedule: str) -> LayerTimeline:
-    sent_rows, computed_rows, dropped = capacity_rows(layer, overheads)
+    sent = sent_rows(layer, overheads)
     n_gpus, factor = layer.fabric.n_gpus, overheads.work_factor
-    whole = compute_ns(layer, 1.0, computed_rows)
-    piece = whole if n_chunks == 1 else compute_ns(layer, 1 / n_chunks, computed_rows)
-    # Communication kernels hold their processors while they run beside the experts of other chunks.
-    slow = factor / (1 - (overheads.comm_sm_frac if n_chunks > 1 and n_gpus > 1 else 0.0))
-    experts = {name: piece[name] * slow for name in EXPERTS}
-    own = {name: whole[name] * factor for name in (*BEFORE, "reduce")}
-    transfer = all_to_all_ns(layer, sent_rows / n_chunks, overheads)
-    transfer += (factor - 1) * (transfer - overheads.collective_ns) if n_gpus > 1 else 0.0
+    whole = compute_ns(layer, 1.0, sent.computed)
+    chunks = chunk_rows(sent.computed, n_chunks)
+    pieces = [whole] if n_chunks == 1 else [compute_ns(layer, 1 / n_chunks, rows) for rows in chunks]
+    # Communication kernels hold their processors while they run beside the experts of other chunks. Links to the host
+    # and its CPU do not mind.
+    slow = dict.fromkeys(EXPERTS, factor / (1 - (overheads.comm_sm_frac if n_chunks > 1 else 0.0)))
+    slow["offload"] = factor
+    collective_ns = all_to_all_ns(layer, sent.between / n_chunks, overheads)
+    times = _Times(
+        {name: whole[name] * factor for name in (*BEFORE, "reduce")},
+        [{name: piece[name] * slow[name] for name in EXPERTS} for piece in pieces],
+        dict.fromkeys(TRANSFERS, collective_ns),
+        overheads.n_launches * overheads.host_launch_ns,
+    )
+    spans, end = _run(times)
+    launch_ns = _launch_ns(times, overheads, end)
+    spans = [span._replace(start_ns=span.start_ns + launch_ns) for span in spans]
+    phases = {"launch": launch_ns, **_phases(times)}
+    latency_ns = float(end.max()) + launch_ns
+
+    def without(phase: str) -> float:
+        shorter = times.shortened(phase)
+        end = _run(shorter)[1]
+        return float(end.max()) + _launch_ns(shorter, overheads, end)
+
+    remote = 1 - np.eye(n_gpus)
+    kept_between = layer.traffic.between(sent.kept)
+    bounds = {name: float(ns.max()) for name, ns in bounds_ns(layer, sent.kept).items()}
+    busy = sum((ns for one in (times.whole, *times.experts) for ns in one.values()), np.zeros(n_gpus))
+    return LayerTimeline(
+        schedule=schedule,
+        latency_ns=latency_ns,
+        end_ns=tuple(float(x) for x in end + launch_ns),
+        phases=phases,
+        busy_ns=tuple(float(x) for x in busy),
+        bounds={**bounds, "host": times.host_ns},
+        bottleneck=min(phases, key=without),
+        n_launches=overheads.n_launches,
+        sent_bytes=2 * float((sent.between * remote).sum()) * layer.row_bytes,
+        payload_bytes=2 * float((kept_between * remote).sum()) * layer.row_bytes,
+        dropped_frac=float(1 - sent.kept.sum() / layer.traffic.rows.sum()),
+        spans=tuple(spans),
+    )
+
+
+def _launch_ns(times: _Times, overheads: Overheads, end: Array) -> float:
+    """What the host adds in front of the device's work: its first launch, and what of the others no work hides."""
+    return max(times.host_ns - float(end.max()), times.host_ns / max(overheads.n_launches, 1))
+
+
+def _phases(times: _Times) -> dict[str, float]:
+    """How long each phase that takes any time takes on the GPU that it takes longest."""
+    experts = {name: np.sum([one[name] for one in times.experts], axis=0) for name in EXPERTS}
+    found = {name: float(ns.max()) for name, ns in {**times.whole, **experts}.items()}
+    found |= {name: len(times.experts) * ns for name, ns in times.collective.items()}
+    return {name: found[name] for name in PHASES if found[name] > 0}
+
+
+def _run(times: _Times) -> tuple[list[Span], Array]:
+    """Who does what when, from the first kernel on, and when each GPU is done, `[GPU]`."""
+    n_gpus, n_chunks = len(times.whole["gate"]), len(times.experts)
     spans: list[Span] = []
     free = np.zeros(n_gpus)  # when each GPU's processors are
     link_free = 0.0
 
-    def compute(phase: str, dur: Array, after: Array | float, chunk: int) -> Array:
+    def compute(phase: str, dur: Array, after: float, chunk: int) -> None:
         start = np.maximum(free, after)
         spans.extend(
             Span(g, "compute", phase, float(start[g]), float(dur[g]), chunk) for g in range(n_gpus) if dur[g] > 0
         )
         free[:] = start + dur
-        return free.copy()
 
     def collective(phase: str, ready: float, chunk: int) -> float:
         nonlocal link_free
-        start = max(ready, link_free)
-        for lane in ("send", "receive") if transfer > 0 else ():
-            spans.extend(Span(g, lane, phase, start, transfer, chunk) for g in range(n_gpus))
-        link_free = start + transfer
+        start, dur = max(ready, link_free), times.collective[phase]
+        for lane in ("send", "receive") if dur > 0 else ():
+            spans.extend(Span(g, lane, phase, start, dur, chunk) for g in range(n_gpus))
+        link_free = start + dur
         return link_free
 
     for phase in BEFORE:
-        ready = compute(phase, own[phase], 0.0, 0)
-    arrived = [collective("dispatch", float(ready.max()), 0)]
+        compute(phase, times.whole[phase], 0.0, 0)
+    ready = float(free.max())
+    arrived = [collective("dispatch", ready, 0)]
     last = 0.0
-    for chunk in range(n_chunks):
+    for chunk, experts in enumerate(times.experts):
         if chunk + 1 < n_chunks:  # the next chunk is on its way before this one is computed
-            arrived.append(collective("dispatch", float(ready.max()), chunk + 1))
-        done = np.zeros(n_gpus)
+            arrived.append(collective("dispatch", ready, chunk + 1))
         for phase in EXPERTS:
-            done = compute(phase, experts[phase], arrived[chunk], chunk)
-        last = collective("combine", float(done.max()), chunk)
-    end = compute("reduce", own["reduce"], last, 0)
-    return _summed(layer, overheads, schedule, spans, end, sent_rows, dropped, n_chunks * transfer)
-
-
-def _summed(
-    layer: Layer,
-    overheads: Overheads,
-    schedule: str,
-    spans: list[Span],
-    end: Array,
-    sent_rows: Array,
-    dropped: float,
-    transfer_ns: float,
-) -> LayerTimeline:
-    """The timeline with what the host needs to launch it in front: its first launch, and what of the others no work
-    of the device hides."""
-    n_gpus = layer.fabric.n_gpus
-    device_ns = float(end.max())
-    host_ns = overheads.n_launches * overheads.host_launch_ns
-    launch = max(host_ns - device_ns, min(overheads.n_launches, 1) * overheads.host_launch_ns)
-    spans = [span._replace(start_ns=span.start_ns + launch) for span in spans]
-    by_phase: dict[str, Array] = {}
-    for span in spans:
-        if span.lane == "compute":
-            by_phase.setdefault(span.phase, np.zeros(n_gpus))[span.gpu] += span.dur_ns
-    busy = np.asarray(sum(by_phase.values()))
-    phases = {"launch": launch, **{name: float(ns.max()) for name, ns in by_phase.items()}}
-    phases |= {"dispatch": transfer_ns, "combine": transfer_ns} if transfer_ns else {}
-    remote = layer.traffic.rows_between * (1 - np.eye(n_gpus))
-    return LayerTimeline(
-        schedule=schedule,
-        latency_ns=device_ns + launch,
-        end_ns=tuple(float(x) for x in end + launch),
-        phases=phases,
-        busy_ns=tuple(float(x) for x in busy),
-        bounds={
-            **{name: float(ns.max()) for name, ns in layer.bounds_ns.items()},
-            "host": host_ns,
-        },
-        bottleneck=max(phases, key=lambda name: phases[name]),
-        n_launches=overheads.n_launches,
-        sent_bytes=2 * float((sent_rows * (1 - np.eye(n_gpus))).sum()) * layer.row_bytes,
-        payload_bytes=2 * float(remote.sum()) * layer.row_bytes,
-        dropped_frac=dropped,
-        spans=tuple(spans),
-    )
+            compute(phase, experts[phase], arrived[chunk], chunk)
+        last = collective("combine", float(free.max()), chunk)
+    compute("reduce", times.whole["reduce"], last, 0)
+    return spans, free

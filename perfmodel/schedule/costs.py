@@ -14,7 +14,7 @@ from perfmodel.offload import placement_parts
 from perfmodel.physics import Array, Counts, Parts, Work, total
 from perfmodel.placement import RESIDENT, Tiers
 from perfmodel.placement.balance import Index
-from perfmodel.predict import Basis, learned_correction, work_of
+from perfmodel.predict import OWN_TO_DEVICE, Basis, learned_correction, work_of
 from perfmodel.routing import Routing
 from perfmodel.text import NS_PER_S
 
@@ -60,21 +60,22 @@ def compute_ns(layer: Layer, share: float = 1.0, received_rows: Array | None = N
     """The time of each phase that computes when a GPU has `share` of all its rows and tokens, ns `[GPU]`.
 
     Weights are read for each share anew: that is what pipelining in chunks costs. `received_rows[GPU, place]` are what
-    experts compute where padding makes that more than `Traffic.received` (null). Experts outside device memory add
-    `offload`; where they take more off the GPU than they cost, they shorten the grouped GEMMs instead.
+    experts compute, taken as they are, where that is not the share of `Traffic.received` (null): padding, or the whole
+    rows of a chunk. Experts outside device memory add `offload`; where they take more off the GPU than they cost, they
+    shorten the grouped GEMMs instead.
     """
     device = layer.basis.device
     sent, received = _sent_work(layer, share), _received_work(layer, share, received_rows)
-    own = _resident(layer, sent)
+    sending = _resident(layer, sent)
     there = _resident(layer, received)
     no_gemm = _resident(layer, replace(received, k=received.k * 0, n=received.n * 0))
-    correction = learned_correction(layer.basis, received, layer.shape)
+    correction = _correction(layer, received)
     width = layer.shape.hidden + layer.shape.inter
     found = {
-        "gate": own["router"] + no_gemm["overhead"],
-        "permute": own["permute"] * layer.shape.hidden / width,
+        "gate": sending["router"] + no_gemm["overhead"],
+        "permute": sending["permute"] * layer.shape.hidden / width,
         "activation": there["permute"] * layer.shape.inter / width,
-        "reduce": own["combine"],
+        "reduce": sending["combine"],
     }
     for g, name in enumerate(GEMMS):
         keep = np.arange(received.k.shape[1]) == g
@@ -83,7 +84,8 @@ def compute_ns(layer: Layer, share: float = 1.0, received_rows: Array | None = N
     offload = np.zeros(layer.traffic.n_gpus)
     if layer.tier is not None and (layer.tier != RESIDENT).any() and layer.access is not None:
         parts, _ = placement_parts(received, received_tier(layer), layer.access, device)
-        offload = total({k: v for k, v in parts.items() if k != "launch"}) - total(there)
+        own = total({name: value for name, value in parts.items() if name in OWN_TO_DEVICE})
+        offload = total(parts) - parts.get("launch", 0.0) - own + (own - total(there)) * correction
     found = {name: value * correction for name, value in found.items()}
     busy = sum(found[name] for name in EXPERTS[:3])
     shrink = 1 + np.minimum(offload, 0.0) / np.maximum(busy, 1e-9)
@@ -92,30 +94,35 @@ def compute_ns(layer: Layer, share: float = 1.0, received_rows: Array | None = N
     return {**found, "offload": np.maximum(offload, 0.0)}
 
 
-def bounds_ns(layer: Layer) -> dict[str, Array]:
-    """What no schedule can beat on each GPU, ns `[GPU]`: `compute` of its experts' rows at the full rate, `memory` to
-    read the weights of its active resident experts once, `link` to send its own rows and those that it computed for
-    others, which is as much as it receives, at the rate of the links they cross."""
+def bounds_ns(layer: Layer, kept_rows: Array | None = None) -> dict[str, Array]:
+    """What no schedule can beat on each GPU, ns `[GPU]`, of rows `kept_rows[source, slot]` that are not dropped (null:
+    all of them).
+
+    `compute` is the arithmetic of its resident experts' rows at the full rate, `memory` reading the weights of those
+    with rows once, `link` what its busiest link carries one way, dispatch and combine together: what it sends in one it
+    receives in the other, so that both ways carry the same, padding and latency left aside. Where a fitted model has
+    its own kernels run faster than the roof, they are the bound.
+    """
     basis, traffic = layer.basis, layer.traffic
-    work = _received_work(layer)
+    kept = traffic.rows if kept_rows is None else kept_rows
+    between = traffic.between(kept)
+    work = _received_work(layer, received_rows=traffic.at_experts(kept.sum(axis=0)))
     resident = work.rows if layer.tier is None else np.where(received_tier(layer) == RESIDENT, work.rows, 0.0)
     here = replace(work, counts=Counts(resident), routing_of=np.arange(traffic.n_gpus, dtype=np.int64))
-    flops, weights = physics.ideal_work(here)
-    roof, constants = basis.device.roof, basis.device.constants
-    correction = np.minimum(learned_correction(basis, work, layer.shape), 1.0)
-    # Fitted efficiencies may exceed 1 where the calibrated roof was low.
-    compute = flops / (roof.flops_per_s * max(constants.eff_compute, 1.0)) * NS_PER_S
-    memory = weights / (roof.bytes_per_s * max(constants.eff_memory, 1.0)) * NS_PER_S
-    return {
-        "compute": compute * correction,
-        "memory": memory * correction,
-        "link": link_ns(layer, traffic.rows_between + traffic.rows_between.T),
-    }
+    roof, form = basis.device.roof, basis.device.form
+    correction = np.minimum(_correction(layer, work), 1.0)
+    ideal = zip(physics.ideal_work(here), (roof.flops_per_s, roof.bytes_per_s), strict=True)
+    modelled = zip(*form.gemm_roofs(here, roof, basis.device.constants), strict=True)
+    compute, memory = (
+        np.minimum(amount / rate * NS_PER_S, np.sum(of_gemms, axis=0)) * correction
+        for (amount, rate), of_gemms in zip(ideal, modelled, strict=True)
+    )
+    return {"compute": compute, "memory": memory, "link": link_ns(layer, between + between.T)}
 
 
 def link_ns(layer: Layer, rows_between: Array) -> Array:
-    """How long each GPU's links are busy with one way of rows `[source, GPU]`, ns `[GPU]`: the busier of sending and
-    receiving, and of the links inside and between nodes, which work side by side."""
+    """How long each GPU's links are busy with rows `[source, GPU]`, ns `[GPU]`: the busier of sending and receiving,
+    and of the links inside and between nodes, which work side by side."""
     inside = layer.fabric.is_inside
     busiest = np.zeros(layer.fabric.n_gpus)
     for link, mask in ((layer.fabric.inside, inside), (layer.fabric.between, 1 - inside)):
@@ -132,11 +139,9 @@ def correction_of(layer: Layer) -> Array:
 
 def received_tier(layer: Layer) -> Tiers:
     """The tier of each GPU's own experts, `[GPU, place]`, as `Traffic.received` has them."""
-    found = np.full(layer.traffic.received.shape, RESIDENT, dtype=np.int8)
-    if layer.tier is not None:
-        for gpu, slots in enumerate(layer.traffic.slots_of):
-            found[gpu, : len(slots)] = layer.tier[slots]
-    return found
+    if layer.tier is None:
+        return np.full(layer.traffic.received.shape, RESIDENT, dtype=np.int8)
+    return layer.traffic.at_experts(layer.tier)
 
 
 def _resident(layer: Layer, work: Work) -> Parts:
@@ -146,17 +151,30 @@ def _resident(layer: Layer, work: Work) -> Parts:
     return {name: value for name, value in parts.items() if name != "launch"}
 
 
+def _correction(layer: Layer, work: Work) -> Array:
+    """What a fitted model's residual multiplies the time of each GPU by, `[GPU]`; 1 where no row arrives, of which no
+    model knows anything."""
+    is_idle = work.n_rows == 0
+    rows = work.rows
+    rows[is_idle, 0] = 1.0
+    known = replace(work, counts=Counts(rows), n_tokens=np.where(is_idle, 1.0, work.n_tokens))
+    return np.where(is_idle, 1.0, learned_correction(layer.basis, known, layer.shape))
+
+
 def _sent_work(layer: Layer, share: float) -> Work:
     """The router's side: each GPU's own tokens and all experts."""
     traffic = layer.traffic
-    return _work(layer, traffic.rows * share, traffic.n_tokens * share, layer.shape.n_experts, layer.shape.top_k)
+    n_tokens = traffic.n_tokens.astype(np.float64) * share
+    return _work(layer, traffic.rows * share, n_tokens, layer.shape.n_experts, layer.shape.top_k)
 
 
 def _received_work(layer: Layer, share: float = 1.0, received_rows: Array | None = None) -> Work:
     """The experts' side: the rows that arrive on each GPU."""
-    rows = (layer.traffic.received if received_rows is None else received_rows) * share
+    rows = layer.traffic.received * share if received_rows is None else received_rows
     n_held = np.array([len(slots) for slots in layer.traffic.slots_of])
-    return _work(layer, rows, np.asarray(layer.traffic.tokens.sum(axis=0) * share), n_held, 1)
+    # Of padding no token is known; a token has at most top-k rows.
+    n_tokens = np.maximum(layer.traffic.tokens.sum(axis=0) * share, rows.sum(axis=1) / layer.shape.top_k)
+    return _work(layer, rows, np.asarray(n_tokens), n_held, 1)
 
 
 def _work(layer: Layer, rows: Array, n_tokens: Array, n_experts: Index | int, top_k: int) -> Work:

@@ -30,9 +30,10 @@ class LayerTimeline:
     each phase takes on its own on the GPU that takes longest, `launch` (what the host needs beyond what hides) with
     them: they sum to more than the latency where a schedule overlaps. `busy_ns[gpu]` is how long each computes.
     `bounds` are what no schedule can beat: the work of the busiest GPU at full rate by resource (`compute`, `memory`,
-    `link`, `host`), ns. `bottleneck` is the phase that, shortened, would shorten the latency most. `sent_bytes` is what
-    all GPUs send, padding and all; `payload_bytes` what of it are rows that were asked for; `dropped_frac` the share of
-    rows that no expert computes because they exceed its capacity.
+    `link`), and `host`, what the host needs for this schedule's launches; ns. `bottleneck` is the phase that,
+    shortened, would shorten the latency most. `sent_bytes` is what all GPUs send, padding and all; `payload_bytes` what
+    of it are rows that were asked for; `dropped_frac` the share of rows that no expert computes because they exceed its
+    capacity.
     """
 
     schedule: str
@@ -54,6 +55,16 @@ class LayerTimeline:
         return 1 - self.payload_bytes / self.sent_bytes if self.sent_bytes else 0.0
 
     @property
+    def bound_ns(self) -> float:
+        """The largest of the bounds: what this schedule cannot be faster than."""
+        return max(self.bounds.values())
+
+    @property
+    def wait_frac(self) -> float:
+        """How much of the layer the mean GPU waits for the one that computes longest."""
+        return (max(self.busy_ns) - sum(self.busy_ns) / len(self.busy_ns)) / self.latency_ns
+
+    @property
     def compute_busy_frac(self) -> float:
         """How much of the layer the GPUs compute, mean over GPUs."""
         return sum(self.busy_ns) / len(self.busy_ns) / self.latency_ns
@@ -66,6 +77,7 @@ class LayerTimeline:
             "end_ns": list(self.end_ns),
             "phases": {f"{name}_ns": value for name, value in self.phases.items()},
             "compute_busy_frac": self.compute_busy_frac,
+            "wait_frac": self.wait_frac,
             "bounds": {f"{name}_ns": value for name, value in self.bounds.items()},
             "bottleneck": self.bottleneck,
             "n_launches": self.n_launches,

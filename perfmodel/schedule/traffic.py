@@ -5,13 +5,16 @@ A row is a token-expert assignment. Every GPU has tokens of its own (data parall
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
 from perfmodel.physics import Array
 from perfmodel.placement.balance import ExpertMap, Index, linear
+from perfmodel.placement.eplb import numbers_among_equals
 from perfmodel.routing import (
     MAX_DRAWN,
     Shares,
@@ -21,6 +24,8 @@ from perfmodel.routing import (
     read_shares,
     sample_choices,
 )
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,23 +62,36 @@ class Traffic:
     @cached_property
     def rows_between(self) -> Array:
         """Rows that each GPU has for the experts of each, `[source GPU, GPU]`; the diagonal stays where it is."""
-        found = np.zeros((self.n_gpus, self.n_gpus))
-        np.add.at(found.T, self.gpu_of, self.rows.T)
-        return found
+        return self.between(self.rows)
+
+    @cached_property
+    def received(self) -> Array:
+        """Rows of each GPU's own experts, `[GPU, place]`; zero beyond its experts."""
+        return self.at_experts(self.rows.sum(axis=0))
 
     @cached_property
     def slots_of(self) -> tuple[Index, ...]:
         """The slots of each GPU, ascending."""
         return tuple(np.flatnonzero(self.gpu_of == gpu) for gpu in range(self.n_gpus))
 
-    @cached_property
-    def received(self) -> Array:
-        """Rows of each GPU's own experts, `[GPU, place]`; zero beyond its experts."""
-        sums = self.rows.sum(axis=0)
-        found = np.zeros((self.n_gpus, max(len(slots) for slots in self.slots_of)))
+    def between(self, rows: Array) -> Array:
+        """The sums of `rows[source GPU, slot]` over the slots of each GPU, `[source GPU, GPU]`."""
+        return np.stack([np.bincount(self.gpu_of, own, self.n_gpus) for own in rows])
+
+    def at_experts(self, by_slot: NDArray[Number]) -> NDArray[Number]:
+        """What is known of each slot, `[slot]`, by GPU, `[GPU, place]`; zero beyond a GPU's experts."""
+        found = np.zeros((self.n_gpus, max(len(slots) for slots in self.slots_of)), dtype=by_slot.dtype)
         for gpu, slots in enumerate(self.slots_of):
-            found[gpu, : len(slots)] = sums[slots]
+            found[gpu, : len(slots)] = by_slot[slots]
         return found
+
+
+def expected_tokens(rows_between: Array, tokens_per_gpu: int, top_k: int) -> Array:
+    """How many different tokens of each source have a row on each GPU when no more is known than its rows there,
+    `[source GPU, GPU]`: a token misses a GPU when none of its top-k goes there, taken as independent (exact for drawing
+    with return)."""
+    tokens = tokens_per_gpu * (1 - (1 - rows_between / (tokens_per_gpu * top_k)) ** top_k)
+    return np.asarray(np.minimum(tokens, rows_between))
 
 
 def traffic_of(
@@ -89,50 +107,70 @@ def traffic_of(
 
     Every GPU draws its own batch, unless it is so large that expected counts stand for it. `expert_map` says where
     experts live (null: the first E / G on the first GPU and so on); of it and of a file the layer numbered `layer`
-    counts. Raises InputError for a routing of other experts and for GPUs that cannot share them evenly.
+    counts. Raises InputError for a routing or map of other experts, a map of other GPUs or without that layer, and for
+    GPUs that cannot share the experts evenly.
     """
-    shares = pattern_shares(source, shape.n_experts) if is_pattern(source) else read_shares(source, shape.n_experts)
+    shares = layer_shares_of(source, shape, layer)
+    chosen = linear(1, shape.n_experts, n_gpus) if expert_map is None else expert_map
+    return traffic_from_shares(shares, shape, chosen, tokens_per_gpu, map_layer_of(chosen, n_gpus, layer), seed)
+
+
+def map_layer_of(chosen: ExpertMap, n_gpus: int, layer: int) -> int:
+    """The number in a map of the layer numbered `layer`: a map of one layer is for all. Raises InputError for a map of
+    another number of GPUs, or without that layer."""
+    if chosen.n_gpus != n_gpus:
+        raise InputError(f"the map is for {chosen.n_gpus} GPUs, expected {n_gpus}")
+    n_layers = len(chosen.phy2log)
+    if n_layers > 1 and layer >= n_layers:
+        raise InputError(f"the map has {n_layers} layers, none numbered {layer}; expected 0 to {n_layers - 1}")
+    return min(layer, n_layers - 1)
+
+
+def layer_shares_of(source: str, shape: MoEShape, layer: int = 0) -> Shares:
+    """How popular the experts of one layer are, `[1, expert]`, by a routing pattern or file; a pattern is the same for
+    all layers. Raises InputError for a routing of other experts and for a layer that the file does not have."""
+    if is_pattern(source):
+        return pattern_shares(source, shape.n_experts)
+    shares = read_shares(source, shape.n_experts)
     if shares.shape[1] != shape.n_experts:
         raise InputError(f"routing {source!r} is for {shares.shape[1]} experts, the shape has {shape.n_experts}")
     if not 0 <= layer < len(shares):
-        raise InputError(f"layer {layer} of routing {source!r}, expected 0 to {len(shares) - 1}")
-    chosen = expert_map or linear(1, shape.n_experts, n_gpus)
-    return traffic_from_shares(
-        shares[layer : layer + 1], shape, chosen, tokens_per_gpu, min(layer, len(chosen.phy2log) - 1), seed
-    )
+        raise InputError(f"routing {source!r} has no layer numbered {layer}, expected 0 to {len(shares) - 1}")
+    return shares[layer : layer + 1]
 
 
 def traffic_from_shares(
     shares: Shares, shape: MoEShape, chosen: ExpertMap, tokens_per_gpu: int, map_layer: int = 0, seed: int = 0
 ) -> Traffic:
-    """The traffic under the popularity `shares[1, expert]` of one layer's experts; see `traffic_of`."""
+    """The traffic under the popularity `shares[1, expert]` of one layer's experts; see `traffic_of`.
+
+    Copies of an expert share its tokens evenly, as ExpertMap says: the sources take copies in turn, each from another
+    one on, so that few tokens spread over copies too.
+    """
     if tokens_per_gpu < 1:
         raise InputError(f"{tokens_per_gpu} tokens on each GPU, expected at least 1")
     n_gpus, expert_of, gpu_of = chosen.n_gpus, chosen.phy2log[map_layer], chosen.gpu_of[map_layer]
-    # Copies of an expert share its tokens evenly (ExpertMap); whole rows, the first copies get what is left over.
-    n_copies = np.bincount(expert_of, minlength=shape.n_experts)[expert_of]
-    copy = chosen.copy_of[map_layer]
-
-    def in_slots(counts: Index) -> Array:
-        whole, left = np.divmod(counts[..., expert_of], n_copies)
-        return np.asarray(whole + (copy < left), dtype=np.float64)
-
+    n_copies = np.bincount(expert_of, minlength=shape.n_experts)
+    if len(n_copies) != shape.n_experts or n_copies.min() == 0:
+        raise InputError(f"the map does not hold each of the shape's {shape.n_experts} experts, and no others")
+    slot_of = np.zeros((shape.n_experts, n_copies.max()), dtype=np.int64)
+    slot_of[expert_of, chosen.copy_of[map_layer]] = np.arange(len(expert_of))
     n_tokens = np.full(n_gpus, tokens_per_gpu, dtype=np.int64)
-    if tokens_per_gpu * shape.n_experts > MAX_DRAWN:
-        counts = np.tile(expected_counts(shares, tokens_per_gpu, shape.top_k), (n_gpus, 1))
-        rows = in_slots(counts)
-        there = np.zeros((n_gpus, n_gpus))
-        np.add.at(there.T, gpu_of, rows.T)
-        # A token misses a GPU when none of its top-k goes there, taken as independent (exact for drawing with return).
-        tokens = tokens_per_gpu * (1 - (1 - there / (tokens_per_gpu * shape.top_k)) ** shape.top_k)
-        return Traffic(rows, np.minimum(tokens, there), gpu_of, expert_of, n_tokens, shape.top_k)
     rows, tokens = np.empty((n_gpus, len(gpu_of))), np.empty((n_gpus, n_gpus))
-    first_slot = np.full(shape.n_experts, -1)
-    first_slot[expert_of[::-1]] = np.arange(len(expert_of))[::-1]
+    if tokens_per_gpu * shape.n_experts > MAX_DRAWN:
+        whole, left = np.divmod(expected_counts(shares, tokens_per_gpu, shape.top_k)[0], n_copies)
+        for gpu in range(n_gpus):
+            turn = (chosen.copy_of[map_layer] - gpu) % n_copies[expert_of]
+            rows[gpu] = whole[expert_of] + (turn < left[expert_of])
+        there = np.array([np.bincount(gpu_of, own, n_gpus) for own in rows], dtype=np.float64)
+        tokens = expected_tokens(there, tokens_per_gpu, shape.top_k)
+        return Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)
     for gpu in range(n_gpus):
         choices = sample_choices(shares, tokens_per_gpu, shape.top_k, seed * n_gpus + gpu)
-        rows[gpu] = in_slots(np.bincount(choices.ravel(), minlength=shape.n_experts))
+        turn = numbers_among_equals(choices.reshape(1, -1)).reshape(choices.shape) + gpu
+        slots = slot_of[choices, turn % n_copies[choices]]
+        rows[gpu] = np.bincount(slots.ravel(), minlength=len(gpu_of))
         goes = np.zeros((tokens_per_gpu, n_gpus), dtype=bool)
-        goes[np.arange(tokens_per_gpu)[:, None], gpu_of[first_slot[choices]]] = True
+        goes[np.arange(tokens_per_gpu)[:, None], gpu_of[slots]] = True
         tokens[gpu] = goes.sum(axis=0)
     return Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)

@@ -1,0 +1,230 @@
+"""The command about expert-parallel layers: it loads, asks, prints."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from perfmodel import hf_config, report, text
+from perfmodel.cli.latency import machine_of
+from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, whole, width
+from perfmodel.errors import InputError, MissingExtraError
+from perfmodel.files import write_whole
+
+if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other commands do not need
+    from perfmodel.hardware import HardwareProfile
+    from perfmodel.model_memory import ModelMemory
+    from perfmodel.schedule import LayerTimeline, Overheads
+    from perfmodel.schedule.what_if import Prices, Question
+
+ALL, AUTO = "all", "auto"
+FULL, NONE = "full", "none"
+MOST_TOKENS = 2**20  # of more, a simulation of the fused schedule takes minutes
+
+
+@app.command()
+def schedule(
+    shape: Annotated[str, typer.Option(help="Catalogue name or Hugging Face config.json; `perfmodel list`.")],
+    hardware_name: Annotated[
+        str, typer.Option("--hardware", help="Profile of the GPUs, with a peer link; `perfmodel list`.")
+    ],
+    gpus: Annotated[str, typer.Option(help="GPUs that share the experts.")],
+    tokens: Annotated[str, typer.Option(help="Tokens on each GPU.")],
+    routing: Annotated[
+        str, typer.Option(help="A pattern (see `perfmodel list`), or a file of counts as FILE[#KEY].")
+    ] = "uniform",
+    layer: Annotated[str, typer.Option(help="Which layer of a file and of --map, from 0.")] = "0",
+    schedule_name: Annotated[
+        str, typer.Option("--schedule", help="bulk, chunked, fused, several with commas, or all.")
+    ] = ALL,
+    gpus_per_node: Annotated[
+        str | None, typer.Option(help="GPUs that the peer link joins; as the profile says.")
+    ] = None,
+    gpus_per_host: Annotated[
+        str | None, typer.Option(help="GPUs that share the host of the profile; as it says, or a host for each.")
+    ] = None,
+    expert_map: Annotated[
+        str | None, typer.Option("--map", help="Where experts live, as `perfmodel balance --out` writes it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A fitted latency model, or the name of a shipped one.")] = None,
+    launches: Annotated[
+        str | None, typer.Option(help="Kernels that the host launches: 40 for all, or bulk=85,chunked=33.")
+    ] = None,
+    launch_time: Annotated[str | None, typer.Option(help="The host's time for one launch; 5us.")] = None,
+    capacity_factor: Annotated[
+        str | None,
+        typer.Option(help="Of bulk: pad to so many even shares, dropping the rest; full (to the fullest), none."),
+    ] = None,
+    chunks: Annotated[str | None, typer.Option(help="Pieces of a chunked layer; 4.")] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(help="Part of each GPU's experts outside device memory, or auto: what does not fit; none."),
+    ] = None,
+    access: Annotated[str, typer.Option(help="How offloaded experts are used; `perfmodel list`.")] = "zero-copy",
+    compare: Annotated[
+        str | None,
+        typer.Option(help="The same tokens on 1,2,4,8 GPUs, what does not fit offloaded unless --offload says."),
+    ] = None,
+    gpu_price: Annotated[str | None, typer.Option(help="Of --compare: what one GPU costs, in any currency.")] = None,
+    host_price: Annotated[str | None, typer.Option(help="Of --compare: what one host with its memory costs.")] = None,
+    figure: Annotated[str | None, typer.Option(help="Draw who does what when, to this .html file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What an expert-parallel layer costs under bulk, chunked and fused schedules, and what would change that."""
+    from perfmodel.balance import read_map
+    from perfmodel.latency import load_model
+    from perfmodel.model_memory import model_memory
+    from perfmodel.schedule import what_if
+    from perfmodel.schedule.traffic import layer_shares_of, map_layer_of
+
+    profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
+    n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer, "--layer")
+    _check_figure(figure)
+    notes: list[str] = []
+    names = _schedules(schedule_name, profile, notes)
+    numbers = [whole(word.strip(), "--compare") for word in compare.split(",")] if compare else []
+    prices = _prices(gpu_price, host_price, bool(numbers))
+    chosen = None if expert_map is None else read_map(expert_map)
+    question = what_if.Question(
+        profile,
+        moe_shape,
+        layer_shares_of(routing, moe_shape, n_layer),
+        n_gpus,
+        _tokens(tokens),
+        load_model(model) if model else None,
+        chosen,
+        0 if chosen is None else map_layer_of(chosen, n_gpus, n_layer),
+        whole(gpus_per_node, "--gpus-per-node") if gpus_per_node else None,
+        whole(gpus_per_host, "--gpus-per-host") if gpus_per_host else None,
+        access=_one_mode(access),
+        overheads=_overheads(names, launches, launch_time, capacity_factor, chunks),
+    )
+    memory = model_memory(shape)
+    question = replace(question, offload_frac=_offload_frac(offload or "0", question, memory, notes))
+    fitted = memory if offload in (AUTO, None) else None
+    alternatives = what_if.compare(question, numbers, names, fitted, prices) if numbers else []
+    found = what_if.answer(question, routing, names, alternatives, notes)
+    if as_json:
+        print_json(report.schedule_json(found))
+    else:
+        print_words(report.schedule_page(found, width()))
+    if figure is not None:
+        _draw(figure, found.timelines)
+
+
+def _schedules(words: str, profile: "HardwareProfile", notes: list[str]) -> list[str]:
+    """The schedules of --schedule; of all, those that the machine can have."""
+    from perfmodel.schedule import SCHEDULES, overheads_of
+
+    if words != ALL:
+        names = list(dict.fromkeys(word.strip() for word in words.split(",")))
+        for name in names:
+            overheads_of(name)
+        return names
+    if profile.device == "gpu" and profile.first("n_cores_count"):
+        return list(SCHEDULES)
+    notes.append("fused is left out: it needs a GPU whose number of multiprocessors is known (n_cores_count)")
+    return [name for name in SCHEDULES if name != "fused"]
+
+
+def _overheads(
+    names: Sequence[str], launches: str | None, launch_time: str | None, capacity: str | None, chunks: str | None
+) -> "dict[str, Overheads]":
+    """The overheads of each schedule: the defaults with what the options say."""
+    from perfmodel.schedule import DEFAULTS, overheads_of
+
+    found = dict(DEFAULTS)
+
+    def change(schedule: str, **values: Any) -> None:
+        found[schedule] = replace(found[schedule], **values)
+
+    for word in launches.split(",") if launches else ():
+        name, is_named, value = word.rpartition("=")
+        for one in [name.strip()] if is_named else names:
+            overheads_of(one)
+            change(one, n_launches=_from_zero(value.strip(), "--launches"))
+    for name in names if launch_time else ():
+        change(name, host_launch_ns=text.parse_ns(launch_time or ""))
+    if capacity is not None:
+        said = {FULL: 0.0, NONE: None}
+        change("bulk", capacity_factor=said[capacity] if capacity in said else number(capacity, "--capacity-factor"))
+    if chunks is not None:
+        change("chunked", n_chunks=whole(chunks, "--chunks"))
+    return found
+
+
+def _offload_frac(words: str, question: "Question", memory: "ModelMemory", notes: list[str]) -> float:
+    """What --offload says; a note where more must leave device memory, or what a whole model takes is not known."""
+    from perfmodel.schedule.what_if import fitting_frac
+
+    if "memory_capacity_bytes" not in question.profile.quantities:
+        if words == AUTO:
+            raise InputError(
+                f"hardware {question.profile.name!r} has no memory_capacity_bytes: give --offload a number"
+            )
+        return fraction(words, "--offload")
+    if memory.non_expert_bytes is None and words == AUTO:
+        notes.append(f"weights besides experts are not known and count as none ({'; '.join(memory.notes)})")
+    if words == AUTO:
+        return fitting_frac(question, memory)
+    found = fraction(words, "--offload")
+    try:
+        least = fitting_frac(question, memory)
+    except InputError as error:
+        notes.append(f"hypothetical: {error}")
+    else:
+        if found < least:
+            notes.append(
+                f"hypothetical: {text.frac(least)} of each GPU's experts do not fit in device memory beside the rest "
+                "of the model; --offload auto"
+            )
+    return found
+
+
+def _prices(gpu: str | None, host: str | None, has_numbers: bool) -> "Prices | None":
+    from perfmodel.schedule.what_if import Prices
+
+    if gpu is None and host is None:
+        return None
+    if not has_numbers or gpu is None:
+        raise InputError("prices compare numbers of GPUs: give --compare and --gpu-price with them")
+    return Prices(number(gpu, "--gpu-price"), number(host, "--host-price") if host else 0.0)
+
+
+def _one_mode(access: str) -> str:
+    from perfmodel.offload import ACCESS_MODES
+
+    if access not in ACCESS_MODES:
+        raise InputError(f"--access is {access!r}, expected one of {', '.join(ACCESS_MODES)}")
+    return access
+
+
+def _tokens(word: str) -> int:
+    n_tokens = whole(word, "--tokens")
+    if n_tokens > MOST_TOKENS:
+        raise InputError(f"--tokens is {word}, expected at most {MOST_TOKENS:,} on each GPU")
+    return n_tokens
+
+
+def _from_zero(word: str, option: str) -> int:
+    return 0 if word == "0" else whole(word, option)
+
+
+def _check_figure(path: str | None) -> None:
+    """Refuse a picture that cannot be written before anything is computed."""
+    if path is not None and (not path.endswith(".html") or not Path(path).resolve().parent.is_dir()):
+        raise InputError(f"--figure is {path!r}, expected an .html file in a folder that exists")
+
+
+def _draw(path: str, timelines: "Sequence[LayerTimeline]") -> None:
+    try:
+        from perfmodel import figures
+    except ImportError:
+        raise MissingExtraError(
+            'a picture needs plotly, which is not installed: pip install "perfmodel[figures]"'
+        ) from None
+    page = figures.gantt(timelines).to_html(include_plotlyjs=True, full_html=True)
+    write_whole(path, page.encode())
+    note(f"wrote {path}")

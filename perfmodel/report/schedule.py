@@ -1,0 +1,154 @@
+"""Expert-parallel layers and what if, as a page and as plain values."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from perfmodel import text
+from perfmodel.report.words import WIDTH, ratio, table, wrapped
+
+if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
+    from perfmodel.schedule.what_if import Answer
+
+RESTS = (
+    "Not measured: links by rate and latency, experts by the latency model, launches by number. docs/schedule.md has "
+    "the formulas and what they leave out."
+)
+
+
+def schedule_json(found: "Answer") -> dict[str, Any]:
+    """The answers as plain values."""
+    question = found.question
+    return {
+        "shape": question.shape.name,
+        "hardware": question.profile.name,
+        "routing": found.routing,
+        "n_gpus": question.n_gpus,
+        "n_gpus_per_node": question.n_per_node,
+        "n_gpus_per_host": question.n_per_host,
+        "tokens_per_gpu": question.tokens_per_gpu,
+        "offload_frac": question.offload_frac,
+        "access": question.access if question.offload_frac else None,
+        "max_over_mean": found.max_over_mean,
+        "schedules": [
+            {
+                **one.to_json(),
+                "bound_ns": one.bound_ns,
+                "launch_batch": found.launch_batch[one.schedule],
+                "straggler_frac": found.straggler_frac[one.schedule],
+                "straggler_skew": asdict(skew) if (skew := found.skew[one.schedule]) else None,
+            }
+            for one in found.timelines
+        ],
+        "speedup_over": found.speedup_over,
+        "buffer_bytes": found.buffer_bytes,
+        "alternatives": [one.to_json() for one in found.alternatives],
+        "reasons": list(found.reasons),
+        "notes": list(found.notes),
+    }
+
+
+def schedule_page(found: "Answer", width: int = WIDTH) -> str:
+    """Each schedule by phase, its bound and bottleneck; what fusing, larger batches, less skew and other numbers of
+    GPUs would change; what it rests on."""
+    question, rows = found.question, found.timelines
+    phases = list(dict.fromkeys(name for one in rows for name in one.phases))
+    offloaded = f", {text.frac(question.offload_frac)} offloaded ({question.access})" if question.offload_frac else ""
+    where = "" if question.n_gpus == 1 else f", {question.n_per_node} in a node"
+    head = (
+        f"{question.shape.name} on {question.profile.title}: {text.counted(question.n_gpus, 'GPU')}{where}, "
+        f"{text.counted(question.tokens_per_gpu, 'token')} on each, {found.routing}, busiest GPU "
+        f"{found.max_over_mean:.2f}x the mean{offloaded}"
+    )
+    body = [
+        ["latency", *(text.ns(one.latency_ns) for one in rows)],
+        *(["- " + name, *(text.ns(one.phases[name]) if name in one.phases else "" for one in rows)] for name in phases),
+        ["bottleneck", *(one.bottleneck for one in rows)],
+        ["over its bound", *(ratio(one.latency_ns / one.bound_ns) for one in rows)],
+        ["GPUs compute", *(text.frac(one.compute_busy_frac) for one in rows)],
+    ]
+    bounds = {name: max(one.bounds[name] for one in rows) for name in rows[0].bounds if name != "host"}
+    said = ", ".join(f"{name} {text.ns(ns)}" for name, ns in bounds.items() if ns)
+    lines = [
+        *_entry("bound", f"the busiest GPU's work at full rate: {said}; and the host's time for all launches", width),
+        *_entry("fusing", _fusing(found), width),
+        *_entry("launches", _launches(found), width),
+        *_entry("stragglers", _stragglers(found), width),
+        *_entry("payload", _payload(found), width),
+        *(wrapped(note, width, "note        ", " " * 12) for note in found.notes),
+    ]
+    parts = [
+        wrapped(head, width),
+        table(body, ["", *(one.schedule for one in rows)]),
+        "\n".join(lines),
+    ]
+    if found.alternatives:
+        parts.append(_alternatives(found))
+    parts.append("\n".join([wrapped(RESTS, width), *(wrapped(one, width, "- ", "  ") for one in found.reasons)]))
+    return "\n\n".join(parts)
+
+
+def _entry(name: str, words: str, width: int) -> list[str]:
+    return [wrapped(words, width, f"{name:12}", " " * 12)] if words else []
+
+
+def _fusing(found: "Answer") -> str:
+    gains = found.speedup_over
+    said = ", ".join(f"{ratio(gain)} as fast as {name}" for name, gain in gains.items())
+    return f"one kernel is {said}" if said else ""
+
+
+def _launches(found: "Answer") -> str:
+    said = [
+        f"{name} (never)" if batch is None else f"{text.counted(batch, 'token')} ({name})"
+        for name, batch in found.launch_batch.items()
+    ]
+    return f"launching adds less than 10 % of the layer from so many tokens on each GPU on: {', '.join(said)}"
+
+
+def _stragglers(found: "Answer") -> str:
+    if found.question.n_gpus == 1:
+        return ""
+    now = ", ".join(f"{text.frac(max(frac, 0.0))} ({name})" for name, frac in found.straggler_frac.items())
+    then = ", ".join(
+        f"never ({name})" if skew is None else f"{skew.max_over_mean:.2f}x ({name}, power-law:{skew.exponent:.2f})"
+        for name, skew in found.skew.items()
+    )
+    return (
+        f"even routing would save {now}; it would save more than half where the busiest GPU has so many times the mean "
+        f"rows: {then}"
+    )
+
+
+def _payload(found: "Answer") -> str:
+    if found.question.n_gpus == 1:
+        return ""
+    said = [
+        f"{one.schedule} {text.n_bytes(one.sent_bytes)}"
+        + (f" ({text.frac(one.padding_frac)} padding)" if one.padding_frac > 5e-4 else "")
+        + (f" ({text.frac(one.dropped_frac)} of rows dropped)" if one.dropped_frac else "")
+        for one in found.timelines
+    ]
+    return (
+        f"all GPUs together send {', '.join(said)}; the fused kernel's symmetric buffer takes "
+        f"{text.n_bytes(found.buffer_bytes)} on each GPU"
+    )
+
+
+def _alternatives(found: "Answer") -> str:
+    has_price = any(one.price is not None for one in found.alternatives)
+    rows = []
+    for one in found.alternatives:
+        rate = one.tokens_per_s
+        best = f"{text.ns(one.latency_ns[one.fastest])} ({one.fastest})" if one.latency_ns and one.fastest else "n/a"
+        row = [str(one.n_gpus), str(one.n_hosts), text.count(one.tokens_per_gpu), text.frac(one.offload_frac), best]
+        row += [text.count(rate), text.count(None if rate is None else rate / one.n_gpus)]
+        if has_price:
+            per_price = None if rate is None or not one.price else rate / one.price
+            row += [text.count(one.price), "n/a" if per_price is None else f"{per_price:,.3g}"]
+        rows.append(row)
+    header = ["GPUs", "hosts", "tokens on each", "offloaded", "fastest", "tokens/s", "per GPU"]
+    total = found.question.n_gpus * found.question.tokens_per_gpu
+    words = [f"{text.counted(total, 'token')} through this layer on other numbers of GPUs:"]
+    words.append(table(rows, [*header, *(["price", "tokens/s per price"] if has_price else [])]))
+    words += [f"{text.counted(one.n_gpus, 'GPU')}: {one.reason}" for one in found.alternatives if one.reason]
+    return "\n".join(words)
