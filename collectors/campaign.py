@@ -113,8 +113,13 @@ def refuse_other(folder: Path, settings: store.Json) -> None:
     if changed:
         words = "; ".join(f"{key} was {before.get(key)!r} and is {settings[key]!r}" for key in changed)
         raise InputError(f"{folder} holds another plan ({words}); give the same options, or another --out")
+    refuse_other_machine(folder, capture, settings["threads"])
+
+
+def refuse_other_machine(folder: Path, capture: store.Json, threads: int) -> None:
+    """Raise InputError unless a capture was begun on this machine with this software."""
     now = {
-        "machine": (machine.machine(settings["threads"]), SAME_MACHINE),
+        "machine": (machine.machine(threads), SAME_MACHINE),
         "software": (machine.software(), SAME_SOFTWARE),
     }
     for part, (found, keys) in now.items():
@@ -126,8 +131,8 @@ def refuse_other(folder: Path, settings: store.Json) -> None:
                 )
 
 
-def open_folder(folder: Path) -> bool:
-    """Whether the folder already holds a capture; makes it when it is new.
+def open_folder(folder: Path, manifest: str = store.CAPTURE) -> bool:
+    """Whether the folder already holds a capture, as the file `manifest` tells; makes it when it is new.
 
     Raises InputError when the path is a file, or a folder of something else.
     """
@@ -137,7 +142,7 @@ def open_folder(folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
-    if (folder / store.CAPTURE).exists():
+    if (folder / manifest).exists():
         return True
     strange = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".part") and p.name != store.WORKLOADS)
     if strange:

@@ -9,12 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from perfmodel.errors import InputError, MissingExtraError
-from perfmodel.routing import PATTERNS, pattern_shares
+from perfmodel.errors import InputError
+from perfmodel.routing import PATTERNS
 
-from . import machine, routing
+from . import expert_parallel, machine, routing
+from .arguments import Parser, count, dtypes, minutes, names, require_torch, routings, seed, token_counts
 from .campaign import Order, collect, settings_of
 from .design import design, point_s
 from .facts import assumed_facts
@@ -29,79 +29,17 @@ from .workloads import file_shares
 FAST_BF16 = {"avx512_bf16", "amx_bf16", "svebf16", "bf16"}
 INTERRUPTED = 130
 RUNS = {"quick": 1, "standard": 3, "full": 5}
-LONGEST_MINUTES = 24 * 60
 STARTED = time.monotonic()
 DEVICE_FILES = Path("/dev")
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence instead of printing the usage first."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the sentence and leave with exit code 2."""
-        self.exit(2, f"collectors: {message}\n")
-
-
-def _count(name: str) -> Callable[[str], int]:
-    def parse(words: str) -> int:
-        if not words.isdecimal() or len(words) > 7 or int(words) < 1:
-            raise argparse.ArgumentTypeError(f"{name} is {words[:20]!r}, expected a whole number from 1 to 9,999,999")
-        return int(words)
-
-    return parse
-
-
-def _minutes(words: str) -> float:
-    try:
-        minutes = float(words)
-    except ValueError:
-        minutes = 0.0
-    if not 0.2 <= minutes <= LONGEST_MINUTES:
-        raise argparse.ArgumentTypeError(f"--minutes is {words[:20]!r}, expected 0.2 to {LONGEST_MINUTES}")
-    return minutes
-
-
-def _seed(words: str) -> int:
-    if not words.isdecimal() or int(words) >= 2**31:
-        raise argparse.ArgumentTypeError(f"the seed is {words!r}, expected a whole number of 0 to 2^31 - 1")
-    return int(words)
-
-
-def _names(words: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
-    if not names:
-        raise argparse.ArgumentTypeError("expected names separated by commas")
-    return names
-
-
-def _dtypes(words: str) -> tuple[str, ...]:
-    names = _names(words)
-    for name in names:
-        if name not in DTYPES:
-            raise argparse.ArgumentTypeError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
-    return names
-
-
-def _token_counts(words: str) -> tuple[int, ...]:
-    return tuple(sorted({_count("a number of tokens")(name) for name in _names(words)}))
-
-
-def _routings(words: str) -> tuple[str, ...]:
-    for name in _names(words):
-        try:
-            pattern_shares(name, 2)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return _names(words)
 
 
 def _shared_options(one: argparse.ArgumentParser, device: str) -> None:
     one.add_argument("--out", type=Path, help="the capture folder; the same command continues it")
     one.add_argument("--device", choices=("auto", *DEVICES), default=device)
-    one.add_argument("--threads", type=_count("--threads"), help="CPU threads; default: physical cores")
+    one.add_argument("--threads", type=count("--threads"), help="CPU threads; default: physical cores")
     one.add_argument("--routing-file", action="append", default=[], metavar="FILE[#KEY][@LAYER]",
                      help="measured counts, for shapes of as many experts; may be given again")  # fmt: skip
-    one.add_argument("--seed", type=_seed, default=0, help="of draws and order")
+    one.add_argument("--seed", type=seed, default=0, help="of draws and order")
     one.add_argument("--nsys", action="store_true", help="also profile under Nsight Systems, where it is installed")
     one.add_argument("--plan", action="store_true", help="print what would be measured and stop; needs no torch")
 
@@ -109,27 +47,32 @@ def _shared_options(one: argparse.ArgumentParser, device: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """The arguments; `stage` is how a collection calls its measuring processes."""
     top = Parser(prog="collectors", description="Measure MoE layers and grouped GEMMs on this machine.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="campaign|sweep|routing|rehearse")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="campaign|sweep|expert-parallel|routing|rehearse"
+    )
     one = commands.add_parser("campaign", help="calibrate, sweep and profile this machine in the time you give it")
     _shared_options(one, "auto")
-    one.add_argument("--minutes", type=_minutes, default=8.0, help="time budget; more minutes later go on")
+    one.add_argument("--minutes", type=minutes, default=8.0, help="time budget; more minutes later go on")
     one.add_argument("--preset", choices=PRESETS, default="standard", help="how much there is to measure at most")
-    one.add_argument("--dtype", type=_dtypes, help="comma list, the main one first; default: all that are fast")
-    one.add_argument("--runs", type=_count("--runs"), help="processes that repeat the points; default: 1, 3 or 5")
+    one.add_argument("--dtype", type=dtypes, help="comma list, the main one first; default: all that are fast")
+    one.add_argument("--runs", type=count("--runs"), help="processes that repeat the points; default: 1, 3 or 5")
     one = commands.add_parser("sweep", help="measure a grid of your own, to its end")
     _shared_options(one, "cpu")
     one.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on the CPU, bfloat16 on CUDA")
     one.add_argument("--quick", action="store_true", help="a look in under a minute: fewer shapes, sizes and repeats")
-    one.add_argument("--runs", type=_count("--runs"), default=1, help="processes to repeat the whole measurement in")
-    one.add_argument("--shapes", type=_names, help="comma list of MODEL, MODEL/DIVISOR or eE-kK-hH-iI")
-    one.add_argument("--tokens", type=_token_counts, help="comma list of batch sizes in tokens")
+    one.add_argument("--runs", type=count("--runs"), default=1, help="processes to repeat the whole measurement in")
+    one.add_argument("--shapes", type=names, help="comma list of MODEL, MODEL/DIVISOR or eE-kK-hH-iI")
+    one.add_argument("--tokens", type=token_counts, help="comma list of batch sizes in tokens")
     one.add_argument("--points", type=Path, metavar="FILE", help="measure the points that `perfmodel design` wrote")
-    one.add_argument("--routings", type=_routings, default=ROUTINGS, help=f"comma list of {', '.join(PATTERNS)}")
+    one.add_argument("--routings", type=routings, default=ROUTINGS, help=f"comma list of {', '.join(PATTERNS)}")
+    expert_parallel.add_arguments(
+        commands.add_parser("expert-parallel", help="measure a layer whose experts lie on several processes or GPUs")
+    )
     one = commands.add_parser(
         "rehearse", help="run a GPU's plan on the CPU with tiny widths and check what it computes"
     )
     one.add_argument("--preset", choices=PRESETS, default="quick", help="whose plan")
-    one.add_argument("--seed", type=_seed, default=0, help="of draws and order")
+    one.add_argument("--seed", type=seed, default=0, help="of draws and order")
     routing.add_arguments(
         commands.add_parser("routing", help="record which experts a model selects, as a routing file")
     )
@@ -146,7 +89,7 @@ def _device(asked: str, is_plan: bool) -> str:
         return asked
     if is_plan and importlib.util.find_spec("torch") is None:
         return "cuda" if shutil.which("nvidia-smi") else "cpu"
-    _require_torch("cpu")
+    require_torch("cpu")
     import torch
 
     with warnings.catch_warnings(record=True) as said:
@@ -161,16 +104,6 @@ def _device(asked: str, is_plan: bool) -> str:
         words = f"torch {torch.__version__} cannot use the GPU of this machine ({why})"
         raise InputError(f"{words}; --device cpu measures the CPU")
     return "cpu"
-
-
-def _require_torch(device: str) -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise MissingExtraError("measuring needs torch 2.9 or newer: pip install 'perfmodel[collect]' (or torch numpy)")
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError(f"--device cuda: torch {torch.__version__} finds no CUDA device here; use --device cpu")
 
 
 def _flags() -> list[str]:
@@ -255,7 +188,7 @@ def _sweep(args: argparse.Namespace) -> int:
 def _collect(args: argparse.Namespace, settings: dict[str, object], order: Order) -> int:
     if args.out is None:
         raise InputError("--out is missing: name the folder of the capture")
-    _require_torch(str(settings["device"]))
+    require_torch(str(settings["device"]))
     settings["nsys"] = args.nsys
     if settings["device"] == "cpu" and settings["dtype"] == "bfloat16" and not _has_fast_bf16():
         print("note: this processor has no bf16 instructions; bf16 will be slow", file=sys.stderr)
@@ -265,13 +198,17 @@ def _collect(args: argparse.Namespace, settings: dict[str, object], order: Order
 
 
 def _rehearse(args: argparse.Namespace) -> int:
-    _require_torch("cpu")
+    require_torch("cpu")
     from .rehearse import rehearse
 
     points, _ = design(assumed_facts("cuda", campaign_dtypes("cuda", None)), args.preset, args.seed, {})
     tried = rehearse([point.workload for point in points])
     print("\n".join(rehearsal_words(points, tried)))
     return 0 if all(is_right for _, is_right, _ in tried) else 1
+
+
+def _expert_parallel(args: argparse.Namespace) -> int:
+    return expert_parallel.run(args, STARTED)
 
 
 def _stage(args: argparse.Namespace) -> int:
@@ -294,6 +231,7 @@ def _leave_at_once(asked: SystemExit) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "campaign": _campaign,
     "sweep": _sweep,
+    "expert-parallel": _expert_parallel,
     "routing": routing.run,
     "rehearse": _rehearse,
     "stage": _stage,
@@ -303,6 +241,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 3 for missing packages, 130 interrupted."""
     args = parser().parse_args(arguments)
+    args.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return COMMANDS[args.command](args)
     except InputError as error:

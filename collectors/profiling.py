@@ -128,7 +128,7 @@ def _wake_profiler() -> None:
         torch.cuda.synchronize()
 
 
-def _counting(counts: Counter[str]) -> Mark:
+def counting(counts: Counter[str]) -> Mark:
     """Ranges `perfmodel::PART` that are counted as they are entered."""
 
     def mark(part: str) -> AbstractContextManager[None]:
@@ -157,12 +157,14 @@ def _warm_up(prepared: Prepared, workload: Workload) -> None:
     _wait(workload)
 
 
-def _recorded(prepared: Prepared, workload: Workload, parts: Counter[str]) -> dict[str, Any]:
-    """The trace of the steps, scrubbed, with the side table `perfmodel` of what a range's name cannot hold."""
-    _warm_up(prepared, workload)
-    parts.clear()
-    with without_profiler_chatter(), _session(workload.device == "cuda") as session:
-        _steps(prepared, workload)
+def trace_of(run: Callable[[], None], is_cuda: bool, table_of: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The trace of what runs, scrubbed, with the side table `perfmodel` of what a range's name cannot hold.
+
+    The table is asked for once all has run, and says on CUDA how much device work there is. Raises InputError when the
+    profiler writes no JSON.
+    """
+    with without_profiler_chatter(), _session(is_cuda) as session:
+        run()
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "trace.json"
         with without_profiler_chatter():
@@ -171,13 +173,29 @@ def _recorded(prepared: Prepared, workload: Workload, parts: Counter[str]) -> di
             trace = json.loads(raw.read_text(encoding="utf-8", errors="replace"))
         except ValueError as error:
             raise InputError(f"the profiler wrote a trace that is no JSON ({error})") from None
-        table = {**workload.to_line(), "n_steps": N_STEPS, "n_inner": prepared.n_inner}
-        table["ranges"] = {range_name(workload): {name: n // N_STEPS for name, n in sorted(parts.items())}}
-        if prepared.facts:
-            table["facts"] = prepared.facts
-        if workload.device == "cuda":
-            table.update(work_of(trace))
+        table = {**table_of(), **(work_of(trace) if is_cuda else {})}
         return scrubbed({**trace, "perfmodel": json.loads(json.dumps(table, default=str))}, scratch)
+
+
+def write_packed(path: Path, trace: dict[str, Any]) -> None:
+    """Write a trace as gzip JSON, beside and renamed. No file name and no time in it: equal traces are equal files."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("wb") as file, gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as packed:
+        packed.write(json.dumps(trace, separators=(",", ":")).encode())
+    beside.replace(path)
+
+
+def _recorded(prepared: Prepared, workload: Workload, parts: Counter[str]) -> dict[str, Any]:
+    """The trace of the steps of a workload."""
+    _warm_up(prepared, workload)
+    parts.clear()
+
+    def table() -> dict[str, Any]:
+        ranges = {range_name(workload): {name: n // N_STEPS for name, n in sorted(parts.items())}}
+        facts = {"facts": prepared.facts} if prepared.facts else {}
+        return {**workload.to_line(), "n_steps": N_STEPS, "n_inner": prepared.n_inner, "ranges": ranges, **facts}
+
+    return trace_of(lambda: _steps(prepared, workload), workload.device == "cuda", table)
 
 
 def write_profile(folder: Path, prepare_marked: PrepareMarked, workload: Workload) -> Path:
@@ -193,7 +211,7 @@ def write_profile(folder: Path, prepare_marked: PrepareMarked, workload: Workloa
     if is_graph:
         _wake_profiler()
     parts: Counter[str] = Counter()
-    prepared = _as_prepared(prepare_marked(no_mark if is_graph else _counting(parts)))
+    prepared = _as_prepared(prepare_marked(no_mark if is_graph else counting(parts)))
     try:
         trace = _recorded(prepared, workload, parts)
     finally:
@@ -201,11 +219,7 @@ def write_profile(folder: Path, prepare_marked: PrepareMarked, workload: Workloa
     expected = {range_name(workload): N_STEPS, **parts}
     refuse_gaps(trace, expected, on_cuda=is_cuda, from_graph=is_graph, hint=hint)
     path = folder / file_name(workload)
-    beside = path.with_name(path.name + ".part")
-    # No file name and no time in the gzip header: equal traces are equal files.
-    with beside.open("wb") as file, gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as packed:
-        packed.write(json.dumps(trace, separators=(",", ":")).encode())
-    beside.replace(path)
+    write_packed(path, trace)
     return path
 
 
@@ -232,7 +246,7 @@ def nsys_stage(
         for workload in points:
             begin(workload)
             try:
-                mark = no_mark if workload.launch == "graph" else _counting(Counter())
+                mark = no_mark if workload.launch == "graph" else counting(Counter())
                 prepared = _as_prepared(prepare_of(workload)(mark))
                 held.append(prepared)
                 _warm_up(prepared, workload)

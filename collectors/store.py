@@ -48,9 +48,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def write_capture(folder: Path, capture: Mapping[str, object]) -> None:
-    """Write capture.json of a folder."""
-    write_atomically(folder / CAPTURE, json.dumps(capture, indent=1) + "\n")
+def write_capture(folder: Path, capture: Mapping[str, object], name: str = CAPTURE) -> None:
+    """Write capture.json of a folder, or what stands for it in another kind of capture."""
+    write_atomically(folder / name, json.dumps(capture, indent=1) + "\n")
 
 
 def update_capture(folder: Path, **changes: object) -> Json:
@@ -60,9 +60,9 @@ def update_capture(folder: Path, **changes: object) -> Json:
     return capture
 
 
-def read_capture(folder: Path) -> Json:
-    """The content of capture.json; raises InputError when it is no capture of this schema."""
-    path = folder / CAPTURE
+def read_capture(folder: Path, name: str = CAPTURE) -> Json:
+    """The content of capture.json, or what stands for it; raises InputError when it is no capture of this schema."""
+    path = folder / name
     try:
         capture = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -144,12 +144,12 @@ def mend(folder: Path, name: str, keys: Sequence[str]) -> list[Json]:
     return records
 
 
-def append(folder: Path, name: str, record: Mapping[str, object]) -> None:
-    """Add one line to a journal and wait until it is on disk.
+def append(folder: Path, name: str, *records: Mapping[str, object]) -> None:
+    """Add a line for each record to a journal and wait until they are on disk.
 
-    Raises InputError when it cannot be written, such as on a full disk, and takes back what was written of it.
+    Raises InputError when they cannot be written, such as on a full disk, and takes back what was written of them.
     """
-    path, line = folder / name, to_line(record).encode()
+    path, line = folder / name, "".join(map(to_line, records)).encode()
     try:
         with path.open("ab", buffering=0) as file:
             before = file.seek(0, os.SEEK_END)

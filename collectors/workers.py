@@ -25,7 +25,7 @@ LEAST_PATIENCE_S, PATIENCE_FACTOR = 60.0, 20.0  # silence after which a process 
 START_PATIENCE_S, END_PATIENCE_S = 180.0, 20.0  # the same while it starts, and once it has said its last word
 GRACE_S = 20.0  # a process has so much more than its time, for the point it is at
 SIGNAL_PATIENCE_S = 5.0  # after SIGTERM, and after SIGKILL
-
+PACKAGE = __package__ or "collectors"  # part of another package where it is installed
 
 Wrap = Callable[[list[str]], list[str]]
 
@@ -67,15 +67,15 @@ class Stage:
 
 
 def _command(stage: Stage, left_s: float | None) -> list[str]:
-    package = (__package__ or "collectors").split(".")
     limit = [] if left_s is None else ["--seconds", f"{max(0.0, left_s):.1f}"]
-    command = [sys.executable, "-m", ".".join(package), "stage", *stage.arguments, *limit, "--out", str(stage.folder)]
+    command = [sys.executable, "-m", PACKAGE, "stage", *stage.arguments, *limit, "--out", str(stage.folder)]
     return stage.wrap(command)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
+    """The variables of a process of this package that computes on so many threads."""
     # The measuring process must find this very package, however the command was started.
-    depth = len((__package__ or "collectors").split("."))
+    depth = len(PACKAGE.split("."))
     home = str(Path(__file__).resolve().parents[depth])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
@@ -87,7 +87,7 @@ def _started(stage: Stage, left_s: float | None) -> tuple[subprocess.Popen[str],
         stdout=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",  # a library that prints
-        env=_environment(stage.threads),
+        env=environment(stage.threads),
         pass_fds=() if stage.lock is None else (stage.lock,),
         start_new_session=True,  # Ctrl-C is for this process, which ends the other
     )

@@ -167,13 +167,16 @@ if __name__ == "__main__":
     from perfmodel.offload.kt_page import write as write_strategies
     from perfmodel.offload.study_page import write as write_study
     from perfmodel.placing.study_page import write as write_policies
+    from perfmodel.schedule.captured_page import write as write_captured
+    from perfmodel.schedule.flashmoe_page import write as write_flashmoe
     from perfmodel.trimoe.study_page import write as write_trimoe
 
     if not sys.argv[1:]:
         write_accuracy(fit_captures(), fit_published())
         write_golden_predictions()
     if sys.argv[1:] != ["readme"]:
-        for write_page in (write_study, write_strategies, write_policies, write_trimoe, write_balance):
+        pages = (write_study, write_strategies, write_policies, write_trimoe, write_balance, write_flashmoe)
+        for write_page in (*pages, write_captured):
             write_page(ROOT / "docs")
     target = ROOT / "README.md"
     target.write_text(with_outputs(target.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,6 +5,7 @@ from perfmodel.report.captures import check_page
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
+from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_page
 from perfmodel.report.placing import placing_json, placing_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
@@ -23,11 +24,14 @@ __all__ = [
     "captures_page",
     "check_page",
     "diff_page",
+    "efficiency_page",
     "evaluation_page",
     "findings_page",
     "findings_text",
     "fit_page",
     "fusion_page",
+    "phases_json",
+    "phases_page",
     "placing_json",
     "placing_page",
     "ranks_page",
@@ -38,4 +42,5 @@ __all__ = [
     "table",
     "trace_page",
     "trimoe_page",
+    "workload_page",
 ]

@@ -86,6 +86,14 @@ class Traffic:
         return found
 
 
+def expected_tokens(rows_between: Array, tokens_per_gpu: int, top_k: int) -> Array:
+    """How many different tokens of each source have a row on each GPU when no more is known than its rows there,
+    `[source GPU, GPU]`: a token misses a GPU when none of its top-k goes there, taken as independent (exact for drawing
+    with return)."""
+    tokens = tokens_per_gpu * (1 - (1 - rows_between / (tokens_per_gpu * top_k)) ** top_k)
+    return np.asarray(np.minimum(tokens, rows_between))
+
+
 def traffic_of(
     source: str,
     shape: MoEShape,
@@ -158,10 +166,8 @@ def traffic_from_shares(
         for gpu in range(n_gpus):
             turn = (chosen.copy_of[map_layer] - gpu) % n_copies[expert_of]
             rows[gpu] = whole[expert_of] + (turn < left[expert_of])
-        there = np.stack([np.bincount(gpu_of, own, n_gpus) for own in rows])
-        # A token misses a GPU when none of its top-k goes there, taken as independent (exact for drawing with return).
-        missed = (1 - there / (tokens_per_gpu * shape.top_k)) ** shape.top_k
-        tokens = np.minimum(tokens_per_gpu * (1 - missed), there)
+        there = np.array([np.bincount(gpu_of, own, n_gpus) for own in rows], dtype=np.float64)
+        tokens = expected_tokens(there, tokens_per_gpu, shape.top_k)
         return Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)
     for gpu in range(n_gpus):
         choices = sample_choices(shares, tokens_per_gpu, shape.top_k, seed * n_gpus + gpu)

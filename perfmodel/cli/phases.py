@@ -1,0 +1,36 @@
+"""The command about captures of expert-parallel layers: it loads, makes one call, prints."""
+
+from typing import Annotated
+
+import typer
+
+from perfmodel import report
+from perfmodel.cli.shell import Json, app, print_json, print_words
+
+
+@app.command()
+def phases(
+    folders: Annotated[list[str], typer.Argument(help="Folders of captures, of several numbers of ranks for O_e.")],
+    model: Annotated[str | None, typer.Option(help="A fitted latency model, or the name of a shipped one.")] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="One workload in detail, by its number or the beginning of its id.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What ranks of an expert-parallel layer did, phase by phase, beside what the model says of it."""
+    from perfmodel.ep_capture import load_ep_capture
+    from perfmodel.latency import load_model
+    from perfmodel.schedule.captured import set_beside
+
+    captures = [load_ep_capture(folder) for folder in folders]
+    found = [set_beside(one, load_model(model) if model else None) for one in captures]
+    chosen = [one.choose(workload) for one in captures] if workload else None
+    if as_json:
+        print_json(report.phases_json(found, chosen))
+        return
+    if chosen:
+        pages = [report.workload_page(beside, one) for beside, one in zip(found, chosen, strict=True)]
+    else:
+        pages = [report.phases_page(beside, model) for beside in found]
+    efficiency = report.efficiency_page(captures)
+    print_words("\n\n".join([*pages, *([efficiency] if efficiency else [])]))
