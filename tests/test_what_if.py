@@ -182,15 +182,15 @@ def test_numbers_of_gpus_are_compared_at_equal_tokens_and_by_their_price() -> No
 
 
 def test_an_answer_holds_together_and_says_what_it_rests_on() -> None:
-    question = asked(tokens=1024, n_gpus=16)
+    question = asked(tokens=256, n_gpus=16)
     found = answer(question, "uniform", SCHEDULES)
     by_name = {one.schedule: one.latency_ns for one in found.timelines}
     assert found.speedup_over == {
         "bulk": by_name["bulk"] / by_name["fused"],
         "chunked": by_name["chunked"] / by_name["fused"],
     }
-    # 1024 tokens of 2048 bf16 values, four copies, eight times over: an expert's 16 tokens fill an eighth of a tile.
-    assert found.buffer_bytes == 4 * 1024 * 2048 * 2 * 8
+    # 256 tokens of 2048 bf16 values, four copies, 32 times over: an expert's 4 tokens fill so little of a tile of 128.
+    assert found.buffer_bytes == 4 * 256 * 2048 * 2 * 32
     words = "\n".join(cited(question, SCHEDULES))
     for said in ("peer_link_peak_bytes_per_s 450 GB/s x 0.80, datasheet", "net_link_peak_bytes_per_s 50.0 GB/s x 0.80"):
         assert said in words
