@@ -43,11 +43,9 @@ def begin(folder: Path, settings: store.Json, found: Mapping[str, object]) -> No
     Batches may be added to a capture, and pieces and routing files. Raises InputError when the folder holds something
     else, or a capture of other settings, another machine or another torch.
     """
-    is_there = open_folder(folder, MANIFEST)
     before: store.Json = {}
-    if is_there:
+    if refuse_other(folder, settings):
         before = store.read_capture(folder, MANIFEST)
-        _refuse_other(folder, before, settings)
         n_chunks = sorted({*before["settings"]["n_chunks"], *settings["n_chunks"]})
         hashes = {**before["settings"]["routing_files_sha256"], **settings["routing_files_sha256"]}
         settings = {**settings, "n_chunks": n_chunks, "routing_files_sha256": hashes}
@@ -62,7 +60,14 @@ def begin(folder: Path, settings: store.Json, found: Mapping[str, object]) -> No
     store.write_capture(folder, capture, MANIFEST)
 
 
-def _refuse_other(folder: Path, capture: store.Json, settings: store.Json) -> None:
+def refuse_other(folder: Path, settings: store.Json) -> bool:
+    """Whether the folder holds a capture that these settings continue; makes the folder when it is new.
+
+    Raises InputError when it holds something else, or was measured otherwise.
+    """
+    if not open_folder(folder, MANIFEST):
+        return False
+    capture = store.read_capture(folder, MANIFEST)
     if capture.get("kind") != KIND:
         raise InputError(f"{folder / MANIFEST} is of kind {capture.get('kind')!r}, expected {KIND!r}")
     before = capture["settings"]
@@ -77,6 +82,7 @@ def _refuse_other(folder: Path, capture: store.Json, settings: store.Json) -> No
             f"{folder} was measured otherwise ({'; '.join(words)}); give the same options or another --out"
         )
     refuse_other_machine(folder, capture, settings["threads"])
+    return True
 
 
 def measured(folder: Path) -> list[store.Json]:

@@ -34,6 +34,7 @@ from .workloads import file_shares
 MOST_COPIES = 16
 POOL_FRAC = 0.25  # of the memory there is, for weights of all ranks
 MEASURING_FRAC = 0.9  # of the time budget; profiles are made of the rest
+PROBES_FRAC = 0.025
 N_PROFILED_STEPS = 2
 
 
@@ -241,7 +242,11 @@ class Collection:
         pool = weights_pool(self.ranks, self.batches, self.limit_bytes)
         self.measure(pool)
         self.profile(pool)
-        self.progress.close()
+        if self.is_first:
+            self.progress.close()
+            print(f"{len(self.lines)} batches are measured in {self.folder}", file=sys.stderr)
+        if not self.ranks.of_first(len(self.lines)):
+            self.ranks.refuse(f"--minutes {self.order.minutes:g}: no batch was measured in this time, expected more")
         if lock is not None:
             os.close(lock)
 
@@ -277,7 +282,8 @@ class Collection:
             return
         self.show("probing")
         shapes = list(dict.fromkeys(b.shape for b in self.batches))
-        by_rank = self.ranks.at_first(list(probe_rows(self.ranks, shapes, shapes[0].dtype)))
+        seconds = PROBES_FRAC * 60 * self.order.minutes
+        by_rank = self.ranks.at_first(list(probe_rows(self.ranks, shapes, shapes[0].dtype, seconds)))
         if by_rank is not None:
             rows = [row for together in zip(*by_rank, strict=True) for row in together]
             store.write_atomically(path, "".join(map(store.to_line, rows)))
@@ -309,7 +315,7 @@ class Collection:
 
     def is_over(self) -> bool:
         """Whether time is up, or whoever started the ranks is gone."""
-        return time.monotonic() > self.deadline or os.getppid() == 1 != self.parent
+        return time.monotonic() > self.deadline or os.getppid() != self.parent
 
     def inputs(self, pool: Tensor, batch: Batch) -> Inputs:
         """A batch as this rank has it."""

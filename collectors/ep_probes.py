@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .timing import host_clock
 
 GEMM_ROWS = (16, 128, 1024)
 PAIR_BYTES = (*(4**n << 10 for n in range(7)), 8 << 20)  # 1 KiB to 4 MiB by fours, and 8 MiB
-PROBE_NS, FEWEST, MOST = 200_000_000, 5, 100  # calls of a probe: about so long in all, at least and at most so many
+FEWEST, MOST = 5, 100  # calls of a probe
 N_LAUNCHES = 256
 
 Row = dict[str, object]
@@ -36,10 +37,14 @@ class Probe(NamedTuple):
     per_call: float = 1.0
 
 
-def probe_rows(ranks: Ranks, shapes: Sequence[MoEShape], dtype: str) -> Iterator[Row]:
-    """The lines of probes.jsonl that this rank measures, one after another, all ranks at the same time."""
-    for probe in (*_computing(ranks, shapes, TORCH_DTYPES[dtype]), *_between(ranks)):
-        times_ns = _times(ranks, probe.call)
+def probe_rows(ranks: Ranks, shapes: Sequence[MoEShape], dtype: str, seconds: float) -> Iterator[Row]:
+    """The lines of probes.jsonl that this rank measures, one after another, all ranks at the same time.
+
+    All together take about so many seconds, or what the fewest calls of each take.
+    """
+    n_probes = len(GEMM_ROWS) * 2 * len(shapes) + 5 + len(PAIR_BYTES)
+    for probe in chain(_computing(ranks, shapes, TORCH_DTYPES[dtype]), _between(ranks)):
+        times_ns = _times(ranks, probe.call, seconds * NS_PER_S / n_probes)
         middle = statistics.median(times_ns)
         value = middle / probe.per_call if probe.unit == "ns" else probe.per_call * NS_PER_S / middle
         yield {
@@ -92,7 +97,7 @@ def _between(ranks: Ranks) -> Iterator[Probe]:
         yield Probe("all_to_all", {"bytes": pair_bytes}, "ns", all_to_all)
 
 
-def _times(ranks: Ranks, call: Callable[[], object]) -> list[float]:
+def _times(ranks: Ranks, call: Callable[[], object], total_ns: float) -> list[float]:
     def finished() -> None:
         call()
         if ranks.device.type == "cuda":
@@ -101,6 +106,6 @@ def _times(ranks: Ranks, call: Callable[[], object]) -> list[float]:
     for _ in range(2):
         ranks.meet()
         warm_ns = ranks.largest(host_clock(finished))
-    n_times = int(min(MOST, max(FEWEST, PROBE_NS / warm_ns)))
+    n_times = int(min(MOST, max(FEWEST, total_ns / warm_ns)))
     ranks.meet()
     return [host_clock(finished) for _ in range(n_times)]
