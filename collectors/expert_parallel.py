@@ -64,6 +64,8 @@ def run(args: argparse.Namespace, started: float) -> int:
         raise InputError(f"--ranks is {n_ranks}, and torchrun has started {n_started}")
     device = _device(args.device, n_ranks) if not args.plan else args.device.replace("auto", "cpu")
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    if (device, dtype) == ("cuda", "float32"):
+        raise InputError("--dtype float32: grouped GEMMs on CUDA take bfloat16")
     request = Request(
         n_ranks=n_ranks, dtype=DTYPES[dtype], shapes=args.shapes, tokens=args.tokens, routings=args.routings,
         routing_files=tuple(args.routing_file), chunks=args.chunks, seed=args.seed,

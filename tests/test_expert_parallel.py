@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from collectors import cli, ep_capture, ep_layer, ep_measure, ep_plan, expert_parallel, store
-from collectors.ep_ranks import clocks, offset_of
+from collectors import cli, ep_capture, ep_layer, ep_measure, ep_plan, ep_probes, expert_parallel, store
+from collectors.ep_ranks import Ranks, clocks, offset_of
 from collectors.layer import Layer, moe_layer, slow_moe_layer
 from perfmodel.errors import InputError
+from tests import pretend_cuda
 from tests.conftest import ROOT
 from tests.gloo_ranks import on_ranks, run_as_ranks
 
@@ -142,6 +143,70 @@ def test_clocks_are_set_by_that_of_rank_0_to_within_the_error_they_state() -> No
 
 def test_the_quickest_round_trip_sets_a_clock() -> None:
     assert offset_of([(0, 1000, 900), (1000, 1160, 1100), (2000, 2300, 3000)]) == {"offset_ns": 110, "error_ns": 50}
+
+
+class Landed:
+    """A collective of one rank with itself, which is over when it has begun."""
+
+    def __init__(self, there: torch.Tensor, rows: torch.Tensor) -> None:
+        there.copy_(rows)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self.event)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 3])
+def test_on_a_made_up_gpu_the_layer_stays_on_the_device_and_events_give_its_phases(n_chunks, monkeypatch) -> None:
+    whole, (x,), (chosen,) = whole_layer(SHAPE, 6, 1)
+    weights = (weights.bfloat16() for weights in (whole.router, whole.gate_up, whole.down))
+    layer, x = Layer(*weights, whole.top_k, whole.is_gated), x.bfloat16()
+    alone = moe_layer(layer, x, chosen)
+    with pretend_cuda.installed(monkeypatch) as device:
+        there = Layer(layer.router.cuda(), layer.gate_up.cuda(), layer.down.cuda(), layer.top_k, layer.is_gated)
+        watch = ep_layer.CudaWatch()
+        with watch.step():
+            out = ep_layer.expert_parallel_layer(
+                there, x.cuda(), chosen.cuda(), [0, 8], 0, n_chunks, lambda to, rows, *_: Landed(to, rows), watch
+            )
+        assert out.is_cuda and device.n_mixed == 0 and device.n_products > 0
+        np.testing.assert_allclose(out.cpu().float(), alone.float(), rtol=2e-2, atol=2e-2)
+        phases = Counter(phase.name for phase in watch.found)
+        assert phases["dispatch"] == phases["combine"] == phases["gemm1"] == n_chunks
+        assert phases["permute"] == 1 + 2 * n_chunks and phases["reduce"] == 1
+        assert all(watch.start_ns <= phase.start_ns for phase in watch.found)
+        assert all(phase.start_ns + phase.dur_ns <= watch.end_ns for phase in watch.found)
+
+
+class Alone(Ranks):
+    """The only rank there is, which exchanges rows with itself."""
+
+    def exchange(self, there: torch.Tensor, rows: torch.Tensor, *_: object) -> Landed:
+        return Landed(there, rows)
+
+    def meet(self) -> None:
+        torch.cuda.synchronize()
+
+    def largest(self, value: float) -> float:
+        return value
+
+
+def test_on_a_made_up_gpu_weights_probes_and_steps_are_made_there(monkeypatch) -> None:
+    batch = ep_plan.Batch(ep_plan.scaled_shape(SHAPE, "bf16"), 6, "power-law:1.2", 2)
+    monkeypatch.setattr(ep_probes, "PAIR_BYTES", (1024,))
+    monkeypatch.setattr(ep_probes, "stream_bytes", lambda: 4096)
+    with pretend_cuda.installed(monkeypatch):
+        ranks = Alone(0, 1, torch.device("cuda"), None)
+        pool = ep_measure.weights_pool(ranks, [batch], 1e7)
+        inputs = ep_measure.inputs_of(ranks, pool, batch, 2, 0, {})
+        assert pool.is_cuda and inputs.x.is_cuda and inputs.chosen.is_cuda and inputs.copies[1].down.is_cuda
+        steps = ep_measure.steps_of(ranks, inputs, 3, 1_000, ep_layer.CudaWatch())
+        assert [step["step"] for step in steps] == [0, 1, 2]
+        assert all(len(step["phases"]) == 4 + 7 * 2 for step in steps)
+        found = list(ep_probes.probe_rows(ranks, [batch.shape], "bf16", 0.01))
+    assert {row["probe"] for row in found} == {"gemm", "stream", "grouped_call", "launch", "all_to_all", "barrier"}
+    assert all(row["value"] > 0 for row in found)
 
 
 # --- the plan ---
@@ -313,7 +378,7 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_goes_on(capture: Pat
         (("--shapes", "nothing"), "unknown shape 'nothing'"),
         (("--routing-file", "nowhere.npz"), "nowhere.npz"),
         (("--device", "cuda"), "finds no CUDA device here"),
-        ((), "--out is missing"),
+        (("--device", "cpu"), "--out is missing"),
     ],
 )
 def test_bad_input_is_one_sentence_and_starts_nothing(words, sentence, monkeypatch, capsys) -> None:
