@@ -16,6 +16,7 @@ from perfmodel.text import short_name
 from . import store
 from .campaign import open_folder, refuse_other_machine
 from .ep_plan import Batch
+from .profile_checks import write_packed
 from .workloads import file_shares
 
 MANIFEST, STEPS, PROBES = "expert_parallel.json", "steps.jsonl", "probes.jsonl"
@@ -125,11 +126,18 @@ def add(folder: Path, batch: Batch, gpu_of: Sequence[int], rows: Sequence[Sequen
     return line
 
 
-def profile_path(folder: Path, line: store.Json, rank: int) -> Path:
-    """Where the profile of a rank lies: the ranks of one workload make a folder."""
+def _profile_path(folder: Path, line: store.Json, rank: int) -> Path:
     return folder / store.PROFILES / str(line["workload"]) / f"rank-{rank}.trace.json.gz"
 
 
+def add_profile(folder: Path, line: store.Json, traces: Sequence[store.Json]) -> None:
+    """Write the traces of the ranks, in their order: those of one workload make a folder."""
+    for rank, trace in enumerate(traces):
+        path = _profile_path(folder, line, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_packed(path, trace)
+
+
 def has_profile(folder: Path, line: store.Json, n_ranks: int) -> bool:
-    """Whether all ranks have profiled a measured batch."""
-    return all(profile_path(folder, line, rank).exists() for rank in range(n_ranks))
+    """Whether a measured batch has been profiled on all ranks."""
+    return all(_profile_path(folder, line, rank).exists() for rank in range(n_ranks))

@@ -27,7 +27,7 @@ from .points import FILL_ELEMENTS, WEIGHT_SCALE
 from .probes_host import COLD_CACHES, FALLBACK_CACHE_BYTES
 from .profile_checks import refuse_gaps
 from .profile_points import in_the_way
-from .profiling import counting, named_range, trace_of, write_packed
+from .profiling import counting, named_range, trace_of
 from .progress import Progress
 from .workloads import file_shares
 
@@ -166,10 +166,11 @@ def steps_of(
     return found
 
 
-def profile(ranks: Ranks, inputs: Inputs, line: store.Json, folder: Path) -> None:
-    """Profile a few steps of a batch; each rank writes its own file, which is there only when it is whole."""
+def profile(ranks: Ranks, inputs: Inputs, line: store.Json) -> tuple[store.Json | None, str]:
+    """The trace of a few steps of a batch on this rank; null, and why, when the profiler lost some of it."""
     batch, parts = inputs.batch, Counter[str]()
-    watch = (CudaWatch if ranks.device.type == "cuda" else HostWatch)(counting(parts))
+    is_cuda = ranks.device.type == "cuda"
+    watch = (CudaWatch if is_cuda else HostWatch)(counting(parts))
     for n in range(N_WARM_UP):
         call(ranks, inputs, n, watch)
     parts.clear()
@@ -185,16 +186,14 @@ def profile(ranks: Ranks, inputs: Inputs, line: store.Json, folder: Path) -> Non
         ranges = {batch.range_name: {name: n // N_PROFILED_STEPS for name, n in sorted(parts.items())}}
         return {**line, "op": "moe_layer", "rank": ranks.rank, "n_steps": N_PROFILED_STEPS, "ranges": ranges}
 
-    is_cuda = ranks.device.type == "cuda"
-    trace = trace_of(steps, is_cuda, table)
+    try:
+        trace = trace_of(steps, is_cuda, table)
+        expected = {batch.range_name: N_PROFILED_STEPS, **parts}
+        refuse_gaps(trace, expected, on_cuda=is_cuda, from_graph=False, hint=in_the_way(os.environ))
+    except InputError as error:
+        return None, f"rank {ranks.rank}: {error}"
     group = {"backend": torch.distributed.get_backend(), "rank": ranks.rank, "world_size": ranks.size}
-    trace["distributedInfo"] = group
-    expected = {batch.range_name: N_PROFILED_STEPS, **parts}
-    refuse_gaps(trace, expected, on_cuda=is_cuda, from_graph=False, hint=in_the_way(os.environ))
-    path = ep_capture.profile_path(folder, line, ranks.rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_packed(path, trace)
-    ranks.meet()
+    return {**trace, "distributedInfo": group}, ""
 
 
 def work(order: Order) -> None:
@@ -285,8 +284,7 @@ class Collection:
         seconds = PROBES_FRAC * 60 * self.order.minutes
         by_rank = self.ranks.at_first(list(probe_rows(self.ranks, shapes, shapes[0].dtype, seconds)))
         if by_rank is not None:
-            rows = [row for together in zip(*by_rank, strict=True) for row in together]
-            store.write_atomically(path, "".join(map(store.to_line, rows)))
+            store.write_atomically(path, "".join(store.to_line(row) for rows in by_rank for row in rows))
 
     def measure(self, pool: Tensor) -> None:
         """Check and time each batch that is missing, as long as there is time."""
@@ -331,4 +329,8 @@ class Collection:
                 todo.append((batch, line))
         for batch, line in self.ranks.of_first(todo):
             self.show("profiling")
-            profile(self.ranks, self.inputs(pool, batch), line, self.folder)
+            found = self.ranks.at_first(profile(self.ranks, self.inputs(pool, batch), line))
+            for why in (why for _, why in found or () if why):
+                print(f"left out: the profile of {batch.words}: {why}", file=sys.stderr)
+            if found is not None and all(trace is not None for trace, _ in found):
+                ep_capture.add_profile(self.folder, line, [trace for trace, _ in found])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ from .workers import PACKAGE, environment, how_it_ended
 
 RANKS = 4
 FAILED, LOST, SAID_WHY = 1, 75, (2, 3)  # of a rank: for a reason of its own, another is gone, a sentence was printed
+INTERRUPTED = 130
 PATIENCE_S = 5.0  # for ranks to notice that another is gone, and to end when told to
 LOOK_S = 0.05
 
@@ -123,6 +125,11 @@ def _as_rank(folder: Path, request: Request, settings: dict[str, object], budget
                 print("collectors: a rank is gone; the same command continues with the next batch", file=sys.stderr)
             _leave(LOST)
         print(f"collectors: rank {rank}: {first_line(error)}", file=sys.stderr)
+        _leave(FAILED)
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
+    except Exception:  # a mistake in this program, for which the others must not wait
+        traceback.print_exc()
         _leave(FAILED)
     _leave(0)
 

@@ -316,7 +316,10 @@ def test_the_manifest_says_what_was_measured_where_and_not_whose_it_is(capture: 
     probes = lines_of(capture, ep_capture.PROBES)
     assert {p["probe"] for p in probes} == {"gemm", "stream", "grouped_call", "all_to_all", "barrier"}
     assert all(p["value"] > 0 and p["times"] >= 5 for p in probes)
-    assert Counter(p["rank"] for p in probes)[0] == len(probes) / 2
+    alone = [p for p in probes if p["params"].pop("alone", False)]
+    assert {(p["probe"], p["rank"]) for p in alone} == {("gemm", 0), ("stream", 0)}
+    together = [(p["probe"], str(p["params"]), p["rank"]) for p in probes if p not in alone]
+    assert Counter(rank for *_, rank in together)[0] == len(together) / 2 == len({*together}) / 2
     assert not list(capture.rglob("*.part"))
     for path in capture.rglob("*.*"):
         content = path.read_bytes()
