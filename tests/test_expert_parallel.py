@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.gloo_ranks import on_ranks, run_as_ranks
 
 SHAPE = "e8-k2-h32-i16"
-BATCH = ("--shapes", SHAPE, "--chunks", "2", "--steps", "2", "--minutes", "1", "--threads", "1")
+BATCH = ("--shapes", SHAPE, "--chunks", "2", "--steps", "2", "--minutes", "0.6", "--threads", "1")
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 COMPUTING = ("gate", "permute", "gemm1", "activation", "gemm2", "reduce")
 
