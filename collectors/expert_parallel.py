@@ -172,26 +172,26 @@ def _start(words: list[str], n_ranks: int, threads: int) -> int:
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait until all ranks have ended or one has failed; says what became of that one unless it has."""
+    """Wait until all ranks have ended or one has failed; says which, unless that one has said why.
+
+    Ranks that lost another end first where that one hangs: then it is the one that is still there.
+    """
+    give_up = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        if all(code == 0 for code in codes):
-            return 0
-        failed = {rank: code for rank, code in enumerate(codes) if code not in (None, 0, LOST)}
-        lost = [rank for rank, code in enumerate(codes) if code == LOST]
-        if failed:
-            first = next(iter(failed))
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, LOST)]
+        if failed or all(code == 0 for code in codes) or time.monotonic() > give_up:
             break
-        if lost and all(code is not None for code in codes):
-            first = lost[0]
-            break
+        if LOST in codes:
+            give_up = min(give_up, time.monotonic() + PATIENCE_S)
         time.sleep(LOOK_S)
-    code = ranks[first].returncode
-    if code in SAID_WHY:
-        return code
-    words = "lost the others" if code == LOST else how_it_ended(code)
-    print(f"collectors: rank {first} {words}; the same command continues with the next batch", file=sys.stderr)
-    return 1
+    code = codes[failed[0]] if failed else None
+    if code in SAID_WHY or not any(codes):
+        return code or 0
+    hanging = [rank for rank, code in enumerate(codes) if code is None] or [codes.index(LOST)]
+    words = f"rank {hanging[0]} does not answer" if code is None else f"rank {failed[0]} {how_it_ended(code)}"
+    print(f"collectors: {words}; the same command continues with the next batch", file=sys.stderr)
+    return FAILED
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
