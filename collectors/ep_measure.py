@@ -34,7 +34,7 @@ from .workloads import file_shares
 MOST_COPIES = 16
 POOL_FRAC = 0.25  # of the memory there is, for weights of all ranks
 MEASURING_FRAC = 0.9  # of the time budget; profiles are made of the rest
-PROBES_FRAC = 0.025
+PROBES_FRAC = 0.05
 N_PROFILED_STEPS = 2
 
 
@@ -275,7 +275,7 @@ class Collection:
         return lock
 
     def probe(self) -> None:
-        """What the ranks can do together, once for the shapes that are planned."""
+        """What the ranks can do together, once: its GEMMs are those of the shapes that are planned first."""
         path = self.folder / ep_capture.PROBES
         if self.ranks.of_first(path.exists() if self.is_first else None):
             return

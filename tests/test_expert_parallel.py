@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.gloo_ranks import on_ranks, run_as_ranks
 
 SHAPE = "e8-k2-h32-i16"
-BATCH = ("--shapes", SHAPE, "--chunks", "2", "--steps", "2", "--minutes", "0.6", "--threads", "1")
+BATCH = ("--shapes", SHAPE, "--chunks", "2", "--steps", "2", "--minutes", "0.4", "--threads", "1")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 COMPUTING = ("gate", "permute", "gemm1", "activation", "gemm2", "reduce")
 
@@ -234,6 +234,18 @@ def test_what_does_not_fit_is_left_out_with_a_sentence() -> None:
     assert {b.n_tokens for b in some} == {1} and "4096 tokens a rank does not fit in memory" in skipped[0]
     with pytest.raises(InputError, match="nothing to measure"):
         ep_plan.plan(request(), 1.0)
+
+
+def test_a_routing_file_joins_the_shapes_of_its_size_and_is_drawn_from(tmp_path: Path) -> None:
+    np.savez(tmp_path / "seen.npz", layer=[[0, 0, 5, 0, 0, 3, 0, 0]])
+    source = f"{tmp_path / 'seen.npz'}#layer"
+    batches, _ = ep_plan.plan(request(routing_files=(source,), routings=("uniform",)), None)
+    measured = [batch for batch in batches if batch.routing == "file:seen.npz#layer"]
+    assert {batch.shape.name for batch in measured} == {SHAPE}
+    files = ep_plan.file_shares([source])
+    assert {*ep_plan.chosen_experts(measured[0], 1, 4, 0, files).ravel()} == {2, 5}
+    with pytest.raises(InputError, match="is for 8 experts, and no shape here has that many"):
+        ep_plan.plan(request(routing_files=(source,), shapes=("e6-k2-h16-i16",)), None)
 
 
 @pytest.mark.parametrize(("n_experts", "n_ranks"), [(8, 4), (6, 4), (7, 3), (5, 5), (64, 1)])
