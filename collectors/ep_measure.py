@@ -218,7 +218,10 @@ class Collection:
         self.files = file_shares(order.request.routing_files)
         limit = memory_limit_bytes(ranks.device.type, ranks.size)
         self.limit_bytes = float(ranks.of_first(limit if limit is not None else 1 << 40))
-        self.batches, self.skipped = plan(order.request, self.limit_bytes)
+        try:
+            self.batches, self.skipped = plan(order.request, self.limit_bytes)
+        except InputError as error:
+            ranks.refuse(str(error))
         self.lines: list[store.Json] = []  # of what is measured; on rank 0
         self.deadline = order.started + MEASURING_FRAC * 60 * order.minutes
         self.progress = Progress(len(self.batches), 0, deadline=self.deadline)

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from collectors import cli, ep_capture, ep_layer, ep_measure, ep_plan, ep_probes, expert_parallel, store
 from collectors.ep_ranks import Ranks, clocks, offset_of
@@ -106,6 +108,16 @@ def test_ranks_together_compute_what_one_process_computes(n_ranks: int) -> None:
             assert sum(map(sum, to_experts)) >= n_rows and len(to_experts) == 2 * n_chunks
             assert phases["gate"] == phases["counts"] == phases["reduce"] == 1
             assert phases["dispatch"] == phases["combine"] == n_chunks and phases["permute"] == 1 + 2 * n_chunks
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_received_rows_are_sorted_by_expert_and_keep_their_order_within_one(received: list[list[int]]) -> None:
+    rows = [
+        (expert, rank, n) for rank, counts in enumerate(received) for expert in range(3) for n in range(counts[expert])
+    ]
+    order, ends = ep_layer.by_expert(torch.tensor(received), len(rows))
+    assert [rows[i] for i in order] == sorted(rows)
+    assert ends.tolist() == [sum(row[0] <= expert for row in rows) for expert in range(3)]
 
 
 def wrong_layer(ranks, wrong_rank):
@@ -201,7 +213,9 @@ def test_on_a_made_up_gpu_weights_probes_and_steps_are_made_there(monkeypatch) -
         pool = ep_measure.weights_pool(ranks, [batch], 1e7)
         inputs = ep_measure.inputs_of(ranks, pool, batch, 2, 0, {})
         assert pool.is_cuda and inputs.x.is_cuda and inputs.chosen.is_cuda and inputs.copies[1].down.is_cuda
-        steps = ep_measure.steps_of(ranks, inputs, 3, 1_000, ep_layer.CudaWatch())
+        before_ns, ahead_ns = time.perf_counter_ns(), 10**15
+        steps = ep_measure.steps_of(ranks, inputs, 3, ahead_ns, ep_layer.CudaWatch())
+        assert before_ns + ahead_ns < steps[0]["start_ns"] < steps[0]["phases"][0][2] < steps[-1]["end_ns"]
         assert [step["step"] for step in steps] == [0, 1, 2]
         assert all(len(step["phases"]) == 4 + 7 * 2 for step in steps)
         found = list(ep_probes.probe_rows(ranks, [batch.shape], "bf16", 0.01))
