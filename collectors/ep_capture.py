@@ -16,6 +16,7 @@ from perfmodel.text import short_name
 from . import store
 from .campaign import open_folder, refuse_other_machine
 from .ep_plan import Batch
+from .profile_checks import write_packed
 from .workloads import file_shares
 
 MANIFEST, STEPS, PROBES = "expert_parallel.json", "steps.jsonl", "probes.jsonl"
@@ -43,11 +44,9 @@ def begin(folder: Path, settings: store.Json, found: Mapping[str, object]) -> No
     Batches may be added to a capture, and pieces and routing files. Raises InputError when the folder holds something
     else, or a capture of other settings, another machine or another torch.
     """
-    is_there = open_folder(folder, MANIFEST)
     before: store.Json = {}
-    if is_there:
+    if refuse_other(folder, settings):
         before = store.read_capture(folder, MANIFEST)
-        _refuse_other(folder, before, settings)
         n_chunks = sorted({*before["settings"]["n_chunks"], *settings["n_chunks"]})
         hashes = {**before["settings"]["routing_files_sha256"], **settings["routing_files_sha256"]}
         settings = {**settings, "n_chunks": n_chunks, "routing_files_sha256": hashes}
@@ -62,7 +61,14 @@ def begin(folder: Path, settings: store.Json, found: Mapping[str, object]) -> No
     store.write_capture(folder, capture, MANIFEST)
 
 
-def _refuse_other(folder: Path, capture: store.Json, settings: store.Json) -> None:
+def refuse_other(folder: Path, settings: store.Json) -> bool:
+    """Whether the folder holds a capture that these settings continue; makes the folder when it is new.
+
+    Raises InputError when it holds something else, or was measured otherwise.
+    """
+    if not open_folder(folder, MANIFEST):
+        return False
+    capture = store.read_capture(folder, MANIFEST)
     if capture.get("kind") != KIND:
         raise InputError(f"{folder / MANIFEST} is of kind {capture.get('kind')!r}, expected {KIND!r}")
     before = capture["settings"]
@@ -77,6 +83,7 @@ def _refuse_other(folder: Path, capture: store.Json, settings: store.Json) -> No
             f"{folder} was measured otherwise ({'; '.join(words)}); give the same options or another --out"
         )
     refuse_other_machine(folder, capture, settings["threads"])
+    return True
 
 
 def measured(folder: Path) -> list[store.Json]:
@@ -119,11 +126,18 @@ def add(folder: Path, batch: Batch, gpu_of: Sequence[int], rows: Sequence[Sequen
     return line
 
 
-def profile_path(folder: Path, line: store.Json, rank: int) -> Path:
-    """Where the profile of a rank lies: the ranks of one workload make a folder."""
+def _profile_path(folder: Path, line: store.Json, rank: int) -> Path:
     return folder / store.PROFILES / str(line["workload"]) / f"rank-{rank}.trace.json.gz"
 
 
+def add_profile(folder: Path, line: store.Json, traces: Sequence[store.Json]) -> None:
+    """Write the traces of the ranks, in their order: those of one workload make a folder."""
+    for rank, trace in enumerate(traces):
+        path = _profile_path(folder, line, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_packed(path, trace)
+
+
 def has_profile(folder: Path, line: store.Json, n_ranks: int) -> bool:
-    """Whether all ranks have profiled a measured batch."""
-    return all(profile_path(folder, line, rank).exists() for rank in range(n_ranks))
+    """Whether a measured batch has been profiled on all ranks."""
+    return all(_profile_path(folder, line, rank).exists() for rank in range(n_ranks))

@@ -27,13 +27,14 @@ from .points import FILL_ELEMENTS, WEIGHT_SCALE
 from .probes_host import COLD_CACHES, FALLBACK_CACHE_BYTES
 from .profile_checks import refuse_gaps
 from .profile_points import in_the_way
-from .profiling import counting, named_range, trace_of, write_packed
+from .profiling import counting, named_range, trace_of
 from .progress import Progress
 from .workloads import file_shares
 
 MOST_COPIES = 16
 POOL_FRAC = 0.25  # of the memory there is, for weights of all ranks
 MEASURING_FRAC = 0.9  # of the time budget; profiles are made of the rest
+PROBES_FRAC = 0.05
 N_PROFILED_STEPS = 2
 
 
@@ -165,10 +166,11 @@ def steps_of(
     return found
 
 
-def profile(ranks: Ranks, inputs: Inputs, line: store.Json, folder: Path) -> None:
-    """Profile a few steps of a batch; each rank writes its own file, which is there only when it is whole."""
+def profile(ranks: Ranks, inputs: Inputs, line: store.Json) -> tuple[store.Json | None, str]:
+    """The trace of a few steps of a batch on this rank; null, and why, when the profiler lost some of it."""
     batch, parts = inputs.batch, Counter[str]()
-    watch = (CudaWatch if ranks.device.type == "cuda" else HostWatch)(counting(parts))
+    is_cuda = ranks.device.type == "cuda"
+    watch = (CudaWatch if is_cuda else HostWatch)(counting(parts))
     for n in range(N_WARM_UP):
         call(ranks, inputs, n, watch)
     parts.clear()
@@ -184,16 +186,14 @@ def profile(ranks: Ranks, inputs: Inputs, line: store.Json, folder: Path) -> Non
         ranges = {batch.range_name: {name: n // N_PROFILED_STEPS for name, n in sorted(parts.items())}}
         return {**line, "op": "moe_layer", "rank": ranks.rank, "n_steps": N_PROFILED_STEPS, "ranges": ranges}
 
-    is_cuda = ranks.device.type == "cuda"
-    trace = trace_of(steps, is_cuda, table)
+    try:
+        trace = trace_of(steps, is_cuda, table)
+        expected = {batch.range_name: N_PROFILED_STEPS, **parts}
+        refuse_gaps(trace, expected, on_cuda=is_cuda, from_graph=False, hint=in_the_way(os.environ))
+    except InputError as error:
+        return None, f"rank {ranks.rank}: {error}"
     group = {"backend": torch.distributed.get_backend(), "rank": ranks.rank, "world_size": ranks.size}
-    trace["distributedInfo"] = group
-    expected = {batch.range_name: N_PROFILED_STEPS, **parts}
-    refuse_gaps(trace, expected, on_cuda=is_cuda, from_graph=False, hint=in_the_way(os.environ))
-    path = ep_capture.profile_path(folder, line, ranks.rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_packed(path, trace)
-    ranks.meet()
+    return {**trace, "distributedInfo": group}, ""
 
 
 def work(order: Order) -> None:
@@ -218,7 +218,10 @@ class Collection:
         self.files = file_shares(order.request.routing_files)
         limit = memory_limit_bytes(ranks.device.type, ranks.size)
         self.limit_bytes = float(ranks.of_first(limit if limit is not None else 1 << 40))
-        self.batches, self.skipped = plan(order.request, self.limit_bytes)
+        try:
+            self.batches, self.skipped = plan(order.request, self.limit_bytes)
+        except InputError as error:
+            ranks.refuse(str(error))
         self.lines: list[store.Json] = []  # of what is measured; on rank 0
         self.deadline = order.started + MEASURING_FRAC * 60 * order.minutes
         self.progress = Progress(len(self.batches), 0, deadline=self.deadline)
@@ -241,7 +244,11 @@ class Collection:
         pool = weights_pool(self.ranks, self.batches, self.limit_bytes)
         self.measure(pool)
         self.profile(pool)
-        self.progress.close()
+        if self.is_first:
+            self.progress.close()
+            print(f"{len(self.lines)} batches are measured in {self.folder}", file=sys.stderr)
+        if not self.ranks.of_first(len(self.lines)):
+            self.ranks.refuse(f"--minutes {self.order.minutes:g}: no batch was measured in this time, expected more")
         if lock is not None:
             os.close(lock)
 
@@ -271,16 +278,16 @@ class Collection:
         return lock
 
     def probe(self) -> None:
-        """What the ranks can do together, once for the shapes that are planned."""
+        """What the ranks can do together, once: its GEMMs are those of the shapes that are planned first."""
         path = self.folder / ep_capture.PROBES
         if self.ranks.of_first(path.exists() if self.is_first else None):
             return
         self.show("probing")
         shapes = list(dict.fromkeys(b.shape for b in self.batches))
-        by_rank = self.ranks.at_first(list(probe_rows(self.ranks, shapes, shapes[0].dtype)))
+        seconds = PROBES_FRAC * 60 * self.order.minutes
+        by_rank = self.ranks.at_first(list(probe_rows(self.ranks, shapes, shapes[0].dtype, seconds)))
         if by_rank is not None:
-            rows = [row for together in zip(*by_rank, strict=True) for row in together]
-            store.write_atomically(path, "".join(map(store.to_line, rows)))
+            store.write_atomically(path, "".join(store.to_line(row) for rows in by_rank for row in rows))
 
     def measure(self, pool: Tensor) -> None:
         """Check and time each batch that is missing, as long as there is time."""
@@ -309,7 +316,7 @@ class Collection:
 
     def is_over(self) -> bool:
         """Whether time is up, or whoever started the ranks is gone."""
-        return time.monotonic() > self.deadline or os.getppid() == 1 != self.parent
+        return time.monotonic() > self.deadline or os.getppid() != self.parent
 
     def inputs(self, pool: Tensor, batch: Batch) -> Inputs:
         """A batch as this rank has it."""
@@ -325,4 +332,8 @@ class Collection:
                 todo.append((batch, line))
         for batch, line in self.ranks.of_first(todo):
             self.show("profiling")
-            profile(self.ranks, self.inputs(pool, batch), line, self.folder)
+            found = self.ranks.at_first(profile(self.ranks, self.inputs(pool, batch), line))
+            for why in (why for _, why in found or () if why):
+                print(f"left out: the profile of {batch.words}: {why}", file=sys.stderr)
+            if found is not None and all(trace is not None for trace, _ in found):
+                ep_capture.add_profile(self.folder, line, [trace for trace, _ in found])

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from perfmodel.errors import InputError, first_line
 
 from . import ep_capture, ep_plan, machine
 from .arguments import count, minutes, names, require_torch, routings, seed, token_counts
-from .campaign import open_folder
 from .ep_plan import Request, plan
 from .plan import DEVICES, DTYPES
 from .workers import PACKAGE, environment, how_it_ended
@@ -63,8 +64,10 @@ def run(args: argparse.Namespace, started: float) -> int:
     n_ranks = args.ranks or n_started or RANKS
     if n_started not in (None, n_ranks):
         raise InputError(f"--ranks is {n_ranks}, and torchrun has started {n_started}")
-    device = "cpu" if args.plan and args.device == "auto" else _device(args.device, n_ranks, args.plan)
+    device = _device(args.device, n_ranks) if not args.plan else args.device.replace("auto", "cpu")
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    if (device, dtype) == ("cuda", "float32"):
+        raise InputError("--dtype float32: grouped GEMMs on CUDA take bfloat16")
     request = Request(
         n_ranks=n_ranks, dtype=DTYPES[dtype], shapes=args.shapes, tokens=args.tokens, routings=args.routings,
         routing_files=tuple(args.routing_file), chunks=args.chunks, seed=args.seed,
@@ -76,26 +79,24 @@ def run(args: argparse.Namespace, started: float) -> int:
     if args.out is None:
         raise InputError("--out is missing: name the folder of the capture")
     threads = args.threads or max(1, machine.n_physical_cores() // n_ranks)
-    if not is_rank():
-        open_folder(args.out, ep_capture.MANIFEST)  # refused here when it is something else
-        return _start(args.words, n_ranks, threads)
     settings = ep_capture.settings_of(
         n_ranks=n_ranks, device=device, dtype=dtype, threads=threads, seed=args.seed, n_warm_up=ep_plan.N_WARM_UP,
         n_steps=args.steps, chunks=args.chunks, routing_files=args.routing_file,
     )  # fmt: skip
-    return _as_rank(args.out, request, settings, args.minutes, started)
+    if is_rank():
+        _as_rank(args.out, request, settings, args.minutes, started)
+    ep_capture.refuse_other(args.out, settings)
+    return _start(args.words, n_ranks, threads)
 
 
 def _total_words(batches: list[ep_plan.Batch], n_ranks: int, n_steps: int) -> str:
     return f"{len(batches)} batches on {n_ranks} ranks, {n_steps} steps each"
 
 
-def _device(asked: str, n_ranks: int, is_plan: bool) -> str:
-    if asked == "cpu" or is_plan:
-        if not is_plan:
-            require_torch("cpu")
+def _device(asked: str, n_ranks: int) -> str:
+    require_torch("cuda" if asked == "cuda" else "cpu")
+    if asked == "cpu":
         return asked
-    require_torch(asked)
     import torch
 
     n_gpus, n_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", n_ranks))
@@ -106,12 +107,17 @@ def _device(asked: str, n_ranks: int, is_plan: bool) -> str:
     return "cpu"
 
 
-def _as_rank(folder: Path, request: Request, settings: dict[str, object], budget: float, started: float) -> int:
+def _as_rank(folder: Path, request: Request, settings: dict[str, object], budget: float, started: float) -> NoReturn:
     """Be one of the ranks; one sentence for what goes wrong, unless another rank or whoever started them says it."""
     from .ep_measure import Order, work
 
     try:
         work(Order(folder, request, settings, budget, started))
+    except InputError as error:
+        print(f"collectors: {error}", file=sys.stderr)
+        _leave(error.exit_code)
+    except SystemExit as agreed:  # the first rank says why
+        _leave(InputError.exit_code if agreed.code else 0)
     except (RuntimeError, OSError, MemoryError) as error:
         rank, is_first = os.environ["RANK"], os.environ["RANK"] == "0"
         if _is_lost(error):
@@ -120,7 +126,12 @@ def _as_rank(folder: Path, request: Request, settings: dict[str, object], budget
             _leave(LOST)
         print(f"collectors: rank {rank}: {first_line(error)}", file=sys.stderr)
         _leave(FAILED)
-    return 0
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
+    except Exception:  # a mistake in this program, for which the others must not wait
+        traceback.print_exc()
+        _leave(FAILED)
+    _leave(0)
 
 
 def _is_lost(error: Exception) -> bool:
@@ -131,51 +142,56 @@ def _is_lost(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or any(w in words for w in ("gloo", "nccl", "connection", "timed out"))
 
 
-def _leave(code: int) -> None:
-    """End this process at once: taking a process group apart waits for ranks that are gone."""
+def _leave(code: int) -> NoReturn:
+    """End this process at once.
+
+    Taking a process group apart waits for ranks that are gone, and aborts where its threads still hold Python objects.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _start(words: list[str], n_ranks: int, threads: int) -> int:
-    """Start the ranks on this machine and wait for them; when one ends badly the others are ended."""
+    """Start the ranks on this machine and wait for them; when one ends badly the others are ended.
+
+    Ctrl-C is for this process, which ends the others.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         shared = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(n_ranks))
         shared |= {ep_capture.MEETING: str(Path(scratch) / "meeting"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         ranks = []
         try:
             for rank in range(n_ranks):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                own = {**environment(threads), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 command = [sys.executable, "-m", PACKAGE, *words]
-                ranks.append(subprocess.Popen(command, env={**environment(threads), **shared, **own}))
+                ranks.append(subprocess.Popen(command, env=own, start_new_session=True))
             return _watch(ranks)
         finally:
             _end(ranks)
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait until all ranks have ended or one has failed; says what became of that one unless it has."""
-    first: int | None = None
+    """Wait until all ranks have ended or one has failed; says which, unless that one has said why.
+
+    Ranks that lost another end first where that one hangs: then it is the one that is still there.
+    """
+    give_up = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        if all(code == 0 for code in codes):
-            return 0
-        failed = {rank: code for rank, code in enumerate(codes) if code not in (None, 0, LOST)}
-        lost = [rank for rank, code in enumerate(codes) if code == LOST]
-        if failed:
-            first = next(iter(failed))
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, LOST)]
+        if failed or all(code == 0 for code in codes) or time.monotonic() > give_up:
             break
-        if lost and all(code is not None for code in codes):
-            first = lost[0]
-            break
+        if LOST in codes:
+            give_up = min(give_up, time.monotonic() + PATIENCE_S)
         time.sleep(LOOK_S)
-    code = ranks[first].returncode
-    if code in SAID_WHY:
-        return code
-    words = "lost the others" if code == LOST else how_it_ended(code)
-    print(f"collectors: rank {first} {words}; the same command continues with the next batch", file=sys.stderr)
-    return 1
+    code = codes[failed[0]] if failed else None
+    if code in SAID_WHY or not any(codes):
+        return code or 0
+    hanging = [rank for rank, code in enumerate(codes) if code is None] or [codes.index(LOST)]
+    words = f"rank {hanging[0]} does not answer" if code is None else f"rank {failed[0]} {how_it_ended(code)}"
+    print(f"collectors: {words}; the same command continues with the next batch", file=sys.stderr)
+    return FAILED
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:

@@ -1,5 +1,6 @@
-"""Is a trace of torch's profiler whole, and free of whose it is. Needs no torch."""
+"""Is a trace of torch's profiler whole, and free of whose it is; how it is packed. Needs no torch."""
 
+import gzip
 import json
 import tempfile
 from collections import Counter
@@ -82,3 +83,11 @@ def refuse_gaps(trace: Json, ranges: Mapping[str, int], *, on_cuda: bool, from_g
             f"none of {work['n_kernels']} kernels in the profile belongs to the replay of the CUDA graph: it was "
             "recorded as a whole or not at all; this CUDA's tracing does not follow graphs that were captured before"
         )
+
+
+def write_packed(path: Path, trace: Json) -> None:
+    """Write a trace as gzip JSON, beside and renamed. No file name and no time in it: equal traces are equal files."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("wb") as file, gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as packed:
+        packed.write(json.dumps(trace, separators=(",", ":")).encode())
+    beside.replace(path)

@@ -4,7 +4,6 @@ Timing runs in other processes and unprofiled, since profiling slows a small lay
 kernels, not what the host did when it was captured: ranges surround a replay, and there are none inside.
 """
 
-import gzip
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from perfmodel.errors import InputError
 
 from .layer import Mark, no_mark
-from .profile_checks import refuse_gaps, scrubbed, work_of
+from .profile_checks import refuse_gaps, scrubbed, work_of, write_packed
 from .profile_points import N_STEPS, file_name, in_the_way, range_name
 from .workloads import Workload
 
@@ -175,14 +174,6 @@ def trace_of(run: Callable[[], None], is_cuda: bool, table_of: Callable[[], dict
             raise InputError(f"the profiler wrote a trace that is no JSON ({error})") from None
         table = {**table_of(), **(work_of(trace) if is_cuda else {})}
         return scrubbed({**trace, "perfmodel": json.loads(json.dumps(table, default=str))}, scratch)
-
-
-def write_packed(path: Path, trace: dict[str, Any]) -> None:
-    """Write a trace as gzip JSON, beside and renamed. No file name and no time in it: equal traces are equal files."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file, gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as packed:
-        packed.write(json.dumps(trace, separators=(",", ":")).encode())
-    beside.replace(path)
 
 
 def _recorded(prepared: Prepared, workload: Workload, parts: Counter[str]) -> dict[str, Any]:
