@@ -61,7 +61,7 @@ from perfmodel.readers import kineto
 class FloatEvent(kineto.Event, gc=False):
     ts: float | None = None
     dur: float | None = None
-kineto._decode = msgspec.json.Decoder(list[FloatEvent]).decode
+kineto.decode_events = msgspec.json.Decoder(list[FloatEvent]).decode
 kineto._lines = lambda numbers: numbers
 kineto.to_ns = lambda lists: (
     polars.Series([us for numbers in lists for us in numbers], dtype=polars.Float64) * 1000
