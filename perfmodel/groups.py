@@ -57,6 +57,21 @@ def steps(events: pl.DataFrame) -> pl.DataFrame:
     return found.select(*THREAD, "name", "start_ns", "dur_ns").sort("rank", "process", "start_ns")
 
 
+def step_at(events: pl.DataFrame, points: pl.DataFrame) -> pl.Series:
+    """In which step of its process was each moment: the N of ProfilerStep#N, else the steps of a rank counted from 0.
+
+    `points` has `rank`, `process` and `at_ns`, null for what has no place in time; null too outside of all steps.
+    """
+    found = steps(events)
+    counted = pl.int_range(pl.len()).over("rank").cast(pl.Int64)
+    said = pl.col("name").str.extract(rf"^{STEP_PREFIX}(\d+)").cast(pl.Int64, strict=False)
+    number = found.select(pl.coalesce(said, counted)).to_series()
+    is_known = points["at_ns"].is_not_null()
+    inside = holders(found, points.filter(is_known), PROCESS)["innermost"]
+    at = pl.repeat(None, points.height, dtype=pl.Int64, eager=True).scatter(is_known.arg_true(), inside)
+    return number.gather(at).alias("step")
+
+
 def profiler_steps(events: pl.DataFrame) -> pl.Series:
     """Which steps did the profiler mark (`ProfilerStep#N`): their names, each once, whatever thread or rank has it."""
     names = events.filter(pl.col("kind") == "range")["name"].unique()

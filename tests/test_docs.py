@@ -48,7 +48,7 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
 
 
 COMMANDS = (
-    "analyze diff sweep fusion export fit evaluate predict routing place balance trimoe design calibrate check "
+    "analyze diff sweep fusion export layers fit evaluate predict routing place balance trimoe design calibrate check "
     "captures schedule list collect app"
 )
 
