@@ -60,12 +60,12 @@ def collectives(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFram
     ranges such as `gloo:all_to_all`. `group` is the process group with its ranks as JSON, null where not recorded.
     """
     kernels = joined_kernels(events)
-    kernels = kernels.filter(classify(kernels["name"], rules).is_in(list(COMMUNICATION)))
-    if kernels.is_empty():
+    if kernels.is_empty():  # ranges of a host that launches kernels tell when it issued them
         ranges = host_communication(events).filter(pl.col("kind") == "range")
         at = step_at(events, ranges.rename({"start_ns": "at_ns"}))
         ranges = ranges.with_columns(at, device=pl.lit(None, pl.Int64), group=pl.lit(None, pl.String))
         return ranges.match_to_schema(COLLECTIVES, extra_columns="ignore").sort("start_ns")
+    kernels = kernels.filter(classify(kernels["name"], rules).is_in(list(COMMUNICATION)))
     said = kernels["collective"].cast(pl.String)
     names = {one: _name_and_group(one) for one in said.drop_nulls().unique()}
     named = {one: name for one, (name, _) in names.items()}
@@ -213,12 +213,15 @@ def straggler_statistics(times: pl.DataFrame, of: list[str]) -> dict[str, float 
 def _is_alike(table: pl.DataFrame, members: pl.DataFrame, keys: list[str]) -> pl.DataFrame:
     """In which steps does every member that must take part in a collective show as many of it: `keys`, `is_alike`.
 
-    That are those of its process group that were read, or all where no group is recorded. What the only member of a
-    group that was read does alone is left out.
+    That are those of its process group that were read, or all where no group is recorded; where a group is known by
+    name alone, those that show it. What the only member of a group that was read does alone is left out.
     """
     present = {rank for rank in members["rank"] if rank is not None}
-    n_expected = {one: len(present & set(json.loads(one)[1])) for one in table["group"].drop_nulls().unique()}
+    ranks = {one: json.loads(one)[1] for one in table["group"].drop_nulls().unique()}
+    n_expected = {one: len(present & set(listed)) for one, listed in ranks.items() if listed is not None}
+    is_named = pl.col("group").is_in([one for one, listed in ranks.items() if listed is None])
     known = pl.col("group").replace_strict(n_expected, default=None, return_dtype=pl.Int64)
+    known = pl.when(is_named).then(pl.col("n_members").cast(pl.Int64)).otherwise(known)
     return (
         table.group_by(*keys, *MEMBER)
         .agg(n=pl.len())
@@ -251,15 +254,21 @@ def _agreeing(table: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def _name_and_group(collective: str) -> tuple[str | None, str | None]:
-    """The name of a collective and its process group, from the column `collective` of EVENTS."""
+    """The name of a collective and its process group, `[name, ranks]`, from the column `collective` of EVENTS.
+
+    Ranks are null where they are not all written, as torch does of large groups; the group is null without a name too.
+    """
     try:
         name, group, ranks = json.loads(collective)
-        ranks = json.loads(ranks) if isinstance(ranks, str) else ranks
     except ValueError:
         return None, None
+    try:
+        ranks = json.loads(ranks) if isinstance(ranks, str) else ranks
+    except ValueError:
+        ranks = None
     is_listed = isinstance(ranks, list) and all(type(rank) is int for rank in ranks) and len(ranks) > 0
-    known = json.dumps([None if group is None else str(group), sorted(ranks)]) if is_listed else None
-    return (str(name) if name else None), known
+    known = [None if group is None else str(group), sorted(ranks) if is_listed else None]
+    return (str(name) if name else None), None if known == [None, None] else json.dumps(known)
 
 
 def _listed(names: pl.Series) -> str:

@@ -158,7 +158,14 @@ def test_layers_without_attention_are_cut_at_repetition_and_at_long_gaps() -> No
     assert spans_of(*chain(*LAYER, *LAYER, *LAYER)) == [(0, 5), (55, 5), (110, 5)]
     apart = [*chain(*LAYER), *chain(*LAYER, start_ns=2_000_000)]
     assert spans_of(*apart) == [(0, 5), (2_000_000, 5)]
+    assert spans_of(*chain(*LAYER, *LAYER, *LAYER[:2])) == [(0, 5), (55, 5), (110, 2)]  # the trace ends in a layer
     assert spans_of(*chain(GEMM, GEMM, GEMM, GEMM)) == [(0, 4)]  # how many a layer has, nothing tells
+
+
+def test_a_kernel_that_is_a_whole_layer_is_a_pass() -> None:
+    fused = "void flashmoe::moe::forward<flashmoe::moe::MoEConfig<cutlass::half_t>>()"
+    assert spans_of(*chain(fused, fused, fused)) == [(0, 1), (11, 1), (22, 1)]
+    assert spans_of(*chain("flashmoe::gate::forward", fused, "flashmoe::gate::forward", fused)) == [(0, 2), (22, 2)]
 
 
 def test_an_all_to_all_of_nccl_belongs_to_the_pass_beside_it_only() -> None:
@@ -177,6 +184,13 @@ def test_other_mixers_than_attention_bound_passes_too() -> None:
 def test_unlike_groups_are_said_to_be_unsure() -> None:
     rows = chain(ATTENTION, GEMM, ATTENTION, "moe_sum", GEMM, ATTENTION, GEMM, GEMM, ATTENTION, "moe_sum", ATTENTION)
     assert any("unsure" in note for note in moe_passes(trace(*rows)).notes)
+
+
+def test_overlapping_micro_batches_are_said_to_mix_passes() -> None:
+    beside = kernel(60, 20, name=ATTENTION, stream=9)
+    found = moe_passes(trace(*chain(ATTENTION, *LAYER, ATTENTION, *LAYER), beside))
+    assert any("micro-batches overlap" in note for note in found.notes)
+    assert not any("micro-batches" in n for n in moe_passes(trace(*chain(ATTENTION, *LAYER, ATTENTION, *LAYER))).notes)
 
 
 def test_kernels_of_a_replayed_graph_are_counted_as_such() -> None:

@@ -178,6 +178,22 @@ def test_collectives_of_a_device_bear_their_names_groups_and_steps() -> None:
     assert compute == [(4, BUSY, 7), (4, "grouped_gemm", 7)]
 
 
+def test_ranges_of_a_host_that_launches_kernels_are_no_collectives() -> None:
+    issued = {"kind": "range", "name": "nccl:all_to_all", "start_ns": 0, "dur_ns": 9}
+    assert collectives(events(issued))["name"].to_list() == ["nccl:all_to_all"]
+    assert collectives(events(issued, kernel(5, name="gemm"))).is_empty()
+
+
+def test_a_large_group_whose_ranks_are_not_all_written_is_known_by_its_name() -> None:
+    """Groups 0 and 1 of two ranks each, of four that were read."""
+    said = '["all_gather", "{}", "[0, 1, 2, ...]"]'
+    one = [collectives(events(kernel(0, 5, name="nccl", collective=said.format(g))))["group"][0] for g in (0, 1)]
+    assert one == ['["0", null]', '["1", null]']
+    halves = [table([[0, 40], [1000, 1000], [2000, 2005]], group=group) for group in one]
+    both = pl.concat([halves[0], halves[1].with_columns(pl.col("rank") + 2, pl.col("start_ns") + 777)])
+    assert by_rank(waits(both), "wait_ns") == [[40, 0], [0, 0], [5, 0]] * 2
+
+
 @pytest.mark.parametrize("said", ["[]", "nonsense", '["x", null, "[]"]', '["x", null, "nonsense"]', "[1]"])
 def test_a_process_group_that_cannot_be_read_is_not_known(said: str) -> None:
     found = collectives(events(kernel(0, 5, name="ncclDevKernel_AllReduce", collective=said)))

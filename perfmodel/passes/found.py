@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from perfmodel import text
 from perfmodel.classify import KERNEL_CLASS, Rules, classify
 from perfmodel.errors import InputError
-from perfmodel.intervals import DEVICE, THREAD, held, parents
+from perfmodel.intervals import DEVICE, THREAD, held, overlap_ns, parents
 from perfmodel.launch import call_starts, joined_work
 
 # Names without numbers. Of a layer: `FusedMoE`, `moe_layer`, `Qwen3MoeSparseMoeBlock`, `vllm::moe_forward`; not
@@ -24,6 +25,8 @@ MOE_CLASSES = ("grouped_gemm", "moe_dispatch", "moe_all_to_all")
 ALL_TO_ALL = r"(?i)all_?to_?all|SendRecv"
 # What else mixes tokens between MoE layers, where a model has more than attention.
 _MIXERS = r"(?i)delta_?rule|selective_?scan|mamba|linear_?attn|rwkv|causal_conv1d"
+# Kernels that are a pass by themselves.
+_WHOLE_LAYER = r"(?i)flashmoe::moe::forward|mega_?moe"
 LONG_GAP_NS = 10**6  # an assumed bound: no host needs as long to launch the next kernel of one layer
 
 _NOTHING = (
@@ -153,6 +156,8 @@ def _grouped(work: pl.DataFrame, rules: Rules | None) -> Found | None:
     has_mixer = pl.col("is_mixer").any().over(DEVICE)
     table = table.with_columns(cut=pl.when(has_mixer).then("is_mixer").otherwise("is_late"), has_mixer=has_mixer)
     table = table.with_columns(segment=pl.struct(*DEVICE, pl.col("cut").cum_sum().over(DEVICE)).rle_id())
+    timed = table.with_columns(dur_ns=pl.col("end_ns") - pl.col("start_ns"))
+    are_mixed = overlap_ns(timed.filter("is_core"), timed.filter("is_mixer")).sum() > 0
     table = table.filter(~pl.col("is_mixer") & pl.col("is_core").any().over("segment"))
     at = pl.int_range(pl.len())
     moe_at = at.filter(pl.col("is_moe"))
@@ -176,35 +181,42 @@ def _grouped(work: pl.DataFrame, rules: Rules | None) -> Found | None:
     nowhere = pl.lit(None, pl.Int64)
     rows = spans.select("pass", "rank", process=nowhere, thread=nowhere, device="device", name="name",
                         start_ns="start_ns", dur_ns="dur_ns")  # fmt: skip
-    return Found("kernels", rows, work.with_columns(number.alias("pass")), _kernel_notes(spans, table))
+    return Found("kernels", rows, work.with_columns(number.alias("pass")), _kernel_notes(spans, table, are_mixed))
 
 
 def _turns(table: pl.DataFrame) -> pl.Series:
     """Which repetition of the MoE kernels' period is each kernel in, where nothing else tells passes apart; else 0.
 
-    A period of one name says nothing: a layer launches its grouped GEMM more than once.
+    A period of one name says nothing, for a layer launches its grouped GEMM more than once, unless it is a whole layer.
     """
     turn = np.zeros(table.height, np.int64)
-    segments = table.select("segment", "has_mixer", "is_moe", code=pl.col("name").to_physical())
-    for part in segments.with_row_index("at").partition_by("segment"):
-        if part["has_mixer"][0]:
-            continue
+    is_whole = pl.col("name").cast(pl.String).str.contains(_WHOLE_LAYER)
+    segments = table.select("segment", "has_mixer", "is_moe", code=pl.col("name").to_physical(), is_whole=is_whole)
+    segments = segments.with_row_index("at")
+    for part in segments.filter(~pl.col("has_mixer")).partition_by("segment"):
         is_moe = part["is_moe"].to_numpy()
         codes = part["code"].to_numpy()[is_moe]
         period = _period(codes)
-        if period:
+        if period > 1 or (period and part["is_whole"].any()):
             nth = np.maximum(np.cumsum(is_moe) - 1, 0) // period
             turn[part["at"].to_numpy()] = nth
     return pl.Series(turn)
 
 
-def _period(codes: np.ndarray) -> int:
-    """The shortest period of a sequence that it runs through at least twice, whole, with two names or more; else 0."""
-    for period in range(2, len(codes) // 2 + 1):
-        whole = len(codes) % period == 0
-        if whole and (codes[period:] == codes[:-period]).all() and len(np.unique(codes[:period])) > 1:
-            return period
-    return 0
+def _period(codes: NDArray[np.uint32]) -> int:
+    """The shortest period of a sequence that runs through it at least twice; 0 where there is none.
+
+    It is the length without the longest beginning that is an end as well (Knuth, Morris and Pratt).
+    """
+    border = [0] * len(codes)
+    n = 0
+    for i in range(1, len(codes)):
+        while n and codes[i] != codes[n]:
+            n = border[n - 1]
+        n += bool(codes[i] == codes[n])
+        border[i] = n
+    period = len(codes) - n
+    return period if period <= len(codes) // 2 else 0
 
 
 def _n_passes(n: int) -> str:
@@ -221,7 +233,7 @@ def _range_notes(passes: pl.DataFrame, work: pl.DataFrame | None) -> tuple[str, 
     return tuple(notes)
 
 
-def _kernel_notes(spans: pl.DataFrame, table: pl.DataFrame) -> tuple[str, ...]:
+def _kernel_notes(spans: pl.DataFrame, table: pl.DataFrame, are_mixed: bool) -> tuple[str, ...]:
     most = spans["chain"].value_counts(sort=True)["count"][0]
     by = (
         "between kernels of attention" if table["has_mixer"].all() else "by gaps and repetition, attention being absent"
@@ -231,6 +243,11 @@ def _kernel_notes(spans: pl.DataFrame, table: pl.DataFrame) -> tuple[str, ...]:
         f"{_n_passes(spans.height)} told from kernels {by}, {sure}; each from its first MoE kernel to its last, "
         "without gate GEMM and all-reduce around them"
     ]
+    if are_mixed:
+        notes.append(
+            "attention runs beside MoE kernels, so micro-batches overlap and passes told from kernels mix them; name "
+            "ranges with --range"
+        )
     if 2 * most <= spans.height:
         notes.append("fewer than half of the passes are alike, so their bounds are unsure; name ranges with --range")
     return tuple(notes)

@@ -10,6 +10,7 @@ from perfmodel.classify import rules_before_shipped
 from perfmodel.errors import InputError, about
 from perfmodel.passes import MEDIANS, moe_passes
 from perfmodel.passes.found import compiled
+from perfmodel.readers import is_folder_of_ranks
 from perfmodel.readers.folder import (
     find_ranks,
     ignored_note,
@@ -99,7 +100,7 @@ def summarise_layers(
     if pattern is not None:
         compiled(pattern)
     with about(source):
-        files, ignored = find_ranks(source) if source.is_dir() else ([source], [])
+        files, ignored = find_ranks(source) if is_folder_of_ranks(source) else ([source], [])
         calls = [(str(file), None if cache is None else str(cache), pattern, rules) for file in files]
         outcomes = run_on_all(_TASK, calls, backend, n_workers_for(files, backend, n_workers), scheduler, progress)
         read, failed = {}, {}
