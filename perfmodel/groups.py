@@ -7,7 +7,7 @@ import polars as pl
 from perfmodel.errors import InputError
 from perfmodel.intervals import DEVICE, PROCESS, STREAM, THREAD, earliest_held, held, holders, numbered, parents
 from perfmodel.launch import call_starts, figures, joined_work
-from perfmodel.trace import plain_name
+from perfmodel.trace import MODULE_PREFIX, plain_name
 
 KEYS = {"rank": ("rank",), "device": DEVICE, "stream": STREAM, "process": PROCESS, "thread": THREAD}
 GROUPINGS = (*KEYS, "range", "step")
@@ -48,6 +48,7 @@ def steps(events: pl.DataFrame) -> pl.DataFrame:
     ranges = _ranges(events)
     found = ranges.filter(pl.col("name").str.starts_with(STEP_PREFIX))
     if found.is_empty():
+        ranges = ranges.filter(~pl.col("name").str.starts_with(MODULE_PREFIX))  # a layer is no step
         top = ranges.filter(parents(ranges).is_null())
         by_name = (
             top.group_by("name").agg(n=pl.len(), time_ns=pl.sum("dur_ns")).sort("time_ns", "name", descending=True)

@@ -41,6 +41,7 @@ EVENTS = pl.Schema(
     }
 )
 
+MODULE_PREFIX = "nn.Module: "  # how torch.profiler names calls of modules, of which readers keep those of MoE layers
 MAX_RANK = 2**31 - 1  # the highest that the column holds
 MAX_DUR_NS = 7 * 24 * 3600 * 10**9  # a single event longer than a week is a corrupt record (HTA issue 325)
 

@@ -287,7 +287,11 @@ def test_bare_names_have_no_numbers_and_no_circumstances() -> None:
 
 def test_a_real_serving_trace_has_one_pass_a_layer_however_it_is_told(shared: Path) -> None:
     eager = read_trace(shared / "traces" / "tracelens__b200__eager_trace.json.gz")
-    by_name = moe_passes(eager)
+    module = moe_passes(eager)
+    assert (module.how, module.passes.height) == ("ranges", 36)
+    assert module.passes["n_kernels"].unique().to_list() == [10]
+    assert (module.passes["communication_exposed_ns"] > 0).all()  # the all-reduce of the experts' results
+    by_name = moe_passes(eager, "vllm::moe_forward")
     assert (by_name.how, by_name.passes.height) == ("ranges", 36)
     assert by_name.passes["n_kernels"].unique().to_list() == [7]
     bare = eager.events.filter(~pl.col("kind").is_in(["op", "range"]))

@@ -101,6 +101,14 @@ def test_grids_occupancies_and_collectives_of_kernels_are_kept() -> None:
     assert found["collective"].to_list() == [whole, None, '["broadcast",null,null]', None, None]
 
 
+def test_calls_of_moe_modules_are_ranges_and_other_calls_of_python_are_left_out() -> None:
+    names = ["nn.Module: Qwen3MoeSparseMoeBlock_0", "nn.Module: Linear_3", "moe.py(7): forward", "nn.Module: Experts"]
+    calls = [complete("python_function", name, 10 * i, 5) for i, name in enumerate(names)]
+    found = read({"traceEvents": [*calls, *SMALL]}).events
+    ranges = found.filter(pl.col("kind") == "range")["name"].cast(pl.String).to_list()
+    assert ranges == [names[0], names[3], "step"]
+
+
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_events_may_stand_anywhere_in_the_document(place: str) -> None:
     keys = {"first": (SMALL, {**HEAD, **TAIL}), "last": (SMALL, {})}.get(place, (SMALL, TAIL))

@@ -171,7 +171,7 @@ def _together(
     if devices.height:  # a rank is its devices, where it has any; without one it took no part
         here = devices
     whys = {one["why"] for one in found if one["why"]}
-    if not rows and (pattern is not None or tables["collectives"].is_empty()):
+    if not rows and (pattern is not None or here.height < 2 or tables["collectives"].is_empty()):
         raise InputError(sorted(whys)[0])
     matched = matched_waits(tables["collectives"].join(here, on=MEMBER, how="semi", nulls_equal=True), here)
     waits = waits_of_steps(matched)

@@ -26,7 +26,7 @@ from perfmodel.readers.kineto_events import (
     occupancy_of,
     whole,
 )
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace, filtered, repeated
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, MODULE_PREFIX, Trace, filtered, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
 HOST_KIND_OF_CATEGORY = {
@@ -36,6 +36,7 @@ HOST_KIND_OF_CATEGORY = {
     "Runtime": "call",
     "overhead": "overhead",
     "hpu_op": "call",
+    "python_function": "range",
 }
 DEVICE_KIND_OF_CATEGORY = {
     "kernel": "kernel",
@@ -47,6 +48,9 @@ DEVICE_KIND_OF_CATEGORY = {
     "Memset": "set",
     "graph_replay": "replay",  # ours: what `perfetto.export_perfetto` writes of traces of Nsight Systems
 }
+# Calls of Python are most events of a trace with stacks; of them calls of MoE modules are kept, as ranges.
+_PYTHON = "python_function"
+_MOE = re.compile("moe|expert", re.I)
 # cuda_, hip_, mtia_, xpu_, privateuse1_ ...
 _API_CATEGORY = re.compile(r".*_(?:runtime|driver)")
 
@@ -82,6 +86,8 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
         nonlocal n_events
         n_events += len(events)
         kept = [e for e in events if kind_of[e.cat] and e.ph == "X"]
+        if _PYTHON in kind_of:  # it was met in this trace
+            kept = [e for e in kept if e.cat != _PYTHON or _is_moe_module(e.name)]
         _keep_host(host, [e for e in kept if e.cat not in DEVICE_KIND_OF_CATEGORY], kind_of, is_product)
         _keep_device(device, [e for e in kept if e.cat in DEVICE_KIND_OF_CATEGORY], kind_of)
         if len(host.kinds) >= BATCH_ROWS:
@@ -152,8 +158,8 @@ class _Kept:
     n_bytes: list[Whole] = field(default_factory=list)
     graphs: list[Whole] = field(default_factory=list)
     collectives: list[str | None] = field(default_factory=list)
-    blocks: list[int | None] = field(default_factory=list)
-    occupancies: list[float | None] = field(default_factory=list)
+    grid_lines: list[bytes] = field(default_factory=list)
+    occupancy_lines: list[bytes] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget all events."""
@@ -194,9 +200,9 @@ def _keep_device(kept: _Kept, events: list[Event], kind_of: _Looked) -> None:
     kept.lanes += [e.tid if a.stream is None else a.stream for e, a in zip(events, args, strict=True)]
     kept.n_bytes += [a.bytes for a in args]
     kept.graphs += [a.graph for a in args]
-    kept.blocks += [blocks_of(bytes(a.grid)) for a in args]
+    kept.grid_lines.append(_lines([a.grid for a in args]))
+    kept.occupancy_lines.append(_lines([a.occupancy for a in args]))
     kept.collectives += [collective_of(a) if a.collective is not NO_TEXT else None for a in args]
-    kept.occupancies += [occupancy_of(bytes(a.occupancy)) for a in args]
 
 
 def _host_rows(kept: _Kept) -> pl.DataFrame:
@@ -214,9 +220,9 @@ def _device_rows(kept: _Kept) -> pl.DataFrame:
         stream=_whole_numbers(kept.lanes),
         bytes=_whole_numbers(kept.n_bytes),
         graph=_whole_numbers(kept.graphs),
-        blocks=pl.Series(kept.blocks, dtype=EVENTS["blocks"]),
+        blocks=_looked_up(kept.grid_lines, blocks_of, EVENTS["blocks"]),
         collective=pl.Series(kept.collectives, dtype=pl.String),
-        occupancy_frac=pl.Series(kept.occupancies, dtype=EVENTS["occupancy_frac"]),
+        occupancy_frac=_looked_up(kept.occupancy_lines, occupancy_of, EVENTS["occupancy_frac"]),
     )
 
 
@@ -247,14 +253,26 @@ def _lines(texts: Sequence[bytes | msgspec.Raw]) -> bytes:
     return lines
 
 
+def _texts(lines: Sequence[bytes]) -> pl.Series:
+    """Lines as a column of texts."""
+    texts = b"\n".join(lines).decode("utf-8", "replace").split("\n") if lines else []
+    return pl.Series(texts, dtype=pl.String)
+
+
+def _looked_up(lines: Sequence[bytes], find: Callable[[str], Any], dtype: pl.DataType) -> pl.Series:
+    """What `find` makes of each line, called once for each distinct one: kernels of a trace share few shapes."""
+    text = _texts(lines)
+    distinct = text.unique()
+    return text.replace_strict(distinct, pl.Series([find(one) for one in distinct], dtype=dtype), return_dtype=dtype)
+
+
 def to_ns(lines: Sequence[bytes]) -> pl.Series:
     """Microseconds, one a line, as whole nanoseconds, exact for decimals of up to three digits; else null.
 
     The numbers go from their text to 128-bit decimals without ever being a float, which resolves an absolute time only
     to 250 ns. Numbers that stand in quotes count too.
     """
-    texts = b"\n".join(lines).decode("utf-8", "replace").split("\n") if lines else []
-    text = pl.Series(texts, dtype=pl.String)
+    text = _texts(lines)
     ns = text.cast(_US, strict=False).to_physical()
     if ns.null_count():
         ns = ns.zip_with(ns.is_not_null(), text.str.strip_chars('" ').cast(_US, strict=False).to_physical())
@@ -275,6 +293,10 @@ def _kind(category: str | None) -> str | None:
         return None
     known = HOST_KIND_OF_CATEGORY.get(category) or DEVICE_KIND_OF_CATEGORY.get(category)
     return known or ("call" if _API_CATEGORY.fullmatch(category) else None)
+
+
+def _is_moe_module(name: str | None) -> bool:
+    return name is not None and name.startswith(MODULE_PREFIX) and _MOE.search(name) is not None
 
 
 def _is_product(name: str | None) -> bool:

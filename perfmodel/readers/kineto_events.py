@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -65,8 +64,8 @@ _FIELDS = dict(zip(Args.__struct_fields__, Args.__struct_encode_fields__, strict
 
 def inputs_of(args: Args) -> str | None:
     """Operand dims and dtypes as JSON text `[dims, dtypes]`; null where none were recorded."""
-    dims, types = (bytes(raw).decode("utf-8", "replace") for raw in (args.dims, args.types))
-    return f"[{dims},{types or '[]'}]" if dims else None
+    dims = bytes(args.dims)
+    return (b"[%b,%b]" % (dims, bytes(args.types) or b"[]")).decode("utf-8", "replace") if dims else None
 
 
 def collective_of(args: Args) -> str:
@@ -75,8 +74,7 @@ def collective_of(args: Args) -> str:
     return f"[{','.join(said)}]"
 
 
-@lru_cache(maxsize=2**12)  # kernels of a trace share few shapes
-def blocks_of(grid: bytes) -> int | None:
+def blocks_of(grid: str) -> int | None:
     """How many blocks a grid such as `[8, 2, 1]` has; null where the text is none."""
     try:
         sides = msgspec.json.decode(grid, type=list[int]) if grid else []
@@ -86,8 +84,7 @@ def blocks_of(grid: bytes) -> int | None:
     return n_blocks if len(sides) == 3 and min(sides) > 0 and n_blocks <= _MAX_INT32 else None
 
 
-@lru_cache(maxsize=2**12)
-def occupancy_of(percent: bytes) -> float | None:
+def occupancy_of(percent: str) -> float | None:
     """A fraction from the text of a percentage; null where it is none."""
     try:
         found = msgspec.json.decode(percent, type=float) if percent else -1.0
