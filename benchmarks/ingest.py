@@ -61,8 +61,9 @@ from perfmodel.readers import kineto
 class FloatEvent(kineto.Event, gc=False):
     ts: float | None = None
     dur: float | None = None
-kineto._decode = msgspec.json.Decoder(list[FloatEvent]).decode
-kineto._lines = lambda numbers: numbers
+kineto.decode_events = msgspec.json.Decoder(list[FloatEvent]).decode
+lines_of = kineto._lines
+kineto._lines = lambda values: lines_of(values) if values and isinstance(values[0], msgspec.Raw) else values
 kineto.to_ns = lambda lists: (
     polars.Series([us for numbers in lists for us in numbers], dtype=polars.Float64) * 1000
 ).round().cast(polars.Int64)

@@ -23,7 +23,7 @@ from perfmodel.errors import InputError
 from perfmodel.trace import EVENTS, Trace
 
 # Raise it whenever a reader makes another Trace of the same bytes: every older cache is then read anew.
-READER_VERSION = 3
+READER_VERSION = 4
 SUFFIX = ".perfmodel.parquet"
 BESIDE = "beside"
 

@@ -7,7 +7,7 @@ import polars as pl
 from perfmodel.errors import InputError
 from perfmodel.intervals import DEVICE, PROCESS, STREAM, THREAD, earliest_held, held, holders, numbered, parents
 from perfmodel.launch import call_starts, figures, joined_work
-from perfmodel.trace import plain_name
+from perfmodel.trace import MODULE_PREFIX, plain_name
 
 KEYS = {"rank": ("rank",), "device": DEVICE, "stream": STREAM, "process": PROCESS, "thread": THREAD}
 GROUPINGS = (*KEYS, "range", "step")
@@ -48,6 +48,7 @@ def steps(events: pl.DataFrame) -> pl.DataFrame:
     ranges = _ranges(events)
     found = ranges.filter(pl.col("name").str.starts_with(STEP_PREFIX))
     if found.is_empty():
+        ranges = ranges.filter(~pl.col("name").str.starts_with(MODULE_PREFIX))  # a layer is no step
         top = ranges.filter(parents(ranges).is_null())
         by_name = (
             top.group_by("name").agg(n=pl.len(), time_ns=pl.sum("dur_ns")).sort("time_ns", "name", descending=True)
@@ -55,6 +56,21 @@ def steps(events: pl.DataFrame) -> pl.DataFrame:
         is_step = (pl.col("n") > 1) & (pl.col("time_ns") >= pl.sum("time_ns") * LEAST_STEP_FRAC)
         found = top.join(by_name.filter(is_step).head(1), on="name", how="semi")
     return found.select(*THREAD, "name", "start_ns", "dur_ns").sort("rank", "process", "start_ns")
+
+
+def step_at(events: pl.DataFrame, points: pl.DataFrame) -> pl.Series:
+    """In which step of its process was each moment: the N of ProfilerStep#N, else the steps of a rank counted from 0.
+
+    `points` has `rank`, `process` and `at_ns`, null for what has no place in time; null too outside of all steps.
+    """
+    found = steps(events)
+    counted = pl.int_range(pl.len()).over("rank").cast(pl.Int64)
+    said = pl.col("name").str.extract(rf"^{STEP_PREFIX}(\d+)").cast(pl.Int64, strict=False)
+    number = found.select(pl.coalesce(said, counted)).to_series()
+    is_known = points["at_ns"].is_not_null()
+    inside = holders(found, points.filter(is_known), PROCESS)["innermost"]
+    at = pl.repeat(None, points.height, dtype=pl.Int64, eager=True).scatter(is_known.arg_true(), inside)
+    return number.gather(at).alias("step")
 
 
 def profiler_steps(events: pl.DataFrame) -> pl.Series:

@@ -1,5 +1,7 @@
 """What hides under compute and what does not: copies and communication; and what the host did while devices idled."""
 
+from collections.abc import Sequence
+
 import polars as pl
 
 from perfmodel.classify import COMMUNICATION, Rules, classify
@@ -36,27 +38,32 @@ def device_doing(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFra
     return done.drop_nulls("doing") if done["doing"].null_count() else done
 
 
-def exposed_time(events: pl.DataFrame, rules: Rules | None = None, doing: pl.DataFrame | None = None) -> pl.DataFrame:
+def exposed_time(
+    events: pl.DataFrame,
+    rules: Rules | None = None,
+    doing: pl.DataFrame | None = None,
+    by: Sequence[str] = DEVICE,
+) -> pl.DataFrame:
     """How long did each device copy or communicate without computing meanwhile: one row for each rank and device.
 
     Columns `rank`, `device`, `compute_busy_ns`, and for `copy` and `communication` each `..._busy_ns`,
     `..._exposed_ns` (no compute kernel ran on the device) and `..._hidden_ns`; exposed + hidden = busy. Times are
     unions, so several streams count once; the trace's totals are the sums of the columns. `doing` is `device_doing` of
-    the events, if it is known already.
+    the events, if it is known already; `by` may name other groups of it than devices.
     """
-    doing = (device_doing(events, rules) if doing is None else doing).select(*DEVICE, "start_ns", "dur_ns", "doing")
+    doing = (device_doing(events, rules) if doing is None else doing).select(*by, "start_ns", "dur_ns", "doing")
     compute = doing.filter(pl.col("doing") == "compute")
-    table = doing.select(DEVICE).unique().sort(DEVICE)
-    parts = [busy_ns(compute).select(*DEVICE, compute_busy_ns="busy_ns")]
+    table = doing.select(by).unique().sort(by)
+    parts = [busy_ns(compute, by).select(*by, compute_busy_ns="busy_ns")]
     for word in ("copy", "communication"):
-        union = merged(doing.filter(pl.col("doing") == word))
-        hidden = union.select(*DEVICE, "dur_ns", overlap_ns(union, compute)).group_by(DEVICE)
+        union = merged(doing.filter(pl.col("doing") == word), by)
+        hidden = union.select(*by, "dur_ns", overlap_ns(union, compute, by)).group_by(by)
         busy, covered = pl.sum("dur_ns"), pl.sum("overlap_ns")
         columns = {f"{word}_busy_ns": busy, f"{word}_exposed_ns": busy - covered, f"{word}_hidden_ns": covered}
         parts.append(hidden.agg(**columns))
     for part in parts:
-        table = table.join(part, on=DEVICE, how="left", nulls_equal=True, maintain_order="left")
-    return table.with_columns(pl.exclude(DEVICE).fill_null(0))
+        table = table.join(part, on=by, how="left", nulls_equal=True, maintain_order="left")
+    return table.with_columns(pl.exclude(by).fill_null(0))
 
 
 def idle_gaps(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.DataFrame:

@@ -59,6 +59,7 @@ def export_perfetto(trace: Trace, path: str | Path) -> int:
     numbers = tracks.sort("track").select("pid", "tid", "device_number", stream="line")
     devices = tracks.filter(family="stream").unique(["rank", "owner"]).select("rank", "pid", "tid", device="owner")
     texts = {"name": _by_code(_names(trace.events), _quoted), "inputs": _by_code(trace.events["inputs"], _inputs_text)}
+    texts["collective"] = _by_code(trace.events["collective"], _collective_text)
     texts["ended_by"] = texts["name"]
     with _written(Path(path)) as file:
         file.write(_head(trace, zero_ns))
@@ -207,7 +208,11 @@ def _slice_text(columns: Sequence[str], zero_ns: int) -> pl.Expr:
         "ended by": "ended_by",
     }
     said = [_said(f',"{key}":%s', column) for key, column in arguments.items() if column in columns]
-    said += [pl.col("inputs").fill_null("")] if "inputs" in columns else []
+    said += [pl.col(column).fill_null("") for column in ("inputs", "collective") if column in columns]
+    if "blocks" in columns:
+        percent = (100.0 * pl.col("occupancy_frac").cast(pl.Float64)).round(3)
+        said += [_filled(',"grid":[%s,1,1]', pl.col("blocks")).fill_null("")]
+        said += [_filled(',"est. achieved occupancy %":%s', percent).fill_null("")]
     return _filled(
         '{"ph":"X","cat":"%s","name":%s,"pid":%s,"tid":%s,"ts":%s,"dur":%s%s,"args":{%s}}',
         category,
@@ -262,6 +267,14 @@ def _inputs_text(inputs: str) -> str:
     """The dims and types of operands, `[dims, types]`, under the names that the profiler gives them."""
     dims, types = msgspec.json.decode(inputs, type=tuple[msgspec.Raw, msgspec.Raw])
     return f',"Input Dims":{bytes(dims).decode()},"Input type":{bytes(types).decode()}'
+
+
+def _collective_text(collective: str) -> str:
+    """What a collective is and between whom, `[name, group, ranks]`, under the names that the profiler gives them."""
+    found = msgspec.json.decode(collective, type=tuple[msgspec.Raw, msgspec.Raw, msgspec.Raw])
+    keys = ("Collective name", "Process Group Name", "Process Group Ranks")
+    said = [f'"{key}":{bytes(raw).decode()}' for key, raw in zip(keys, found, strict=True) if bytes(raw) != b"null"]
+    return "".join(f",{one}" for one in said)
 
 
 @contextmanager

@@ -35,9 +35,13 @@ EVENTS = pl.Schema(
         "bytes": pl.Int64(),  # moved by a copy or set
         "graph": pl.Int64(),  # CUDA graph the device work belongs to
         "inputs": pl.Categorical(),  # operand dims and dtypes of a matrix product as JSON: [dims, dtypes]
+        "blocks": pl.Int32(),  # thread blocks of a kernel's grid
+        "occupancy_frac": pl.Float32(),  # of a kernel, as the profiler estimated it: warps resident of those possible
+        "collective": pl.Categorical(),  # what a collective is and between whom, as JSON: [name, group, its ranks]
     }
 )
 
+MODULE_PREFIX = "nn.Module: "  # how torch.profiler names calls of modules, of which readers keep those of MoE layers
 MAX_RANK = 2**31 - 1  # the highest that the column holds
 MAX_DUR_NS = 7 * 24 * 3600 * 10**9  # a single event longer than a week is a corrupt record (HTA issue 325)
 

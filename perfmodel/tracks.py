@@ -22,7 +22,10 @@ TRACK = ("rank", "family", "owner", "line", "lane")  # what identifies a line
 SHEET_ROWS = 2**17  # bars that are filled in at once: a table in many pieces is put together anew for each
 
 _LINE = ("rank", "owner", "line")  # identifies a line of a family, all lanes together
-_FILLED = ("kind", "name", "start_ns", "dur_ns", "link", "external", "bytes", "graph", "inputs")
+_FILLED = (
+    *("kind", "name", "start_ns", "dur_ns", "link", "external", "bytes", "graph", "inputs"),
+    *("blocks", "occupancy_frac", "collective"),
+)
 
 
 @dataclass(frozen=True)

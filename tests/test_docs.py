@@ -29,6 +29,8 @@ from perfmodel.latency import FITTED_DIR, HULL, load_model
 from perfmodel.latency.store import OPS
 from perfmodel.offload import ACCESS_MODES, OffloadConstants
 from perfmodel.offload.fitted import Fitted, HeldOut, WayFit
+from perfmodel.passes import moe_passes
+from perfmodel.passes.ranks import compare_devices
 from perfmodel.physics import PARTS, BlasConstants, TiledConstants
 from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary, Straggler, spread
 from perfmodel.readers.ncu import LAUNCHES
@@ -48,7 +50,7 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
 
 
 COMMANDS = (
-    "analyze diff sweep fusion export fit evaluate predict routing place balance trimoe design calibrate check "
+    "analyze diff sweep fusion export layers fit evaluate predict routing place balance trimoe design calibrate check "
     "captures schedule phases list collect app"
 )
 
@@ -141,12 +143,17 @@ def test_the_nomenclature_knows_every_column_and_every_key_of_json() -> None:
         LAUNCHES, missing_columns="insert"
     )
     found = [analyse(trace, hardware=hardware("gh200"), by=by, counted=counted) for by in GROUPINGS]
+    made = Trace(events(kernel(0, 5, name="grouped_gemm"), kernel(9, 1, name="nccl", device=1)), "kineto", 2)
+    both = compare_devices(made, "")
     ranks = RankSummary("", pl.DataFrame(schema=RANKS), pl.DataFrame(schema=CLASSES_OF_RANKS), (), {}, (), (), None)
     records = [
         *(one.to_json() for one in found),
         *(getattr(one, table) for one in found for table in TABLES),
         diff(trace, trace).to_json(),
         ranks.to_json() | vars(ranks),
+        moe_passes(made).to_json(),
+        *(vars(both)[name] for name in ("members", "waits", "late")),
+        both.to_json(),
         spread(ranks.ranks),
         Straggler.__annotations__,
         vars(sweep([1], [1.0])),

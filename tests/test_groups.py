@@ -120,6 +120,12 @@ def test_steps_without_profiler_steps_are_the_outer_range_that_repeats_and_takes
     assert launch_metrics_by(events(launch(0, link=1)), "step").select("name", "n_launches").rows() == [(None, 1)]
 
 
+def test_calls_of_a_layer_are_no_steps() -> None:
+    layers = [range_(i * 100, 90, "nn.Module: Qwen3MoeSparseMoeBlock_0") for i in range(3)]
+    assert steps(events(*layers)).is_empty()
+    assert steps(events(*layers, range_(0, 40, "step"), range_(200, 40, "step")))["name"].to_list() == ["step"] * 2
+
+
 def test_a_thread_with_a_step_of_its_own_keeps_its_launches() -> None:
     places = {1: "ProfilerStep#1", 2: "ProfilerStep#2"}
     ranges = [range_(thread, 50, name, thread=thread) for thread, name in places.items()]

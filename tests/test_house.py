@@ -21,7 +21,7 @@ LEVELS = (
     {"launch", "moe_perf", "tile_rules"},
     {"attribution", "groups", "bound", "overlap", "overhead", "fusion", "tracks", "ep_steps"},
     {"copies", "matmuls", "findings", "diff"},
-    {"analysis", "ranks", "perfetto"},
+    {"analysis", "ranks", "perfetto", "passes", "waits"},
     {"latency"},
     {"baselines", "roofline", "regression", "plausible", "transfer"},
     {"evaluation"},

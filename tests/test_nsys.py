@@ -100,6 +100,16 @@ def test_nsys_tables_become_events(tmp_path: Path) -> None:
     assert link[0] != link[1]
 
 
+def test_grids_are_kept_and_the_multiprocessors_of_gpus(tmp_path: Path) -> None:
+    grids = [{"gridX": 8, "gridY": 2, "gridZ": 3}, {"gridX": 2**30, "gridY": 4, "gridZ": 1}, {"gridX": 0, "gridY": 1}]
+    kernels = [kernel(9 * i, 9 * i + 1, **{"gridZ": 1, **grid}) for i, grid in enumerate(grids)]
+    kernels = [{key: one[key] for key in kernels[0]} for one in kernels]
+    gpus = [{"id": 0, "name": "H100", "smCount": 132}, {"id": 1, "name": "H100", "smCount": 114}]
+    trace = read_trace(export(tmp_path / "run.sqlite", {K: kernels, R: [call(1, 2)], "TARGET_INFO_GPU": gpus}))
+    assert trace.events["blocks"].to_list() == [48, None, None, None]
+    assert trace.meta["sm_counts"] == {"0": 132, "1": 114}
+
+
 def test_device_work_without_a_process(tmp_path: Path) -> None:
     """Exports of other tools leave out globalPid: one caller can be meant, two cannot."""
     work = {c: v for c, v in kernel(5, 6).items() if c != "globalPid"}

@@ -198,6 +198,7 @@ def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_pa
 # --- real traces -----------------------------------------------------------------------------------------------------
 
 KEPT = ["kind", "name", "start_ns", "dur_ns", "device", "stream", "link", "external", "bytes", "graph", "inputs"]
+KEPT += ["blocks", "occupancy_frac", "collective"]
 FILES = [*golden_rows("kineto_golden.csv"), *golden_rows("nsys_golden.csv")]
 
 

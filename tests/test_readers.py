@@ -71,16 +71,42 @@ def test_small_trace_becomes_events(layout: str) -> None:
     assert rows["kernel", "gemm"] == {
         "kind": "kernel", "name": "gemm", "start_ns": 120125, "dur_ns": 50500, "process": None, "thread": None,
         "device": 0, "stream": 7, "link": 9, "bytes": None, "graph": 4, "rank": 0, "external": 3, "inputs": None,
+        "blocks": None, "occupancy_frac": None, "collective": None,
     }  # fmt: skip
     assert rows["launch", "cudaLaunchKernel"] == {
         "kind": "launch", "name": "cudaLaunchKernel", "start_ns": 110001, "dur_ns": 5250, "process": 1, "thread": 1,
         "device": None, "stream": None, "link": 9, "bytes": None, "graph": None, "rank": 0, "external": 3,
-        "inputs": None,
+        "inputs": None, "blocks": None, "occupancy_frac": None, "collective": None,
     }  # fmt: skip
     assert rows["copy", "Memcpy HtoD (Pinned -> Device)"]["bytes"] == 4096
     assert rows["op", "aten::mm"]["link"] is None
     assert json.loads(rows["op", "aten::mm"]["inputs"]) == [[[4, 8], [8, 2]], []]
     assert set(trace.events["rank"]) == {0}
+
+
+def test_grids_occupancies_and_collectives_of_kernels_are_kept() -> None:
+    said = {"Collective name": "all_to_allv", "Process Group Name": "3", "Process Group Ranks": "[0, 1, 2]"}
+    shapes = [
+        {"grid": [8, 2, 3], "est. achieved occupancy %": 12, **said},
+        {"grid": [2**31, 1, 1], "est. achieved occupancy %": 101},
+        {"grid": "8", "est. achieved occupancy %": "x", "Collective name": "broadcast"},
+        {"grid": [8, 0, 1]},
+    ]
+    work = [complete("kernel", "k", i, 1, 0, 7, device=0, **shape) for i, shape in enumerate(shapes)]
+    found = read({"traceEvents": [*work, complete("cpu_op", "record_param_comms", 9, 1, grid=[1], **said)]}).events
+    found = found.sort("start_ns")
+    assert found["blocks"].to_list() == [48, None, None, None, None]
+    assert found["occupancy_frac"].round(3).to_list() == [pytest.approx(0.12), None, None, None, None]
+    whole = '["all_to_allv","3","[0, 1, 2]"]'
+    assert found["collective"].to_list() == [whole, None, '["broadcast",null,null]', None, None]
+
+
+def test_calls_of_moe_modules_are_ranges_and_other_calls_of_python_are_left_out() -> None:
+    names = ["nn.Module: Qwen3MoeSparseMoeBlock_0", "nn.Module: Linear_3", "moe.py(7): forward", "nn.Module: Experts"]
+    calls = [complete("python_function", name, 10 * i, 5) for i, name in enumerate(names)]
+    found = read({"traceEvents": [*calls, *SMALL]}).events
+    ranges = found.filter(pl.col("kind") == "range")["name"].cast(pl.String).to_list()
+    assert ranges == [names[0], names[3], "step"]
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])

@@ -13,6 +13,9 @@ import typer
 from perfmodel.cli import traces  # noqa: F401  its commands join the application, before those of models
 
 # isort: split
+from perfmodel.cli import layers  # noqa: F401
+
+# isort: split
 from perfmodel.cli import latency  # noqa: F401
 
 # isort: split

@@ -1,10 +1,8 @@
 """How does a trace of the PyTorch profiler (Kineto, Chrome JSON) become EVENTS."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -12,9 +10,23 @@ import polars as pl
 
 from perfmodel.errors import InputError
 from perfmodel.readers.api import api_kind
-from perfmodel.readers.blocks import BLOCK_BYTES, Stream, lenient
+from perfmodel.readers.blocks import BLOCK_BYTES, Stream
 from perfmodel.readers.document import read_array
-from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, Trace, filtered, repeated
+from perfmodel.readers.kineto_events import (
+    NO_ARGS,
+    NO_TEXT,
+    Args,
+    Event,
+    Whole,
+    blocks_of,
+    collective_of,
+    decode_events,
+    inputs_of,
+    mended,
+    occupancy_of,
+    whole,
+)
+from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, MODULE_PREFIX, Trace, filtered, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
 HOST_KIND_OF_CATEGORY = {
@@ -24,6 +36,7 @@ HOST_KIND_OF_CATEGORY = {
     "Runtime": "call",
     "overhead": "overhead",
     "hpu_op": "call",
+    "python_function": "range",
 }
 DEVICE_KIND_OF_CATEGORY = {
     "kernel": "kernel",
@@ -35,56 +48,17 @@ DEVICE_KIND_OF_CATEGORY = {
     "Memset": "set",
     "graph_replay": "replay",  # ours: what `perfetto.export_perfetto` writes of traces of Nsight Systems
 }
+# Calls of Python are most events of a trace with stacks; of them calls of MoE modules are kept, as ranges.
+_PYTHON = "python_function"
+_MOE = re.compile("moe|expert", re.I)
 # cuda_, hip_, mtia_, xpu_, privateuse1_ ...
 _API_CATEGORY = re.compile(r".*_(?:runtime|driver)")
 
 BATCH_ROWS = 2**13  # fewer, larger frames cost less, but keep what they are made of in memory for longer
-_MAX_INT64 = 2**63 - 1
 _NO_PROCESS = -1
-_QUOTED_NAME = re.compile(
-    r'("name"\s*:\s*")(.*?)("\s*(?:,\s*"(?:ph|cat|pid|tid|ts|dur|args|id|s|bp)"\s*:|}\s*$))', re.DOTALL
-)
-_BARE_QUOTE = re.compile(r'(?<!\\)"')
 # Operators whose operands are kept.
 _MATRIX_PRODUCT = re.compile(r"mm\b|mm_|gemm|matmul|linear|einsum|moe|expert", re.I)
 _US = pl.Decimal(38, 3)  # microseconds with three decimals: whole nanoseconds underneath
-_LAST_NUMBER = re.compile(r"(-?\d+)\s*$")
-
-_NO_TEXT = msgspec.Raw(b"")
-
-Whole = int | str | None  # whole numbers that some writers put into strings
-
-
-class Args(msgspec.Struct, gc=False):
-    """The arguments of an event that are kept."""
-
-    correlation: Whole = None
-    external: Whole = msgspec.field(default=None, name="External id")
-    external_old: Whole = msgspec.field(default=None, name="external id")
-    stream: Whole = None
-    device: Whole = None
-    bytes: Whole = None
-    graph: Whole = msgspec.field(default=None, name="graph id")
-    dims: msgspec.Raw = msgspec.field(default=_NO_TEXT, name="Input Dims")
-    types: msgspec.Raw = msgspec.field(default=_NO_TEXT, name="Input type")
-
-
-class Event(msgspec.Struct, gc=False):
-    """One element of `traceEvents`; `ts` and `dur` are the text of microseconds, which no float could hold exactly."""
-
-    ph: str | None = None
-    cat: str | None = None
-    name: str | None = None
-    pid: Whole = None
-    tid: Whole = None
-    ts: msgspec.Raw = _NO_TEXT
-    dur: msgspec.Raw = _NO_TEXT
-    args: Args | None = None
-
-
-_decode = msgspec.json.Decoder(list[Event]).decode
-_NO_ARGS = Args()
-_FIELDS = dict(zip(Args.__struct_fields__, Args.__struct_encode_fields__, strict=True))
 
 
 def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
@@ -112,6 +86,8 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
         nonlocal n_events
         n_events += len(events)
         kept = [e for e in events if kind_of[e.cat] and e.ph == "X"]
+        if _PYTHON in kind_of:  # it was met in this trace
+            kept = [e for e in kept if e.cat != _PYTHON or _is_moe_module(e.name)]
         _keep_host(host, [e for e in kept if e.cat not in DEVICE_KIND_OF_CATEGORY], kind_of, is_product)
         _keep_device(device, [e for e in kept if e.cat in DEVICE_KIND_OF_CATEGORY], kind_of)
         if len(host.kinds) >= BATCH_ROWS:
@@ -119,7 +95,7 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
         if len(device.kinds) >= BATCH_ROWS:
             flush(device, _device_rows)
 
-    rest = read_array(stream, _decode, _mended, take, block_bytes)
+    rest = read_array(stream, decode_events, mended, take, block_bytes)
     flush(host, _host_rows)
     flush(device, _device_rows)
     if not n_timed:
@@ -150,14 +126,14 @@ def rank_of(meta: Mapping[str, Any]) -> int | None:
     return rank if type(rank) is int and 0 <= rank <= MAX_RANK else None
 
 
-class _Looked(dict[str | None, Any]):
-    """What is known of each category or name, found when it is met first."""
+class _Looked(dict[Any, Any]):
+    """What is known of each category, name or text, found when it is met first."""
 
-    def __init__(self, find: Callable[[str | None], Any]) -> None:
+    def __init__(self, find: Callable[[Any], Any]) -> None:
         super().__init__()
         self._find = find
 
-    def __missing__(self, key: str | None) -> Any:
+    def __missing__(self, key: Any) -> Any:
         self[key] = found = self._find(key)
         return found
 
@@ -181,6 +157,9 @@ class _Kept:
     inputs: list[str | None] = field(default_factory=list)
     n_bytes: list[Whole] = field(default_factory=list)
     graphs: list[Whole] = field(default_factory=list)
+    collectives: list[str | None] = field(default_factory=list)
+    grid_lines: list[bytes] = field(default_factory=list)
+    occupancy_lines: list[bytes] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget all events."""
@@ -201,26 +180,29 @@ def _keep_host(kept: _Kept, events: list[Event], kind_of: _Looked, is_product: _
     """Keep what ran on the host."""
     if not events:
         return
-    args = [e.args or _NO_ARGS for e in events]
+    args = [e.args or NO_ARGS for e in events]
     kinds = [kind_of[e.cat] for e in events]
     if "call" in kinds:
         kinds = [api_kind(e.name or "") if kind == "call" else kind for e, kind in zip(events, kinds, strict=True)]
     kept.add(kinds, events, args)
     kept.wheres += [e.pid for e in events]
     kept.lanes += [e.tid for e in events]
-    kept.inputs += [_inputs(a) if is_product[e.name] else None for e, a in zip(events, args, strict=True)]
+    kept.inputs += [inputs_of(a) if is_product[e.name] else None for e, a in zip(events, args, strict=True)]
 
 
 def _keep_device(kept: _Kept, events: list[Event], kind_of: _Looked) -> None:
     """Keep what ran on a device; its number is null where the file names none."""
     if not events:
         return
-    args = [e.args or _NO_ARGS for e in events]
+    args = [e.args or NO_ARGS for e in events]
     kept.add([kind_of[e.cat] for e in events], events, args)
     kept.wheres += [e.pid if a.device is None else a.device for e, a in zip(events, args, strict=True)]
     kept.lanes += [e.tid if a.stream is None else a.stream for e, a in zip(events, args, strict=True)]
     kept.n_bytes += [a.bytes for a in args]
     kept.graphs += [a.graph for a in args]
+    kept.grid_lines.append(_lines([a.grid for a in args]))
+    kept.occupancy_lines.append(_lines([a.occupancy for a in args]))
+    kept.collectives += [collective_of(a) if a.collective is not NO_TEXT else None for a in args]
 
 
 def _host_rows(kept: _Kept) -> pl.DataFrame:
@@ -238,6 +220,9 @@ def _device_rows(kept: _Kept) -> pl.DataFrame:
         stream=_whole_numbers(kept.lanes),
         bytes=_whole_numbers(kept.n_bytes),
         graph=_whole_numbers(kept.graphs),
+        blocks=_looked_up(kept.grid_lines, blocks_of, EVENTS["blocks"]),
+        collective=pl.Series(kept.collectives, dtype=pl.String),
+        occupancy_frac=_looked_up(kept.occupancy_lines, occupancy_of, EVENTS["occupancy_frac"]),
     )
 
 
@@ -268,14 +253,26 @@ def _lines(texts: Sequence[bytes | msgspec.Raw]) -> bytes:
     return lines
 
 
+def _texts(lines: Sequence[bytes]) -> pl.Series:
+    """Lines as a column of texts."""
+    texts = b"\n".join(lines).decode("utf-8", "replace").split("\n") if lines else []
+    return pl.Series(texts, dtype=pl.String)
+
+
+def _looked_up(lines: Sequence[bytes], find: Callable[[str], Any], dtype: pl.DataType) -> pl.Series:
+    """What `find` makes of each line, called once for each distinct one: kernels of a trace share few shapes."""
+    text = _texts(lines)
+    distinct = text.unique()
+    return text.replace_strict(distinct, pl.Series([find(one) for one in distinct], dtype=dtype), return_dtype=dtype)
+
+
 def to_ns(lines: Sequence[bytes]) -> pl.Series:
     """Microseconds, one a line, as whole nanoseconds, exact for decimals of up to three digits; else null.
 
     The numbers go from their text to 128-bit decimals without ever being a float, which resolves an absolute time only
     to 250 ns. Numbers that stand in quotes count too.
     """
-    texts = b"\n".join(lines).decode("utf-8", "replace").split("\n") if lines else []
-    text = pl.Series(texts, dtype=pl.String)
+    text = _texts(lines)
     ns = text.cast(_US, strict=False).to_physical()
     if ns.null_count():
         ns = ns.zip_with(ns.is_not_null(), text.str.strip_chars('" ').cast(_US, strict=False).to_physical())
@@ -287,7 +284,7 @@ def _whole_numbers(values: list[Whole], in_text: bool = True) -> pl.Series:
     try:
         return pl.Series(values, dtype=pl.Int64)
     except (TypeError, OverflowError):
-        return pl.Series([_whole(value, in_text) for value in values], dtype=pl.Int64)
+        return pl.Series([whole(value, in_text) for value in values], dtype=pl.Int64)
 
 
 def _kind(category: str | None) -> str | None:
@@ -298,27 +295,12 @@ def _kind(category: str | None) -> str | None:
     return known or ("call" if _API_CATEGORY.fullmatch(category) else None)
 
 
+def _is_moe_module(name: str | None) -> bool:
+    return name is not None and name.startswith(MODULE_PREFIX) and _MOE.search(name) is not None
+
+
 def _is_product(name: str | None) -> bool:
     return name is not None and _MATRIX_PRODUCT.search(name) is not None
-
-
-def _inputs(args: Args) -> str | None:
-    """Operand dims and dtypes as JSON text `[dims, dtypes]`; null where none were recorded."""
-    dims, types = (bytes(raw).decode("utf-8", "replace") for raw in (args.dims, args.types))
-    return f"[{dims},{types or '[]'}]" if dims else None
-
-
-def _whole(value: Whole, in_text: bool = True) -> int | None:
-    """A whole number from a number or a text such as `7` or `0x0`, and with `in_text` `GPU 0`; null without one."""
-    if type(value) is int:
-        return value if -_MAX_INT64 <= value <= _MAX_INT64 else None
-    if not isinstance(value, str):
-        return None
-    try:
-        return _whole(int(value, 0))
-    except ValueError:
-        found = _LAST_NUMBER.search(value) if in_text else None
-        return _whole(int(found[1])) if found else None
 
 
 def _usable(events: pl.DataFrame) -> pl.DataFrame:
@@ -355,55 +337,3 @@ def _with_launches(events: pl.DataFrame) -> pl.DataFrame:
     is_launch = pl.int_range(pl.len()).is_in(launches.implode())
     kind = pl.when(is_launch).then(pl.lit("launch", EVENTS["kind"])).otherwise("kind")
     return events.with_columns(kind.alias("kind"))
-
-
-def _mended(text: str) -> Event | None:
-    """The event in a text that is not strict JSON (quotes in names, control characters, NaN ...) or has odd types."""
-    try:
-        value = lenient(text, Decimal)
-    except ValueError:
-        try:
-            quoted = _QUOTED_NAME.sub(lambda m: m[1] + _BARE_QUOTE.sub(r"\"", m[2]) + m[3], text, count=1)
-            value = lenient(quoted, Decimal)
-        except ValueError:
-            return None
-    if not isinstance(value, dict):
-        return None
-    args = value.get("args")
-    args = args if isinstance(args, dict) else {}
-    return Event(
-        ph=_text(value.get("ph")),
-        cat=_text(value.get("cat")),
-        name=_text(value.get("name")),
-        pid=_number(value.get("pid")),
-        tid=_number(value.get("tid")),
-        ts=_us(value.get("ts")),
-        dur=_us(value.get("dur")),
-        args=_mended_args(args),
-    )
-
-
-def _mended_args(args: Mapping[str, Any]) -> Args:
-    values: dict[str, Any] = {}
-    for name, key in _FIELDS.items():
-        if key in args:
-            is_text = name in ("dims", "types")
-            values[name] = msgspec.Raw(json.dumps(args[key], default=str).encode()) if is_text else _number(args[key])
-    return Args(**values)
-
-
-def _text(value: Any) -> str | None:
-    # An escaped half of a surrogate pair is legal JSON and no legal text.
-    return None if value is None else str(value).encode("utf-8", "replace").decode()
-
-
-def _number(value: Any) -> Whole:
-    if isinstance(value, Decimal):
-        # The bounds stand first: as an integer, 1e999999999 would fill the memory.
-        is_whole = value.is_finite() and -_MAX_INT64 < value < _MAX_INT64 and value == int(value)
-        return int(value) if is_whole else None
-    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
-
-
-def _us(value: Any) -> msgspec.Raw:
-    return msgspec.Raw(str(value).encode()) if isinstance(value, int | str | Decimal) else _NO_TEXT

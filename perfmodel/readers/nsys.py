@@ -48,6 +48,9 @@ _COLUMNS = {
     "from_memory": ("srcKind",),
     "to_memory": ("dstKind",),
     "event_type": ("eventType",),
+    "grid_x": ("gridX",),
+    "grid_y": ("gridY",),
+    "grid_z": ("gridZ",),
 }
 _MAX_CORRELATION = 2**32
 _FARTHEST_NS = 2**61  # beyond it a difference of two times may overflow
@@ -276,6 +279,10 @@ def _timed(kind: str, records: pl.DataFrame, processes: Processes) -> pl.DataFra
         columns["thread"] = pl.when(one_thread).then(thread) if "end_tid" in there else thread
     if "bytes" in there:
         columns["bytes"] = pl.when(pl.col("bytes") >= 0).then("bytes")
+    if kind == "kernel" and {"grid_x", "grid_y", "grid_z"} <= there:
+        n_blocks = pl.col("grid_x") * pl.col("grid_y") * pl.col("grid_z")
+        is_grid = pl.min_horizontal("grid_x", "grid_y", "grid_z") > 0
+        columns["blocks"] = pl.when(is_grid).then(n_blocks).cast(EVENTS["blocks"], strict=False)
     if not there.isdisjoint(("graph", "graph_node")):
         columns["graph"] = pl.coalesce(column(records, "graph"), column(records, "graph_node") // 2**32)
     named_by = [c for c in _NAMED_BY if c in there]
@@ -313,8 +320,8 @@ def _events(rows: _Rows, strings: pl.DataFrame, processes: Processes) -> pl.Data
 
 
 def _meta(tables: Tables) -> dict[str, Any]:
-    """What the export says of itself: `export` and `capture` as names and values, `gpus` by name, `session_start_ns`
-    since 1970."""
+    """What the export says of itself: `export` and `capture` as names and values, `gpus` by name, `sm_counts` by GPU,
+    `session_start_ns` since 1970."""
     meta: dict[str, Any] = {}
     for key, table in (("export", "META_DATA_EXPORT"), ("capture", "META_DATA_CAPTURE")):
         if {"name", "value"} <= tables.columns.get(table, set()):
@@ -322,6 +329,9 @@ def _meta(tables: Tables) -> dict[str, Any]:
     for table in ("TARGET_INFO_CUDA_GPU", "TARGET_INFO_GPU"):  # before and since the middle of 2021
         if "name" in tables.columns.get(table, set()):
             meta["gpus"] = tables.rows(table, texts=["name"])["name"].to_list()
+    if {"id", "smCount"} <= tables.columns.get("TARGET_INFO_GPU", set()):
+        sms = tables.rows("TARGET_INFO_GPU", ["id", "smCount"]).drop_nulls()
+        meta["sm_counts"] = {str(gpu): n_sms for gpu, n_sms in sms.iter_rows()}
     if "utcEpochNs" in tables.columns.get("TARGET_INFO_SESSION_START_TIME", set()):
         starts = tables.rows("TARGET_INFO_SESSION_START_TIME", ["utcEpochNs"]).to_series().drop_nulls()
         meta |= {"session_start_ns": starts[0]} if len(starts) else {}

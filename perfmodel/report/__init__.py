@@ -4,6 +4,7 @@ from perfmodel.report.balance import balance_json, balance_page
 from perfmodel.report.captures import check_page
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
+from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_page
 from perfmodel.report.placing import placing_json, placing_page
@@ -30,12 +31,15 @@ __all__ = [
     "findings_text",
     "fit_page",
     "fusion_page",
+    "layer_ranks_page",
+    "passes_page",
     "phases_json",
     "phases_page",
     "placing_json",
     "placing_page",
     "ranks_page",
     "routing_page",
+    "scaling_page",
     "schedule_json",
     "schedule_page",
     "sweep_page",
