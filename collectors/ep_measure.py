@@ -20,7 +20,7 @@ from .checks import TOLERANCE, difference
 from .ep_layer import CudaWatch, HostWatch, expert_parallel_layer, slow_part
 from .ep_plan import N_WARM_UP, Batch, Request, chosen_experts, firsts, gpu_of, plan, profiled
 from .ep_probes import probe_rows
-from .ep_ranks import Ranks, clocks, joined
+from .ep_ranks import Ranks, clocks, hold_to, joined, own_processors
 from .layer import Layer, grouped_mm_name
 from .memory import TORCH_DTYPES, fill
 from .points import FILL_ELEMENTS, WEIGHT_SCALE
@@ -253,10 +253,13 @@ class Collection:
             os.close(lock)
 
     def begin(self) -> int | None:
-        """Open the folder on rank 0 and hold its lock; set the clocks."""
-        clock, lock = clocks(self.ranks), None
+        """Open the folder on rank 0 and hold its lock; set the clocks; keep ranks of the CPU to their processors."""
+        clock, lock, settings = clocks(self.ranks), None, self.order.settings
+        own = []
+        if self.ranks.device.type == "cpu":
+            own = own_processors(int(os.environ.get("LOCAL_RANK", self.ranks.rank)), settings["threads"])
+        cpus = self.ranks.at_first(own)
         if self.is_first:
-            settings = self.order.settings
             open_folder(self.folder, ep_capture.MANIFEST)
             lock = store.lock(self.folder, 0.0)
             found = {
@@ -264,6 +267,7 @@ class Collection:
                 "software": {**machine.software(), **machine.torch_build()},
                 "kernel": grouped_mm_name(),
                 "clock": clock,
+                "cpus_of_ranks": cpus,
                 "n_planned": len(self.batches),
                 "skipped": self.skipped,
             }
@@ -272,6 +276,7 @@ class Collection:
             base_ns = ep_capture.time_base_ns(self.folder)
             for sentence in self.skipped:
                 print(f"left out: {sentence}", file=sys.stderr)
+        hold_to(own)  # not before what the machine has is written down
         origin_ns = self.ranks.of_first(base_ns - time.perf_counter_ns() if self.is_first else None)
         offsets = self.ranks.of_first(clock)
         self.to_common_ns = offsets[self.ranks.rank]["offset_ns"] + origin_ns

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from perfmodel.errors import InputError
 
+from . import machine
 from .ep_capture import MEETING
 from .ep_layer import Work
 
 PATIENCE = datetime.timedelta(seconds=60)  # a rank that hangs holds the others up no longer than this
 N_ROUND_TRIPS = 100
+TASKS = Path("/proc/self/task")  # the threads of this process
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,24 @@ def joined(device: str) -> Iterator[Ranks]:
     assert host is not None
     yield Ranks(rank, size, where, host)
     dist.destroy_process_group()  # not after an error: it may wait for ranks that are gone
+
+
+def own_processors(local_rank: int, threads: int) -> list[int]:
+    """The processors of a rank, which it shares with as few others as may be; none where a system binds no threads."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    cpus = machine.cpu_list()
+    return sorted({cpus[(local_rank * threads + i) % len(cpus)] for i in range(threads)})
+
+
+def hold_to(cpus: Sequence[int]) -> None:
+    """Keep all threads of this process to some processors.
+
+    Left to itself the system moves ranks about: for milliseconds several stand on one core while another idles.
+    """
+    for task in TASKS.iterdir() if cpus else ():  # gloo's threads are there already, others inherit
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task.name), cpus)
 
 
 def clocks(ranks: Ranks, n_round_trips: int = N_ROUND_TRIPS) -> list[dict[str, int]] | None:

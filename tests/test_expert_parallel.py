@@ -18,8 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collectors import cli, ep_capture, ep_layer, ep_measure, ep_plan, ep_probes, expert_parallel, store
-from collectors.ep_ranks import Ranks, clocks, offset_of
+from collectors import cli, ep_capture, ep_layer, ep_measure, ep_plan, ep_probes, expert_parallel, machine, store
+from collectors.ep_ranks import Ranks, clocks, offset_of, own_processors
 from collectors.layer import Layer, moe_layer, slow_moe_layer
 from perfmodel.errors import InputError
 from tests import pretend_cuda
@@ -151,6 +151,15 @@ def test_clocks_are_set_by_that_of_rank_0_to_within_the_error_they_state() -> No
     found, elsewhere = on_ranks(2, skewed_clock, 7_000_000_000)
     assert elsewhere is None and found[0] == {"rank": 0, "offset_ns": 0, "error_ns": 0}
     assert abs(found[1]["offset_ns"] + 7_000_000_000) <= found[1]["error_ns"] < 50_000_000
+
+
+def test_ranks_share_processors_evenly_and_their_own_ones_where_there_are_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("collectors.machine.cpu_list", lambda: [3, 5])
+    assert [own_processors(rank, 1) for rank in range(4)] == [[3], [5], [3], [5]]
+    monkeypatch.setattr("collectors.machine.cpu_list", lambda: list(range(8)))
+    assert [own_processors(rank, 2) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_the_quickest_round_trip_sets_a_clock() -> None:
@@ -339,6 +348,8 @@ def test_the_manifest_says_what_was_measured_where_and_not_whose_it_is(capture: 
     assert expected.items() <= manifest["settings"].items()
     assert [c["rank"] for c in manifest["clock"]] == [0, 1]  # of one machine: the same clock, to within the error
     assert all(abs(c["offset_ns"]) <= c["error_ns"] for c in manifest["clock"])
+    assert len(manifest["cpus_of_ranks"]) == 2 and all(manifest["cpus_of_ranks"])  # bound, each to as many as threads
+    assert manifest["machine"]["n_cores"] == machine.n_physical_cores()  # read before ranks were bound
     probes = lines_of(capture, ep_capture.PROBES)
     assert {p["probe"] for p in probes} == {"gemm", "stream", "grouped_call", "all_to_all", "barrier"}
     assert all(p["value"] > 0 and p["times"] >= 5 for p in probes)
