@@ -101,10 +101,13 @@ def joined(device: str) -> Iterator[Ranks]:
 
 
 def own_processors(local_rank: int, threads: int) -> list[int]:
-    """The processors of a rank, which it shares with as few others as may be; none where a system binds no threads."""
+    """The processors of a rank, which it shares with as few others as may be, cores before their hardware threads.
+
+    None where a system binds no threads.
+    """
     if not hasattr(os, "sched_setaffinity"):
         return []
-    cpus = machine.cpu_list()
+    cpus = machine.cpus_by_core()
     return sorted({cpus[(local_rank * threads + i) % len(cpus)] for i in range(threads)})
 
 
