@@ -197,8 +197,8 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     code = codes[first] if failed else None
     if code in SAID_WHY:
         return code
-    words = f"rank {first} " + ("does not answer" if code is None else how_it_ended(code))
-    print(f"collectors: {words}; the same command continues with the next batch", file=sys.stderr)
+    how = how_it_ended(code) if code else "does not answer" if None in codes else "lost the others"
+    print(f"collectors: rank {first} {how}; the same command continues with the next batch", file=sys.stderr)
     return FAILED
 
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collectors import cli, ep_capture, ep_layer, ep_measure, ep_plan, ep_probes, expert_parallel, machine, store
-from collectors.ep_ranks import Ranks, clocks, offset_of, own_processors
+from collectors.ep_ranks import Ranks, clocks, joined, offset_of, own_processors
 from collectors.layer import Layer, moe_layer, slow_moe_layer
 from perfmodel.errors import InputError
 from tests import pretend_cuda
@@ -119,6 +119,15 @@ def test_received_rows_are_sorted_by_expert_and_keep_their_order_within_one(rece
     order, ends = ep_layer.by_expert(torch.tensor(received), len(rows))
     assert [rows[i] for i in order] == sorted(rows)
     assert ends.tolist() == [sum(row[0] <= expert for row in rows) for expert in range(3)]
+
+
+def test_ranks_that_cannot_meet_say_so(monkeypatch, tmp_path: Path) -> None:
+    numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "nowhere"}
+    for name, word in {**numbers, ep_capture.MEETING: str(tmp_path / "meeting")}.items():
+        monkeypatch.setenv(name, word)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
+    with pytest.raises(InputError, match=r"rank 0 cannot meet the others: .*nowhere"), joined("cpu"):
+        pytest.fail("met")
 
 
 def wrong_layer(ranks, wrong_rank):
@@ -447,7 +456,7 @@ class Ended:
         ((1, 1), 1, "rank 0 ended with exit code 1"),  # both of the same mistake
         ((75, -9), 1, "rank 1 was ended by signal SIGKILL"),
         ((75, 2), 2, ""),  # which has said why
-        ((0, 75), 1, "rank 1 does not answer"),
+        ((0, 75), 1, "rank 1 lost the others"),
         ((75, None, 75), 1, "rank 1 does not answer"),
     ],
 )
