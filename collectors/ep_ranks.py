@@ -99,7 +99,7 @@ def joined(device: str) -> Iterator[Ranks]:
     own = where if device == "cuda" else None
     try:
         dist.init_process_group(backend, init_method=met, rank=rank, world_size=size, timeout=PATIENCE, device_id=own)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter where variables are missing
         raise InputError(f"rank {rank} cannot meet the others: {first_line(error)}") from None
     host = dist.new_group(backend="gloo", timeout=PATIENCE) if device == "cuda" else dist.group.WORLD
     assert host is not None

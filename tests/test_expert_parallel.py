@@ -128,6 +128,10 @@ def test_ranks_that_cannot_meet_say_so(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
     with pytest.raises(InputError, match=r"rank 0 cannot meet the others: .*nowhere"), joined("cpu"):
         pytest.fail("met")
+    for name in (ep_capture.MEETING, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"rank 0 cannot meet the others: .*MASTER_ADDR"), joined("cpu"):
+        pytest.fail("met")
 
 
 def wrong_layer(ranks, wrong_rank):
@@ -360,6 +364,19 @@ def test_every_step_of_every_rank_is_recorded_with_its_phases(capture: Path) -> 
         for number in range(2):  # steps begin together: none has ended before the other begins
             together = [s for s in steps if (s["workload"], s["step"]) == (line["workload"], number)]
             assert max(s["start_ns"] for s in together) < min(s["end_ns"] for s in together)
+            counts = [(start, start + dur) for s in together for name, _, start, dur in s["phases"] if name == "counts"]
+            assert max(began for began, _ in counts) <= min(ended for _, ended in counts)  # each needs all the others
+
+
+def test_what_arrives_is_computed_afterwards_and_goes_home_when_it_is(capture: Path) -> None:
+    for step in lines_of(capture, ep_capture.STEPS):
+        began = {(name, chunk): start for name, chunk, start, _ in step["phases"]}
+        ended = {(name, chunk): start + dur for name, chunk, start, dur in step["phases"]}
+        for _, chunk in filter(lambda key: key[0] == "gemm1", began):
+            assert (
+                ended["dispatch", chunk] <= began["gemm1", chunk] and ended["gemm2", chunk] <= began["combine", chunk]
+            )
+            assert ended["combine", chunk] <= began["reduce", 0]
 
 
 def test_counts_are_those_of_the_chosen_experts_and_sum_to_tokens_times_top_k(capture: Path) -> None:
