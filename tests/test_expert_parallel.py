@@ -489,6 +489,14 @@ def test_a_collective_that_times_out_is_a_rank_that_is_lost() -> None:
     assert not expert_parallel._is_lost(RuntimeError("CUDA out of memory"))
 
 
+def test_ranks_whose_starter_is_gone_begin_no_more_batches() -> None:
+    for parent, is_over in ((os.getppid(), False), (os.getpid(), True)):
+        one = ep_measure.Collection.__new__(ep_measure.Collection)
+        one.order = ep_measure.Order(Path(), request(), {}, 1.0, 0.0, parent)
+        one.deadline = time.monotonic() + 60
+        assert one.is_over() == one.is_left_alone() == is_over
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to find the ranks in")
 def test_who_is_asked_to_end_ends_the_ranks_first(tmp_path: Path) -> None:
     words = command(tmp_path / "new", "--ranks", "2", "--device", "cpu")
