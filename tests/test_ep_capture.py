@@ -118,6 +118,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     (EP_MANIFEST, lambda one: one.pop("schema"), "no JSON object with a schema and a kind"),
     (EP_MANIFEST, lambda one: one["settings"].update(n_ranks=0), "0 ranks"),
     (EP_MANIFEST, lambda one: one.pop("machine"), "missing required field `machine`"),
+    (EP_MANIFEST, lambda one: one.update(cpus_of_ranks=[[0]]), "the processors of 1 ranks, expected 2"),
 ]
 
 
@@ -161,6 +162,15 @@ def test_damaged_files_are_refused_and_never_break(content: bytes, which: int) -
             return
         with pytest.raises(InputError):
             load_ep_capture(path)
+
+
+def test_captures_of_two_and_four_ranks_come_with_the_project() -> None:
+    captures = [load_ep_capture(path) for path in shipped_ep_captures()]
+    assert [(one.n_ranks, one.manifest.cpus_of_ranks) for one in captures] == [
+        (2, [[0], [1]]),
+        (4, [[0], [1], [0], [1]]),
+    ]
+    assert [len(one.traces) for one in captures] == [3, 3]
 
 
 @pytest.mark.parametrize("path", shipped_ep_captures(), ids=lambda path: path.name)
