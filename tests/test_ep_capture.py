@@ -93,9 +93,10 @@ def test_stragglers_are_the_slowest_over_the_fastest(made: EpCapture) -> None:
     found = ep_steps.stragglers(made)
     assert only(found, workload="b1", phase="combine")["median_ratio"] == 1000 / 200
     assert only(found, workload="b1", phase="compute")["median_ratio"] == pytest.approx(2680 / 1850)
-    assert ep_steps.straggler_ratios(np.array([[1.0, 2.0], [2.0, 8.0], [1.0, 3.0]])) == (3.0, pytest.approx(3.9))
-    assert ep_steps.straggler_ratios(np.array([[0.0, 2.0]])) is None
-    assert ep_steps.straggler_ratios(np.empty((0, 2))) is None
+    slowest, fastest = np.array([2.0, 8.0, 3.0, 5.0]), np.array([1.0, 2.0, 1.0, 0.0])
+    assert ep_steps.straggler_ratios(slowest, fastest) == (3.0, pytest.approx(3.9))  # of 2, 4 and 3
+    assert ep_steps.straggler_ratios(slowest[3:], fastest[3:]) is None
+    assert ep_steps.straggler_ratios(slowest[:0], fastest[:0]) is None
 
 
 CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
