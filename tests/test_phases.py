@@ -19,6 +19,7 @@ from perfmodel.errors import InputError
 from perfmodel.hardware import QUANTITIES
 from perfmodel.latency import load_model
 from perfmodel.physics.blas import FP32_DEFAULTS
+from perfmodel.report.phases import efficiency_page, phases_page
 from perfmodel.schedule import Fabric, Link
 from perfmodel.schedule.captured import (
     LATENCY,
@@ -208,6 +209,15 @@ def test_shipped_captures_are_predicted_within_bounds_that_hold_today(path: Path
     assert errors[LATENCY] < 0.15 and all(errors[name] < 0.6 for name in ("permute", "activation", "reduce", "regroup"))
     assert set(noise) == set(errors) and noise[LATENCY] < 0.1
     assert summary(beside).height == len(capture.measured)
+
+
+def test_the_page_on_shipped_captures_is_what_the_command_says_today() -> None:
+    found = (ROOT / "docs" / "expert-parallel.md").read_text(encoding="utf-8")
+    captures = [load_ep_capture(path) for path in shipped_ep_captures()]
+    for capture in captures:
+        assert phases_page(set_beside(capture)) in found, "run `python docs/regenerate.py`"
+    efficiency = efficiency_page(captures)
+    assert efficiency is not None and efficiency in found
 
 
 def test_ranks_share_the_processors_that_they_are_bound_to_and_no_others(tmp_path: Path) -> None:
