@@ -299,6 +299,10 @@ def test_the_work_factor_multiplies_all_but_the_launch() -> None:
     once, twice = (layer_timeline(layer, "fused", Overheads(1, 7_000.0, work_factor=x)) for x in (1.0, 2.0))
     assert twice.latency_ns - 7_000 == pytest.approx(2 * (once.latency_ns - 7_000))
     assert twice.phases["dispatch"] == pytest.approx(2 * once.phases["dispatch"])
+    assert twice.bounds == once.bounds
+    fast = layer_timeline(layer, "fused", Overheads(1, 7_000.0, work_factor=0.1))  # an engine that beats the model
+    assert fast.bounds["compute"] == pytest.approx(0.1 * once.bounds["compute"])
+    assert fast.bound_ns <= fast.latency_ns
 
 
 def test_spans_stay_few_and_lie_within_the_run() -> None:

@@ -17,7 +17,7 @@ from perfmodel.moe import MoEShape, shape
 from perfmodel.placement.balance import map_of_slots
 from perfmodel.placement.eplb import rebalance
 from perfmodel.predict import basis_of, predict
-from perfmodel.routing import routing
+from perfmodel.routing import MAX_DRAWN, Routing, expected_counts, pattern_shares
 from perfmodel.schedule import (
     DEFAULTS,
     SCHEDULES,
@@ -34,12 +34,12 @@ from perfmodel.schedule import (
 )
 from perfmodel.schedule.closed import all_to_all_ns, chunk_rows, sent_rows
 from perfmodel.schedule.costs import EXPERTS, compute_ns, link_ns
-from perfmodel.schedule.traffic import layer_shares_of, traffic_from_shares
+from perfmodel.schedule.traffic import drawn_choices, layer_shares_of, traffic_from_shares
 
 SXM = hardware("h100-sxm")
 SMALL = MoEShape("made-up", n_experts=4, top_k=1, hidden=256, inter=512)
 CLOSED = ("bulk", "chunked")
-N_MANY = 2**17  # tokens so many that a batch of four experts is its expected counts
+N_MANY = 2**17  # tokens so many that of a batch of four experts rows are drawn, not choices
 HALVES = np.array([[0.5, 0.25, 0.125, 0.125]])
 
 
@@ -75,26 +75,42 @@ def layer_of(traffic: Traffic, one: MoEShape = SMALL, profile: HardwareProfile =
 
 def test_rows_go_where_the_experts_are() -> None:
     found = traffic_from_shares(HALVES, SMALL, map_of_slots("x", np.arange(4)[None], np.zeros((1, 4), int), 2), N_MANY)
-    assert found.rows.tolist() == [[65_536, 32_768, 16_384, 16_384]] * 2
-    assert found.rows_between.tolist() == [[98_304, 32_768]] * 2
-    assert found.received.tolist() == [[131_072, 65_536], [32_768, 32_768]]
+    assert found.rows / N_MANY == pytest.approx(np.repeat(HALVES, 2, axis=0), abs=0.01)
+    assert (found.rows[0] != found.rows[1]).any()
+    assert found.rows_between.tolist() == [[own[:2].sum(), own[2:].sum()] for own in found.rows]
+    assert found.received.tolist() == [found.rows.sum(axis=0)[:2].tolist(), found.rows.sum(axis=0)[2:].tolist()]
     assert found.tokens.tolist() == found.rows_between.tolist()  # top-1: a token has one row
 
 
 def test_copies_of_an_expert_share_its_tokens_and_sources_begin_with_different_ones() -> None:
     phy2log, copy_of = np.array([[0, 1, 2, 0, 3, 1]]), np.array([[0, 0, 0, 1, 0, 1]])
     twice = map_of_slots("x", phy2log, copy_of, 2)
-    shares = np.array([[65_537.0, 32_767, 16_384, 16_384]]) / N_MANY
-    found = traffic_from_shares(shares, SMALL, twice, N_MANY)
-    assert found.rows.tolist() == [
-        [32_769, 16_384, 16_384, 32_768, 16_384, 16_383],  # the odd rows of experts 0 and 1 to the first copy
-        [32_768, 16_383, 16_384, 32_769, 16_384, 16_384],  # those of the second source to the second
-    ]
-    few = traffic_from_shares(shares, SMALL, twice, 5)
-    assert few.rows.sum(axis=1).tolist() == [5, 5]
-    assert (few.tokens == few.rows_between).all()
-    for expert, slots in ((0, (0, 3)), (1, (1, 5))):
-        assert (np.abs(few.rows[:, slots[0]] - few.rows[:, slots[1]]) <= 1).all(), expert
+    for n_tokens in (5, N_MANY):
+        found = traffic_from_shares(HALVES, SMALL, twice, n_tokens)
+        assert found.rows.sum(axis=1).tolist() == [n_tokens, n_tokens]
+        assert found.tokens == pytest.approx(found.rows_between)
+        for expert, (first, second) in ((0, (0, 3)), (1, (1, 5))):
+            odd = found.rows[:, [first, second]].sum(axis=1) % 2  # to the first copy of one source, the other's second
+            assert (found.rows[:, first] - found.rows[:, second]).tolist() == (odd * [1, -1]).tolist(), expert
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(64, 8), (8, 2), (16, 1)])
+@pytest.mark.parametrize("pattern", ["uniform", "power-law:0.5", "one-hot:2"])
+def test_few_and_many_tokens_are_drawn_alike_and_experts_keep_their_shares(
+    n_experts: int, top_k: int, pattern: str
+) -> None:
+    one, n_tokens = MoEShape("made-up", n_experts, top_k, 64, 64), MAX_DRAWN // n_experts
+    few, many = (traffic_of(pattern, one, 4, n, seed=n) for n in (n_tokens, n_tokens + 1))
+    ideal = expected_counts(pattern_shares(pattern, n_experts), n_tokens, top_k)[0]
+    for found in (few, many):
+        spread = np.sqrt(ideal * np.maximum(1 - ideal / n_tokens, 0) / 4) + 0.01 * ideal + 1
+        assert (np.abs(found.rows.mean(axis=0) - ideal) < 5 * spread).all()
+    assert many.received.sum(axis=1) == pytest.approx(few.received.sum(axis=1), rel=0.03, abs=1)
+    assert many.tokens.sum(axis=0) == pytest.approx(few.tokens.sum(axis=0), rel=0.03, abs=1)
+    noise = [found.rows.var(axis=0).sum() for found in (few, many)]
+    assert noise[1] < 4 * noise[0] + 1 and noise[0] < 4 * noise[1] + 1
+    tokens = drawn_choices(pattern_shares(pattern, n_experts), 100, top_k, 0)
+    assert all(len(set(own)) == top_k for own in tokens.tolist())
 
 
 @settings(max_examples=30, deadline=None)
@@ -215,9 +231,8 @@ def test_on_one_gpu_the_phases_are_what_predict_says_of_the_layer(
     name: str, model: str | None, offload_frac: float
 ) -> None:
     one, fitted = shape(name), load_model(model) if model else None
-    counts = routing("power-law", one.n_experts, one.top_k, 40_000)
     traffic = traffic_of("power-law", one, 1, 40_000)
-    assert traffic.rows.tolist() == counts.counts.tolist()
+    counts = Routing("drawn", traffic.rows.astype(np.int64), 40_000, one.top_k)
     tier = (np.arange(one.n_experts) >= one.n_experts * (1 - offload_frac)).astype(np.int8)  # least used first
     layer = Layer(basis_of(SXM, one, fitted), one, traffic, fabric_of(SXM, 1), tier, "zero-copy")
     said = predict(SXM, one, counts, offload_frac, "zero-copy", op="moe-layer", model=fitted, launch="graph")

@@ -289,7 +289,6 @@ many numbers; none are fitted here.
 
 The second row says how much hangs on the rows of experts. Drawn and not dropped, they fill blocks of {TILE_ROWS} badly:
 {_percent(padded - 1)} more is computed at 4K tokens. Errors are smaller so, but the published setting drops such rows.
-(At 16K tokens expected counts stand for drawn ones.)
 """
 
 
