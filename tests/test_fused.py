@@ -199,6 +199,8 @@ def test_a_block_of_one_row_costs_a_whole_row_of_tiles() -> None:
     short, full = (busy_ns(plan_of(one_expert(n_rows), 1.0)) for n_rows in (1, 128))
     assert short["gemm1"] == full["gemm1"]
     assert busy_ns(plan_of(one_expert(129), 1.0))["gemm1"] > 1.5 * full["gemm1"]
+    padding = [layer_timeline(one_expert(n_rows), "fused").computed_padding_frac for n_rows in (1, 128, 129)]
+    assert padding == pytest.approx([127 / 128, 0, 127 / 256])
 
 
 def one_expert(n_rows: int) -> Layer:

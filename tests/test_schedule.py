@@ -188,6 +188,24 @@ def test_capacity_pads_and_drops_by_hand() -> None:
     assert found.dropped_frac == pytest.approx(1 - 18 / 32)
     assert found.sent_bytes == 2 * 16 * 512 and found.payload_bytes == 2 * (6 + 8) * 512
     assert found.padding_frac == pytest.approx(2 / 16)
+    assert found.computed_padding_frac == pytest.approx(1 - 18 / 32)  # room for 4 rows of each GPU at 4 experts
+
+
+@pytest.mark.parametrize("schedule", CLOSED)
+def test_a_token_sent_once_to_each_gpu_crosses_as_a_token_and_is_computed_as_rows(schedule: str) -> None:
+    # Of the 8 tokens of GPU 0 one has both rows on GPU 1, six have one there: 8 rows of 7 tokens. GPU 1: 5 of 5.
+    rows, tokens = [[4.0, 4, 4, 4], [5.0, 0, 5, 6]], np.array([[7.0, 7], [5, 8]])
+    layer = layer_of(replace(traffic_by_hand(rows, [0, 0, 1, 1], 2), tokens=tokens))
+    usual = Overheads(1, collective_ns=20_000.0, n_chunks=2)
+    by_row, once = (layer_timeline(layer, schedule, replace(usual, once_per_gpu=x)) for x in (False, True))
+    n_pieces = 2 if schedule == "chunked" else 1
+    assert by_row.phases["dispatch"] == pytest.approx(n_pieces * 21_000 + 8 * 5.12)
+    assert once.phases["dispatch"] == once.phases["combine"] == pytest.approx(n_pieces * 21_000 + 7 * 5.12)
+    assert once.sent_bytes == once.payload_bytes == 2 * 12 * 512
+    assert once.bounds["link"] == pytest.approx(12 * 5.12)
+    assert once.busy_ns == by_row.busy_ns
+    with pytest.raises(InputError, match=r"capacity_factor is 0\.0, and tokens that are sent once"):
+        replace(usual, capacity_factor=0.0, once_per_gpu=True)
 
 
 def test_whole_rows_of_chunks_make_up_all_rows_and_spread() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from perfmodel import text
 from perfmodel.balance import read_map, write_map
 from perfmodel.cli.main import app
 from perfmodel.errors import InputError
@@ -276,6 +277,10 @@ def test_the_command_says_all_of_it_as_words_and_as_json(tmp_path: Path) -> None
     for words in ("bound  ", "fusing", "launches", "stragglers", "payload", "tokens/s per price", "Not measured"):
         assert words in page
     assert max(map(len, page.split("\n"))) <= 120
+    padded = text.frac(question.timeline("fused").computed_padding_frac)
+    assert f"{padded} of the rows that it computes are padding" in " ".join(page.split())
+    full = run(*SMALL[:-1], "8192")
+    assert "of the rows that it computes" not in " ".join(full.split())
 
 
 def test_options_reach_the_schedules_and_a_picture_is_written(tmp_path: Path) -> None:
@@ -292,6 +297,10 @@ def test_options_reach_the_schedules_and_a_picture_is_written(tmp_path: Path) ->
     dropped = json.loads(run(*SMALL, "--routing", "power-law", "--capacity-factor", "1", "--json"))["schedules"][0]
     assert dropped["dropped_frac"] > 0
     assert json.loads(run(*SMALL, "--capacity-factor", "none", "--json"))["schedules"][0]["padding_frac"] == 0
+    once = {name: replace(DEFAULTS[name], capacity_factor=None, once_per_gpu=name != "fused") for name in SCHEDULES}
+    expected = [asked(n_gpus=4, tokens=64, overheads=once).latency_ns(name) for name in SCHEDULES]
+    assert latency_ns("--once-per-gpu") == latency_ns("--once-per-gpu", "--capacity-factor", "none") == expected
+    assert "a token sent once to each GPU" in run(*SMALL, "--once-per-gpu")
     write_map(tmp_path / "map.json", round_robin(1, 64, 4), np.arange(1))
     mapped = asked(n_gpus=4, tokens=64, expert_map=round_robin(1, 64, 4))
     assert latency_ns("--map", str(tmp_path / "map.json")) == [mapped.latency_ns(name) for name in SCHEDULES]
@@ -336,6 +345,7 @@ def test_a_cpu_with_a_link_has_no_fused_schedule_and_says_so(tmp_path: Path) -> 
         ("--offload 2", "offloaded fraction is 2"),
         ("--figure x.png", "expected an .html file"),
         ("--map absent.json", "no map file 'absent.json'"),
+        ("--capacity-factor 1 --once-per-gpu", "tokens that are sent once to each GPU are not padded"),
         ("--capacity-factor much", "--capacity-factor is 'much'"),
         ("--gpus-per-node 3", "4 GPUs in nodes of 3"),
         ("--layer -1", "--layer is -1"),

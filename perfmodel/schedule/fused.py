@@ -17,7 +17,7 @@ What is modelled, and how:
   node and between nodes apart; a block's first byte arrives alpha after it was sent. Blocks go to all GPUs in turn.
 - Experts outside device memory hold their GPU up by what the other schedules call `offload`, when they start.
 - `work_factor` of the overheads multiplies every duration. What is not in this schedule is left aside: collectives,
-  chunks, processors for communication, capacity.
+  chunks, processors for communication, capacity, tokens sent once to each GPU.
 """
 
 import numpy as np
@@ -27,6 +27,7 @@ from perfmodel.placement.balance import Index
 
 from .costs import BEFORE, Layer, link_ns
 from .events import Run, simulate
+from .measures import TILE_ROWS
 from .overheads import Overheads
 from .tiles import Plan, busy_ns, plan_of
 from .timeline import TRANSFERS, LayerTimeline, Span
@@ -73,6 +74,7 @@ def fused_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
         n_launches=overheads.n_launches,
         sent_bytes=sent,
         payload_bytes=sent,
+        computed_padding_frac=float(1 - plan.blocks.rows.sum() / (len(plan.blocks.rows) * TILE_ROWS)),
         spans=tuple(_spans(plan, ran, begin, launch)),
     )
 

@@ -122,6 +122,7 @@ def cited(question: Question, schedules: Sequence[str], has_offloaded: bool = Fa
         words += f"; starting a collective {text.ns(one.collective_ns)} (assumed)" if one.collective_ns else ""
         words += f"; pieces {one.n_chunks}" if name == "chunked" else ""
         words += f"; {text.frac(one.comm_sm_frac)} of processors communicate" if one.comm_sm_frac else ""
+        words += "; a token sent once to each GPU" if one.once_per_gpu else ""
         begins.append(words)
     return [*found, *begins]
 
