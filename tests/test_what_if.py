@@ -73,6 +73,14 @@ def test_stragglers_dominate_from_the_skew_on_that_is_found(schedule: str) -> No
     assert skew_frac(question, schedule) == 0
 
 
+def test_a_skew_that_dominates_is_found_where_extreme_skew_reads_few_weights_and_is_faster_again() -> None:
+    question = asked(shape("qwen3-30b-a3b"), n_gpus=4, tokens=1024)
+    found = dominating_skew(question, "fused")
+    assert found is not None
+    assert skew_frac(skewed(question, found.exponent), "fused") > 0.5 > skew_frac(skewed(question, 10.0), "fused")
+    assert skew_frac(skewed(question, found.exponent - 0.05), "fused") < 0.5
+
+
 def test_skew_keeps_the_order_of_the_experts_and_a_power_law_is_itself() -> None:
     shares = np.random.default_rng(0).permutation(power_law_shares(64, 1.0)[0])[None]
     question = replace(asked(), shares=shares)
