@@ -27,7 +27,16 @@ from perfmodel.schedule import DEFAULTS, SCHEDULES, Overheads
 from perfmodel.schedule.alternatives import Prices, compare, fitting_frac
 from perfmodel.schedule.costs import received_tier
 from perfmodel.schedule.question import Question, shared_host
-from perfmodel.schedule.what_if import answer, cited, dominating_skew, launch_batch, max_over_mean, skew_frac, skewed
+from perfmodel.schedule.what_if import (
+    answer,
+    cited,
+    dominating_skew,
+    launch_batch,
+    max_over_mean,
+    skew_frac,
+    skewed,
+    unpadded_bulk_ns,
+)
 
 OLMOE = shape("olmoe")
 SXM, GH200 = hardware("h100-sxm"), hardware("gh200")
@@ -285,6 +294,14 @@ def test_the_command_says_all_of_it_as_words_and_as_json(tmp_path: Path) -> None
     for words in ("bound  ", "fusing", "launches", "stragglers", "payload", "tokens/s per price", "Not measured"):
         assert words in page
     assert max(map(len, page.split("\n"))) <= 120
+    bare = {**DEFAULTS, "bulk": replace(DEFAULTS["bulk"], capacity_factor=None)}
+    assert found["unpadded_bulk_ns"] == asked(n_gpus=4, tokens=64, overheads=bare).latency_ns("bulk")
+    many = asked(tokens=2048, exponent=0.5)
+    assert (unpadded_bulk_ns(many) or 0) < 0.6 * many.latency_ns("bulk")
+    assert unpadded_bulk_ns(replace(many, overheads=bare)) is unpadded_bulk_ns(asked(n_gpus=1)) is None
+    assert "as fast as bulk without capacity and its padding)" in " ".join(page.split())
+    unpadded = run(*SMALL, "--capacity-factor", "none")
+    assert "without capacity" not in unpadded
     padded = text.frac(question.timeline("fused").computed_padding_frac)
     assert f"{padded} of the rows that it computes are padding" in " ".join(page.split())
     full = run(*SMALL[:-1], "8192")

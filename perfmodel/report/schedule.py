@@ -41,6 +41,7 @@ def schedule_json(found: "Answer") -> dict[str, Any]:
             for one in found.timelines
         ],
         "speedup_over": found.speedup_over,
+        "unpadded_bulk_ns": found.unpadded_bulk_ns,
         "buffer_bytes": found.buffer_bytes,
         "alternatives": [one.to_json() for one in found.alternatives],
         "reasons": list(found.reasons),
@@ -99,8 +100,11 @@ def _entry(name: str, words: str, width: int) -> list[str]:
 
 
 def _fusing(found: "Answer") -> str:
-    gains = found.speedup_over
+    gains, unpadded_ns = found.speedup_over, found.unpadded_bulk_ns
     said = ", ".join(f"{ratio(gain)} as fast as {name}" for name, gain in gains.items())
+    if "bulk" in gains and unpadded_ns is not None:
+        bulk_ns = next(one.latency_ns for one in found.timelines if one.schedule == "bulk")
+        said += f" ({ratio(gains['bulk'] * unpadded_ns / bulk_ns)} as fast as bulk without capacity and its padding)"
     padded = next((one.computed_padding_frac for one in found.timelines if one.schedule == "fused"), 0.0)
     if padded > PADDED_FRAC:
         said += (

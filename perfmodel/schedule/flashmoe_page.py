@@ -126,7 +126,8 @@ the tokens of all GPUs together; why is not published.
 {_percent(own)} and fewer GPUs within {_percent(own_fewer)}; that it loses from 2 to 8 GPUs it does not predict.
 
 - In equal precision the model has one kernel {gain:.1f} times as fast as Megatron-CUTLASS's phases at 4K tokens;
-published is {said:.1f}, FlashMoE being in fp32. Most of that is time of the baselines for which a model of these schedules has no reason.
+published is {said:.1f}, FlashMoE being in fp32. Most of that is time of the baselines for which a model of these
+schedules has no reason.
 
 All rows were known when the explanations below were chosen. Their numbers are calibrated blind, their choice is not.
 """

@@ -13,6 +13,7 @@ from perfmodel import text
 from perfmodel.offload import rate_keys
 from perfmodel.routing import power_law_shares
 
+from . import layer_timeline
 from .alternatives import Alternative
 from .costs import Layer
 from .measures import symmetric_buffer_bytes
@@ -141,6 +142,8 @@ class Answer:
     """What was asked of a layer and found: timelines, and by schedule the tokens from which launches no longer matter,
     what stragglers take and from which skew on they dominate (null: never).
 
+    `unpadded_bulk_ns` is what bulk would take if it sent and computed rows alone (null: it does, or was not asked for).
+
     `buffer_bytes` is the fused kernel's symmetric buffer on each GPU, `routing` the name of what `shares` came from,
     `reasons` what the numbers rest on.
     """
@@ -153,6 +156,7 @@ class Answer:
     dominating_skew: Mapping[str, Skew | None]
     max_over_mean: float
     buffer_bytes: float
+    unpadded_bulk_ns: float | None
     reasons: Sequence[str]
     alternatives: Sequence[Alternative] = ()
     notes: Sequence[str] = ()
@@ -163,6 +167,14 @@ class Answer:
         latency_ns = {one.schedule: one.latency_ns for one in self.timelines}
         fused_ns = latency_ns.pop("fused", None)
         return {} if fused_ns is None else {name: ns / fused_ns for name, ns in latency_ns.items()}
+
+
+def unpadded_bulk_ns(question: Question) -> float | None:
+    """What a bulk layer would take without padding or dropping; null where it has neither."""
+    own = question.overheads["bulk"]
+    if own.capacity_factor is None or question.n_gpus == 1:
+        return None
+    return layer_timeline(question.layer, "bulk", replace(own, capacity_factor=None)).latency_ns
 
 
 def answer(
@@ -192,6 +204,7 @@ def answer(
         by_schedule(dominating_skew, "the skew at which stragglers dominate"),
         max_over_mean(question.layer),
         symmetric_buffer_bytes(n_tokens * row_bytes, n_tokens, question.shape.n_experts),
+        unpadded_bulk_ns(question) if "bulk" in schedules else None,
         cited(question, schedules, any(one.offload_frac for one in alternatives)),
         alternatives,
         notes,
