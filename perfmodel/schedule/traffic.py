@@ -151,7 +151,7 @@ def traffic_from_shares(
 
     Copies of an expert share its tokens evenly, as ExpertMap says: the sources take copies in turn, each from another
     one on, so that few tokens spread over copies too. Above MAX_DRAWN tokens x experts rows of experts are drawn, and
-    how many tokens they are of is taken from a batch of that size.
+    how many tokens they are of is taken from batches that are together of that size.
     """
     if tokens_per_gpu < 1:
         raise InputError(f"{tokens_per_gpu} tokens on each GPU, expected at least 1")
@@ -167,7 +167,8 @@ def traffic_from_shares(
             whole, left = np.divmod(drawn, n_copies)
             turn = (chosen.copy_of[map_layer] - gpu) % n_copies[expert_of]
             rows[gpu] = whole[expert_of] + (turn < left[expert_of])
-        part = traffic_from_shares(shares, shape, chosen, max(MAX_DRAWN // shape.n_experts, 1), map_layer, seed)
+        n_part = max(MAX_DRAWN // (shape.n_experts * n_gpus), 1)
+        part = traffic_from_shares(shares, shape, chosen, n_part, map_layer, seed)
         found = Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)
         each = part.tokens.sum(axis=0) / np.maximum(part.rows_between.sum(axis=0), 1)  # tokens of a row
         likely = np.maximum(found.rows_between * each, found.rows_between / shape.top_k)
