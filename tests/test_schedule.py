@@ -276,7 +276,8 @@ def test_no_schedule_beats_the_machine_and_work_in_is_work_done(
 ) -> None:
     one = shape(name)
     layer = layer_of(traffic_of(pattern, one, n_gpus, 2**power), one, SXM)
-    overheads = replace(DEFAULTS[schedule], capacity_factor=capacity, n_chunks=n_chunks)
+    once = capacity is None and n_chunks % 2 == 0
+    overheads = replace(DEFAULTS[schedule], capacity_factor=capacity, n_chunks=n_chunks, once_per_gpu=once)
     found = layer_timeline(layer, schedule, overheads)
     assert found.latency_ns >= found.bound_ns * (1 - 1e-12)
     assert found.latency_ns == max(found.end_ns) == pytest.approx(max(s.start_ns + s.dur_ns for s in found.spans))

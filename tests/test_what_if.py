@@ -295,6 +295,7 @@ def test_the_command_says_all_of_it_as_words_and_as_json(tmp_path: Path) -> None
         assert words in page
     assert max(map(len, page.split("\n"))) <= 120
     bare = {**DEFAULTS, "bulk": replace(DEFAULTS["bulk"], capacity_factor=None)}
+    assert "padded to the fullest expert" in found["reasons"][-3]
     assert found["unpadded_bulk_ns"] == asked(n_gpus=4, tokens=64, overheads=bare).latency_ns("bulk")
     many = asked(tokens=2048, exponent=0.5)
     assert (unpadded_bulk_ns(many) or 0) < 0.6 * many.latency_ns("bulk")

@@ -132,6 +132,12 @@ def cited(question: Question, schedules: Sequence[str], has_offloaded: bool = Fa
         words += f"; starting a collective {text.ns(one.collective_ns)} (assumed)" if one.collective_ns else ""
         words += f"; pieces {one.n_chunks}" if name == "chunked" else ""
         words += f"; {text.frac(one.comm_sm_frac)} of processors communicate" if one.comm_sm_frac else ""
+        if one.capacity_factor is not None and name != "fused":
+            words += (
+                f"; capacity factor {one.capacity_factor:g}"
+                if one.capacity_factor
+                else "; padded to the fullest expert"
+            )
         words += "; a token sent once to each GPU" if one.once_per_gpu else ""
         begins.append(words)
     return [*found, *begins]
