@@ -109,8 +109,20 @@ def test_few_and_many_tokens_are_drawn_alike_and_experts_keep_their_shares(
     assert many.tokens.sum(axis=0) == pytest.approx(few.tokens.sum(axis=0), rel=0.03, abs=1)
     noise = [found.rows.var(axis=0).sum() for found in (few, many)]
     assert noise[1] < 4 * noise[0] + 1 and noise[0] < 4 * noise[1] + 1
-    tokens = drawn_choices(pattern_shares(pattern, n_experts), 100, top_k, 0)
-    assert all(len(set(own)) == top_k for own in tokens.tolist())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n_experts", "top_k"), [("power-law:3", 8, 2), ("zipf:1.0", 32, 4), ("uniform", 4, 4)]
+)
+def test_tokens_select_different_experts_and_steep_shares_are_kept(pattern: str, n_experts: int, top_k: int) -> None:
+    shares, n_tokens = pattern_shares(pattern, n_experts), 100_000
+    found = drawn_choices(shares, n_tokens, top_k, 0)
+    assert (np.diff(np.sort(found, axis=1), axis=1) > 0).all()
+    ideal = expected_counts(shares, n_tokens, top_k)[0]
+    spread = np.sqrt(ideal * np.maximum(1 - ideal / n_tokens, 0)) + 1
+    assert (np.abs(np.bincount(found.ravel(), minlength=n_experts) - ideal) < 5 * spread).all()
+    hand = drawn_choices(np.array([[0.5, 0.5, 0.0, 0.0]]), 50, 2, 0)  # two experts have all
+    assert (np.sort(hand, axis=1) == [0, 1]).all()
 
 
 @settings(max_examples=30, deadline=None)

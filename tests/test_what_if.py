@@ -303,7 +303,7 @@ def test_the_command_says_all_of_it_as_words_and_as_json(tmp_path: Path) -> None
     assert "as fast as bulk without capacity and its padding)" in " ".join(page.split())
     unpadded = run(*SMALL, "--capacity-factor", "none")
     assert "without capacity" not in unpadded
-    padded = text.frac(question.timeline("fused").computed_padding_frac)
+    padded = text.frac(asked(n_gpus=4, tokens=64, exponent=0.5).timeline("fused").computed_padding_frac)
     assert f"{padded} of the rows that it computes are padding" in " ".join(page.split())
     full = run(*SMALL[:-1], "8192")
     assert "of the rows that it computes" not in " ".join(full.split())

@@ -22,7 +22,6 @@ from perfmodel.routing import (
     is_pattern,
     pattern_shares,
     read_shares,
-    sample_choices,
 )
 from perfmodel.routing.batches import capped
 
@@ -189,15 +188,15 @@ def traffic_from_shares(
 def drawn_choices(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Index:
     """Experts that each token selects, `[token, top_k]`, drawn so that each has its share of the rows in the mean.
 
-    Drawing one expert after another in proportion (`sample_choices`, right for top-1) would take rows from popular
-    experts, a fifth of the most popular one's under power-law:0.5 and top-8 of 64: the more, the more of its tokens
-    have it already. Pareto sampling (Rosen 1997, On sampling with probability proportional to size) keeps them.
+    Drawing one expert after another in proportion (`sample_choices`) would take rows from popular experts: under
+    power-law:0.5 and top-8 of 64 a sixth of the most popular one's. Systematic sampling keeps them: parts of top-k lie
+    end to end in an order of each token's own, and those that contain u, u + 1, ... are taken (Madow 1949).
     """
-    if top_k == 1:
-        return sample_choices(shares, n_tokens, top_k, seed)
-    parts = np.clip(capped(shares[0], 1.0, float(top_k)), 1e-12, 1 - 1e-12)
-    keys = np.log(parts / (1 - parts)) + np.random.default_rng(seed).logistic(size=(n_tokens, len(parts)))
-    return np.argpartition(-keys, top_k - 1, axis=1)[:, :top_k].astype(np.int64)
+    rng = np.random.default_rng(seed)
+    parts = capped(shares[0], 1.0, float(top_k))
+    order = np.argsort(rng.random((n_tokens, len(parts)), dtype=np.float32), axis=1)
+    taken = np.diff(np.floor(np.cumsum(parts[order], axis=1) + rng.random((n_tokens, 1))), axis=1, prepend=0)
+    return np.take_along_axis(order, np.argpartition(-taken, top_k - 1, axis=1)[:, :top_k], axis=1)
 
 
 def drawn_rows(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Index:
