@@ -122,7 +122,7 @@ def test_more_gpus_refute_a_factor_and_an_all_to_all_in_megatron() -> None:
     for system in ("megatron-cutlass", "megatron-te"):
         measured = facts("overlap_efficiency_8gpu")[system]
         off = {name: abs((predicted_efficiency(system, name, 8) or 9) - measured) for name in GROWING}
-        assert off["all rows"] < 0.05 and off["all-gather"] < 0.1
+        assert off["all rows"] < 0.06 and off["all-gather"] < 0.1
         assert off["work"] > 0.5 and off["all-to-all"] > 0.3
 
 

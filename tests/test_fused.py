@@ -199,6 +199,8 @@ def test_a_block_of_one_row_costs_a_whole_row_of_tiles() -> None:
     short, full = (busy_ns(plan_of(one_expert(n_rows), 1.0)) for n_rows in (1, 128))
     assert short["gemm1"] == full["gemm1"]
     assert busy_ns(plan_of(one_expert(129), 1.0))["gemm1"] > 1.5 * full["gemm1"]
+    padding = [layer_timeline(one_expert(n_rows), "fused").computed_padding_frac for n_rows in (1, 128, 129)]
+    assert padding == pytest.approx([127 / 128, 0, 127 / 256])
 
 
 def one_expert(n_rows: int) -> Layer:
@@ -299,6 +301,10 @@ def test_the_work_factor_multiplies_all_but_the_launch() -> None:
     once, twice = (layer_timeline(layer, "fused", Overheads(1, 7_000.0, work_factor=x)) for x in (1.0, 2.0))
     assert twice.latency_ns - 7_000 == pytest.approx(2 * (once.latency_ns - 7_000))
     assert twice.phases["dispatch"] == pytest.approx(2 * once.phases["dispatch"])
+    assert twice.bounds == once.bounds
+    fast = layer_timeline(layer, "fused", Overheads(1, 7_000.0, work_factor=0.1))  # an engine that beats the model
+    assert fast.bounds["compute"] == pytest.approx(0.1 * once.bounds["compute"])
+    assert fast.bound_ns <= fast.latency_ns
 
 
 def test_spans_stay_few_and_lie_within_the_run() -> None:

@@ -19,7 +19,7 @@ from perfmodel.physics.tiled import TiledConstants
 from perfmodel.placement.balance import map_of_slots
 from perfmodel.placement.eplb import rebalance
 from perfmodel.predict import basis_of, predict
-from perfmodel.routing import routing
+from perfmodel.routing import MAX_DRAWN, Routing, expected_counts, pattern_shares
 from perfmodel.schedule import (
     DEFAULTS,
     SCHEDULES,
@@ -36,12 +36,12 @@ from perfmodel.schedule import (
 )
 from perfmodel.schedule.closed import all_to_all_ns, chunk_rows, sent_rows
 from perfmodel.schedule.costs import EXPERTS, compute_ns, link_ns, operator_ns
-from perfmodel.schedule.traffic import layer_shares_of, traffic_from_shares
+from perfmodel.schedule.traffic import drawn_choices, layer_shares_of, traffic_from_shares
 
 SXM = hardware("h100-sxm")
 SMALL = MoEShape("made-up", n_experts=4, top_k=1, hidden=256, inter=512)
 CLOSED = ("bulk", "chunked")
-N_MANY = 2**17  # tokens so many that a batch of four experts is its expected counts
+N_MANY = 2**17  # tokens so many that of a batch of four experts rows are drawn, not choices
 HALVES = np.array([[0.5, 0.25, 0.125, 0.125]])
 
 
@@ -77,26 +77,54 @@ def layer_of(traffic: Traffic, one: MoEShape = SMALL, profile: HardwareProfile =
 
 def test_rows_go_where_the_experts_are() -> None:
     found = traffic_from_shares(HALVES, SMALL, map_of_slots("x", np.arange(4)[None], np.zeros((1, 4), int), 2), N_MANY)
-    assert found.rows.tolist() == [[65_536, 32_768, 16_384, 16_384]] * 2
-    assert found.rows_between.tolist() == [[98_304, 32_768]] * 2
-    assert found.received.tolist() == [[131_072, 65_536], [32_768, 32_768]]
+    assert found.rows / N_MANY == pytest.approx(np.repeat(HALVES, 2, axis=0), abs=0.01)
+    assert (found.rows[0] != found.rows[1]).any()
+    assert found.rows_between.tolist() == [[own[:2].sum(), own[2:].sum()] for own in found.rows]
+    assert found.received.tolist() == [found.rows.sum(axis=0)[:2].tolist(), found.rows.sum(axis=0)[2:].tolist()]
     assert found.tokens.tolist() == found.rows_between.tolist()  # top-1: a token has one row
 
 
 def test_copies_of_an_expert_share_its_tokens_and_sources_begin_with_different_ones() -> None:
     phy2log, copy_of = np.array([[0, 1, 2, 0, 3, 1]]), np.array([[0, 0, 0, 1, 0, 1]])
     twice = map_of_slots("x", phy2log, copy_of, 2)
-    shares = np.array([[65_537.0, 32_767, 16_384, 16_384]]) / N_MANY
-    found = traffic_from_shares(shares, SMALL, twice, N_MANY)
-    assert found.rows.tolist() == [
-        [32_769, 16_384, 16_384, 32_768, 16_384, 16_383],  # the odd rows of experts 0 and 1 to the first copy
-        [32_768, 16_383, 16_384, 32_769, 16_384, 16_384],  # those of the second source to the second
-    ]
-    few = traffic_from_shares(shares, SMALL, twice, 5)
-    assert few.rows.sum(axis=1).tolist() == [5, 5]
-    assert (few.tokens == few.rows_between).all()
-    for expert, slots in ((0, (0, 3)), (1, (1, 5))):
-        assert (np.abs(few.rows[:, slots[0]] - few.rows[:, slots[1]]) <= 1).all(), expert
+    for n_tokens in (5, N_MANY):
+        found = traffic_from_shares(HALVES, SMALL, twice, n_tokens)
+        assert found.rows.sum(axis=1).tolist() == [n_tokens, n_tokens]
+        assert found.tokens == pytest.approx(found.rows_between)
+        for expert, (first, second) in ((0, (0, 3)), (1, (1, 5))):
+            odd = found.rows[:, [first, second]].sum(axis=1) % 2  # to the first copy of one source, the other's second
+            assert (found.rows[:, first] - found.rows[:, second]).tolist() == (odd * [1, -1]).tolist(), expert
+
+
+@pytest.mark.parametrize(("n_experts", "top_k"), [(64, 8), (8, 2), (16, 1)])
+@pytest.mark.parametrize("pattern", ["uniform", "power-law:0.5", "one-hot:2"])
+def test_few_and_many_tokens_are_drawn_alike_and_experts_keep_their_shares(
+    n_experts: int, top_k: int, pattern: str
+) -> None:
+    one, n_tokens = MoEShape("made-up", n_experts, top_k, 64, 64), MAX_DRAWN // n_experts
+    few, many = (traffic_of(pattern, one, 4, n, seed=n) for n in (n_tokens, n_tokens + 1))
+    ideal = expected_counts(pattern_shares(pattern, n_experts), n_tokens, top_k)[0]
+    for found in (few, many):
+        spread = np.sqrt(ideal * np.maximum(1 - ideal / n_tokens, 0) / 4) + 0.01 * ideal + 1
+        assert (np.abs(found.rows.mean(axis=0) - ideal) < 5 * spread).all()
+    assert many.received.sum(axis=1) == pytest.approx(few.received.sum(axis=1), rel=0.03, abs=1)
+    assert many.tokens.sum(axis=0) == pytest.approx(few.tokens.sum(axis=0), rel=0.03, abs=1)
+    noise = [found.rows.var(axis=0).sum() for found in (few, many)]
+    assert noise[1] < 4 * noise[0] + 1 and noise[0] < 4 * noise[1] + 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n_experts", "top_k"), [("power-law:3", 8, 2), ("zipf:1.0", 32, 4), ("uniform", 4, 4)]
+)
+def test_tokens_select_different_experts_and_steep_shares_are_kept(pattern: str, n_experts: int, top_k: int) -> None:
+    shares, n_tokens = pattern_shares(pattern, n_experts), 100_000
+    found = drawn_choices(shares, n_tokens, top_k, 0)
+    assert (np.diff(np.sort(found, axis=1), axis=1) > 0).all()
+    ideal = expected_counts(shares, n_tokens, top_k)[0]
+    spread = np.sqrt(ideal * np.maximum(1 - ideal / n_tokens, 0)) + 1
+    assert (np.abs(np.bincount(found.ravel(), minlength=n_experts) - ideal) < 5 * spread).all()
+    hand = drawn_choices(np.array([[0.5, 0.5, 0.0, 0.0]]), 50, 2, 0)  # two experts have all
+    assert (np.sort(hand, axis=1) == [0, 1]).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -174,6 +202,24 @@ def test_capacity_pads_and_drops_by_hand() -> None:
     assert found.dropped_frac == pytest.approx(1 - 18 / 32)
     assert found.sent_bytes == 2 * 16 * 512 and found.payload_bytes == 2 * (6 + 8) * 512
     assert found.padding_frac == pytest.approx(2 / 16)
+    assert found.computed_padding_frac == pytest.approx(1 - 18 / 32)  # room for 4 rows of each GPU at 4 experts
+
+
+@pytest.mark.parametrize("schedule", CLOSED)
+def test_a_token_sent_once_to_each_gpu_crosses_as_a_token_and_is_computed_as_rows(schedule: str) -> None:
+    # Of the 8 tokens of GPU 0 one has both rows on GPU 1, six have one there: 8 rows of 7 tokens. GPU 1: 5 of 5.
+    rows, tokens = [[4.0, 4, 4, 4], [5.0, 0, 5, 6]], np.array([[7.0, 7], [5, 8]])
+    layer = layer_of(replace(traffic_by_hand(rows, [0, 0, 1, 1], 2), tokens=tokens))
+    usual = Overheads(1, collective_ns=20_000.0, n_chunks=2)
+    by_row, once = (layer_timeline(layer, schedule, replace(usual, once_per_gpu=x)) for x in (False, True))
+    n_pieces = 2 if schedule == "chunked" else 1
+    assert by_row.phases["dispatch"] == pytest.approx(n_pieces * 21_000 + 8 * 5.12)
+    assert once.phases["dispatch"] == once.phases["combine"] == pytest.approx(n_pieces * 21_000 + 7 * 5.12)
+    assert once.sent_bytes == once.payload_bytes == 2 * 12 * 512
+    assert once.bounds["link"] == pytest.approx(12 * 5.12)
+    assert once.busy_ns == by_row.busy_ns
+    with pytest.raises(InputError, match=r"capacity_factor is 0\.0, and tokens that are sent once"):
+        replace(usual, capacity_factor=0.0, once_per_gpu=True)
 
 
 def test_whole_rows_of_chunks_make_up_all_rows_and_spread() -> None:
@@ -236,9 +282,8 @@ def test_on_one_gpu_the_phases_are_what_predict_says_of_the_layer(
     name: str, model: str | None, offload_frac: float
 ) -> None:
     one, fitted = shape(name), load_model(model) if model else None
-    counts = routing("power-law", one.n_experts, one.top_k, 40_000)
     traffic = traffic_of("power-law", one, 1, 40_000)
-    assert traffic.rows.tolist() == counts.counts.tolist()
+    counts = Routing("drawn", traffic.rows.astype(np.int64), 40_000, one.top_k)
     tier = (np.arange(one.n_experts) >= one.n_experts * (1 - offload_frac)).astype(np.int8)  # least used first
     layer = Layer(basis_of(SXM, one, fitted), one, traffic, fabric_of(SXM, 1), tier, "zero-copy")
     said = predict(SXM, one, counts, offload_frac, "zero-copy", op="moe-layer", model=fitted, launch="graph")
@@ -264,7 +309,8 @@ def test_no_schedule_beats_the_machine_and_work_in_is_work_done(
 ) -> None:
     one = shape(name)
     layer = layer_of(traffic_of(pattern, one, n_gpus, 2**power), one, SXM)
-    overheads = replace(DEFAULTS[schedule], capacity_factor=capacity, n_chunks=n_chunks)
+    once = capacity is None and n_chunks % 2 == 0
+    overheads = replace(DEFAULTS[schedule], capacity_factor=capacity, n_chunks=n_chunks, once_per_gpu=once)
     found = layer_timeline(layer, schedule, overheads)
     assert found.latency_ns >= found.bound_ns * (1 - 1e-12)
     assert found.latency_ns == max(found.end_ns) == pytest.approx(max(s.start_ns + s.dur_ns for s in found.spans))

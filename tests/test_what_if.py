@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from perfmodel import text
 from perfmodel.balance import read_map, write_map
 from perfmodel.cli.main import app
 from perfmodel.errors import InputError
@@ -26,7 +27,16 @@ from perfmodel.schedule import DEFAULTS, SCHEDULES, Overheads
 from perfmodel.schedule.alternatives import Prices, compare, fitting_frac
 from perfmodel.schedule.costs import received_tier
 from perfmodel.schedule.question import Question, shared_host
-from perfmodel.schedule.what_if import answer, cited, dominating_skew, launch_batch, max_over_mean, skew_frac, skewed
+from perfmodel.schedule.what_if import (
+    answer,
+    cited,
+    dominating_skew,
+    launch_batch,
+    max_over_mean,
+    skew_frac,
+    skewed,
+    unpadded_bulk_ns,
+)
 
 OLMOE = shape("olmoe")
 SXM, GH200 = hardware("h100-sxm"), hardware("gh200")
@@ -70,6 +80,14 @@ def test_stragglers_dominate_from_the_skew_on_that_is_found(schedule: str) -> No
     assert skew.max_over_mean == max_over_mean(skewed(question, skew.exponent).layer) > 1.2
     assert dominating_skew(asked(n_gpus=1), schedule) is None
     assert skew_frac(question, schedule) == 0
+
+
+def test_a_skew_that_dominates_is_found_where_extreme_skew_reads_few_weights_and_is_faster_again() -> None:
+    question = asked(shape("qwen3-30b-a3b"), n_gpus=4, tokens=1024)
+    found = dominating_skew(question, "fused")
+    assert found is not None
+    assert skew_frac(skewed(question, found.exponent), "fused") > 0.5 > skew_frac(skewed(question, 10.0), "fused")
+    assert skew_frac(skewed(question, found.exponent - 0.05), "fused") < 0.5
 
 
 def test_skew_keeps_the_order_of_the_experts_and_a_power_law_is_itself() -> None:
@@ -276,6 +294,19 @@ def test_the_command_says_all_of_it_as_words_and_as_json(tmp_path: Path) -> None
     for words in ("bound  ", "fusing", "launches", "stragglers", "payload", "tokens/s per price", "Not measured"):
         assert words in page
     assert max(map(len, page.split("\n"))) <= 120
+    bare = {**DEFAULTS, "bulk": replace(DEFAULTS["bulk"], capacity_factor=None)}
+    assert "padded to the fullest expert" in found["reasons"][-3]
+    assert found["unpadded_bulk_ns"] == asked(n_gpus=4, tokens=64, overheads=bare).latency_ns("bulk")
+    many = asked(tokens=2048, exponent=0.5)
+    assert (unpadded_bulk_ns(many) or 0) < 0.6 * many.latency_ns("bulk")
+    assert unpadded_bulk_ns(replace(many, overheads=bare)) is unpadded_bulk_ns(asked(n_gpus=1)) is None
+    assert "as fast as bulk without capacity and its padding)" in " ".join(page.split())
+    unpadded = run(*SMALL, "--capacity-factor", "none")
+    assert "without capacity" not in unpadded
+    padded = text.frac(asked(n_gpus=4, tokens=64, exponent=0.5).timeline("fused").computed_padding_frac)
+    assert f"{padded} of the rows that it computes are padding" in " ".join(page.split())
+    full = run(*SMALL[:-1], "8192")
+    assert "of the rows that it computes" not in " ".join(full.split())
 
 
 def test_options_reach_the_schedules_and_a_picture_is_written(tmp_path: Path) -> None:
@@ -292,6 +323,10 @@ def test_options_reach_the_schedules_and_a_picture_is_written(tmp_path: Path) ->
     dropped = json.loads(run(*SMALL, "--routing", "power-law", "--capacity-factor", "1", "--json"))["schedules"][0]
     assert dropped["dropped_frac"] > 0
     assert json.loads(run(*SMALL, "--capacity-factor", "none", "--json"))["schedules"][0]["padding_frac"] == 0
+    once = {name: replace(DEFAULTS[name], capacity_factor=None, once_per_gpu=name != "fused") for name in SCHEDULES}
+    expected = [asked(n_gpus=4, tokens=64, overheads=once).latency_ns(name) for name in SCHEDULES]
+    assert latency_ns("--once-per-gpu") == latency_ns("--once-per-gpu", "--capacity-factor", "none") == expected
+    assert "a token sent once to each GPU" in run(*SMALL, "--once-per-gpu")
     write_map(tmp_path / "map.json", round_robin(1, 64, 4), np.arange(1))
     mapped = asked(n_gpus=4, tokens=64, expert_map=round_robin(1, 64, 4))
     assert latency_ns("--map", str(tmp_path / "map.json")) == [mapped.latency_ns(name) for name in SCHEDULES]
@@ -336,6 +371,7 @@ def test_a_cpu_with_a_link_has_no_fused_schedule_and_says_so(tmp_path: Path) -> 
         ("--offload 2", "offloaded fraction is 2"),
         ("--figure x.png", "expected an .html file"),
         ("--map absent.json", "no map file 'absent.json'"),
+        ("--capacity-factor 1 --once-per-gpu", "tokens that are sent once to each GPU are not padded"),
         ("--capacity-factor much", "--capacity-factor is 'much'"),
         ("--gpus-per-node 3", "4 GPUs in nodes of 3"),
         ("--layer -1", "--layer is -1"),

@@ -59,6 +59,12 @@ def schedule(
         typer.Option(help="Of bulk: pad to so many even shares, dropping the rest; full (to the fullest), none."),
     ] = None,
     chunks: Annotated[str | None, typer.Option(help="Pieces of a chunked layer; 4.")] = None,
+    once_per_gpu: Annotated[
+        bool,
+        typer.Option(
+            "--once-per-gpu", help="Of bulk and chunked: a token goes once to each GPU with any of its experts."
+        ),
+    ] = False,
     offload: Annotated[
         str | None,
         typer.Option(help="Part of each GPU's experts outside device memory, or auto: what does not fit; none."),
@@ -102,7 +108,7 @@ def schedule(
         whole(gpus_per_node, "--gpus-per-node") if gpus_per_node else None,
         whole(gpus_per_host, "--gpus-per-host") if gpus_per_host else None,
         access=_one_mode(access),
-        overheads=_overheads(names, launches, launch_time, capacity_factor, chunks),
+        overheads=_overheads(names, launches, launch_time, capacity_factor, chunks, once_per_gpu),
     )
     memory = model_memory(shape)
     question = replace(question, offload_frac=_offload_frac(offload or "0", question, memory, notes))
@@ -136,7 +142,12 @@ def _schedules(words: str, profile: "HardwareProfile", notes: list[str]) -> list
 
 
 def _overheads(
-    names: Sequence[str], launches: str | None, launch_time: str | None, capacity: str | None, chunks: str | None
+    names: Sequence[str],
+    launches: str | None,
+    launch_time: str | None,
+    capacity: str | None,
+    chunks: str | None,
+    once_per_gpu: bool,
 ) -> "dict[str, Overheads]":
     """The overheads of each schedule: the defaults with what the options say."""
     from perfmodel.schedule import DEFAULTS, overheads_of
@@ -153,6 +164,9 @@ def _overheads(
             change(one, n_launches=_from_zero(value.strip(), "--launches"))
     for name in names if launch_time else ():
         change(name, host_launch_ns=text.parse_ns(launch_time or ""))
+    if once_per_gpu:  # and nothing is padded, unless --capacity-factor says so, which is refused
+        change("chunked", once_per_gpu=True)
+        change("bulk", capacity_factor=None, once_per_gpu=True)
     if capacity is not None:
         said = {FULL: 0.0, NONE: None}
         change("bulk", capacity_factor=said[capacity] if capacity in said else number(capacity, "--capacity-factor"))

@@ -9,6 +9,7 @@ from perfmodel.report.words import WIDTH, ratio, table, wrapped
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.schedule.what_if import Answer
 
+PADDED_FRAC = 0.5  # of the rows that the fused kernel computes, above which padding is most of its work
 RESTS = (
     "Not measured: links by rate and latency, experts by the latency model, launches by number. docs/schedule.md has "
     "the formulas and what they leave out."
@@ -40,6 +41,7 @@ def schedule_json(found: "Answer") -> dict[str, Any]:
             for one in found.timelines
         ],
         "speedup_over": found.speedup_over,
+        "unpadded_bulk_ns": found.unpadded_bulk_ns,
         "buffer_bytes": found.buffer_bytes,
         "alternatives": [one.to_json() for one in found.alternatives],
         "reasons": list(found.reasons),
@@ -68,9 +70,12 @@ def schedule_page(found: "Answer", width: int = WIDTH) -> str:
         ["bottleneck", *(one.bottleneck for one in rows)],
         ["over its bound", *(ratio(one.latency_ns / one.bound_ns) for one in rows)],
         ["GPUs compute", *(text.frac(one.compute_busy_frac) for one in rows)],
+        ["padding computed", *(text.frac(one.computed_padding_frac) for one in rows)],
     ]
-    bounds = {name: max(one.bounds[name] for one in rows) for name in rows[0].bounds if name != "host"}
-    said = ", ".join(f"{name} {text.ns(ns)}" for name, ns in bounds.items() if ns)
+    bounds = {name: sorted(one.bounds[name] for one in rows) for name in rows[0].bounds if name != "host"}
+    said = ", ".join(
+        f"{name} " + " to ".join(dict.fromkeys(map(text.ns, (ns[0], ns[-1])))) for name, ns in bounds.items() if ns[-1]
+    )
     lines = [
         *_entry("bound", f"the busiest GPU's work at full rate: {said}; and the host's time for all launches", width),
         *_entry("fusing", _fusing(found), width),
@@ -95,9 +100,18 @@ def _entry(name: str, words: str, width: int) -> list[str]:
 
 
 def _fusing(found: "Answer") -> str:
-    gains = found.speedup_over
+    gains, unpadded_ns = found.speedup_over, found.unpadded_bulk_ns
     said = ", ".join(f"{ratio(gain)} as fast as {name}" for name, gain in gains.items())
-    return f"one kernel is {said}" if said else ""
+    if "bulk" in gains and unpadded_ns is not None:
+        bulk_ns = next(one.latency_ns for one in found.timelines if one.schedule == "bulk")
+        said += f" ({ratio(gains['bulk'] * unpadded_ns / bulk_ns)} as fast as bulk without capacity and its padding)"
+    padded = next((one.computed_padding_frac for one in found.timelines if one.schedule == "fused"), 0.0)
+    if padded > PADDED_FRAC:
+        said += (
+            f"; {text.frac(padded)} of the rows that it computes are padding, because each GPU has few rows for an "
+            "expert and they are computed in blocks of 128"
+        )
+    return f"one kernel is {said}" if gains else ""
 
 
 def _launches(found: "Answer") -> str:

@@ -34,21 +34,25 @@ def chunked_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
 @dataclass(frozen=True)
 class Sent:
     """What a schedule makes of the rows that were asked for: `between[source, GPU]` as they are sent, `computed[GPU,
-    place]` as experts compute them, both with padding; `kept[source, slot]` those that are not dropped."""
+    place]` as experts compute them, both with padding; `wanted[source, GPU]` what is sent without padding, and
+    `kept[source, slot]` the rows that are not dropped."""
 
     between: Array
+    wanted: Array
     computed: Array
     kept: Array
 
 
 def sent_rows(layer: Layer, overheads: Overheads) -> Sent:
-    """Padding and dropping by the capacity of the overheads: what one GPU may have for one expert.
+    """Padding and dropping by the capacity of the overheads, what one GPU may have for one expert; or tokens in place
+    of rows where they are sent once to each GPU.
 
     One GPU by itself has nothing to pad for.
     """
     traffic = layer.traffic
     if overheads.capacity_factor is None or traffic.n_gpus == 1:
-        return Sent(traffic.rows_between, traffic.received, traffic.rows)
+        between = traffic.tokens if overheads.once_per_gpu else traffic.rows_between
+        return Sent(between, between, traffic.received, traffic.rows)
     if overheads.capacity_factor:
         even = traffic.n_tokens * traffic.top_k / len(traffic.gpu_of)
         capacity = np.ceil(overheads.capacity_factor * even)
@@ -56,7 +60,7 @@ def sent_rows(layer: Layer, overheads: Overheads) -> Sent:
         capacity = np.full(traffic.n_gpus, traffic.rows.max())
     padded = np.repeat(capacity[:, None], len(traffic.gpu_of), axis=1)
     kept = np.minimum(traffic.rows, padded)
-    return Sent(traffic.between(padded), traffic.at_experts(padded.sum(axis=0)), kept)
+    return Sent(traffic.between(padded), traffic.between(kept), traffic.at_experts(padded.sum(axis=0)), kept)
 
 
 def chunk_rows(rows: Array, n_chunks: int) -> Array:
@@ -127,9 +131,9 @@ def _timeline(layer: Layer, overheads: Overheads, n_chunks: int, schedule: str) 
         return float(end.max()) + _launch_ns(shorter, overheads, end)
 
     remote = 1 - np.eye(n_gpus)
-    kept_between = layer.traffic.between(sent.kept)
+    bounds_of = {**bounds_ns(layer, sent.kept), "link": link_ns(layer, sent.wanted + sent.wanted.T)}
     # An engine that is measured to be faster than the model moves the bounds with it.
-    bounds = {name: float(ns.max()) * min(factor, 1.0) for name, ns in bounds_ns(layer, sent.kept).items()}
+    bounds = {name: float(ns.max()) * min(factor, 1.0) for name, ns in bounds_of.items()}
     busy = sum((ns for one in (times.whole, *times.experts) for ns in one.values()), np.zeros(n_gpus))
     return LayerTimeline(
         schedule=schedule,
@@ -141,8 +145,9 @@ def _timeline(layer: Layer, overheads: Overheads, n_chunks: int, schedule: str) 
         bottleneck=min(phases, key=without),
         n_launches=overheads.n_launches,
         sent_bytes=2 * float((sent.between * remote).sum()) * layer.row_bytes,
-        payload_bytes=2 * float((kept_between * remote).sum()) * layer.row_bytes,
+        payload_bytes=2 * float((sent.wanted * remote).sum()) * layer.row_bytes,
         dropped_frac=float(1 - sent.kept.sum() / layer.traffic.rows.sum()),
+        computed_padding_frac=float(1 - sent.kept.sum() / sent.computed.sum()),
         spans=tuple(spans),
     )
 

@@ -15,9 +15,11 @@ class Overheads:
     the start of one collective beside the link's alpha (synchronising, its kernel's launch). `n_chunks` pieces pipeline
     a layer. `comm_sm_frac` is the share of processors that communication kernels hold. `capacity_factor` pads what each
     GPU has for each expert to this multiple of the even share, and drops rows beyond it; 0 pads to the fullest, so that
-    nothing is dropped; null sends and computes rows alone. `work_factor` is how many times longer than the model says
-    all work of phases takes: what a measured engine adds that nothing here explains. Raises InputError for values that
-    make no sense.
+    nothing is dropped; null sends and computes rows alone. With `once_per_gpu` a token goes once to each GPU that has
+    any of its experts, and one partial sum of its rows comes back (DeepEP's kernels for training and prefill); else
+    each row goes by itself. `work_factor` is how many times longer than the model says
+    all work of phases takes: what a measured engine adds that nothing here explains. The fused schedule knows neither
+    collectives nor capacity, and sends rows. Raises InputError for values that make no sense.
     """
 
     n_launches: int
@@ -27,6 +29,7 @@ class Overheads:
     comm_sm_frac: float = 0.0
     capacity_factor: float | None = None
     work_factor: float = 1.0
+    once_per_gpu: bool = False
 
     def __post_init__(self) -> None:
         low = {"n_launches": 0, "host_launch_ns": 0, "collective_ns": 0, "n_chunks": 1, "comm_sm_frac": 0}
@@ -37,6 +40,11 @@ class Overheads:
             raise InputError(
                 f"comm_sm_frac {self.comm_sm_frac}, work_factor {self.work_factor}, capacity_factor "
                 f"{self.capacity_factor}: expected below 1, above 0, and null or at least 0"
+            )
+        if self.once_per_gpu and self.capacity_factor is not None:
+            raise InputError(
+                f"capacity_factor is {self.capacity_factor}, and tokens that are sent once to each GPU are not padded "
+                "to a capacity of experts: expected null"
             )
 
 

@@ -32,8 +32,9 @@ class LayerTimeline:
     `bounds` are what no schedule can beat: the work of the busiest GPU at full rate by resource (`compute`, `memory`,
     `link`), and `host`, what the host needs for this schedule's launches; ns. `bottleneck` is the phase that,
     shortened, would shorten the latency most. `sent_bytes` is what all GPUs send, padding and all; `payload_bytes` what
-    of it are rows that were asked for; `dropped_frac` the share of rows that no expert computes because they exceed its
-    capacity.
+    of it is not padding; `computed_padding_frac` the share of the rows that experts compute that is padding, to a
+    capacity or to the fused kernel's blocks; `dropped_frac` the share of rows that no expert computes because they
+    exceed its capacity.
     """
 
     schedule: str
@@ -47,6 +48,7 @@ class LayerTimeline:
     sent_bytes: float
     payload_bytes: float
     dropped_frac: float = 0.0
+    computed_padding_frac: float = 0.0
     spans: tuple[Span, ...] = ()
 
     @property
@@ -85,4 +87,5 @@ class LayerTimeline:
             "payload_bytes": self.payload_bytes,
             "padding_frac": self.padding_frac,
             "dropped_frac": self.dropped_frac,
+            "computed_padding_frac": self.computed_padding_frac,
         }

@@ -3,7 +3,7 @@
 A row is a token-expert assignment. Every GPU has tokens of its own (data parallel) and some of the experts. numpy only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -22,8 +22,8 @@ from perfmodel.routing import (
     is_pattern,
     pattern_shares,
     read_shares,
-    sample_choices,
 )
+from perfmodel.routing.batches import capped
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -105,8 +105,8 @@ def traffic_of(
 ) -> Traffic:
     """The traffic of a layer under a routing pattern or file, `tokens_per_gpu` tokens on every GPU.
 
-    Every GPU draws its own batch, unless it is so large that expected counts stand for it. `expert_map` says where
-    experts live (null: the first E / G on the first GPU and so on); of it and of a file the layer numbered `layer`
+    Every GPU draws its own batch; of a large one only how many rows each expert has. `expert_map` says where experts
+    live (null: the first E / G on the first GPU and so on); of it and of a file the layer numbered `layer`
     counts. Raises InputError for a routing or map of other experts, a map of other GPUs or without that layer, and for
     GPUs that cannot share the experts evenly.
     """
@@ -149,7 +149,8 @@ def traffic_from_shares(
     """The traffic under the popularity `shares[1, expert]` of one layer's experts; see `traffic_of`.
 
     Copies of an expert share its tokens evenly, as ExpertMap says: the sources take copies in turn, each from another
-    one on, so that few tokens spread over copies too.
+    one on, so that few tokens spread over copies too. Above MAX_DRAWN tokens x experts rows of experts are drawn, and
+    how many tokens they are of is taken from batches that are together of that size.
     """
     if tokens_per_gpu < 1:
         raise InputError(f"{tokens_per_gpu} tokens on each GPU, expected at least 1")
@@ -157,20 +158,24 @@ def traffic_from_shares(
     n_copies = np.bincount(expert_of, minlength=shape.n_experts)
     if len(n_copies) != shape.n_experts or n_copies.min() == 0:
         raise InputError(f"the map does not hold each of the shape's {shape.n_experts} experts, and no others")
-    slot_of = np.zeros((shape.n_experts, n_copies.max()), dtype=np.int64)
-    slot_of[expert_of, chosen.copy_of[map_layer]] = np.arange(len(expert_of))
     n_tokens = np.full(n_gpus, tokens_per_gpu, dtype=np.int64)
     rows, tokens = np.empty((n_gpus, len(gpu_of))), np.empty((n_gpus, n_gpus))
     if tokens_per_gpu * shape.n_experts > MAX_DRAWN:
-        whole, left = np.divmod(expected_counts(shares, tokens_per_gpu, shape.top_k)[0], n_copies)
         for gpu in range(n_gpus):
+            drawn = drawn_rows(shares, tokens_per_gpu, shape.top_k, seed * n_gpus + gpu)
+            whole, left = np.divmod(drawn, n_copies)
             turn = (chosen.copy_of[map_layer] - gpu) % n_copies[expert_of]
             rows[gpu] = whole[expert_of] + (turn < left[expert_of])
-        there = np.array([np.bincount(gpu_of, own, n_gpus) for own in rows], dtype=np.float64)
-        tokens = expected_tokens(there, tokens_per_gpu, shape.top_k)
-        return Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)
+        n_part = max(MAX_DRAWN // (shape.n_experts * n_gpus), 1)
+        part = traffic_from_shares(shares, shape, chosen, n_part, map_layer, seed)
+        found = Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)
+        each = part.tokens.sum(axis=0) / np.maximum(part.rows_between.sum(axis=0), 1)  # tokens of a row
+        likely = np.maximum(found.rows_between * each, found.rows_between / shape.top_k)
+        return replace(found, tokens=np.minimum(np.minimum(likely, found.rows_between), tokens_per_gpu))
+    slot_of = np.zeros((shape.n_experts, n_copies.max()), dtype=np.int64)
+    slot_of[expert_of, chosen.copy_of[map_layer]] = np.arange(len(expert_of))
     for gpu in range(n_gpus):
-        choices = sample_choices(shares, tokens_per_gpu, shape.top_k, seed * n_gpus + gpu)
+        choices = drawn_choices(shares, tokens_per_gpu, shape.top_k, seed * n_gpus + gpu)
         turn = numbers_among_equals(choices.reshape(1, -1)).reshape(choices.shape) + gpu
         slots = slot_of[choices, turn % n_copies[choices]]
         rows[gpu] = np.bincount(slots.ravel(), minlength=len(gpu_of))
@@ -178,3 +183,24 @@ def traffic_from_shares(
         goes[np.arange(tokens_per_gpu)[:, None], gpu_of[slots]] = True
         tokens[gpu] = goes.sum(axis=0)
     return Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)
+
+
+def drawn_choices(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Index:
+    """Experts that each token selects, `[token, top_k]`, drawn so that each has its share of the rows in the mean.
+
+    Drawing one expert after another in proportion (`sample_choices`) would take rows from popular experts: under
+    power-law:0.5 and top-8 of 64 a sixth of the most popular one's. Systematic sampling keeps them: parts of top-k lie
+    end to end in an order of each token's own, and those that contain u, u + 1, ... are taken (Madow 1949).
+    """
+    rng = np.random.default_rng(seed)
+    parts = capped(shares[0], 1.0, float(top_k))
+    order = np.argsort(rng.random((n_tokens, len(parts)), dtype=np.float32), axis=1)
+    taken = np.diff(np.floor(np.cumsum(parts[order], axis=1) + rng.random((n_tokens, 1))), axis=1, prepend=0)
+    return np.take_along_axis(order, np.argpartition(-taken, top_k - 1, axis=1)[:, :top_k], axis=1)
+
+
+def drawn_rows(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Index:
+    """Rows of each expert, `[expert]`, in one random batch: binomial, and together n_tokens x top_k."""
+    parts = np.minimum(capped(shares[0], 1.0, float(top_k)), 1.0)
+    found = np.random.default_rng(seed).binomial(n_tokens, parts)
+    return np.asarray(expected_counts(found[None] / found.sum(), n_tokens, top_k)[0])

@@ -13,6 +13,7 @@ from perfmodel import text
 from perfmodel.offload import rate_keys
 from perfmodel.routing import power_law_shares
 
+from . import layer_timeline
 from .alternatives import Alternative
 from .costs import Layer
 from .measures import symmetric_buffer_bytes
@@ -23,7 +24,8 @@ from .timeline import LayerTimeline
 LAUNCH_FRAC = 0.1  # of a layer, below which launch overhead no longer matters
 STRAGGLER_FRAC = 0.5  # of a layer, above which stragglers dominate it
 MAX_TOKENS = 2**16  # on a GPU, where the search for a batch ends
-MAX_EXPONENT, N_HALVINGS = 10.0, 9  # of the power law that skew is searched along, and how finely: to 0.02
+# Of the power law that skew is searched along: where the search begins, ends, and how finely it is told.
+FIRST_EXPONENT, MAX_EXPONENT, EXPONENT_STEP = 0.25, 8.0, 0.02
 
 Found = TypeVar("Found")
 
@@ -76,16 +78,24 @@ def skew_frac(question: Question, schedule: str) -> float:
 
 
 def dominating_skew(question: Question, schedule: str) -> Skew | None:
-    """The least skew at which stragglers take more than STRAGGLER_FRAC of the layer; null where none does."""
+    """The least skew at which stragglers take more than STRAGGLER_FRAC of the layer; null where none does.
+
+    Looked for from below: where memory binds, extreme skew leaves few experts whose weights are read, and a layer is
+    faster again.
+    """
     even_ns = skewed(question, 0.0).latency_ns(schedule)
 
     def dominates(exponent: float) -> bool:
         return 1 - even_ns / skewed(question, exponent).latency_ns(schedule) > STRAGGLER_FRAC
 
-    low, high = 0.0, MAX_EXPONENT
-    if question.n_gpus == 1 or not dominates(high):
+    if question.n_gpus == 1:
         return None
-    for _ in range(N_HALVINGS):
+    low, high = 0.0, FIRST_EXPONENT
+    while not dominates(high):
+        low, high = high, 2 * high
+        if high > MAX_EXPONENT:
+            return None
+    while high - low > EXPONENT_STEP:
         middle = (low + high) / 2
         low, high = (low, middle) if dominates(middle) else (middle, high)
     return Skew(high, max_over_mean(skewed(question, high).layer))
@@ -122,6 +132,13 @@ def cited(question: Question, schedules: Sequence[str], has_offloaded: bool = Fa
         words += f"; starting a collective {text.ns(one.collective_ns)} (assumed)" if one.collective_ns else ""
         words += f"; pieces {one.n_chunks}" if name == "chunked" else ""
         words += f"; {text.frac(one.comm_sm_frac)} of processors communicate" if one.comm_sm_frac else ""
+        if one.capacity_factor is not None and name != "fused":
+            words += (
+                f"; capacity factor {one.capacity_factor:g}"
+                if one.capacity_factor
+                else "; padded to the fullest expert"
+            )
+        words += "; a token sent once to each GPU" if one.once_per_gpu else ""
         begins.append(words)
     return [*found, *begins]
 
@@ -130,6 +147,8 @@ def cited(question: Question, schedules: Sequence[str], has_offloaded: bool = Fa
 class Answer:
     """What was asked of a layer and found: timelines, and by schedule the tokens from which launches no longer matter,
     what stragglers take and from which skew on they dominate (null: never).
+
+    `unpadded_bulk_ns` is what bulk would take if it sent and computed rows alone (null: it does, or was not asked for).
 
     `buffer_bytes` is the fused kernel's symmetric buffer on each GPU, `routing` the name of what `shares` came from,
     `reasons` what the numbers rest on.
@@ -143,6 +162,7 @@ class Answer:
     dominating_skew: Mapping[str, Skew | None]
     max_over_mean: float
     buffer_bytes: float
+    unpadded_bulk_ns: float | None
     reasons: Sequence[str]
     alternatives: Sequence[Alternative] = ()
     notes: Sequence[str] = ()
@@ -153,6 +173,14 @@ class Answer:
         latency_ns = {one.schedule: one.latency_ns for one in self.timelines}
         fused_ns = latency_ns.pop("fused", None)
         return {} if fused_ns is None else {name: ns / fused_ns for name, ns in latency_ns.items()}
+
+
+def unpadded_bulk_ns(question: Question) -> float | None:
+    """What a bulk layer would take without padding or dropping; null where it has neither."""
+    own = question.overheads["bulk"]
+    if own.capacity_factor is None or question.n_gpus == 1:
+        return None
+    return layer_timeline(question.layer, "bulk", replace(own, capacity_factor=None)).latency_ns
 
 
 def answer(
@@ -182,6 +210,7 @@ def answer(
         by_schedule(dominating_skew, "the skew at which stragglers dominate"),
         max_over_mean(question.layer),
         symmetric_buffer_bytes(n_tokens * row_bytes, n_tokens, question.shape.n_experts),
+        unpadded_bulk_ns(question) if "bulk" in schedules else None,
         cited(question, schedules, any(one.offload_frac for one in alternatives)),
         alternatives,
         notes,
