@@ -2,21 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perfmodel import hf_config, report, text
+from perfmodel.cli.drawing import check_figure, draw
 from perfmodel.cli.latency import machine_of
-from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, progress, whole, width
-from perfmodel.errors import InputError, MissingExtraError
-from perfmodel.files import write_whole
+from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, progress, whole, width
+from perfmodel.errors import InputError
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other commands do not need
     from perfmodel.hardware import HardwareProfile
     from perfmodel.model_memory import ModelMemory
-    from perfmodel.schedule import LayerTimeline, Overheads
+    from perfmodel.schedule import Overheads
     from perfmodel.schedule.alternatives import Prices
     from perfmodel.schedule.question import Question
 
@@ -84,7 +83,7 @@ def schedule(
 
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
     n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer, "--layer")
-    _check_figure(figure)
+    check_figure(figure)
     notes: list[str] = []
     names = _schedules(schedule_name, profile, notes)
     numbers = [whole(word.strip(), "--compare") for word in compare.split(",")] if compare else []
@@ -117,7 +116,9 @@ def schedule(
     else:
         print_words(report.schedule_page(found, width()))
     if figure is not None:
-        _draw(figure, found.timelines)
+        from perfmodel.schedule.drawn import scheduled
+
+        draw(figure, [scheduled(one) for one in found.timelines], report.schedule_head(found))
 
 
 def _schedules(words: str, profile: "HardwareProfile", notes: list[str]) -> list[str]:
@@ -216,21 +217,3 @@ def _tokens(word: str) -> int:
 
 def _from_zero(word: str, option: str) -> int:
     return 0 if word == "0" else whole(word, option)
-
-
-def _check_figure(path: str | None) -> None:
-    """Refuse a picture that cannot be written before anything is computed."""
-    if path is not None and (not path.endswith(".html") or not Path(path).resolve().parent.is_dir()):
-        raise InputError(f"--figure is {path!r}, expected an .html file in a folder that exists")
-
-
-def _draw(path: str, timelines: "Sequence[LayerTimeline]") -> None:
-    try:
-        from perfmodel import figures
-    except ImportError:
-        raise MissingExtraError(
-            'a picture needs plotly, which is not installed: pip install "perfmodel[figures]"'
-        ) from None
-    page = figures.gantt(timelines).to_html(include_plotlyjs=True, full_html=True)
-    write_whole(path, page.encode())
-    note(f"wrote {path}")

@@ -42,6 +42,15 @@ def phases_page(beside: "Beside", model: str | None = None) -> str:
     return "\n".join(blocks)
 
 
+def workload_head(capture: EpCapture, workload: EpWorkload) -> str:
+    """One workload of a capture in one line."""
+    number = capture.measured.index(workload) + 1
+    return (
+        f"{capture.name} {number}: {workload.shape} on {text.counted(capture.n_ranks, 'rank')}, "
+        f"{text.counted(workload.tokens_per_gpu, 'token')} on each, {workload.routing}, {workload.way}"
+    )
+
+
 def workload_page(beside: "Beside", workload: EpWorkload) -> str:
     """One workload: each phase of each rank, measured and predicted, and what each rank waits and hides."""
     capture = beside.capture
@@ -60,8 +69,7 @@ def workload_page(beside: "Beside", workload: EpWorkload) -> str:
     names = ("span_ns", "compute_ns", "hidden_ns", "exposed_ns", "idle_ns")
     doing = [[f"rank {row['rank']}", *(text.ns(row[name]) for name in names)] for row in sums.iter_rows(named=True)]
     lines = [
-        f"{workload.workload}: {workload.shape}, {text.count(workload.tokens_per_gpu)} tokens a rank, "
-        f"{workload.routing}, {workload.way}",
+        f"{workload_head(capture, workload)}; id {workload.workload}",
         f"latency    measured {text.ns(facts['measured_ns'])} (p10 {text.ns(facts['p10_ns'])}, p90 "
         f"{text.ns(facts['p90_ns'])} of {facts['n_steps']} steps), predicted {text.ns(facts['predicted_ns'])}",
         f"rows       received by each rank: {', '.join(map(text.count, _received(workload)))}",
@@ -77,13 +85,43 @@ def workload_page(beside: "Beside", workload: EpWorkload) -> str:
 
 
 def efficiency_page(captures: Sequence[EpCapture]) -> str | None:
-    """O_e of workloads that captures of several numbers of ranks share; null where they share none."""
+    """O_e of workloads that captures of several numbers of ranks share, and why there is none where there is none; null
+    for a single capture."""
     from perfmodel.schedule.captured import overlap_efficiencies
 
+    if len(captures) == 1:
+        return None
     found = overlap_efficiencies(captures)
-    rows = [[name, capture, way, str(n), f"{value:.3f}"] for name, capture, way, n, value in found.iter_rows()]
-    head = ["workload", "capture", "schedule", "ranks", "O_e = T(2) / T(N)"]
-    return table(rows, head) if rows else None
+    if not found.height:
+        return wrapped(
+            "no overlap efficiency: it needs captures of 2 and of more ranks with workloads of the same shape, tokens "
+            "of each rank, routing and schedule",
+            WIDTH,
+        )
+    rows, last = [], None
+    for row in found.iter_rows(named=True):
+        what = [row["shape"], text.count(row["tokens_per_gpu"]), row["routing"]]
+        rows.append(
+            [
+                *(["", "", ""] if what == last else what),
+                row["way"],
+                str(row["n_ranks"]),
+                text.ns(row["latency_2_ranks_ns"]),
+                text.ns(row["latency_ns"]),
+                f"{row['overlap_efficiency']:.2f}",
+            ]
+        )
+        last = what
+    head = "overlap efficiency O_e = T(2) / T(N), the same tokens on each rank: 1 where more ranks cost nothing"
+    lines = [head, table(rows, ["shape", "tokens", "routing", "schedule", "ranks N", "T(2)", "T(N)", "O_e"])]
+    for one in captures:
+        settings, cores = one.manifest.settings, one.manifest.machine.get("n_cores")
+        if settings.device == "cpu" and isinstance(cores, int) and one.n_ranks * (settings.threads or 1) > cores:
+            said = (
+                f"{one.name}: {text.counted(one.n_ranks, 'rank')} share {text.counted(cores, 'core')}, so that its O_e"
+            )
+            lines.append(wrapped(f"{said} falls by what the cores do, not by communication alone", WIDTH))
+    return "\n".join(lines)
 
 
 def _json(beside: "Beside", chosen: Sequence[EpWorkload] | None) -> dict[str, Any]:

@@ -47,18 +47,23 @@ def schedule_json(found: "Answer") -> dict[str, Any]:
     }
 
 
-def schedule_page(found: "Answer", width: int = WIDTH) -> str:
-    """Each schedule by phase, its bound and bottleneck; what fusing, larger batches, less skew and other numbers of
-    GPUs would change; what it rests on."""
-    question, rows = found.question, found.timelines
-    phases = list(dict.fromkeys(name for one in rows for name in one.phases))
+def schedule_head(found: "Answer") -> str:
+    """What was asked, in one sentence."""
+    question = found.question
     offloaded = f", {text.frac(question.offload_frac)} offloaded ({question.access})" if question.offload_frac else ""
     where = "" if question.n_gpus == 1 else f", {question.n_per_node} in a node"
-    head = (
+    return (
         f"{question.shape.name} on {question.profile.title}: {text.counted(question.n_gpus, 'GPU')}{where}, "
         f"{text.counted(question.tokens_per_gpu, 'token')} on each, {found.routing}, busiest GPU "
         f"{found.max_over_mean:.2f}x the mean{offloaded}"
     )
+
+
+def schedule_page(found: "Answer", width: int = WIDTH) -> str:
+    """Each schedule by phase, its bound and bottleneck; what fusing, larger batches, less skew and other numbers of
+    GPUs would change; what it rests on."""
+    rows = found.timelines
+    phases = list(dict.fromkeys(name for one in rows for name in one.phases))
     body = [
         ["latency", *(text.ns(one.latency_ns) for one in rows)],
         *(
@@ -80,7 +85,7 @@ def schedule_page(found: "Answer", width: int = WIDTH) -> str:
         *(wrapped(note, width, "note        ", " " * 12) for note in found.notes),
     ]
     parts = [
-        wrapped(head, width),
+        wrapped(schedule_head(found), width),
         table(body, ["", *(one.schedule for one in rows)]),
         "\n".join(lines),
     ]
