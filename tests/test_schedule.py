@@ -333,6 +333,7 @@ def test_published_identities(shared: Path) -> None:
 def test_symmetric_buffer_and_padding_by_hand() -> None:
     assert measures.symmetric_buffer_bytes(100.0, 8192, 32) == 400  # 256 tokens an expert fill a tile of 128
     assert measures.symmetric_buffer_bytes(100.0, 8192, 128) == 800  # 64 an expert fill half a tile
+    assert measures.block_fill_frac(np.array([[128.0, 1.0], [0.0, 129.0]])) == 258 / (4 * 128)
     assert measures.padding_saved_frac([128, 64, 0, 64], 128) == pytest.approx(0.5)
     with pytest.raises(InputError, match="more than the capacity"):
         measures.padding_saved_frac([129], 128)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other commands do
 
 ALL, AUTO = "all", "auto"
 FULL, NONE = "full", "none"
+MOST_CHUNKS = 256  # more smaller pieces than any engine makes, and simulating thousands takes minutes
 MOST_TOKENS = 2**20  # of more, a simulation of the fused schedule takes minutes
 
 
@@ -35,7 +36,9 @@ def schedule(
     routing: Annotated[
         str, typer.Option(help="A pattern (see `perfmodel list`), or a file of counts as FILE[#KEY][@LAYER].")
     ] = "uniform",
-    layer: Annotated[str, typer.Option(help="Which layer of a file and of --map, counted from 0.")] = "0",
+    layer: Annotated[
+        str | None, typer.Option(help="Which layer of a file and of --map, counted from 0; the first.")
+    ] = None,
     schedule_name: Annotated[
         str, typer.Option("--schedule", help="bulk, chunked, fused, several with commas, or all.")
     ] = ALL,
@@ -62,7 +65,9 @@ def schedule(
         str | None,
         typer.Option(help="Part of each GPU's experts outside device memory, or auto: what does not fit; none."),
     ] = None,
-    access: Annotated[str, typer.Option(help="How offloaded experts are used; `perfmodel list`.")] = "zero-copy",
+    access: Annotated[
+        str | None, typer.Option(help="How offloaded experts are used; zero-copy, or see `perfmodel list`.")
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(help="The same tokens on 1,2,4,8 GPUs, what does not fit offloaded unless --offload says."),
@@ -76,17 +81,29 @@ def schedule(
     from perfmodel.balance import read_map
     from perfmodel.latency import load_model
     from perfmodel.model_memory import model_memory
+    from perfmodel.routing import is_pattern
     from perfmodel.schedule.alternatives import compare as compared
     from perfmodel.schedule.question import Question
     from perfmodel.schedule.traffic import layer_shares_of, map_layer_of
     from perfmodel.schedule.what_if import answer
 
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
-    n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer, "--layer")
+    n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer or "0", "--layer")
     check_figure(figure)
     notes: list[str] = []
     names = _schedules(schedule_name, profile, notes)
     numbers = [whole(word.strip(), "--compare") for word in compare.split(",")] if compare else []
+    _check_used(
+        (
+            "--layer",
+            layer,
+            "a pattern has no layers: give --routing a file, or --map",
+            expert_map or not is_pattern(routing),
+        ),
+        ("--access", access, "nothing is offloaded: give --offload or --compare", offload or numbers),
+        ("--capacity-factor", capacity_factor, "it is of bulk, which --schedule leaves out", "bulk" in names),
+        ("--chunks", chunks, "it is of chunked, which --schedule leaves out", "chunked" in names),
+    )
     prices = _prices(gpu_price, host_price, bool(numbers))
     chosen = None if expert_map is None else read_map(expert_map)
     question = Question(
@@ -94,13 +111,13 @@ def schedule(
         moe_shape,
         layer_shares_of(routing, moe_shape, n_layer),
         n_gpus,
-        _tokens(tokens),
+        _at_most(tokens, "--tokens", MOST_TOKENS, " on each GPU"),
         load_model(model) if model else None,
         chosen,
         0 if chosen is None else map_layer_of(chosen, n_gpus, n_layer),
         whole(gpus_per_node, "--gpus-per-node") if gpus_per_node else None,
         whole(gpus_per_host, "--gpus-per-host") if gpus_per_host else None,
-        access=_one_mode(access),
+        access=_one_mode(access or "zero-copy"),
         overheads=_overheads(names, launches, launch_time, capacity_factor, chunks),
     )
     memory = model_memory(shape)
@@ -151,6 +168,8 @@ def _overheads(
         name, is_named, value = word.rpartition("=")
         for one in [name.strip()] if is_named else names:
             overheads_of(one)
+            if one not in names:
+                raise InputError(f"--launches is of {one}, and --schedule of {', '.join(names)}")
             change(one, n_launches=_from_zero(value.strip(), "--launches"))
     for name in names if launch_time else ():
         change(name, host_launch_ns=text.parse_ns(launch_time or ""))
@@ -158,7 +177,7 @@ def _overheads(
         said = {FULL: 0.0, NONE: None}
         change("bulk", capacity_factor=said[capacity] if capacity in said else number(capacity, "--capacity-factor"))
     if chunks is not None:
-        change("chunked", n_chunks=whole(chunks, "--chunks"))
+        change("chunked", n_chunks=_at_most(chunks, "--chunks", MOST_CHUNKS, ""))
     return found
 
 
@@ -208,11 +227,18 @@ def _one_mode(access: str) -> str:
     return access
 
 
-def _tokens(word: str) -> int:
-    n_tokens = whole(word, "--tokens")
-    if n_tokens > MOST_TOKENS:
-        raise InputError(f"--tokens is {word}, expected at most {MOST_TOKENS:,} on each GPU")
-    return n_tokens
+def _at_most(word: str, option: str, most: int, where: str) -> int:
+    found = whole(word, option)
+    if found > most:
+        raise InputError(f"{option} is {word}, expected at most {most:,}{where}")
+    return found
+
+
+def _check_used(*options: tuple[str, str | None, str, object]) -> None:
+    """Refuse an option of which nothing would come: its name, what it says, why it would not, what makes use of it."""
+    for name, said, why, use in options:
+        if said is not None and not use:
+            raise InputError(f"{name} would change nothing: {why}")
 
 
 def _from_zero(word: str, option: str) -> int:

@@ -7,12 +7,15 @@ from perfmodel import text
 from perfmodel.report.words import WIDTH, ratio, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
+    from perfmodel.schedule.alternatives import Alternative, Verdict
     from perfmodel.schedule.what_if import Answer
 
 RESTS = (
     "Not measured: links by rate and latency, experts by the latency model, launches by number. docs/schedule.md has "
     "the formulas and what they leave out."
 )
+
+FULL_ENOUGH = 0.75  # row blocks of the fused kernel; where they are emptier the page says what that costs
 
 
 def schedule_json(found: "Answer") -> dict[str, Any]:
@@ -42,8 +45,23 @@ def schedule_json(found: "Answer") -> dict[str, Any]:
         "speedup_over": found.speedup_over,
         "buffer_bytes": found.buffer_bytes,
         "alternatives": [one.to_json() for one in found.alternatives],
+        "best": _best(found),
         "reasons": list(found.reasons),
         "notes": list(found.notes),
+    }
+
+
+def _best(found: "Answer") -> dict[str, Any] | None:
+    from perfmodel.schedule.alternatives import verdict
+
+    chosen = verdict(found.alternatives)
+    if chosen is None:
+        return None
+    return {
+        "n_gpus": chosen.best.n_gpus,
+        "other_n_gpus": chosen.other.n_gpus if chosen.other else None,
+        "gain": chosen.gain,
+        "even_host_price": chosen.even_host_price,
     }
 
 
@@ -72,11 +90,13 @@ def schedule_page(found: "Answer", width: int = WIDTH) -> str:
         ),
         ["bottleneck", *(one.bottleneck for one in rows)],
         ["over its bound", *(ratio(one.latency_ns / one.bound_ns) for one in rows)],
+        ["- which is", *(max(one.bounds, key=lambda name: one.bounds[name]) for one in rows)],
         ["GPUs compute", *(text.frac(one.compute_busy_frac) for one in rows)],
     ]
     bounds = {name: max(one.bounds[name] for one in rows) for name in rows[0].bounds if name != "host"}
     said = ", ".join(f"{name} {text.ns(ns)}" for name, ns in bounds.items() if ns)
     lines = [
+        *_entry("phases", _overlap(found), width),
         *_entry("bound", f"the busiest GPU's work at full rate: {said}; and the host's time for all launches", width),
         *_entry("fusing", _fusing(found), width),
         *_entry("launches", _launches(found), width),
@@ -90,7 +110,7 @@ def schedule_page(found: "Answer", width: int = WIDTH) -> str:
         "\n".join(lines),
     ]
     if found.alternatives:
-        parts.append(_alternatives(found))
+        parts.append(_alternatives(found, width))
     parts.append("\n".join([wrapped(RESTS, width), *(wrapped(one, width, "- ", "  ") for one in found.reasons)]))
     return "\n\n".join(parts)
 
@@ -100,9 +120,23 @@ def _entry(name: str, words: str, width: int) -> list[str]:
 
 
 def _fusing(found: "Answer") -> str:
+    from perfmodel.schedule.measures import TILE_ROWS, block_fill_frac
+
     gains = found.speedup_over
-    said = ", ".join(f"{ratio(gain)} as fast as {name}" for name, gain in gains.items())
-    return f"one kernel is {said}" if said else ""
+    words = [
+        f"is {ratio(gain)} as fast as {name}" if gain >= 1 else f"takes {ratio(1 / gain)} as long as {name}"
+        for name, gain in gains.items()
+    ]
+    if not words:
+        return ""
+    full = block_fill_frac(found.question.layer.traffic.rows)
+    why = f"; its blocks of {TILE_ROWS} rows are {text.frac(full)} full, and each costs what a full one does"
+    return f"one kernel {', and '.join(words)}{why if full < FULL_ENOUGH else ''}"
+
+
+def _overlap(found: "Answer") -> str:
+    names = [one.schedule for one in found.timelines if sum(one.phases.values()) > one.latency_ns * (1 + 1e-6)]
+    return f"of the GPU that takes longest for each; in {' and '.join(names)} they overlap" if names else ""
 
 
 def _launches(found: "Answer") -> str:
@@ -141,7 +175,9 @@ def _payload(found: "Answer") -> str:
     )
 
 
-def _alternatives(found: "Answer") -> str:
+def _alternatives(found: "Answer", width: int) -> str:
+    from perfmodel.schedule.alternatives import verdict
+
     has_price = any(one.price is not None for one in found.alternatives)
     rows = []
     for one in found.alternatives:
@@ -157,5 +193,32 @@ def _alternatives(found: "Answer") -> str:
     total = found.question.n_gpus * found.question.tokens_per_gpu
     words = [f"{text.counted(total, 'token')} through this layer on other numbers of GPUs:"]
     words.append(table(rows, [*header, *(["price", "tokens/s per price"] if has_price else [])]))
-    words += [f"{text.counted(one.n_gpus, 'GPU')}: {one.reason}" for one in found.alternatives if one.reason]
+    words += [
+        wrapped(f"{text.counted(one.n_gpus, 'GPU')}: {one.reason}", width, "- ", "  ")
+        for one in found.alternatives
+        if one.reason
+    ]
+    shared = max(-(-one.n_gpus // one.n_hosts) for one in found.alternatives)
+    if any(one.offload_frac for one in found.alternatives):
+        host = "each GPU has a host of its own" if shared == 1 else f"up to {shared} GPUs share a host evenly"
+        words.append(wrapped(f"Offloaded experts are used by {found.question.access}; {host}.", width))
+    words += [wrapped(_verdict(chosen), width)] if (chosen := verdict(found.alternatives)) else []
     return "\n".join(words)
+
+
+def _verdict(found: "Verdict") -> str:
+    """Which number of GPUs gives most for what it costs, and whether that turns on prices."""
+    best, other = found.best, found.other
+    per = "for each GPU" if best.price is None else "for their price"
+    said = f"{_named(best)} give most tokens/s {per}"
+    if other is None or found.gain is None:
+        return f"{said}."
+    said += f": {found.gain:.2f}x as many as {_named(other)}"
+    if found.even_host_price is None:
+        return f"{said}, whatever hosts cost."
+    return f"{said}; as many where a host costs {found.even_host_price:.3g} times what a GPU costs."
+
+
+def _named(one: "Alternative") -> str:
+    gone = f"{text.frac(one.offload_frac)} of experts in host memory" if one.offload_frac else "all experts resident"
+    return f"{text.counted(one.n_gpus, 'GPU')} ({gone})"

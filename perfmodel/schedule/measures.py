@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from perfmodel.errors import InputError
+from perfmodel.physics import Array
 from perfmodel.text import NS_PER_S
 
 TILE_ROWS = 128  # bM of the fused kernel (arXiv 2506.04667 section 3)
@@ -30,3 +33,9 @@ def padding_saved_frac(tokens_per_expert: Sequence[int], capacity: int) -> float
     if max(tokens_per_expert) > capacity:
         raise InputError(f"an expert has {max(tokens_per_expert)} tokens, more than the capacity {capacity}")
     return 1 - sum(tokens_per_expert) / (len(tokens_per_expert) * capacity)
+
+
+def block_fill_frac(rows: Array) -> float:
+    """How full the row blocks of the fused kernel are: rows `[source GPU, slot]` over what their blocks of TILE_ROWS
+    have room for, which is computed whether it is there or not."""
+    return float(rows.sum() / (np.ceil(rows / TILE_ROWS).sum() * TILE_ROWS))
