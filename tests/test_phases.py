@@ -159,6 +159,17 @@ def test_overlap_efficiency_is_told_by_what_a_workload_is_and_where_there_is_non
     assert "crowded: 4 ranks share 2 cores" in run(str(two.path), str(crowded.path)) and "four: 4" not in lines
 
 
+def test_a_workload_is_the_same_work_in_every_folder_whatever_its_id_there(tmp_path: Path) -> None:
+    two = write_model_made(tmp_path / "two", SHAPES[:2], n_ranks=2)
+    four = write_model_made(tmp_path / "four", SHAPES[1::-1], n_ranks=4)
+    found = json.loads(run(str(two.path), str(four.path), "--workload", "2", "--json"))["captures"]
+    assert [one["workloads"][0]["shape"] for one in found] == ["made-up-a", "made-up-a"]
+    assert [one["workloads"][0]["workload"] for one in found] == ["w0c", "w1c"]
+    other = write_model_made(tmp_path / "other", SHAPES[2:], n_ranks=4)
+    with pytest.raises(InputError, match="other has no workload like w0c of two: made-up-a, 64 tokens"):
+        run(str(two.path), str(other.path), "--workload", "w0c")
+
+
 def test_a_picture_shows_the_median_step_above_the_prediction(tmp_path: Path) -> None:
     path = write_by_hand_made(tmp_path / "made-up")
     lines = [json.loads(line) for line in (path / "steps.jsonl").read_text().splitlines()]

@@ -15,7 +15,8 @@ def phases(
     folders: Annotated[list[str], typer.Argument(help="Folders of captures, of several numbers of ranks for O_e.")],
     model: Annotated[str | None, typer.Option(help="A fitted latency model, or the name of a shipped one.")] = None,
     workload: Annotated[
-        str | None, typer.Option(help="One workload in detail, by its number or the beginning of its id.")
+        str | None,
+        typer.Option(help="One workload in detail, by its number in the first folder or the beginning of its id."),
     ] = None,
     figure: Annotated[
         str | None, typer.Option(help="Draw a step of --workload, measured and predicted, to this .html file.")
@@ -23,7 +24,7 @@ def phases(
     as_json: Json = False,
 ) -> None:
     """What ranks of an expert-parallel layer did, phase by phase, beside what the model says of it."""
-    from perfmodel.ep_capture import load_ep_capture
+    from perfmodel.ep_capture import load_ep_capture, same_work
     from perfmodel.latency import load_model
     from perfmodel.schedule.captured import set_beside
     from perfmodel.schedule.drawn import measured, predicted
@@ -33,7 +34,7 @@ def phases(
         raise InputError("a picture shows one workload: give --workload with --figure")
     captures = [load_ep_capture(folder) for folder in folders]
     found = [set_beside(one, load_model(model) if model else None) for one in captures]
-    chosen = [one.choose(workload) for one in captures] if workload else None
+    chosen = same_work(captures, workload) if workload else None
     if figure is not None and chosen:
         pairs = list(zip(found, chosen, strict=True))
         panels = [panel for beside, one in pairs for panel in (measured(beside.capture, one), predicted(beside, one))]

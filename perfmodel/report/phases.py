@@ -16,11 +16,13 @@ N_MISSES = 3
 
 
 def phases_json(pages: "Sequence[Beside]", chosen: Sequence[EpWorkload] | None = None) -> dict[str, Any]:
-    """Captures with their predictions as plain values, of some workloads or (null) all measured ones."""
+    """Captures with their predictions as plain values, of one workload of each or (null) all measured ones."""
     from perfmodel.schedule.captured import overlap_efficiencies
 
     efficiency = overlap_efficiencies([one.capture for one in pages])
-    return {"captures": [_json(one, chosen) for one in pages], "overlap_efficiency": efficiency.to_dicts()}
+    wanted = [None] * len(pages) if chosen is None else [[one] for one in chosen]
+    told = [_json(page, only) for page, only in zip(pages, wanted, strict=True)]
+    return {"captures": told, "overlap_efficiency": efficiency.to_dicts()}
 
 
 def phases_page(beside: "Beside", model: str | None = None) -> str:
