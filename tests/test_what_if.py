@@ -381,3 +381,13 @@ def test_a_mistake_is_one_sentence(more: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
         run(*SMALL, *more.split())
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_page_says_why_one_kernel_is_slower_and_that_bulk_drops_rows() -> None:
+    large = ("--shape", "mixtral-8x7b", "--hardware", "h100-sxm", "--gpus", "2", "--tokens", "4096")
+    assert "tiles of 128 x 64, the others in whatever tiles suit" in " ".join(run(*large).split())
+    skewed_words = " ".join(run(*SMALL, "--routing", "power-law", "--capacity-factor", "1").split())
+    dropped = json.loads(run(*SMALL, "--routing", "power-law", "--capacity-factor", "1", "--json"))["schedules"][0]
+    assert f"as bulk, which drops {text.frac(dropped['dropped_frac'])} of rows" in skewed_words
+    uneven = run(*SMALL, "--routing", "power-law", "--offload", "0.25", "--capacity-factor", "none")
+    assert "in bulk" not in uneven

@@ -178,12 +178,17 @@ def _coverage(beside: "Beside", model: str | None) -> list[str]:
     at_once = ranks_at_once(capture)
     crowd = "" if at_once is None else f"; cores hold {at_once:g} ranks at once"
     clock_ns, numbers = capture.clock_error_ns, beside.profile.quantities
-    machine = [text.in_unit(one.value, _suffix(key)) + f" {_short(key)}" for key, one in numbers.items()]
+    machine = [
+        text.counted(int(one.value), _short(key).removeprefix("n ").removesuffix("s"))
+        if key.endswith("_count")
+        else f"{text.in_unit(one.value, _suffix(key))} {_short(key)}"
+        for key, one in numbers.items()
+    ]
     return [
         f"{capture.name}: {text.counted(capture.n_ranks, 'rank')}{threads}{of_cores}, {settings.backend} on "
         f"{settings.device}, {capture.dtype}",
         f"covers     {text.counted(len(measured), 'workload')} of {text.counted(n_shapes, 'shape')}, "
-        f"{min(n_steps)} to {max(n_steps)} steps each, every rank in each"
+        f"{' to '.join(dict.fromkeys(map(str, (min(n_steps), max(n_steps)))))} steps each, every rank in each"
         + (f"; {text.counted(left, 'workload')} without a step" if left else ""),
         f"clocks     of two ranks within {text.ns(clock_ns)}"
         + (f"; {text.counted(len(capture.traces), 'workload')} with profiled traces" if capture.traces else ""),

@@ -120,22 +120,30 @@ def _entry(name: str, words: str, width: int) -> list[str]:
 
 
 def _fusing(found: "Answer") -> str:
+    """How one kernel compares with each other schedule, and what of it costs most where it loses."""
     from perfmodel.schedule.measures import TILE_ROWS, block_fill_frac
+    from perfmodel.schedule.tiles import TILE_COLS
 
-    gains = found.speedup_over
-    words = [
-        f"is {ratio(gain)} as fast as {name}" if gain >= 1 else f"takes {ratio(1 / gain)} as long as {name}"
-        for name, gain in gains.items()
-    ]
-    if not words:
+    if not found.speedup_over:
         return ""
-    full = block_fill_frac(found.question.layer.traffic.rows)
-    why = f"; its blocks of {TILE_ROWS} rows are {text.frac(full)} full, and each costs what a full one does"
-    return f"one kernel {', and '.join(words)}{why if full < FULL_ENOUGH else ''}"
+    dropped = {one.schedule: one.dropped_frac for one in found.timelines}
+    words = [
+        (f"is {ratio(gain)} as fast as {name}" if gain >= 1 else f"takes {ratio(1 / gain)} as long as {name}")
+        + (f", which drops {text.frac(dropped[name])} of rows" if dropped[name] else "")
+        for name, gain in found.speedup_over.items()
+    ]
+    full, why = block_fill_frac(found.question.layer.traffic.rows), ""
+    if full < FULL_ENOUGH:
+        why = f"; its blocks of {TILE_ROWS} rows are {text.frac(full)} full, and each costs what a full one does"
+    elif min(found.speedup_over.values()) < 1:
+        why = f"; it computes in tiles of {TILE_ROWS} x {TILE_COLS}, the others in whatever tiles suit"
+    return f"one kernel {', and '.join(words)}{why}"
 
 
 def _overlap(found: "Answer") -> str:
-    names = [one.schedule for one in found.timelines if sum(one.phases.values()) > one.latency_ns * (1 + 1e-6)]
+    # Of bulk, which never overlaps, the longest of different GPUs may sum to more than the latency.
+    rows = [one for one in found.timelines if one.schedule != "bulk"]
+    names = [one.schedule for one in rows if sum(one.phases.values()) > one.latency_ns * (1 + 1e-6)]
     return f"of the GPU that takes longest for each; in {' and '.join(names)} they overlap" if names else ""
 
 
