@@ -14,7 +14,8 @@ HEAD = """# Expert-parallel layers, measured
 
 Made by `python docs/regenerate.py`; do not edit. A capture of an expert-parallel layer holds what every rank did in
 every step, phase by phase, on one clock. `perfmodel phases` reads it and sets what the model says of each phase beside
-it. [captures.md](captures.md) is about captures of one process.
+it. What is predicted is a schedule of [schedule.md](schedule.md); the [guide](guide.md#several-gpus) says when to take
+which command, and [captures.md](captures.md) is about captures of one process.
 
     perfmodel collect expert-parallel --out my-ranks
     perfmodel phases my-ranks
@@ -35,7 +36,7 @@ FILES = {
     "ns on rank 0's clock",
     "probes.jsonl": "a rate or time of a rank while all ranks do the same: `gemm`, `stream`, `all_to_all` by bytes per "
     "pair",
-    "profiles/<workload>/": "a folder of ranks for `perfmodel analyze`",
+    "profiles/<workload>/": "a folder of ranks for `perfmodel analyze` and `perfmodel layers`, of one workload",
 }
 REFUSED = """A capture that contradicts itself is refused: rows that do not sum, a rank that is missing in a step, a
 phase outside its step or of another name.
@@ -46,8 +47,8 @@ FIGURES = """## How figures are defined
 
 - **latency** of a step: from the first rank's start to the last rank's end. Of a workload: the median over steps, and
 the distance of the 10th and 90th percentile as a share of it.
-- **phase** of a rank: the time it is in it in a step, chunks together, the median over steps. `gate`, `permute` (the
-rank's own rows into the order of experts), `counts` (ranks tell each other how many rows to expect), `dispatch`,
+- **phase** of a rank: the time it is in it in a step, chunks together, the median over steps. `gate` (the router),
+`permute` (the rank's own rows into the order of experts), `counts` (ranks tell each other how many rows to expect), `dispatch`,
 `regroup` (received rows, which lie by source rank, into the order of experts and back; recorded as `permute`, told from
 it by when it happens), `gemm1`, `activation`, `gemm2`, `combine`, `reduce` (the weighted sum of a token's rows).
 - **collective** (`counts`, `dispatch`, `combine`): begins when the last rank is there and the collective before is
