@@ -316,6 +316,10 @@ def test_options_reach_the_schedules_and_a_picture_is_written(tmp_path: Path) ->
     assert latency_ns("--launches", "chunked=500", "--chunks", "2") == expected
     assert latency_ns("--launches", "0")[0] < usual[0]
     assert latency_ns("--launch-time", "9us")[0] == 85 * 9000
+    assert "of 9.00 µs (as given)" in run(*SMALL, "--launch-time", "9us")
+    assert latency_ns("--offload", "none") == usual
+    twice = json.loads(run(*SMALL, "--compare", "2,2,4", "--json"))["alternatives"]
+    assert [one["n_gpus"] for one in twice] == [2, 4]
     assert latency_ns("--schedule", "chunked") == usual[1:2]
     dropped = json.loads(run(*SMALL, "--routing", "power-law", "--capacity-factor", "1", "--json"))["schedules"][0]
     assert dropped["dropped_frac"] > 0

@@ -63,7 +63,7 @@ def schedule(
     chunks: Annotated[str | None, typer.Option(help="Pieces of a chunked layer; 4.")] = None,
     offload: Annotated[
         str | None,
-        typer.Option(help="Part of each GPU's experts outside device memory, or auto: what does not fit; none."),
+        typer.Option(help="Part of each GPU's experts outside device memory; auto: what does not fit; none."),
     ] = None,
     access: Annotated[
         str | None, typer.Option(help="How offloaded experts are used; zero-copy, or see `perfmodel list`.")
@@ -92,7 +92,7 @@ def schedule(
     check_figure(figure)
     notes: list[str] = []
     names = _schedules(schedule_name, profile, notes)
-    numbers = [whole(word.strip(), "--compare") for word in compare.split(",")] if compare else []
+    numbers = list(dict.fromkeys(whole(word.strip(), "--compare") for word in compare.split(","))) if compare else []
     _check_used(
         (
             "--layer",
@@ -121,7 +121,9 @@ def schedule(
         overheads=_overheads(names, launches, launch_time, capacity_factor, chunks),
     )
     memory = model_memory(shape)
-    question = replace(question, offload_frac=_offload_frac(offload or "0", question, memory, notes))
+    question = replace(
+        question, offload_frac=_offload_frac("0" if offload in (None, NONE) else offload, question, memory, notes)
+    )
     fitted = memory if offload in (AUTO, None) else None
     try:
         alternatives = compared(question, numbers, names, fitted, prices) if numbers else []

@@ -48,9 +48,10 @@ FIGURES = """## How figures are defined
 - **latency** of a step: from the first rank's start to the last rank's end. Of a workload: the median over steps, and
 the distance of the 10th and 90th percentile as a share of it.
 - **phase** of a rank: the time it is in it in a step, chunks together, the median over steps. `gate` (the router),
-`permute` (the rank's own rows into the order of experts), `counts` (ranks tell each other how many rows to expect), `dispatch`,
-`regroup` (received rows, which lie by source rank, into the order of experts and back; recorded as `permute`, told from
-it by when it happens), `gemm1`, `activation`, `gemm2`, `combine`, `reduce` (the weighted sum of a token's rows).
+`permute` (the rank's own rows into the order of experts), `counts` (ranks tell each other how many rows to expect),
+`dispatch`, `regroup` (received rows, which lie by source rank, into the order of experts and back; recorded as
+`permute`, told from it by when it happens), `gemm1`, `activation`, `gemm2`, `combine`, `reduce` (the
+weighted sum of a token's rows).
 - **collective** (`counts`, `dispatch`, `combine`): begins when the last rank is there and the collective before is
 done, and ends when the last rank has all. What ranks are in it before that is waiting, not transfer.
 - **hidden**: communication of a rank while it computes. Hidden + exposed = communication; compute + exposed + idle =
