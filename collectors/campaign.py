@@ -146,7 +146,7 @@ def open_folder(folder: Path, manifest: str = store.CAPTURE) -> bool:
         return True
     strange = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".part") and p.name != store.WORKLOADS)
     if strange:
-        raise InputError(f"--out {folder} holds {strange[0]!r} and no capture; choose an empty or a new folder")
+        raise InputError(f"--out {folder} holds {strange[0]!r} and no {manifest}; choose an empty or a new folder")
     return False
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .ep_ranks import Ranks, clocks, hold_to, joined, own_processors
 from .layer import Layer, grouped_mm_name
 from .memory import TORCH_DTYPES, fill
 from .points import FILL_ELEMENTS, WEIGHT_SCALE
-from .probes_host import COLD_CACHES, FALLBACK_CACHE_BYTES
+from .probes_host import COLD_CACHES, FALLBACK_CACHE_BYTES, stream_bytes
 from .profile_checks import refuse_gaps
 from .profile_points import in_the_way
 from .profiling import counting, named_range, trace_of
@@ -40,13 +41,17 @@ N_PROFILED_STEPS = 2
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for: the plan, how it is measured, where it goes, when the command began (monotonic seconds)."""
+    """What was asked for: the plan, how it is measured, where it goes, when the command began (monotonic seconds).
+
+    `parent` is the process that started this rank.
+    """
 
     folder: Path
     request: Request
     settings: store.Json
     minutes: float
     started: float
+    parent: int
 
 
 @dataclass(frozen=True)
@@ -60,21 +65,34 @@ class Inputs:
     firsts: list[int]
 
 
-def memory_limit_bytes(device: str, n_ranks: int) -> float | None:
-    """Bytes that the layers of all ranks together may take; null when the system does not tell."""
-    if device == "cuda":
-        return POOL_FRAC * n_ranks * torch.cuda.get_device_properties(0).total_memory
-    free = machine.available_bytes()
-    return None if free is None else POOL_FRAC * free
+class Room(NamedTuple):
+    """What all ranks share, as rank 0 saw it before it was bound to processors: their caches are not all there are.
+
+    Bytes that the layers of all ranks together may take, those of the last-level caches, those of a streamed array.
+    """
+
+    limit_bytes: float
+    cache_bytes: float
+    stream_bytes: int
 
 
-def weights_pool(ranks: Ranks, batches: Sequence[Batch], limit_bytes: float) -> Tensor:
+def room(ranks: Ranks) -> Room:
+    """What this machine has; of a size that no plan reaches where the system does not tell."""
+    if ranks.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(ranks.device)
+        return Room(POOL_FRAC * ranks.size * gpu.total_memory, ranks.size * gpu.L2_cache_size, stream_bytes())
+    free, caches = machine.available_bytes(), machine.last_level_cache_bytes() or FALLBACK_CACHE_BYTES
+    # The ranks share the caches, so their arrays together are as large as those of one process alone.
+    return Room(1 << 40 if free is None else POOL_FRAC * free, caches, stream_bytes() // ranks.size)
+
+
+def weights_pool(ranks: Ranks, batches: Sequence[Batch], room: Room) -> Tensor:
     """The weights of all shapes: one buffer of random numbers, others on every rank, of which each shape takes a view.
 
     A model reads the weights of each layer once a step, so they come from memory: copies of the layer take turns until
     several caches of weights have passed.
     """
-    needed = max(_n_copies(ranks, batch, limit_bytes) * _own_bytes(ranks, batch) for batch in batches)
+    needed = max(_n_copies(batch, ranks.size, room) * _own_bytes(ranks, batch) for batch in batches)
     dtype = TORCH_DTYPES[batches[0].shape.dtype]
     torch.manual_seed(ranks.rank)
     flat = torch.empty(needed // dtype.itemsize, dtype=dtype, device=ranks.device)
@@ -87,15 +105,11 @@ def _own_bytes(ranks: Ranks, batch: Batch) -> int:
     return n_own * round(batch.shape.expert_bytes)
 
 
-def _n_copies(ranks: Ranks, batch: Batch, limit_bytes: float) -> int:
+def _n_copies(batch: Batch, n_ranks: int, room: Room) -> int:
     shape = batch.shape
-    if ranks.device.type == "cuda":
-        cache_bytes = ranks.size * torch.cuda.get_device_properties(ranks.device).L2_cache_size
-    else:
-        cache_bytes = machine.last_level_cache_bytes() or FALLBACK_CACHE_BYTES  # the ranks share it
-    active = min(shape.n_experts, ranks.size * batch.n_tokens * shape.top_k)
-    n_wanted = 1 + -(-COLD_CACHES * cache_bytes // round(active * shape.expert_bytes))
-    return max(1, min(MOST_COPIES, n_wanted, int(limit_bytes // shape.layer_bytes)))
+    active = min(shape.n_experts, n_ranks * batch.n_tokens * shape.top_k)
+    n_wanted = 1 + -(-COLD_CACHES * room.cache_bytes // round(active * shape.expert_bytes))
+    return int(max(1, min(MOST_COPIES, n_wanted, room.limit_bytes // shape.layer_bytes)))
 
 
 def inputs_of(
@@ -216,16 +230,14 @@ class Collection:
     def __init__(self, order: Order, ranks: Ranks) -> None:
         self.order, self.ranks, self.folder = order, ranks, order.folder
         self.files = file_shares(order.request.routing_files)
-        limit = memory_limit_bytes(ranks.device.type, ranks.size)
-        self.limit_bytes = float(ranks.of_first(limit if limit is not None else 1 << 40))
+        self.room: Room = ranks.of_first(room(ranks))
         try:
-            self.batches, self.skipped = plan(order.request, self.limit_bytes)
+            self.batches, self.skipped = plan(order.request, self.room.limit_bytes)
         except InputError as error:
             ranks.refuse(str(error))
         self.lines: list[store.Json] = []  # of what is measured; on rank 0
         self.deadline = order.started + MEASURING_FRAC * 60 * order.minutes
         self.progress = Progress(len(self.batches), 0, deadline=self.deadline)
-        self.parent = os.getppid()
 
     @property
     def is_first(self) -> bool:
@@ -241,14 +253,14 @@ class Collection:
         """What is missing of the capture, until it is whole or time is up."""
         lock = self.begin()
         self.probe()
-        pool = weights_pool(self.ranks, self.batches, self.limit_bytes)
+        pool = weights_pool(self.ranks, self.batches, self.room)
         self.measure(pool)
         self.profile(pool)
         if self.is_first:
             self.progress.close()
             print(f"{len(self.lines)} batches are measured in {self.folder}", file=sys.stderr)
         if not self.ranks.of_first(len(self.lines)):
-            self.ranks.refuse(f"--minutes {self.order.minutes:g}: no batch was measured in this time, expected more")
+            self.ranks.refuse(f"--minutes {self.order.minutes:g}: no batch was measured in this time; give more")
         if lock is not None:
             os.close(lock)
 
@@ -290,7 +302,9 @@ class Collection:
         self.show("probing")
         shapes = list(dict.fromkeys(b.shape for b in self.batches))
         seconds = PROBES_FRAC * 60 * self.order.minutes
-        by_rank = self.ranks.at_first(list(probe_rows(self.ranks, shapes, shapes[0].dtype, seconds)))
+        by_rank = self.ranks.at_first(
+            list(probe_rows(self.ranks, shapes, shapes[0].dtype, self.room.stream_bytes, seconds))
+        )
         if by_rank is not None:
             store.write_atomically(path, "".join(store.to_line(row) for rows in by_rank for row in rows))
 
@@ -321,17 +335,21 @@ class Collection:
 
     def is_over(self) -> bool:
         """Whether time is up, or whoever started the ranks is gone."""
-        return time.monotonic() > self.deadline or os.getppid() != self.parent
+        return time.monotonic() > self.deadline or self.is_left_alone()
+
+    def is_left_alone(self) -> bool:
+        """Whether whoever started this rank is gone: then nobody would end it."""
+        return os.getppid() != self.order.parent
 
     def inputs(self, pool: Tensor, batch: Batch) -> Inputs:
         """A batch as this rank has it."""
-        n_copies = _n_copies(self.ranks, batch, self.limit_bytes)
+        n_copies = _n_copies(batch, self.ranks.size, self.room)
         return inputs_of(self.ranks, pool, batch, n_copies, self.order.request.seed, self.files)
 
     def profile(self, pool: Tensor) -> None:
         """Profile the few batches that show how a step looks inside: those measured, and not profiled yet."""
         todo = []
-        for batch in profiled(self.batches) if self.is_first else ():
+        for batch in profiled(self.batches) if self.is_first and not self.is_left_alone() else ():
             line = ep_capture.line_of(batch, self.lines)
             if line is not None and not ep_capture.has_profile(self.folder, line, self.ranks.size):
                 todo.append((batch, line))

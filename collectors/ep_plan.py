@@ -15,7 +15,6 @@ from .workloads import file_shares, scaled_shape, shares_of, workload_seed
 # Small enough for four ranks on two cores: many experts, and few.
 SHAPES, TOKENS, ROUTINGS, CHUNKS = ("olmoe/8", "mixtral-8x7b/16"), (16, 64, 256), ("uniform", "power-law:1.2"), (2, 4)
 N_WARM_UP, N_STEPS, MINUTES = 2, 8, 3.0
-MEMORY_FRAC = 0.5  # of what is free
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .calibration import Scalar
 from .ep_ranks import Ranks
 from .layer import grouped_mm
 from .memory import TORCH_DTYPES
-from .probes_host import STREAMS, stream_bytes, stream_kernel
+from .probes_host import STREAMS, stream_kernel
 from .timing import host_clock
 
 GEMM_ROWS = (16, 128, 1024)
@@ -40,13 +40,15 @@ class Probe(NamedTuple):
     per_call: float = 1.0
 
 
-def probe_rows(ranks: Ranks, shapes: Sequence[MoEShape], dtype: str, seconds: float) -> Iterator[Row]:
-    """The lines of probes.jsonl that this rank measures, one after another.
+def probe_rows(
+    ranks: Ranks, shapes: Sequence[MoEShape], dtype: str, stream_bytes: int, seconds: float
+) -> Iterator[Row]:
+    """The lines of probes.jsonl that this rank measures, one after another, with streams of about so many bytes.
 
     All together take about so many seconds, or what the fewest calls of each take.
     """
     n_probes = (len(GEMM_ROWS) + 1) * 2 * len(shapes) + 6 + len(PAIR_BYTES)
-    for probe in chain(_computing(ranks, shapes, TORCH_DTYPES[dtype]), _between(ranks)):
+    for probe in chain(_computing(ranks, shapes, TORCH_DTYPES[dtype], stream_bytes), _between(ranks)):
         times_ns = _times(ranks, probe, seconds * NS_PER_S / n_probes)
         if not times_ns:
             continue
@@ -62,7 +64,7 @@ def probe_rows(ranks: Ranks, shapes: Sequence[MoEShape], dtype: str, seconds: fl
         }
 
 
-def _computing(ranks: Ranks, shapes: Sequence[MoEShape], dtype: torch.dtype) -> Iterator[Probe]:
+def _computing(ranks: Ranks, shapes: Sequence[MoEShape], dtype: torch.dtype, stream_bytes: int) -> Iterator[Probe]:
     device = ranks.device
     for k, n in dict.fromkeys(gemm for shape in shapes for gemm in shape.gemms):
         weights = torch.randn(n, k, device=device).to(dtype).t()
@@ -72,8 +74,7 @@ def _computing(ranks: Ranks, shapes: Sequence[MoEShape], dtype: torch.dtype) -> 
             gemm = Probe("gemm", params, "flops_per_s", partial(torch.mm, rows, weights), gemm_flops(n_rows, k, n))
             yield gemm
         yield gemm._replace(params={**params, "alone": True})
-    # The ranks of a CPU share its caches, so their arrays together are as large as those of one process alone.
-    n_bytes = stream_bytes() // (1 if device.type == "cuda" else ranks.size) // 4096 * 4096
+    n_bytes = stream_bytes // 4096 * 4096
     for kernel in ("read", "triad"):
         call, total_bytes = partial(stream_kernel(kernel, n_bytes, device.type), 0), STREAMS[kernel][0] * n_bytes
         stream = Probe("stream", {"kernel": kernel, "n_bytes": n_bytes}, "bytes_per_s", call, total_bytes)

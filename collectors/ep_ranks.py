@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, first_line
 
 from . import machine
 from .ep_capture import MEETING
@@ -83,17 +83,24 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Meet the other ranks, as torchrun or the collector itself started them (RANK, WORLD_SIZE, LOCAL_RANK)."""
+    """Meet the other ranks, as torchrun or the collector itself started them (RANK, WORLD_SIZE, LOCAL_RANK).
+
+    Raises InputError where they cannot be met.
+    """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     where = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size) and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: names and addresses of it do not matter
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # one machine: its names and addresses do not matter
+            os.environ.setdefault(name, "lo")
     if device == "cuda":
         torch.cuda.set_device(where)
-    meeting = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"
+    met = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"
     backend = "nccl" if device == "cuda" else "gloo"
     own = where if device == "cuda" else None
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=PATIENCE, device_id=own)
+    try:
+        dist.init_process_group(backend, init_method=met, rank=rank, world_size=size, timeout=PATIENCE, device_id=own)
+    except (RuntimeError, ValueError) as error:  # the latter where variables are missing
+        raise InputError(f"rank {rank} cannot meet the others: {first_line(error)}") from None
     host = dist.new_group(backend="gloo", timeout=PATIENCE) if device == "cuda" else dist.group.WORLD
     assert host is not None
     yield Ranks(rank, size, where, host)
@@ -101,10 +108,13 @@ def joined(device: str) -> Iterator[Ranks]:
 
 
 def own_processors(local_rank: int, threads: int) -> list[int]:
-    """The processors of a rank, which it shares with as few others as may be; none where a system binds no threads."""
+    """The processors of a rank, which it shares with as few others as may be, cores before their hardware threads.
+
+    None where a system binds no threads.
+    """
     if not hasattr(os, "sched_setaffinity"):
         return []
-    cpus = machine.cpu_list()
+    cpus = machine.cpus_by_core()
     return sorted({cpus[(local_rank * threads + i) % len(cpus)] for i in range(threads)})
 
 

@@ -6,6 +6,7 @@ Needs no torch before a rank begins.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ FAILED, LOST, SAID_WHY = 1, 75, (2, 3)  # of a rank: for a reason of its own, an
 INTERRUPTED = 130
 PATIENCE_S = 5.0  # for ranks to notice that another is gone, and to end when told to
 LOOK_S = 0.05
+LOST_WORDS = ("gloo", "nccl", "connection", "timed out", "timeout")  # what collectives say of a rank that is gone
+PARENT = os.getppid()  # whoever started this process; another one once that is gone
 
 
 def add_arguments(one: argparse.ArgumentParser) -> None:
@@ -112,7 +115,7 @@ def _as_rank(folder: Path, request: Request, settings: dict[str, object], budget
     from .ep_measure import Order, work
 
     try:
-        work(Order(folder, request, settings, budget, started))
+        work(Order(folder, request, settings, budget, started, PARENT))
     except InputError as error:
         print(f"collectors: {error}", file=sys.stderr)
         _leave(error.exit_code)
@@ -139,7 +142,7 @@ def _is_lost(error: Exception) -> bool:
     import torch.distributed as dist
 
     words = str(error).lower()
-    return isinstance(error, dist.DistError) or any(w in words for w in ("gloo", "nccl", "connection", "timed out"))
+    return isinstance(error, dist.DistError) or any(w in words for w in LOST_WORDS)
 
 
 def _leave(code: int) -> NoReturn:
@@ -155,8 +158,11 @@ def _leave(code: int) -> NoReturn:
 def _start(words: list[str], n_ranks: int, threads: int) -> int:
     """Start the ranks on this machine and wait for them; when one ends badly the others are ended.
 
-    Ctrl-C is for this process, which ends the others.
+    Ctrl-C is for this process, which ends the others; so it does when it is asked to end or its terminal closes.
     """
+    for name in ("SIGTERM", "SIGHUP"):
+        if (sign := getattr(signal, name, None)) and signal.getsignal(sign) == signal.SIG_DFL:  # not under nohup
+            signal.signal(sign, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as scratch:
         shared = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(n_ranks))
         shared |= {ep_capture.MEETING: str(Path(scratch) / "meeting"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -180,17 +186,19 @@ def _watch(ranks: list[subprocess.Popen[bytes]]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, LOST)]
-        if failed or all(code == 0 for code in codes) or time.monotonic() > give_up:
+        if failed or None not in codes or time.monotonic() > give_up:
             break
         if LOST in codes:
             give_up = min(give_up, time.monotonic() + PATIENCE_S)
         time.sleep(LOOK_S)
-    code = codes[failed[0]] if failed else None
-    if code in SAID_WHY or not any(codes):
-        return code or 0
-    hanging = [rank for rank, code in enumerate(codes) if code is None] or [codes.index(LOST)]
-    words = f"rank {hanging[0]} does not answer" if code is None else f"rank {failed[0]} {how_it_ended(code)}"
-    print(f"collectors: {words}; the same command continues with the next batch", file=sys.stderr)
+    if not any(codes):
+        return 0
+    first = failed[0] if failed else codes.index(None if None in codes else LOST)
+    code = codes[first] if failed else None
+    if code in SAID_WHY:
+        return code
+    how = how_it_ended(code) if code else "does not answer" if None in codes else "lost the others"
+    print(f"collectors: rank {first} {how}; the same command continues with the next batch", file=sys.stderr)
     return FAILED
 
 

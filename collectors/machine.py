@@ -58,14 +58,28 @@ def _cpuinfo() -> Mapping[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def _core_of(cpu: int) -> str:
+    return _read(CPU_DIR / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu)
+
+
+def cpus_by_core() -> list[int]:
+    """The logical processors this process may use: one of each core, then the second of each, and so on."""
+    place: dict[str, int] = {}
+    order = []
+    for cpu in cpu_list():
+        core = _core_of(cpu)
+        place[core] = place.get(core, 0) + 1
+        order.append((place[core], cpu))
+    return [cpu for _, cpu in sorted(order)]
+
+
 def n_physical_cores() -> int:
     """Cores this process may use, hardware threads of one core counted once; no more than its group's processor time.
 
     A group of 16 cores' time on a machine of 112 sees all of them, and that many threads would wait for their turns.
     """
-    cpus = cpu_list()
-    siblings = {_read(CPU_DIR / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
-    return max(1, min(len(siblings), int(cpu_quota_cores() or len(siblings))))
+    n_cores = len({_core_of(cpu) for cpu in cpu_list()})
+    return max(1, min(n_cores, int(cpu_quota_cores() or n_cores)))
 
 
 def cache_bytes(level: int) -> int | None:

@@ -6,11 +6,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from perfmodel.errors import InputError
 
-Json = dict[str, Any]
+from .store import Json, write_atomically
 
 # What Kineto says of the trace as a whole; all else at the top (host_name, traceName, ids of jobs, what a site adds by
 # itself) is left out.
@@ -86,8 +85,9 @@ def refuse_gaps(trace: Json, ranges: Mapping[str, int], *, on_cuda: bool, from_g
 
 
 def write_packed(path: Path, trace: Json) -> None:
-    """Write a trace as gzip JSON, beside and renamed. No file name and no time in it: equal traces are equal files."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file, gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as packed:
-        packed.write(json.dumps(trace, separators=(",", ":")).encode())
-    beside.replace(path)
+    """Write a trace as gzip JSON, whole or not at all. No file name and no time in it: equal traces are equal files.
+
+    Raises InputError when it cannot be written, such as on a full disk.
+    """
+    content = json.dumps(trace, separators=(",", ":")).encode()
+    write_atomically(path, gzip.compress(content, compresslevel=9, mtime=0))

@@ -77,13 +77,15 @@ class Clock(msgspec.Struct, frozen=True):
 
 
 class EpManifest(msgspec.Struct, frozen=True):
-    """expert_parallel.json: machine and software are kept as a capture of one process has them."""
+    """expert_parallel.json: machine and software are kept as a capture of one process has them. `cpus_of_ranks` are the
+    processors that each rank is bound to, null where ranks are not bound, empty where a system cannot."""
 
     settings: EpSettings
     machine: dict[str, Any]
     software: dict[str, Any] = {}
     kernel: str | None = None
     clock: list[Clock] = []
+    cpus_of_ranks: list[list[int]] | None = None
     created: str = ""
     collector: str = ""
 
@@ -279,6 +281,8 @@ def _manifest(file: Path) -> EpManifest:
     n_ranks, threads = manifest.settings.n_ranks, manifest.settings.threads
     if n_ranks < 1 or (threads is not None and threads < 1):
         raise InputError(f"{where} tells of {n_ranks} ranks of {threads} threads, expected at least 1 of each")
+    if manifest.cpus_of_ranks is not None and len(manifest.cpus_of_ranks) != n_ranks:
+        raise InputError(f"{where} tells the processors of {len(manifest.cpus_of_ranks)} ranks, expected {n_ranks}")
     return manifest
 
 

@@ -141,18 +141,19 @@ def waits(capture: EpCapture) -> pl.DataFrame:
     )
 
 
-def straggler_ratios(times_ns: Array) -> tuple[float, float] | None:
-    """By how much the slowest rank outlasts the fastest: median and 95th percentile over steps of t / t_a
-    (arXiv 2506.04667 Table 2) for times `[step, rank]`; null where there is no step, or a fastest time of 0."""
-    if not times_ns.size or (times_ns.min(axis=1) <= 0).any():
+def straggler_ratios(slowest_ns: Array, fastest_ns: Array) -> tuple[float, float] | None:
+    """By how much the slowest member outlasts the fastest: median and 95th percentile of t / t_a (arXiv 2506.04667
+    Table 2) over occurrences; null where there is none. One whose fastest took no time has no ratio."""
+    ratios = slowest_ns[fastest_ns > 0] / fastest_ns[fastest_ns > 0]
+    if not ratios.size:
         return None
-    median, high = np.quantile(times_ns.max(axis=1) / times_ns.min(axis=1), (0.5, 0.95))
+    median, high = np.quantile(ratios, (0.5, 0.95))
     return float(median), float(high)
 
 
 def stragglers(capture: EpCapture) -> pl.DataFrame:
     """How unequal ranks are: for each `workload` and `phase` (of communication, or `compute`: all else together) the
-    slowest time over the fastest, `median_ratio` and `p95_ratio` over steps and chunks; null where one took no time.
+    slowest time over the fastest, `median_ratio` and `p95_ratio` over steps and chunks; null where one never took time.
 
     In a collective the rank that comes first is the slowest, for it waits for all others.
     """
@@ -162,7 +163,7 @@ def stragglers(capture: EpCapture) -> pl.DataFrame:
     both = pl.concat([done, computing.select("workload", pl.lit(COMPUTE).alias("phase"), "slowest_ns", "fastest_ns")])
     rows = []
     for (workload, phase), group in both.group_by("workload", "phase", maintain_order=True):
-        found = straggler_ratios(group.select("slowest_ns", "fastest_ns").to_numpy().astype(np.float64))
+        found = straggler_ratios(*group.select("slowest_ns", "fastest_ns").to_numpy().astype(np.float64).T)
         rows.append((workload, phase, *(found or (None, None))))
     schema = {"workload": pl.String, "phase": pl.String, "median_ratio": pl.Float64, "p95_ratio": pl.Float64}
     return pl.DataFrame(rows, schema=schema, orient="row").sort("workload", "phase")

@@ -20,6 +20,7 @@ import polars as pl
 
 from perfmodel import text
 from perfmodel.classify import COMMUNICATION, Rules, classify
+from perfmodel.ep_steps import straggler_ratios
 from perfmodel.groups import step_at
 from perfmodel.intervals import DEVICE, busy_ns, parents
 from perfmodel.launch import joined_kernels
@@ -201,11 +202,11 @@ def straggler_statistics(times: pl.DataFrame, of: list[str]) -> dict[str, float 
     each = (
         times.group_by(of).agg(fastest=pl.min("dur_ns"), slowest=pl.max("dur_ns"), n=pl.len()).filter(pl.col("n") > 1)
     )
-    ratio = each.filter(pl.col("fastest") > 0).select(ratio=pl.col("slowest") / pl.col("fastest"))["ratio"]
+    ratios = straggler_ratios(each["slowest"].to_numpy(), each["fastest"].to_numpy())
     return {
         "n": each.height,
-        "ratio_median": ratio.median(),
-        "ratio_p95": ratio.quantile(0.95, "linear"),
+        "ratio_median": ratios and ratios[0],
+        "ratio_p95": ratios and ratios[1],
         "delay_max_ns": each.select((pl.col("slowest") - pl.col("fastest")).max()).item(),
     }
 

@@ -93,9 +93,10 @@ def test_stragglers_are_the_slowest_over_the_fastest(made: EpCapture) -> None:
     found = ep_steps.stragglers(made)
     assert only(found, workload="b1", phase="combine")["median_ratio"] == 1000 / 200
     assert only(found, workload="b1", phase="compute")["median_ratio"] == pytest.approx(2680 / 1850)
-    assert ep_steps.straggler_ratios(np.array([[1.0, 2.0], [2.0, 8.0], [1.0, 3.0]])) == (3.0, pytest.approx(3.9))
-    assert ep_steps.straggler_ratios(np.array([[0.0, 2.0]])) is None
-    assert ep_steps.straggler_ratios(np.empty((0, 2))) is None
+    slowest, fastest = np.array([2.0, 8.0, 3.0, 5.0]), np.array([1.0, 2.0, 1.0, 0.0])
+    assert ep_steps.straggler_ratios(slowest, fastest) == (3.0, pytest.approx(3.9))  # of 2, 4 and 3
+    assert ep_steps.straggler_ratios(slowest[3:], fastest[3:]) is None
+    assert ep_steps.straggler_ratios(slowest[:0], fastest[:0]) is None
 
 
 CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
@@ -118,6 +119,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     (EP_MANIFEST, lambda one: one.pop("schema"), "no JSON object with a schema and a kind"),
     (EP_MANIFEST, lambda one: one["settings"].update(n_ranks=0), "0 ranks"),
     (EP_MANIFEST, lambda one: one.pop("machine"), "missing required field `machine`"),
+    (EP_MANIFEST, lambda one: one.update(cpus_of_ranks=[[0]]), "the processors of 1 ranks, expected 2"),
 ]
 
 
@@ -161,6 +163,15 @@ def test_damaged_files_are_refused_and_never_break(content: bytes, which: int) -
             return
         with pytest.raises(InputError):
             load_ep_capture(path)
+
+
+def test_captures_of_two_and_four_ranks_come_with_the_project() -> None:
+    captures = [load_ep_capture(path) for path in shipped_ep_captures()]
+    assert [(one.n_ranks, one.manifest.cpus_of_ranks) for one in captures] == [
+        (2, [[0], [1]]),
+        (4, [[0], [1], [0], [1]]),
+    ]
+    assert [len(one.traces) for one in captures] == [3, 3]
 
 
 @pytest.mark.parametrize("path", shipped_ep_captures(), ids=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collectors import cli, ep_capture, ep_layer, ep_measure, ep_plan, ep_probes, expert_parallel, machine, store
-from collectors.ep_ranks import Ranks, clocks, offset_of, own_processors
+from collectors.ep_ranks import Ranks, clocks, joined, offset_of, own_processors
 from collectors.layer import Layer, moe_layer, slow_moe_layer
 from perfmodel.errors import InputError
 from tests import pretend_cuda
@@ -120,13 +121,26 @@ def test_received_rows_are_sorted_by_expert_and_keep_their_order_within_one(rece
     assert ends.tolist() == [sum(row[0] <= expert for row in rows) for expert in range(3)]
 
 
+def test_ranks_that_cannot_meet_say_so(monkeypatch, tmp_path: Path) -> None:
+    numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "nowhere"}
+    for name, word in {**numbers, ep_capture.MEETING: str(tmp_path / "meeting")}.items():
+        monkeypatch.setenv(name, word)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
+    with pytest.raises(InputError, match=r"rank 0 cannot meet the others: .*nowhere"), joined("cpu"):
+        pytest.fail("met")
+    for name in (ep_capture.MEETING, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"rank 0 cannot meet the others: .*MASTER_ADDR"), joined("cpu"):
+        pytest.fail("met")
+
+
 def wrong_layer(ranks, wrong_rank):
     """The check of a layer of which one rank gives what it should not."""
     right = ep_measure.expert_parallel_layer
     if ranks.rank == wrong_rank:
         ep_measure.expert_parallel_layer = lambda *words: right(*words).add_(0.1)
     batch = ep_plan.Batch(ep_plan.scaled_shape(SHAPE, "fp32"), 4, "uniform", 2)
-    pool = ep_measure.weights_pool(ranks, [batch], 1e8)
+    pool = ep_measure.weights_pool(ranks, [batch], ep_measure.Room(1e8, 1e6, 4096))
     inputs = ep_measure.inputs_of(ranks, pool, batch, 1, 0, {})
     ep_measure.check(ranks, inputs, ep_layer.HostWatch())
     return "passed"
@@ -153,13 +167,20 @@ def test_clocks_are_set_by_that_of_rank_0_to_within_the_error_they_state() -> No
     assert abs(found[1]["offset_ns"] + 7_000_000_000) <= found[1]["error_ns"] < 50_000_000
 
 
-def test_ranks_share_processors_evenly_and_their_own_ones_where_there_are_enough(
-    monkeypatch: pytest.MonkeyPatch,
+def test_ranks_share_processors_evenly_and_have_cores_of_their_own_where_there_are_enough(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr("collectors.machine.CPU_DIR", tmp_path / "tells nothing")
     monkeypatch.setattr("collectors.machine.cpu_list", lambda: [3, 5])
     assert [own_processors(rank, 1) for rank in range(4)] == [[3], [5], [3], [5]]
     monkeypatch.setattr("collectors.machine.cpu_list", lambda: list(range(8)))
     assert [own_processors(rank, 2) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    for cpu in range(8):  # hardware threads of one core are neighbours
+        folder = tmp_path / f"cpu{cpu}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}\n")
+    monkeypatch.setattr("collectors.machine.CPU_DIR", tmp_path)
+    assert [own_processors(rank, 2) for rank in range(4)] == [[0, 2], [4, 6], [1, 3], [5, 7]]
 
 
 def test_the_quickest_round_trip_sets_a_clock() -> None:
@@ -216,10 +237,9 @@ class Alone(Ranks):
 def test_on_a_made_up_gpu_weights_probes_and_steps_are_made_there(monkeypatch) -> None:
     batch = ep_plan.Batch(ep_plan.scaled_shape(SHAPE, "bf16"), 6, "power-law:1.2", 2)
     monkeypatch.setattr(ep_probes, "PAIR_BYTES", (1024,))
-    monkeypatch.setattr(ep_probes, "stream_bytes", lambda: 4096)
     with pretend_cuda.installed(monkeypatch):
         ranks = Alone(0, 1, torch.device("cuda"), None)
-        pool = ep_measure.weights_pool(ranks, [batch], 1e7)
+        pool = ep_measure.weights_pool(ranks, [batch], ep_measure.Room(1e7, 1e6, 4096))
         inputs = ep_measure.inputs_of(ranks, pool, batch, 2, 0, {})
         assert pool.is_cuda and inputs.x.is_cuda and inputs.chosen.is_cuda and inputs.copies[1].down.is_cuda
         before_ns, ahead_ns = time.perf_counter_ns(), 10**15
@@ -227,9 +247,23 @@ def test_on_a_made_up_gpu_weights_probes_and_steps_are_made_there(monkeypatch) -
         assert before_ns + ahead_ns < steps[0]["start_ns"] < steps[0]["phases"][0][2] < steps[-1]["end_ns"]
         assert [step["step"] for step in steps] == [0, 1, 2]
         assert all(len(step["phases"]) == 4 + 7 * 2 for step in steps)
-        found = list(ep_probes.probe_rows(ranks, [batch.shape], "bf16", 0.01))
+        found = list(ep_probes.probe_rows(ranks, [batch.shape], "bf16", 4096, 0.01))
     assert {row["probe"] for row in found} == {"gemm", "stream", "grouped_call", "launch", "all_to_all", "barrier"}
     assert all(row["value"] > 0 for row in found)
+
+
+def test_caches_of_all_processors_count_and_not_those_a_rank_is_bound_to(monkeypatch) -> None:
+    """Each of 4 processors has 1 MB of its own cache; a rank that is bound to one still needs copies for all."""
+    monkeypatch.setattr(machine, "cpu_list", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(machine, "cache_bytes", lambda _: 1_000_000 * len(machine.cpu_list()))
+    ranks = Ranks(0, 4, torch.device("cpu"), None)
+    ample = ep_measure.room(ranks)
+    assert ample.cache_bytes == 4_000_000
+    batch = ep_plan.Batch(ep_plan.scaled_shape("e8-k2-h256-i256", "fp32"), 16, "uniform", 1)
+    bytes_all = 8 * 3 * 256 * 256 * 4
+    assert ep_measure._n_copies(batch, 4, ample) == 1 + math.ceil(4 * 4_000_000 / bytes_all)
+    assert ep_measure._n_copies(batch, 4, ample._replace(limit_bytes=2.5 * bytes_all)) == 2
+    assert ep_measure._n_copies(batch, 4, ample._replace(limit_bytes=1.0)) == 1
 
 
 # --- the plan ---
@@ -330,6 +364,19 @@ def test_every_step_of_every_rank_is_recorded_with_its_phases(capture: Path) -> 
         for number in range(2):  # steps begin together: none has ended before the other begins
             together = [s for s in steps if (s["workload"], s["step"]) == (line["workload"], number)]
             assert max(s["start_ns"] for s in together) < min(s["end_ns"] for s in together)
+            counts = [(start, start + dur) for s in together for name, _, start, dur in s["phases"] if name == "counts"]
+            assert max(began for began, _ in counts) <= min(ended for _, ended in counts)  # each needs all the others
+
+
+def test_what_arrives_is_computed_afterwards_and_goes_home_when_it_is(capture: Path) -> None:
+    for step in lines_of(capture, ep_capture.STEPS):
+        began = {(name, chunk): start for name, chunk, start, _ in step["phases"]}
+        ended = {(name, chunk): start + dur for name, chunk, start, dur in step["phases"]}
+        for _, chunk in filter(lambda key: key[0] == "gemm1", began):
+            assert (
+                ended["dispatch", chunk] <= began["gemm1", chunk] and ended["gemm2", chunk] <= began["combine", chunk]
+            )
+            assert ended["combine", chunk] <= began["reduce", 0]
 
 
 def test_counts_are_those_of_the_chosen_experts_and_sum_to_tokens_times_top_k(capture: Path) -> None:
@@ -409,6 +456,62 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_goes_on(capture: Pat
     assert all(step["start_ns"] > last_ns for step in steps if step["workload"] in new)
 
 
+class Ended:
+    """A rank that ended with some code, or that is still there."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "said"),
+    [
+        ((0, 0), 0, ""),
+        ((1, 1), 1, "rank 0 ended with exit code 1"),  # both of the same mistake
+        ((75, -9), 1, "rank 1 was ended by signal SIGKILL"),
+        ((75, 2), 2, ""),  # which has said why
+        ((0, 75), 1, "rank 1 lost the others"),
+        ((75, None, 75), 1, "rank 1 does not answer"),
+    ],
+)
+def test_one_sentence_says_which_rank_ended_how(codes, code, said, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(expert_parallel, "PATIENCE_S", 0.0)
+    assert expert_parallel._watch([Ended(of_rank) for of_rank in codes]) == code
+    words = capsys.readouterr().err
+    assert (words.count("\n"), said in words) == (bool(said), True)
+
+
+def test_a_collective_that_times_out_is_a_rank_that_is_lost() -> None:
+    assert expert_parallel._is_lost(RuntimeError("Wait timeout"))
+    assert not expert_parallel._is_lost(RuntimeError("CUDA out of memory"))
+
+
+def test_ranks_whose_starter_is_gone_begin_no_more_batches() -> None:
+    for parent, is_over in ((os.getppid(), False), (os.getpid(), True)):
+        one = ep_measure.Collection.__new__(ep_measure.Collection)
+        one.order = ep_measure.Order(Path(), request(), {}, 1.0, 0.0, parent)
+        one.deadline = time.monotonic() + 60
+        assert one.is_over() == one.is_left_alone() == is_over
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to find the ranks in")
+def test_who_is_asked_to_end_ends_the_ranks_first(tmp_path: Path) -> None:
+    words = command(tmp_path / "new", "--ranks", "2", "--device", "cpu")
+    one = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    ranks: list[str] = []
+    while len(ranks) < 2:
+        assert one.poll() is None
+        ranks = Path(f"/proc/{one.pid}/task/{one.pid}/children").read_text().split()
+        time.sleep(0.01)
+    one.terminate()
+    _, said = one.communicate(timeout=30)
+    assert one.returncode == 130 and "interrupted; the same command continues" in said
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
 # --- what is refused ---
 
 
@@ -443,7 +546,7 @@ def test_a_folder_of_something_else_or_of_other_settings_is_refused(tmp_path: Pa
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "notes.txt").write_text("mine")
     assert cli.main(["expert-parallel", "--device", "cpu", "--out", str(tmp_path / "strange")]) == 2
-    assert "holds 'notes.txt' and no capture" in capsys.readouterr().err
+    assert "holds 'notes.txt' and no expert_parallel.json" in capsys.readouterr().err
     words = ["expert-parallel", "--device", "cpu", "--out", str(tmp_path / "new"), "--steps"]
     monkeypatch.setattr(expert_parallel, "_start", lambda *_: 0)
     settings = ep_capture.settings_of(
@@ -470,6 +573,10 @@ def test_steps_of_a_batch_that_was_cut_off_go_and_counts_that_do_not_sum_are_ref
         (line["workload"], r) for r in (0, 1)
     ]
     assert ep_capture.time_base_ns(tmp_path) == 9 + ep_capture.LEAST_GAP_NS
+    (tmp_path / store.PROFILES / line["workload"] / "rank-0.trace.json.gz.part").mkdir(parents=True)
+    with pytest.raises(InputError, match="gz cannot be written"):
+        ep_capture.add_profile(tmp_path, line, [{}, {}])
+    assert not ep_capture.has_profile(tmp_path, line, 2)
     with pytest.raises(InputError, match="expected 2 each"):
         ep_capture.add(tmp_path, batch, [0] * 8, [[1] * 8, rows[1]], steps)
     assert len(lines_of(tmp_path, store.WORKLOADS)) == 1

@@ -14,6 +14,8 @@ from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile, Quantity, hardware
 from perfmodel.latency import load_model
 from perfmodel.moe import MoEShape, shape
+from perfmodel.physics.blas import FP32_DEFAULTS
+from perfmodel.physics.tiled import TiledConstants
 from perfmodel.placement.balance import map_of_slots
 from perfmodel.placement.eplb import rebalance
 from perfmodel.predict import basis_of, predict
@@ -33,7 +35,7 @@ from perfmodel.schedule import (
     traffic_of,
 )
 from perfmodel.schedule.closed import all_to_all_ns, chunk_rows, sent_rows
-from perfmodel.schedule.costs import EXPERTS, compute_ns, link_ns
+from perfmodel.schedule.costs import EXPERTS, compute_ns, link_ns, operator_ns
 from perfmodel.schedule.traffic import layer_shares_of, traffic_from_shares
 
 SXM = hardware("h100-sxm")
@@ -206,6 +208,25 @@ def test_the_bottleneck_is_the_phase_whose_shortening_helps_most() -> None:
     slow = replace(layer, fabric=Fabric(8, 8, Link(0.0, 1e9)))
     assert layer_timeline(slow, "chunked", kept).bottleneck in ("dispatch", "combine")
     assert layer_timeline(slow, "chunked", kept).latency_ns < layer_timeline(slow, "bulk", kept).latency_ns * 1.2
+
+
+def test_fixed_time_and_moving_of_rows_go_to_phases_by_what_a_layer_of_a_cpu_was_counted_to_do() -> None:
+    known = {"fp32_gemm_flops_per_s": 1e11, "memory_stream_bytes_per_s": 2e10, "n_cores_count": 1.0}
+    cpu = replace(LINKED, device="cpu", quantities={k: Quantity(v, "assumed", "made up") for k, v in known.items()})
+    one = MoEShape("made-up", n_experts=64, top_k=8, hidden=256, inter=128, dtype="fp32")
+    layer = layer_of(traffic_of("uniform", one, 1, 100), one, cpu)
+    found = {name: float(ns[0]) for name, ns in layer.compute_ns.items()}
+    fixed_ns, passes = FP32_DEFAULTS.layer_ns, FP32_DEFAULTS.row_passes
+    row_ns = passes * 100 * 8 * 4 / 2e10 * 1e9  # of each value of a row: 800 rows, 4 bytes
+    token_ns = 2 * 100 * one.hidden * 4 / 2e10 * 1e9
+    assert operator_ns(layer) == pytest.approx(fixed_ns / 14)
+    assert found["permute"] == pytest.approx(fixed_ns * 5 / 14 + row_ns * one.hidden * 2 / 5)
+    assert found["activation"] == pytest.approx(fixed_ns * 2 / 14 + row_ns * one.inter)
+    assert found["reduce"] == pytest.approx(fixed_ns * 4 / 14 + row_ns * one.hidden * 3 / 5 + token_ns)
+    gate_ns = 2 * 100 * one.hidden * one.n_experts / 1e11 * 1e9 + FP32_DEFAULTS.score_ns * 100 * one.n_experts
+    assert found["gate"] == pytest.approx(fixed_ns * 3 / 14 + gate_ns)
+    gpu = layer_of(traffic_of("uniform", SMALL, 1, 100))
+    assert operator_ns(gpu) == 0 and gpu.compute_ns["gate"][0] > TiledConstants().layer_ns
 
 
 @pytest.mark.parametrize("name", ["olmoe", "mixtral-8x7b"])

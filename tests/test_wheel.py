@@ -30,6 +30,7 @@ def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:
     for wanted in ("collectors/__main__.py", "app/main.py", "app/.streamlit/config.toml"):
         assert f"perfmodel/{wanted}" in names
     assert any(name.startswith("perfmodel/traces/") and name.endswith("capture.json") for name in names)
+    assert sum(name.startswith("perfmodel/traces/") and name.endswith("/expert_parallel.json") for name in names) == 2
     assert not any("__pycache__" in name for name in names)
 
 

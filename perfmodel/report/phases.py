@@ -115,7 +115,15 @@ def efficiency_page(captures: Sequence[EpCapture]) -> str | None:
         )
         last = what
     head = "overlap efficiency O_e = T(2) / T(N), the same tokens on each rank: 1 where more ranks cost nothing"
-    lines = [head, table(rows, ["shape", "tokens", "routing", "schedule", "ranks N", "T(2)", "T(N)", "O_e"])]
+    detail = table(rows, ["shape", "tokens", "routing", "schedule", "ranks N", "T(2)", "T(N)", "O_e"])
+    lines = [
+        head,
+        "",
+        "median over shapes and routings, least to most, of how many",
+        _efficiency_by_tokens(found),
+        "",
+        detail,
+    ]
     for one in captures:
         settings, cores = one.manifest.settings, one.manifest.machine.get("n_cores")
         if settings.device == "cpu" and isinstance(cores, int) and one.n_ranks * (settings.threads or 1) > cores:
@@ -126,8 +134,22 @@ def efficiency_page(captures: Sequence[EpCapture]) -> str | None:
     return "\n".join(lines)
 
 
+def _efficiency_by_tokens(found: pl.DataFrame) -> str:
+    """O_e by tokens and schedule: the median over shapes and routings, and the least and the most."""
+    value = pl.col("overlap_efficiency")
+    by = ["capture", "n_ranks", "tokens_per_gpu"]
+    groups = found.group_by(*by, "way").agg(median=value.median(), low=value.min(), high=value.max(), n=pl.len())
+    ways = sorted(found["way"].unique().to_list())
+    cells = {tuple(key): f"{median:.2f} ({low:.2f} to {high:.2f}, {n})" for *key, median, low, high, n in groups.rows()}
+    rows = [
+        [name, str(n), text.count(tokens), *(cells.get((name, n, tokens, way), "") for way in ways)]
+        for name, n, tokens in groups.select(by).unique().sort(by).rows()
+    ]
+    return table(rows, ["capture", "ranks", "tokens", *ways])
+
+
 def _json(beside: "Beside", chosen: Sequence[EpWorkload] | None) -> dict[str, Any]:
-    from perfmodel.schedule.captured import errors_of, last_at_combine, with_factors
+    from perfmodel.schedule.captured import errors_of, last_at_combine, late_collectives, with_factors
 
     capture, settings = beside.capture, beside.capture.manifest.settings
     ids = [one.workload for one in (capture.measured if chosen is None else chosen)]
@@ -154,7 +176,9 @@ def _json(beside: "Beside", chosen: Sequence[EpWorkload] | None) -> dict[str, An
         "machine": {key: one.value for key, one in beside.profile.quantities.items()},
         "workloads": [rows[name] | of(name) for name in ids if name in rows],
         "errors": beside.errors.to_dicts(),
+        "noise": beside.noise.to_dicts(),
         "errors_with_factors": errors_of(with_factors(beside.table)).to_dicts(),
+        "late_collectives": late_collectives(beside).to_dicts(),
         "last_at_combine": last_at_combine(beside).to_dicts(),
     }
 
@@ -166,7 +190,7 @@ def _facts(beside: "Beside") -> pl.DataFrame:
 
 
 def _coverage(beside: "Beside", model: str | None) -> list[str]:
-    from perfmodel.schedule.probed import ranks_at_once
+    from perfmodel.schedule.probed import crowds
 
     capture, settings = beside.capture, beside.capture.manifest.settings
     measured, n_steps = capture.measured, ep_steps.latencies(capture)["n_steps"].to_list()
@@ -175,15 +199,13 @@ def _coverage(beside: "Beside", model: str | None) -> list[str]:
     cores = capture.manifest.machine.get("n_cores")
     of_cores = f" on {text.counted(cores, 'core')}" if settings.device == "cpu" and isinstance(cores, int) else ""
     left = len(capture.workloads) - len(measured)
-    at_once = ranks_at_once(capture)
-    crowd = "" if at_once is None else f"; cores hold {at_once:g} ranks at once"
-    clock_ns, numbers = capture.clock_error_ns, beside.profile.quantities
-    machine = [
-        text.counted(int(one.value), _short(key).removeprefix("n ").removesuffix("s"))
-        if key.endswith("_count")
-        else f"{text.in_unit(one.value, _suffix(key))} {_short(key)}"
-        for key, one in numbers.items()
+    shared = [
+        f"cores of ranks {', '.join(map(str, one.ranks))} hold {one.at_once:g} at once" for one in crowds(capture)
     ]
+    crowd = "".join(f"; {words}" for words in shared)
+    clock_ns, numbers = capture.clock_error_ns, beside.profile.quantities
+    rates = {key: one for key, one in numbers.items() if not key.endswith("count")}
+    machine = [text.in_unit(one.value, _suffix(key)) + f" {_short(key)}" for key, one in rates.items()]
     return [
         f"{capture.name}: {text.counted(capture.n_ranks, 'rank')}{threads}{of_cores}, {settings.backend} on "
         f"{settings.device}, {capture.dtype}",
@@ -200,7 +222,7 @@ def _coverage(beside: "Beside", model: str | None) -> list[str]:
 
 
 def _suffix(key: str) -> str:
-    return next(s for s in ("flops_per_s", "bytes_per_s", "count", "ns") if key.endswith(s))
+    return next(s for s in ("flops_per_s", "bytes_per_s", "ns") if key.endswith(s))
 
 
 def _short(key: str) -> str:
@@ -234,13 +256,15 @@ def _summary(beside: "Beside") -> str:
 def _errors(beside: "Beside") -> str:
     from perfmodel.schedule.captured import errors_of, with_factors
 
-    seen = {row["phase"]: row for row in errors_of(with_factors(beside.table)).iter_rows(named=True)}
+    held_out = {row["phase"]: row for row in errors_of(with_factors(beside.table)).iter_rows(named=True)}
+    noise = {row["phase"]: row for row in beside.noise.iter_rows(named=True)}
     rows = []
     for row in beside.errors.iter_rows(named=True):
-        held = seen.get(row["phase"], {})
-        errors = [text.frac(one.get(key)) for one in (row, held) for key in ("median_error_frac", "p90_error_frac")]
+        told = (row, noise.get(row["phase"], {}), held_out.get(row["phase"], {}))
+        errors = [text.frac(one.get(key)) for one in told for key in ("median_error_frac", "p90_error_frac")]
         rows.append([row["phase"], str(row["n"]), ratio(row["median_ratio"]), *errors])
-    return table(rows, ["phase", "n", "predicted/measured", "median", "p90", "median with a factor", "p90"])
+    head = ["phase", "n", "predicted/measured", "median", "p90", "half of steps", "p90", "with a factor", "p90"]
+    return table(rows, head)
 
 
 def _totals(beside: "Beside") -> str:
@@ -289,7 +313,8 @@ def _waits(beside: "Beside", only: EpWorkload | None = None) -> str:
 
 def _misses(beside: "Beside") -> list[str]:
     """Where predicted and measured time part most, as sentences."""
-    from perfmodel.schedule.captured import last_at_combine
+    from perfmodel.schedule.captured import last_at_combine, late_collectives
+    from perfmodel.schedule.probed import SLICE_NS
 
     off = {name: said - seen for name, seen, said in _totals_of(beside) if name != "latency" and seen is not None}
     worst = sorted(off, key=lambda name: -abs(off[name]))[:N_MISSES]
@@ -300,6 +325,11 @@ def _misses(beside: "Beside") -> list[str]:
         right = int((found["predicted_rank"] == found["measured_rank"]).sum())
         lines.append(
             f"the rank that all wait for at combine is the predicted one in {right} of {found.height} workloads in bulk"
+        )
+    for phase, n, late_frac, prompt_ratio in late_collectives(beside).iter_rows():
+        lines.append(
+            f"{phase} in bulk: {late_frac:.0%} of {n} end more than {text.ns(SLICE_NS / 2)} later than predicted; the "
+            f"prediction is {ratio(prompt_ratio)} of the others"
         )
     said = {name: time_ns for name, _, time_ns in _totals_of(beside)}
     if "sharing" in said:

@@ -21,11 +21,11 @@ from perfmodel.text import NS_PER_S
 
 from . import layer_timeline
 from .closed import all_to_all_ns
-from .costs import BEFORE, EXPERTS, Layer, link_ns
+from .costs import BEFORE, EXPERTS, Layer, link_ns, operator_ns
 from .fabric import fabric_of
 from .measures import overlap_efficiency
 from .overheads import Overheads
-from .probed import profile_of, ranks_at_once
+from .probed import SLICE_NS, Crowd, crowds, profile_of
 from .timeline import LayerTimeline
 from .traffic import Traffic, expected_tokens
 
@@ -44,9 +44,11 @@ LATENCY = "latency"  # of a whole step, among the phases
 SHARING = "sharing"  # what waiting for cores adds, which no phase is measured to be
 
 
-# Times that the hidden values of a received row are read or written to bring rows into the order of experts and back:
-# two gathers. Counted, not fitted.
-REGROUP_PASSES = 4
+# What an engine does besides, counted in the layer that is run (collectors/ep_layer.py). Hidden values of received rows
+# are read or written so often to bring them into the order of experts and back: two gathers; small operators around
+# them in each chunk (copy, range, repeat twice, sort, sum, cumulate, convert, two gathers), and around the exchange of
+# counts (zero, join, subtract, convert, join, stack, sum, copy to a list, and a sum for each rank).
+REGROUP_PASSES, REGROUP_OPERATORS, COUNTS_OPERATORS = 4, 10, 8
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Beside:
         1|, and `median_ratio` of predicted over measured."""
         return errors_of(self.table)
 
+    @cached_property
+    def noise(self) -> pl.DataFrame:
+        """The same of what even steps say of odd ones: what nobody can predict better from so few steps."""
+        return noise_of(self.capture)
+
 
 def layer_of(workload: EpWorkload, profile: HardwareProfile, model: LatencyModel | None = None) -> Layer:
     """The layer that a workload ran, on ranks of a profile."""
@@ -116,20 +123,25 @@ def predict_step(
     n_counts: int = 0,
     *,
     regroups: bool = False,
-    at_once: float | None = None,
+    shared: Sequence[Crowd] = (),
 ) -> Predicted:
-    """What the model says of a step whose ranks exchange counts of rows `n_counts` times, and may regroup rows.
+    """What the model says of a step whose ranks exchange counts of rows `n_counts` times, and may regroup rows;
+    `shared` are the ranks that share cores.
 
     The probe's latency holds what starting a collective takes. Rows are sent as they are, and CPU ranks launch nothing.
     """
     overheads = Overheads(n_launches=0, host_launch_ns=0.0, collective_ns=0.0, n_chunks=n_chunks)
-    one = all_to_all_ns(layer, np.zeros((layer.traffic.n_gpus,) * 2), overheads)
-    moved = REGROUP_PASSES * layer.traffic.received.sum(axis=1) * layer.row_bytes if regroups else 0.0
-    regroup = np.zeros(layer.traffic.n_gpus) + moved / layer.basis.device.roof.bytes_per_s * NS_PER_S
+    n_ranks, small_ns = layer.traffic.n_gpus, operator_ns(layer)
+    one = all_to_all_ns(layer, np.zeros((n_ranks,) * 2), overheads)
+    one += (COUNTS_OPERATORS + n_ranks) * small_ns * max((crowd.per_core for crowd in shared), default=1.0)
+    regroup = np.zeros(n_ranks)
+    if regroups:
+        moved = REGROUP_PASSES * layer.traffic.received.sum(axis=1) * layer.row_bytes
+        regroup += moved / layer.basis.device.roof.bytes_per_s * NS_PER_S + REGROUP_OPERATORS * small_ns * n_chunks
     found = Predicted(layer_timeline(layer, schedule, overheads), n_counts * one, regroup)
-    if at_once is None:
+    if not shared:
         return found
-    return replace(found, sharing_ns=sharing_ns(layer, found.compute_ns, at_once))
+    return replace(found, sharing_ns=sharing_ns(layer, found.compute_ns, shared))
 
 
 def on_cores_ns(work_ns: Array, at_once: float) -> float:
@@ -139,25 +151,30 @@ def on_cores_ns(work_ns: Array, at_once: float) -> float:
     return float((np.diff(np.sort(work_ns), prepend=0.0) * np.maximum(1.0, n_left / at_once)).sum())
 
 
-def sharing_ns(layer: Layer, compute: dict[str, Array], at_once: float) -> float:
+def sharing_ns(layer: Layer, compute: dict[str, Array], shared: Sequence[Crowd]) -> float:
     """What sharing cores adds to a step, each of whose parts between two collectives lasts until the last rank is done,
     while its collectives move bytes by the same cores."""
     n_ranks = layer.traffic.n_gpus
+
+    def done_ns(work_ns: Array) -> float:
+        return max(float(work_ns.max()), *(on_cores_ns(work_ns[list(one.ranks)], one.at_once) for one in shared))
+
     parts = [BEFORE, (*EXPERTS, REGROUP), ("reduce",)]
     work = [np.asarray(sum(compute.get(name, np.zeros(n_ranks)) for name in part)) for part in parts]
-    added = sum(on_cores_ns(one, at_once) - float(one.max()) for one in work)
+    added = sum(done_ns(one) - float(one.max()) for one in work)
     # The probe's ranks were all as busy: a rank's own bytes take as much less time as it had more than its own cores.
     away = layer.traffic.rows_between * (1 - np.eye(n_ranks))
     moved = (away.sum(axis=0) + away.sum(axis=1)) / 2 * layer.row_bytes * layer.fabric.inside.ns_per_byte
-    own = moved * min(1.0, at_once / n_ranks)
-    return added + 2 * (on_cores_ns(own, at_once) - float(link_ns(layer, layer.traffic.rows_between).max()))
+    for one in shared:
+        moved[list(one.ranks)] /= one.per_core
+    return added + 2 * (done_ns(moved) - float(link_ns(layer, layer.traffic.rows_between).max()))
 
 
 def set_beside(capture: EpCapture, model: LatencyModel | None = None) -> Beside:
     """Every measured workload of a capture beside the model's prediction; raises InputError where probes are missing or
     the model is of another kind of device."""
     profile = profile_of(capture)
-    at_once = ranks_at_once(capture)
+    shared = crowds(capture)
     phase, chunk = pl.col("phase"), pl.col("chunk")
     engine = capture.steps.group_by("workload").agg(
         n_counts=chunk.filter(phase == "counts").n_unique(), regroups=(phase == REGROUP).any()
@@ -165,7 +182,7 @@ def set_beside(capture: EpCapture, model: LatencyModel | None = None) -> Beside:
     does = engine.rows_by_key("workload", named=True, unique=True)
     predicted = {
         one.workload: predict_step(
-            layer_of(one, profile, model), one.schedule, one.n_chunks, at_once=at_once, **does.get(one.workload, {})
+            layer_of(one, profile, model), one.schedule, one.n_chunks, shared=shared, **does.get(one.workload, {})
         )
         for one in capture.measured
     }
@@ -192,6 +209,17 @@ def errors_of(table: pl.DataFrame) -> pl.DataFrame:
             median_ratio=ratio.median(),
         )
     )
+
+
+def noise_of(capture: EpCapture) -> pl.DataFrame:
+    """`errors_of` for a prediction of each workload's odd steps that is its even steps; empty where it has one step."""
+    half = pl.col("step") % 2
+    even, odd = (
+        _measured(replace(capture, steps=capture.steps.filter(half == n), ends=capture.ends.filter(half == n)))
+        for n in (0, 1)
+    )
+    both = odd.join(even.rename({"measured_ns": "predicted_ns"}), on=["workload", "phase", "rank"], nulls_equal=True)
+    return errors_of(both)
 
 
 def summary(beside: Beside) -> pl.DataFrame:
@@ -267,6 +295,23 @@ def last_at_combine(beside: Beside) -> pl.DataFrame:
     schema = {"workload": pl.String, "predicted_rank": pl.Int64, "predicted_skew_ns": pl.Float64}
     table = pl.DataFrame(rows, schema=schema, orient="row")
     return table.join(ranks, on="workload", maintain_order="left").join(skews, on="workload", maintain_order="left")
+
+
+def late_collectives(beside: Beside) -> pl.DataFrame:
+    """How often do collectives in bulk wait for more than bytes: by `phase`, `n` of all steps, `late_frac` that end
+    more than half a time slice after the prediction, and of the others the median `prompt_ratio` of predicted over
+    measured (null without)."""
+    bulk = [one.workload for one in beside.capture.measured if one.schedule == "bulk"]
+    said = beside.table.filter(pl.col("workload").is_in(bulk)).select("workload", "phase", "predicted_ns")
+    phase, took, expected = pl.col("phase"), pl.col("transfer_ns"), pl.col("predicted_ns")
+    each = ep_steps.collectives(beside.capture).with_columns(phase.cast(pl.String)).filter(took > 0)
+    is_late = took > expected + SLICE_NS / 2
+    return (
+        each.join(said, on=["workload", "phase"])
+        .group_by("phase")
+        .agg(n=pl.len(), late_frac=is_late.mean(), prompt_ratio=(expected / took).filter(~is_late).median())
+        .sort(phase.replace_strict({name: at for at, name in enumerate(COMMUNICATION)}))
+    )
 
 
 def overlap_efficiencies(captures: Sequence[EpCapture]) -> pl.DataFrame:

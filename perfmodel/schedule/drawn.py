@@ -49,7 +49,8 @@ def measured(capture: EpCapture, workload: EpWorkload) -> Panel:
         lane=pl.when(pl.col("phase").is_in(list(COMMUNICATION))).then(pl.lit(MOVING)).otherwise(pl.lit("compute")),
     )
     spans = tuple(Span(*row) for row in rows.select("rank", "lane", "phase", "start_ns", "dur_ns", "chunk").iter_rows())
-    title = f"measured on {text.counted(capture.n_ranks, 'rank')}, {text.ns(latency_ns)}: step {step}, the one closest to the median of {steps.height}"
+    ranks = text.counted(capture.n_ranks, "rank")
+    title = f"measured on {ranks}, {text.ns(latency_ns)}: step {step}, the one closest to the median of {steps.height}"
     return Panel(title, float(latency_ns), capture.n_ranks, spans)
 
 
@@ -60,10 +61,9 @@ def predicted(beside: Beside, workload: EpWorkload) -> Panel:
     own = found.timeline
     more = {"counts": found.counts_ns, "regroup": float(found.regroup_ns.max()), "sharing cores": found.sharing_ns}
     said = ", ".join(f"{name} {text.ns(ns)}" for name, ns in more.items() if ns)
-    title = (
-        f"predicted on {text.counted(len(own.end_ns), 'rank')}, {text.ns(found.latency_ns)}: drawn {text.ns(own.latency_ns)}"
-        + (f"; {said}" if said else "")
-    )
+    ranks = text.counted(len(own.end_ns), "rank")
+    title = f"predicted on {ranks}, {text.ns(found.latency_ns)}: drawn {text.ns(own.latency_ns)}"
+    title += f"; {said}" if said else ""
     spans = tuple(
         one._replace(lane=MOVING) if one.lane == "send" else one for one in own.spans if one.lane != "receive"
     )

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -43,13 +44,35 @@ def profile_of(capture: EpCapture) -> HardwareProfile:
     return HardwareProfile(capture.name, f"{title}, one of {n_ranks}", device, found)
 
 
-def ranks_at_once(capture: EpCapture) -> float | None:
-    """How many ranks the cores of the machine hold at once; null where all have their own, or nobody says."""
+@dataclass(frozen=True)
+class Crowd:
+    """Ranks on the same cores of a CPU, which hold `at_once` of them, fewer than there are."""
+
+    ranks: tuple[int, ...]
+    at_once: float
+
+    @property
+    def per_core(self) -> float:
+        """How many ranks there are for what one of them uses."""
+        return len(self.ranks) / self.at_once
+
+
+def crowds(capture: EpCapture) -> tuple[Crowd, ...]:
+    """Which ranks share cores: those bound to the same processors, all of them where they are not bound; none where
+    every rank has its own, or nobody says."""
+    from scipy.sparse.csgraph import connected_components
+
     settings, n_cores = capture.manifest.settings, capture.manifest.machine.get("n_cores")
     if settings.device != "cpu" or not isinstance(n_cores, int) or n_cores < 1 or settings.threads is None:
-        return None
-    found = n_cores / settings.threads
-    return found if found < settings.n_ranks else None
+        return ()
+    cpus = capture.manifest.cpus_of_ranks
+    if not cpus or not all(cpus):
+        cpus = [list(range(n_cores))] * settings.n_ranks
+    shared = [[bool(set(a) & set(b)) for b in cpus] for a in cpus]
+    _, group_of = connected_components(np.array(shared))
+    groups = [tuple(np.flatnonzero(group_of == group).tolist()) for group in np.unique(group_of)]
+    found = [Crowd(ranks, len({cpu for rank in ranks for cpu in cpus[rank]}) / settings.threads) for ranks in groups]
+    return tuple(one for one in found if one.per_core > 1)
 
 
 def link_of(capture: EpCapture) -> tuple[float, float]:
@@ -81,7 +104,7 @@ def _fastest(capture: EpCapture, probe: str) -> tuple[float, str]:
     Where ranks take turns on cores, a call that ends within a time slice saw its core, and one that would take longer
     than a slice of its own its share of it. Calls between the two say nothing, unless there are no others.
     """
-    crowd = capture.n_ranks / (ranks_at_once(capture) or capture.n_ranks)
+    crowd = max((one.per_core for one in crowds(capture)), default=1.0)
     known: list[tuple[bool, float, str]] = []
     rates = _together(capture, probe).group_by("params", maintain_order=True).agg(pl.col("value").median())
     for words, rate in rates.iter_rows():
