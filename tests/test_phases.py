@@ -176,6 +176,8 @@ def test_a_workload_is_the_same_work_in_every_folder_whatever_its_id_there(tmp_p
     found = json.loads(run(str(two.path), str(four.path), "--workload", "2", "--json"))["captures"]
     assert [one["workloads"][0]["shape"] for one in found] == ["made-up-a", "made-up-a"]
     assert [one["workloads"][0]["workload"] for one in found] == ["w0c", "w1c"]
+    page = run(str(two.path), str(four.path), "--workload", "2").split("T(2)")[-1]
+    assert "made-up-a" in page and "made-up-b" not in page
     other = write_model_made(tmp_path / "other", SHAPES[2:], n_ranks=4)
     with pytest.raises(InputError, match="other has no workload like w0c of two: made-up-a, 64 tokens"):
         run(str(two.path), str(other.path), "--workload", "w0c")

@@ -46,5 +46,5 @@ def phases(
         pages = [report.workload_page(beside, one) for beside, one in zip(found, chosen, strict=True)]
     else:
         pages = [report.phases_page(beside, model) for beside in found]
-    efficiency = report.efficiency_page(captures)
+    efficiency = report.efficiency_page(captures, chosen)
     print_words("\n\n".join([*pages, *([efficiency] if efficiency else [])]))

@@ -86,14 +86,16 @@ def workload_page(beside: "Beside", workload: EpWorkload) -> str:
     return "\n".join(lines)
 
 
-def efficiency_page(captures: Sequence[EpCapture]) -> str | None:
-    """O_e of workloads that captures of several numbers of ranks share, and why there is none where there is none; null
-    for a single capture."""
+def efficiency_page(captures: Sequence[EpCapture], only: Sequence[EpWorkload] | None = None) -> str | None:
+    """O_e of workloads that captures of several numbers of ranks share (null `only`: of all), and why there is none
+    where there is none; null for a single capture."""
     from perfmodel.schedule.captured import overlap_efficiencies
 
     if len(captures) == 1:
         return None
     found = overlap_efficiencies(captures)
+    if only is not None:
+        found = found.filter(pl.col("workload").is_in([one.workload for one in only]))
     if not found.height:
         return wrapped(
             "no overlap efficiency: it needs captures of 2 and of more ranks with workloads of the same shape, tokens "
