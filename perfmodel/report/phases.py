@@ -87,15 +87,17 @@ def workload_page(beside: "Beside", workload: EpWorkload) -> str:
 
 
 def efficiency_page(captures: Sequence[EpCapture], only: Sequence[EpWorkload] | None = None) -> str | None:
-    """O_e of workloads that captures of several numbers of ranks share (null `only`: of all), and why there is none
-    where there is none; null for a single capture."""
+    """O_e of workloads that captures of several numbers of ranks share, of `only` one of each or (null) all, and why
+    there is none where there is none; null for a single capture."""
     from perfmodel.schedule.captured import overlap_efficiencies
 
     if len(captures) == 1:
         return None
     found = overlap_efficiencies(captures)
     if only is not None:
-        found = found.filter(pl.col("workload").is_in([one.workload for one in only]))
+        pairs = [(capture.name, one.workload) for capture, one in zip(captures, only, strict=True)]
+        wanted = pl.DataFrame(pairs, schema=["capture", "workload"], orient="row")
+        found = found.join(wanted, on=["capture", "workload"], how="semi", maintain_order="left")
     if not found.height:
         return wrapped(
             "no overlap efficiency: it needs captures of 2 and of more ranks with workloads of the same shape, tokens "
