@@ -68,7 +68,16 @@ def dtypes(words: str) -> tuple[str, ...]:
 
 def token_counts(words: str) -> tuple[int, ...]:
     """Numbers of tokens separated by commas, ascending."""
-    return tuple(sorted({count("a number of tokens")(name) for name in names(words)}))
+    return _counts("a number of tokens", words)
+
+
+def piece_counts(words: str) -> tuple[int, ...]:
+    """Numbers of pieces separated by commas, ascending."""
+    return _counts("a number of pieces", words)
+
+
+def _counts(what: str, words: str) -> tuple[int, ...]:
+    return tuple(sorted({count(what)(name) for name in names(words)}))
 
 
 def routings(words: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import NoReturn
 from perfmodel.errors import InputError, first_line
 
 from . import ep_capture, ep_plan, machine
-from .arguments import count, minutes, names, require_torch, routings, seed, token_counts
+from .arguments import count, minutes, names, piece_counts, require_torch, routings, seed, token_counts
 from .ep_plan import Request, plan
 from .plan import DEVICES, DTYPES
 from .workers import PACKAGE, environment, how_it_ended
@@ -44,7 +44,7 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--routing-file", action="append", default=[], metavar="FILE[#KEY][@LAYER]",
                      help="measured counts, for shapes of as many experts; may be given again")  # fmt: skip
     one.add_argument(
-        "--chunks", type=token_counts, default=ep_plan.CHUNKS, help="tokens go in so many pieces, too: 2,4"
+        "--chunks", type=piece_counts, default=ep_plan.CHUNKS, help="tokens go in so many pieces, too: 2,4"
     )
     one.add_argument("--steps", type=count("--steps"), default=ep_plan.N_STEPS, help="timed steps of each batch")
     one.add_argument("--minutes", type=minutes, default=ep_plan.MINUTES, help="time budget; the same command goes on")

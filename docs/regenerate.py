@@ -171,6 +171,8 @@ if __name__ == "__main__":
     from perfmodel.schedule.flashmoe_page import write as write_flashmoe
     from perfmodel.trimoe.study_page import write as write_trimoe
 
+    if sys.argv[1:] not in ([], ["pages"], ["readme"]):
+        sys.exit(__doc__)
     if not sys.argv[1:]:
         write_accuracy(fit_captures(), fit_published())
         write_golden_predictions()

@@ -211,6 +211,23 @@ class EpCapture:
         return sorted(path for path in (self.path / PROFILES).glob("*") if path.is_dir())
 
 
+def same_work(captures: Sequence[EpCapture], word: str) -> list[EpWorkload]:
+    """The workload that `word` chooses in the first capture that knows it, and in the others the one of the same shape,
+    tokens, routing and schedule, whatever its id there; raises InputError where a capture has none."""
+    knows = next((one for one in captures if any(w.workload.startswith(word) for w in one.measured)), captures[0])
+    chosen = knows.choose(word)
+    found = []
+    for capture in captures:
+        alike = [one for one in capture.measured if (one.moved, one.way) == (chosen.moved, chosen.way)]
+        if not alike:
+            raise InputError(
+                f"{capture.name} has no workload like {chosen.workload} of {knows.name}: {chosen.shape}, "
+                f"{chosen.tokens_per_gpu} tokens a rank, {chosen.routing}, {chosen.way}"
+            )
+        found.append(chosen if capture is knows else alike[0])
+    return found
+
+
 def is_ep_capture(path: str | Path) -> bool:
     """Whether a folder is a capture of an expert-parallel layer."""
     return (Path(path) / EP_MANIFEST).is_file()

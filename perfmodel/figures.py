@@ -1,6 +1,7 @@
 """Tables and records in, Plotly figures out; the dashboard and reports draw nothing else."""
 
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,19 @@ from perfmodel.launch import LaunchMetrics
 from perfmodel.physics import PARTS, ceilings
 from perfmodel.predict import Prediction
 from perfmodel.roofline import tiers
-from perfmodel.schedule import LANES, PHASES, LayerTimeline
+from perfmodel.schedule.drawn import DRAWN_LANES, DRAWN_PHASES, Panel
+from perfmodel.schedule.timeline import Span
 
 # Okabe-Ito, readable without colour vision; order of use.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 BAND_FRAC = 0.10  # the parity plot's grey band
 MAX_POINTS = 5000
+MAX_GPUS = 16  # of more, a Gantt is too tall to be seen at once
+PANEL_GAP = 70  # pixels between panels of a Gantt: ticks and a title
+HOW_TO_READ = (
+    "A gap in compute is waiting. Thinner bars: phases that are under way together. Dashed: the end of what is drawn."
+)
 LINEAR_UP_TO = 15  # slowdowns above this make a linear axis hide the small ones
 
 _TIME_DECADES_NS = (
@@ -290,39 +297,85 @@ def coverage(expert_frac: Sequence[float], token_frac: Sequence[float]) -> go.Fi
     return figure.update_layout(showlegend=False, height=320, margin={"b": 48})
 
 
-def gantt(timelines: Sequence[LayerTimeline]) -> go.Figure:
-    """Who does what when in one MoE layer: a panel for each schedule on one time axis, a row for each GPU and lane.
+def gantt(panels: Sequence[Panel], title: str = "One MoE layer", member: str = "GPU") -> go.Figure:
+    """Who does what when in one MoE layer: panels on one time axis, a row for each GPU (`member`) and lane.
 
-    What a GPU computes stands above what it sends and receives. Where a lane has several phases under way together, as
-    in a fused kernel, later ones are drawn thinner, over the earlier.
+    Where a lane has several phases under way together, as in a fused kernel, later ones are drawn thinner, over the
+    earlier. Of more than MAX_GPUS GPUs those are drawn that compute most, and as many that compute least.
     """
+    n_all = max(one.n_gpus for one in panels)
+    drawn = sorted(range(n_all), key=lambda gpu: (-sum(one.busy_ns(gpu) for one in panels), gpu))
+    head = [title]
+    if n_all > MAX_GPUS:
+        half = MAX_GPUS // 2
+        drawn = drawn[:half] + drawn[-half:]
+        head.append(
+            f"Of {n_all} {member}s those {half} are drawn that compute most, and those {half} that compute least."
+        )
+    kept = {gpu: [f"{member} {gpu} {lane}" for lane in DRAWN_LANES] for gpu in sorted(drawn)}
+    spans = [[span for span in one.spans if span.gpu in kept] for one in panels]
+    used = [{f"{member} {span.gpu} {span.lane}" for span in own} for own in spans]
+    labels = [[label for lanes in kept.values() for label in lanes if label in own] for own in used]
+    heights = [18 * max(len(own), 1) for own in labels]
+    height = sum(heights) + PANEL_GAP * (len(panels) - 1)
     figure = make_subplots(
-        rows=len(timelines),
+        rows=len(panels),
         shared_xaxes=True,
-        vertical_spacing=0.12 / len(timelines),
-        subplot_titles=[literal(f"{one.schedule}, {text.ns(one.latency_ns)}") for one in timelines],
+        row_heights=heights,
+        vertical_spacing=PANEL_GAP / height if len(panels) > 1 else 0.0,
+        subplot_titles=[literal(one.title) for one in panels],
     )
-    n_rows = 0
-    for panel, one in enumerate(timelines, 1):
-        used = {(span.gpu, span.lane) for span in one.spans}
-        labels = [f"GPU {g} {lane}" for g in range(len(one.end_ns)) for lane in LANES if (g, lane) in used]
-        n_rows += len(labels)
-        shown = [phase for phase in PHASES if any(span.phase == phase for span in one.spans)]
-        thinner = 0.7 / len(shown) if _has_overlaps(one) else 0.0
-        for depth, phase in enumerate(shown):
-            i = PHASES.index(phase)
-            own = [span for span in one.spans if span.phase == phase]
-            figure.add_bar(
-                row=panel,
-                col=1,
-                y=[f"GPU {span.gpu} {span.lane}" for span in own],
+    for panel, one in enumerate(panels, 1):
+        for bar in _bars(spans[panel - 1], member):
+            bar.showlegend = not any(trace.name == bar.name for trace in figure.data)
+            figure.add_trace(bar, row=panel, col=1)
+        order = labels[panel - 1][::-1]
+        figure.update_yaxes(categoryorder="array", categoryarray=order, dtick=1, row=panel, col=1)
+        figure.add_vline(x=one.latency_ns, row=panel, col=1, line={"color": "grey", "dash": "dash", "width": 1})
+    top = max(one.latency_ns for one in panels)
+    step = next(round(10.0**p * m, 6) for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top / 10)
+    ticks = [step * i for i in range(int(top / step) + 1)]
+    words = [text.ns(tick) for tick in ticks]
+    figure.update_xaxes(range=[0, top * 1.02], tickvals=ticks, ticktext=words, showticklabels=True)
+    figure.update_xaxes(title="time since the layer began", row=len(panels), col=1)
+    lines = [literal(line) for words in head for line in textwrap.wrap(words, 130)]
+    above = 110 + 20 * len(lines)
+    whole = height + above + 60
+    return figure.update_layout(
+        title={
+            "text": "<br>".join([*lines, f"<span style='font-size:12px'>{HOW_TO_READ}</span>"]),
+            "font": {"size": 15},
+            "x": 0.01,
+            "yref": "container",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 12},
+        },
+        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 1 - (above - 65) / whole, "x": 0},
+        barmode="overlay",
+        height=whole,
+        margin={"l": 160, "r": 20, "t": above, "b": 60},
+    )
+
+
+def _bars(spans: Sequence[Span], member: str) -> list[go.Bar]:
+    """The spans of a panel, a trace for each phase."""
+    shown = [phase for phase in DRAWN_PHASES if any(span.phase == phase for span in spans)]
+    thinner = 0.7 / len(shown) if _has_overlaps(spans) else 0.0
+    has_pieces = len({span.piece for span in spans}) > 1
+    bars = []
+    for depth, phase in enumerate(shown):
+        i = DRAWN_PHASES.index(phase)
+        own = [span for span in spans if span.phase == phase]
+        bars.append(
+            go.Bar(
+                y=[f"{member} {span.gpu} {span.lane}" for span in own],
                 base=[span.start_ns for span in own],
                 x=[span.dur_ns for span in own],
                 orientation="h",
                 width=0.85 - thinner * depth,
                 name=phase,
                 legendgroup=phase,
-                showlegend=not any(trace.name == phase for trace in figure.data),
                 marker={
                     "color": PALETTE[i % len(PALETTE)],
                     "pattern": {"shape": "/" if i >= len(PALETTE) else ""},
@@ -330,27 +383,21 @@ def gantt(timelines: Sequence[LayerTimeline]) -> go.Figure:
                 },
                 opacity=0.85,
                 hovertext=[
-                    f"{phase}, piece {span.piece}, GPU {span.gpu}<br>{text.ns(span.dur_ns)} from "
-                    f"{text.ns(span.start_ns)} on"
+                    f"{phase}{f', piece {span.piece}' if has_pieces else ''}, {member} {span.gpu} {span.lane}"
+                    f"<br>{text.ns(span.dur_ns)}, from {text.ns(span.start_ns)} to "
+                    f"{text.ns(span.start_ns + span.dur_ns)}"
                     for span in own
                 ],
                 hoverinfo="text",
             )
-        figure.update_yaxes(categoryorder="array", categoryarray=labels[::-1], dtick=1, row=panel, col=1)
-        figure.add_vline(x=one.latency_ns, row=panel, col=1, line={"color": "grey", "dash": "dash", "width": 1})
-    _layout(figure, "One MoE layer", "", "")
-    top = max(one.latency_ns for one in timelines)
-    step = next(round(10.0**p * m, 6) for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top / 10)
-    ticks = [step * i for i in range(int(top / step) + 1)]
-    figure.update_xaxes(range=[0, top * 1.02], tickvals=ticks, ticktext=[text.ns(tick) for tick in ticks])
-    height = 200 + 60 * len(timelines) + 16 * n_rows
-    return figure.update_layout(barmode="overlay", height=height, margin={"l": 120})
+        )
+    return bars
 
 
-def _has_overlaps(one: LayerTimeline) -> bool:
+def _has_overlaps(spans: Sequence[Span]) -> bool:
     """Whether a lane of a GPU has two spans under way at once."""
     until: dict[tuple[int, str], float] = {}
-    for span in sorted(one.spans, key=lambda span: span.start_ns):
+    for span in sorted(spans, key=lambda span: span.start_ns):
         if span.start_ns < until.get((span.gpu, span.lane), 0.0) * (1 - 1e-9):
             return True
         until[span.gpu, span.lane] = span.start_ns + span.dur_ns

@@ -270,6 +270,7 @@ CLAIMS = [
     (("sweep",), "--out is missing"),
     (("sweep", "--out", "x", "--device", "tpu"), "invalid choice: 'tpu'"),
     (("sweep", "--out", "x", "--dtype", "float8"), "invalid choice: 'float8'"),
+    (("expert-parallel", "--plan", "--chunks", "0"), "a number of pieces is '0', expected a whole number from 1"),
     (("sweep", "--out", "x", "--runs", "0"), "--runs is '0', expected a whole number from 1"),
     (("sweep", "--out", "x", "--tokens", "4,zero"), "a number of tokens is 'zero'"),
     (("sweep", "--out", "x", "--routings", "zeta"), "unknown routing 'zeta'"),

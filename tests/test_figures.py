@@ -1,7 +1,5 @@
 """Figures hold the numbers they were given, say so in words, and interpret no name from a file."""
 
-from dataclasses import replace
-
 import pytest
 
 pytest.importorskip("plotly", reason="plotly is not installed")
@@ -13,7 +11,8 @@ from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
 from perfmodel.predict import slowdown_curve
 from perfmodel.routing import coverage_curve, routing
-from perfmodel.schedule import PHASES, LayerTimeline, Span
+from perfmodel.schedule import Span
+from perfmodel.schedule.drawn import DRAWN_PHASES, Panel
 from perfmodel.trace import Trace
 from tests.traces_made import events
 
@@ -93,6 +92,10 @@ def test_coverage_runs_from_nothing_to_all() -> None:
     assert (line.x[-1], line.y[-1]) == (1, pytest.approx(1))
 
 
+def panel(title: str, latency_ns: float, spans: tuple[Span, ...], n_gpus: int = 2) -> Panel:
+    return Panel(title, latency_ns, n_gpus, spans)
+
+
 def test_the_gantt_draws_every_span_in_a_panel_for_each_schedule_on_one_time_axis() -> None:
     spans = (
         Span(0, "compute", "gate", 5.0, 10.0),
@@ -100,8 +103,7 @@ def test_the_gantt_draws_every_span_in_a_panel_for_each_schedule_on_one_time_axi
         Span(1, "receive", "dispatch", 15.0, 20.0),
         Span(1, "compute", "gemm1", 35.0, 50.0, 3),
     )
-    one = LayerTimeline(HOSTILE, 90.0, (15.0, 90.0), {}, (10.0, 50.0), {}, "gemm1", 1, 0.0, 0.0, spans=spans)
-    figure = figures.gantt([one, replace(one, schedule="other", latency_ns=180.0, spans=spans[:1])])
+    figure = figures.gantt([panel(HOSTILE, 90.0, spans), panel("other, 180 ns", 180.0, spans[:1])], HOSTILE)
     drawn = [(t.name, y, base, x) for t in figure.data for y, base, x in zip(t.y, t.base, t.x, strict=True)]
     assert sorted(drawn) == sorted(
         [(s.phase, f"GPU {s.gpu} {s.lane}", s.start_ns, s.dur_ns) for s in (*spans, spans[0])]
@@ -109,12 +111,25 @@ def test_the_gantt_draws_every_span_in_a_panel_for_each_schedule_on_one_time_axi
     assert [t.name for t in figure.data if t.showlegend] == ["gate", "dispatch", "gemm1"]  # each once
     titles = [one.text for one in figure.layout.annotations]
     assert titles[0].startswith("&lt;b onclick=x&gt;gemm") and titles[1] == "other, 180 ns"
+    assert figure.layout.title.text.startswith("&lt;b onclick=x&gt;gemm")
     assert figure.layout.xaxis.range == figure.layout.xaxis2.range and figure.layout.xaxis.range[1] > 180
     assert figure.layout.yaxis.categoryarray == ("GPU 1 receive", "GPU 1 compute", "GPU 0 send", "GPU 0 compute")
+    assert figure.data[2].hovertext == ("gemm1, piece 3, GPU 1 compute<br>50.0 ns, from 35.0 ns to 85.0 ns",)
     looks = {(t.marker.color, t.marker.pattern.shape) for t in figures.gantt([everything()]).data}
-    assert len(looks) == len(PHASES)  # no two phases look alike
+    assert len(looks) == len(DRAWN_PHASES)  # no two phases look alike
 
 
-def everything() -> LayerTimeline:
-    spans = tuple(Span(0, "compute", phase, 10.0 * i, 10.0) for i, phase in enumerate(PHASES))
-    return LayerTimeline("all", 90.0, (90.0,), {}, (90.0,), {}, "gate", 1, 0.0, 0.0, spans=spans)
+def test_of_many_gpus_the_gantt_draws_those_that_compute_most_and_least_and_says_so() -> None:
+    work = [(7 * gpu) % 40 + 1.0 for gpu in range(40)]
+    figure = figures.gantt(
+        [panel("made up", 99.0, tuple(Span(g, "compute", "gemm1", 0, work[g]) for g in range(40)), 40)]
+    )
+    chosen = {int(label.split()[1]) for label in figure.data[0].y}
+    assert sorted(work[gpu] for gpu in chosen) == [*range(1, 9), *range(33, 41)]
+    assert "Of 40 GPUs" in figure.layout.title.text
+    assert figure.layout.height < 800
+
+
+def everything() -> Panel:
+    spans = tuple(Span(0, "compute", phase, 10.0 * i, 10.0) for i, phase in enumerate(DRAWN_PHASES))
+    return panel("all", 120.0, spans, 1)

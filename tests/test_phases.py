@@ -20,7 +20,7 @@ from perfmodel.hardware import QUANTITIES
 from perfmodel.latency import load_model
 from perfmodel.physics.blas import FP32_DEFAULTS
 from perfmodel.report.phases import efficiency_page, phases_page
-from perfmodel.schedule import Fabric, Link
+from perfmodel.schedule import Fabric, Link, drawn
 from perfmodel.schedule.captured import (
     LATENCY,
     SHARING,
@@ -41,6 +41,7 @@ from perfmodel.schedule.probed import Crowd, crowds, profile_of
 from tests.conftest import ROOT
 from tests.ep_captures_made import (
     ALPHA_NS,
+    CHUNKED,
     GEMM_FLOPS_PER_S,
     LINK_BYTES_PER_S,
     STREAM_BYTES_PER_S,
@@ -141,8 +142,8 @@ def test_overlap_efficiency_needs_the_same_work_on_two_ranks(tmp_path: Path) -> 
     two = write_model_made(tmp_path / "two", SHAPES[:1], n_ranks=2)
     four = write_model_made(tmp_path / "four", SHAPES[:1], n_ranks=4)
     found = overlap_efficiencies([four, two])
-    page = run(str(four.path), str(two.path)).split("\n\n")[-1].splitlines()
-    assert [line.split()[:3] for line in page[1:]] == [["four", "4", "64"]] and "chunked x 2" in page[0]
+    page = run(str(four.path), str(two.path)).split("of how many\n")[1].splitlines()[:2]
+    assert page[1].split()[:3] == ["four", "4", "64"] and "chunked x 2" in page[0]
     assert f"{found['overlap_efficiency'][0]:.2f} (" in page[1]
     assert found.select("workload", "capture", "way", "n_ranks").rows() == [
         ("w0", "four", "bulk", 4),
@@ -151,6 +152,60 @@ def test_overlap_efficiency_needs_the_same_work_on_two_ranks(tmp_path: Path) -> 
     took = [set_beside(one).predicted["w0"].latency_ns for one in (two, four)]
     assert found["overlap_efficiency"][0] == pytest.approx(took[0] / took[1], rel=1e-3)
     assert overlap_efficiencies([four]).is_empty()
+
+
+def test_overlap_efficiency_is_told_by_what_a_workload_is_and_where_there_is_none_why(tmp_path: Path) -> None:
+    two = write_model_made(tmp_path / "two", SHAPES[:2], n_ranks=2)
+    four = write_model_made(tmp_path / "four", SHAPES[1::-1], n_ranks=4)
+    lines = run(str(two.path), str(four.path)).split("T(2)")[-1].splitlines()
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        ["made-up-a", "64"],
+        ["chunked", "x"],
+        ["made-up-b", "200"],
+        ["chunked", "x"],
+    ]
+    other = write_model_made(tmp_path / "other", SHAPES[2:], n_ranks=4)
+    assert "no overlap efficiency: it needs captures of 2" in run(str(two.path), str(other.path))
+    crowded = write_model_made(tmp_path / "crowded", SHAPES[:1], n_ranks=4, n_cores=2)
+    assert "crowded: 4 ranks share 2 cores" in run(str(two.path), str(crowded.path)) and "four: 4" not in lines
+
+
+def test_a_workload_is_the_same_work_in_every_folder_whatever_its_id_there(tmp_path: Path) -> None:
+    two = write_model_made(tmp_path / "two", SHAPES[:2], n_ranks=2)
+    four = write_model_made(tmp_path / "four", SHAPES[1::-1], n_ranks=4)
+    found = json.loads(run(str(two.path), str(four.path), "--workload", "2", "--json"))["captures"]
+    assert [one["workloads"][0]["shape"] for one in found] == ["made-up-a", "made-up-a"]
+    assert [one["workloads"][0]["workload"] for one in found] == ["w0c", "w1c"]
+    page = run(str(two.path), str(four.path), "--workload", "2").split("T(2)")[-1]
+    assert "made-up-a" in page and "made-up-b" not in page
+    other = write_model_made(tmp_path / "other", SHAPES[2:], n_ranks=4)
+    with pytest.raises(InputError, match="other has no workload like w0c of two: made-up-a, 64 tokens"):
+        run(str(two.path), str(other.path), "--workload", "w0c")
+
+
+def test_a_picture_shows_the_median_step_above_the_prediction(tmp_path: Path) -> None:
+    path = write_by_hand_made(tmp_path / "made-up")
+    lines = [json.loads(line) for line in (path / "steps.jsonl").read_text().splitlines()]
+    for line in lines:  # 3.70, 3.80 and 3.75 us: the last is the median
+        line["end_ns"] += {0: 0, 1: 100, 2: -50}[line["step"]]
+    (path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    capture = load_ep_capture(path)
+    one = capture.choose("c2")
+    panel = drawn.measured(capture, one)
+    own = [(s.phase, s.piece, s.start_ns, s.dur_ns) for s in panel.spans if s.gpu == 0]
+    assert sorted(own) == sorted(CHUNKED[0][2]) and "step 2" in panel.title
+    assert {s.phase for s in panel.spans if s.lane == drawn.MOVING} == {"dispatch", "combine"}
+    beside = set_beside(capture)
+    said = drawn.predicted(beside, one)
+    busy = beside.predicted["c2"].timeline.busy_ns
+    assert [said.busy_ns(rank) for rank in range(2)] == pytest.approx(busy)
+    pytest.importorskip("plotly")
+    run(str(path), "--workload", "c2", "--figure", str(tmp_path / "step.html"))
+    assert "made-up 2: made-up-a on 2 ranks" in (tmp_path / "step.html").read_text()
+    with pytest.raises(InputError, match="give --workload"):
+        run(str(path), "--figure", str(tmp_path / "step.html"))
+    with pytest.raises(InputError, match=r"expected an \.html file"):
+        run(str(path), "--workload", "c2", "--figure", "step.png")
 
 
 def run(*words: str) -> str:
@@ -168,7 +223,9 @@ def test_the_page_says_what_is_covered_and_what_is_missed(tmp_path: Path) -> Non
     assert "within 30.0 ns" in page and "3.70 µs" in page and "1.76/" in page
     assert "the rank that all wait for at combine is the predicted one in 1 of 1 workloads" in page
     one = run(str(tmp_path / "made-up"), "--workload", "1")
-    assert "1.50 µs / " in one and one.startswith("b1: made-up-a, 10 tokens a rank, uniform, bulk")
+    assert "1.50 µs / " in one and one.startswith(
+        "made-up 1: made-up-a on 2 ranks, 10 tokens on each, uniform, bulk; id b1"
+    )
 
 
 def test_json_holds_measured_and_predicted_of_each_phase(tmp_path: Path) -> None:

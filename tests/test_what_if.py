@@ -24,7 +24,7 @@ from perfmodel.placement.balance import linear, map_of, round_robin
 from perfmodel.placement.eplb import rebalance
 from perfmodel.routing import power_law_shares, uniform_shares
 from perfmodel.schedule import DEFAULTS, SCHEDULES, Overheads
-from perfmodel.schedule.alternatives import Prices, compare, fitting_frac
+from perfmodel.schedule.alternatives import Alternative, Prices, compare, fitting_frac, verdict
 from perfmodel.schedule.costs import received_tier
 from perfmodel.schedule.question import Question, shared_host
 from perfmodel.schedule.what_if import (
@@ -199,6 +199,28 @@ def test_numbers_of_gpus_are_compared_at_equal_tokens_and_by_their_price() -> No
         compare(replace(question, expert_map=linear(1, 16, 4)), (2,), ("bulk",), None)
 
 
+def alternative(n_gpus: int, n_hosts: int, rate: float | None, price: float | None, offload_frac: float) -> Alternative:
+    latency_ns = None if rate is None else {"bulk": n_gpus * 1e9 / rate}
+    return Alternative(n_gpus, n_hosts, 1, offload_frac, latency_ns, price)
+
+
+def test_the_verdict_names_the_price_of_a_host_at_which_it_turns() -> None:
+    # 100 / (2 + x) = 220 / (4 + 4 x) for hosts of x GPUs: 400 + 400 x = 440 + 220 x, x = 40 / 180
+    few, many = alternative(2, 1, 100.0, 2.1, 0.5), alternative(4, 4, 220.0, 4.4, 0.0)
+    found = verdict([few, many])
+    assert found and found.best is many and found.other is few
+    assert found.gain == pytest.approx((220 / 4.4) / (100 / 2.1))
+    assert found.even_host_price == pytest.approx(40 / 180)
+    dear = verdict([replace(few, price=3.0), replace(many, price=8.0)])  # the same, of hosts as dear as GPUs
+    assert dear and dear.best.n_gpus == 2 and dear.even_host_price == pytest.approx(40 / 180)
+    alike = verdict([alternative(4, 1, 100.0, None, 0.5), alternative(8, 2, 300.0, None, 0.0)])
+    assert alike and alike.gain == pytest.approx(1.5) and alike.even_host_price is None  # as many hosts for each GPU
+    both = verdict([few, many, alternative(8, 8, 430.0, 8.8, 0.0)])
+    assert both and both.other is few  # rather than the runner-up that offloads as little
+    alone = verdict([many, alternative(1, 1, None, 1.1, 0.0)])
+    assert alone and alone.other is None and verdict([alternative(1, 1, None, 1.1, 0.0)]) is None
+
+
 def test_an_answer_holds_together_and_says_what_it_rests_on() -> None:
     question = asked(tokens=256, n_gpus=16)
     found = answer(question, "uniform", SCHEDULES)
@@ -300,13 +322,15 @@ def test_the_command_says_all_of_it_as_words_and_as_json(tmp_path: Path) -> None
     many = asked(tokens=2048, exponent=0.5)
     assert (unpadded_bulk_ns(many) or 0) < 0.6 * many.latency_ns("bulk")
     assert unpadded_bulk_ns(replace(many, overheads=bare)) is unpadded_bulk_ns(asked(n_gpus=1)) is None
-    assert "as fast as bulk without capacity and its padding)" in " ".join(page.split())
+    assert "bulk without capacity and its padding" in " ".join(page.split())
     unpadded = run(*SMALL, "--capacity-factor", "none")
     assert "without capacity" not in unpadded
     padded = text.frac(asked(n_gpus=4, tokens=64, exponent=0.5).timeline("fused").computed_padding_frac)
     assert f"{padded} of the rows that it computes are padding" in " ".join(page.split())
     full = run(*SMALL[:-1], "8192")
     assert "of the rows that it computes" not in " ".join(full.split())
+    assert "give most tokens/s for their price" in page and found["best"]["gain"] > 1
+    assert "in chunked and fused they overlap" in page
 
 
 def test_options_reach_the_schedules_and_a_picture_is_written(tmp_path: Path) -> None:
@@ -319,6 +343,10 @@ def test_options_reach_the_schedules_and_a_picture_is_written(tmp_path: Path) ->
     assert latency_ns("--launches", "chunked=500", "--chunks", "2") == expected
     assert latency_ns("--launches", "0")[0] < usual[0]
     assert latency_ns("--launch-time", "9us")[0] == 85 * 9000
+    assert "of 9.00 µs (as given)" in run(*SMALL, "--launch-time", "9us")
+    assert latency_ns("--offload", "none") == usual
+    twice = json.loads(run(*SMALL, "--compare", "2,2,4", "--json"))["alternatives"]
+    assert [one["n_gpus"] for one in twice] == [2, 4]
     assert latency_ns("--schedule", "chunked") == usual[1:2]
     dropped = json.loads(run(*SMALL, "--routing", "power-law", "--capacity-factor", "1", "--json"))["schedules"][0]
     assert dropped["dropped_frac"] > 0
@@ -367,7 +395,7 @@ def test_a_cpu_with_a_link_has_no_fused_schedule_and_says_so(tmp_path: Path) -> 
         ("--compare 2 --host-price 3", "give --compare and --gpu-price with them"),
         ("--launches magic=3", "unknown schedule 'magic'"),
         ("--launches bulk=-1", "--launches is -1"),
-        ("--access zero-copy+cpu", "expected one of zero-copy"),
+        ("--offload 0.5 --access zero-copy+cpu", "expected one of zero-copy"),
         ("--offload 2", "offloaded fraction is 2"),
         ("--figure x.png", "expected an .html file"),
         ("--map absent.json", "no map file 'absent.json'"),
@@ -376,9 +404,26 @@ def test_a_cpu_with_a_link_has_no_fused_schedule_and_says_so(tmp_path: Path) -> 
         ("--gpus-per-node 3", "4 GPUs in nodes of 3"),
         ("--layer -1", "--layer is -1"),
         ("--hardware l40s", "'l40s' has no peer_link_peak_bytes_per_s"),
+        ("--hardware l40s", "shipped machines that have: a100-sxm-80gb"),
+        ("--layer 3", "--layer would change nothing: a pattern has no layers"),
+        ("--access cpu", "--access would change nothing: nothing is offloaded"),
+        ("--schedule fused --chunks 8", "--chunks would change nothing"),
+        ("--schedule chunked,fused --capacity-factor 2", "--capacity-factor would change nothing"),
+        ("--schedule fused --launches bulk=3", "--launches is of bulk, and --schedule of fused"),
+        ("--chunks 257", "--chunks is 257, expected at most 256"),
     ],
 )
 def test_a_mistake_is_one_sentence(more: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
         run(*SMALL, *more.split())
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_page_says_why_one_kernel_is_slower_and_that_bulk_drops_rows() -> None:
+    large = ("--shape", "mixtral-8x7b", "--hardware", "h100-sxm", "--gpus", "2", "--tokens", "4096")
+    assert "tiles of 128 x 64, the others in whatever tiles suit" in " ".join(run(*large).split())
+    skewed_words = " ".join(run(*SMALL, "--routing", "power-law", "--capacity-factor", "1").split())
+    dropped = json.loads(run(*SMALL, "--routing", "power-law", "--capacity-factor", "1", "--json"))["schedules"][0]
+    assert f"as bulk, which drops {text.frac(dropped['dropped_frac'])} of rows" in skewed_words
+    uneven = run(*SMALL, "--routing", "power-law", "--offload", "0.25", "--capacity-factor", "none")
+    assert "in bulk" not in uneven

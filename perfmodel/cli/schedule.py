@@ -2,26 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perfmodel import hf_config, report, text
+from perfmodel.cli.drawing import check_figure, draw
 from perfmodel.cli.latency import machine_of
-from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, progress, whole, width
-from perfmodel.errors import InputError, MissingExtraError
-from perfmodel.files import write_whole
+from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, progress, whole, width
+from perfmodel.errors import InputError
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other commands do not need
     from perfmodel.hardware import HardwareProfile
     from perfmodel.model_memory import ModelMemory
-    from perfmodel.schedule import LayerTimeline, Overheads
+    from perfmodel.schedule import Overheads
     from perfmodel.schedule.alternatives import Prices
     from perfmodel.schedule.question import Question
 
 ALL, AUTO = "all", "auto"
 FULL, NONE = "full", "none"
+MOST_CHUNKS = 256  # more smaller pieces than any engine makes, and simulating thousands takes minutes
 MOST_TOKENS = 2**20  # of more, a simulation of the fused schedule takes minutes
 
 
@@ -36,7 +36,9 @@ def schedule(
     routing: Annotated[
         str, typer.Option(help="A pattern (see `perfmodel list`), or a file of counts as FILE[#KEY][@LAYER].")
     ] = "uniform",
-    layer: Annotated[str, typer.Option(help="Which layer of a file and of --map, counted from 0.")] = "0",
+    layer: Annotated[
+        str | None, typer.Option(help="Which layer of a file and of --map, counted from 0; the first.")
+    ] = None,
     schedule_name: Annotated[
         str, typer.Option("--schedule", help="bulk, chunked, fused, several with commas, or all.")
     ] = ALL,
@@ -67,9 +69,11 @@ def schedule(
     ] = False,
     offload: Annotated[
         str | None,
-        typer.Option(help="Part of each GPU's experts outside device memory, or auto: what does not fit; none."),
+        typer.Option(help="Part of each GPU's experts outside device memory; auto: what does not fit; none."),
     ] = None,
-    access: Annotated[str, typer.Option(help="How offloaded experts are used; `perfmodel list`.")] = "zero-copy",
+    access: Annotated[
+        str | None, typer.Option(help="How offloaded experts are used; zero-copy, or see `perfmodel list`.")
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(help="The same tokens on 1,2,4,8 GPUs, what does not fit offloaded unless --offload says."),
@@ -83,17 +87,29 @@ def schedule(
     from perfmodel.balance import read_map
     from perfmodel.latency import load_model
     from perfmodel.model_memory import model_memory
+    from perfmodel.routing import is_pattern
     from perfmodel.schedule.alternatives import compare as compared
     from perfmodel.schedule.question import Question
     from perfmodel.schedule.traffic import layer_shares_of, map_layer_of
     from perfmodel.schedule.what_if import answer
 
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
-    n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer, "--layer")
-    _check_figure(figure)
+    n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer or "0", "--layer")
+    check_figure(figure)
     notes: list[str] = []
     names = _schedules(schedule_name, profile, notes)
-    numbers = [whole(word.strip(), "--compare") for word in compare.split(",")] if compare else []
+    numbers = list(dict.fromkeys(whole(word.strip(), "--compare") for word in compare.split(","))) if compare else []
+    _check_used(
+        (
+            "--layer",
+            layer,
+            "a pattern has no layers: give --routing a file, or --map",
+            expert_map or not is_pattern(routing),
+        ),
+        ("--access", access, "nothing is offloaded: give --offload or --compare", offload or numbers),
+        ("--capacity-factor", capacity_factor, "it is of bulk, which --schedule leaves out", "bulk" in names),
+        ("--chunks", chunks, "it is of chunked, which --schedule leaves out", "chunked" in names),
+    )
     prices = _prices(gpu_price, host_price, bool(numbers))
     chosen = None if expert_map is None else read_map(expert_map)
     question = Question(
@@ -101,17 +117,19 @@ def schedule(
         moe_shape,
         layer_shares_of(routing, moe_shape, n_layer),
         n_gpus,
-        _tokens(tokens),
+        _at_most(tokens, "--tokens", MOST_TOKENS, " on each GPU"),
         load_model(model) if model else None,
         chosen,
         0 if chosen is None else map_layer_of(chosen, n_gpus, n_layer),
         whole(gpus_per_node, "--gpus-per-node") if gpus_per_node else None,
         whole(gpus_per_host, "--gpus-per-host") if gpus_per_host else None,
-        access=_one_mode(access),
+        access=_one_mode(access or "zero-copy"),
         overheads=_overheads(names, launches, launch_time, capacity_factor, chunks, once_per_gpu),
     )
     memory = model_memory(shape)
-    question = replace(question, offload_frac=_offload_frac(offload or "0", question, memory, notes))
+    question = replace(
+        question, offload_frac=_offload_frac("0" if offload in (None, NONE) else offload, question, memory, notes)
+    )
     fitted = memory if offload in (AUTO, None) else None
     try:
         alternatives = compared(question, numbers, names, fitted, prices) if numbers else []
@@ -123,7 +141,9 @@ def schedule(
     else:
         print_words(report.schedule_page(found, width()))
     if figure is not None:
-        _draw(figure, found.timelines)
+        from perfmodel.schedule.drawn import scheduled
+
+        draw(figure, [scheduled(one) for one in found.timelines], report.schedule_head(found))
 
 
 def _schedules(words: str, profile: "HardwareProfile", notes: list[str]) -> list[str]:
@@ -161,6 +181,8 @@ def _overheads(
         name, is_named, value = word.rpartition("=")
         for one in [name.strip()] if is_named else names:
             overheads_of(one)
+            if one not in names:
+                raise InputError(f"--launches is of {one}, and --schedule of {', '.join(names)}")
             change(one, n_launches=_from_zero(value.strip(), "--launches"))
     for name in names if launch_time else ():
         change(name, host_launch_ns=text.parse_ns(launch_time or ""))
@@ -171,7 +193,7 @@ def _overheads(
         said = {FULL: 0.0, NONE: None}
         change("bulk", capacity_factor=said[capacity] if capacity in said else number(capacity, "--capacity-factor"))
     if chunks is not None:
-        change("chunked", n_chunks=whole(chunks, "--chunks"))
+        change("chunked", n_chunks=_at_most(chunks, "--chunks", MOST_CHUNKS, ""))
     return found
 
 
@@ -221,30 +243,19 @@ def _one_mode(access: str) -> str:
     return access
 
 
-def _tokens(word: str) -> int:
-    n_tokens = whole(word, "--tokens")
-    if n_tokens > MOST_TOKENS:
-        raise InputError(f"--tokens is {word}, expected at most {MOST_TOKENS:,} on each GPU")
-    return n_tokens
+def _at_most(word: str, option: str, most: int, where: str) -> int:
+    found = whole(word, option)
+    if found > most:
+        raise InputError(f"{option} is {word}, expected at most {most:,}{where}")
+    return found
+
+
+def _check_used(*options: tuple[str, str | None, str, object]) -> None:
+    """Refuse an option of which nothing would come: its name, what it says, why it would not, what makes use of it."""
+    for name, said, why, use in options:
+        if said is not None and not use:
+            raise InputError(f"{name} would change nothing: {why}")
 
 
 def _from_zero(word: str, option: str) -> int:
     return 0 if word == "0" else whole(word, option)
-
-
-def _check_figure(path: str | None) -> None:
-    """Refuse a picture that cannot be written before anything is computed."""
-    if path is not None and (not path.endswith(".html") or not Path(path).resolve().parent.is_dir()):
-        raise InputError(f"--figure is {path!r}, expected an .html file in a folder that exists")
-
-
-def _draw(path: str, timelines: "Sequence[LayerTimeline]") -> None:
-    try:
-        from perfmodel import figures
-    except ImportError:
-        raise MissingExtraError(
-            'a picture needs plotly, which is not installed: pip install "perfmodel[figures]"'
-        ) from None
-    page = figures.gantt(timelines).to_html(include_plotlyjs=True, full_html=True)
-    write_whole(path, page.encode())
-    note(f"wrote {path}")

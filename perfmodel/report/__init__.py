@@ -6,11 +6,11 @@ from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
-from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_page
+from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_head, workload_page
 from perfmodel.report.placing import placing_json, placing_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
-from perfmodel.report.schedule import schedule_json, schedule_page
+from perfmodel.report.schedule import schedule_head, schedule_json, schedule_page
 from perfmodel.report.traces import findings_text, trace_page
 from perfmodel.report.trimoe import trimoe_page
 from perfmodel.report.words import N_TOP, WIDTH, table
@@ -40,11 +40,13 @@ __all__ = [
     "ranks_page",
     "routing_page",
     "scaling_page",
+    "schedule_head",
     "schedule_json",
     "schedule_page",
     "sweep_page",
     "table",
     "trace_page",
     "trimoe_page",
+    "workload_head",
     "workload_page",
 ]

@@ -16,11 +16,13 @@ N_MISSES = 3
 
 
 def phases_json(pages: "Sequence[Beside]", chosen: Sequence[EpWorkload] | None = None) -> dict[str, Any]:
-    """Captures with their predictions as plain values, of some workloads or (null) all measured ones."""
+    """Captures with their predictions as plain values, of one workload of each or (null) all measured ones."""
     from perfmodel.schedule.captured import overlap_efficiencies
 
     efficiency = overlap_efficiencies([one.capture for one in pages])
-    return {"captures": [_json(one, chosen) for one in pages], "overlap_efficiency": efficiency.to_dicts()}
+    wanted = [None] * len(pages) if chosen is None else [[one] for one in chosen]
+    told = [_json(page, only) for page, only in zip(pages, wanted, strict=True)]
+    return {"captures": told, "overlap_efficiency": efficiency.to_dicts()}
 
 
 def phases_page(beside: "Beside", model: str | None = None) -> str:
@@ -42,6 +44,15 @@ def phases_page(beside: "Beside", model: str | None = None) -> str:
     return "\n".join(blocks)
 
 
+def workload_head(capture: EpCapture, workload: EpWorkload) -> str:
+    """One workload of a capture in one line."""
+    number = capture.measured.index(workload) + 1
+    return (
+        f"{capture.name} {number}: {workload.shape} on {text.counted(capture.n_ranks, 'rank')}, "
+        f"{text.counted(workload.tokens_per_gpu, 'token')} on each, {workload.routing}, {workload.way}"
+    )
+
+
 def workload_page(beside: "Beside", workload: EpWorkload) -> str:
     """One workload: each phase of each rank, measured and predicted, and what each rank waits and hides."""
     capture = beside.capture
@@ -60,8 +71,7 @@ def workload_page(beside: "Beside", workload: EpWorkload) -> str:
     names = ("span_ns", "compute_ns", "hidden_ns", "exposed_ns", "idle_ns")
     doing = [[f"rank {row['rank']}", *(text.ns(row[name]) for name in names)] for row in sums.iter_rows(named=True)]
     lines = [
-        f"{workload.workload}: {workload.shape}, {text.count(workload.tokens_per_gpu)} tokens a rank, "
-        f"{workload.routing}, {workload.way}",
+        f"{workload_head(capture, workload)}; id {workload.workload}",
         f"latency    measured {text.ns(facts['measured_ns'])} (p10 {text.ns(facts['p10_ns'])}, p90 "
         f"{text.ns(facts['p90_ns'])} of {facts['n_steps']} steps), predicted {text.ns(facts['predicted_ns'])}",
         f"rows       received by each rank: {', '.join(map(text.count, _received(workload)))}",
@@ -76,22 +86,69 @@ def workload_page(beside: "Beside", workload: EpWorkload) -> str:
     return "\n".join(lines)
 
 
-def efficiency_page(captures: Sequence[EpCapture]) -> str | None:
-    """O_e of workloads that captures of several numbers of ranks share, by tokens and schedule: the median over shapes
-    and routings, and the least and the most; null where they share none."""
+def efficiency_page(captures: Sequence[EpCapture], only: Sequence[EpWorkload] | None = None) -> str | None:
+    """O_e of workloads that captures of several numbers of ranks share, of `only` one of each or (null) all, and why
+    there is none where there is none; null for a single capture."""
     from perfmodel.schedule.captured import overlap_efficiencies
 
-    found = overlap_efficiencies(captures)
-    if found.is_empty():
+    if len(captures) == 1:
         return None
+    found = overlap_efficiencies(captures)
+    if only is not None:
+        pairs = [(capture.name, one.workload) for capture, one in zip(captures, only, strict=True)]
+        wanted = pl.DataFrame(pairs, schema=["capture", "workload"], orient="row")
+        found = found.join(wanted, on=["capture", "workload"], how="semi", maintain_order="left")
+    if not found.height:
+        return wrapped(
+            "no overlap efficiency: it needs captures of 2 and of more ranks with workloads of the same shape, tokens "
+            "of each rank, routing and schedule",
+            WIDTH,
+        )
+    rows, last = [], None
+    for row in found.iter_rows(named=True):
+        what = [row["shape"], text.count(row["tokens_per_gpu"]), row["routing"]]
+        rows.append(
+            [
+                *(["", "", ""] if what == last else what),
+                row["way"],
+                str(row["n_ranks"]),
+                text.ns(row["latency_2_ranks_ns"]),
+                text.ns(row["latency_ns"]),
+                f"{row['overlap_efficiency']:.2f}",
+            ]
+        )
+        last = what
+    head = "overlap efficiency O_e = T(2) / T(N), the same tokens on each rank: 1 where more ranks cost nothing"
+    detail = table(rows, ["shape", "tokens", "routing", "schedule", "ranks N", "T(2)", "T(N)", "O_e"])
+    lines = [
+        head,
+        "",
+        "median over shapes and routings, least to most, of how many",
+        _efficiency_by_tokens(found),
+        "",
+        detail,
+    ]
+    for one in captures:
+        settings, cores = one.manifest.settings, one.manifest.machine.get("n_cores")
+        if settings.device == "cpu" and isinstance(cores, int) and one.n_ranks * (settings.threads or 1) > cores:
+            said = (
+                f"{one.name}: {text.counted(one.n_ranks, 'rank')} share {text.counted(cores, 'core')}, so that its O_e"
+            )
+            lines.append(wrapped(f"{said} falls by what the cores do, not by communication alone", WIDTH))
+    return "\n".join(lines)
+
+
+def _efficiency_by_tokens(found: pl.DataFrame) -> str:
+    """O_e by tokens and schedule: the median over shapes and routings, and the least and the most."""
     value = pl.col("overlap_efficiency")
     by = ["capture", "n_ranks", "tokens_per_gpu"]
     groups = found.group_by(*by, "way").agg(median=value.median(), low=value.min(), high=value.max(), n=pl.len())
-    ways = found["way"].unique(maintain_order=True).to_list()
+    ways = sorted(found["way"].unique().to_list())
     cells = {tuple(key): f"{median:.2f} ({low:.2f} to {high:.2f}, {n})" for *key, median, low, high, n in groups.rows()}
-    keys = groups.select(by).unique().sort(by).rows()
-    rows = [[name, str(n), text.count(tokens), *(cells.get((name, n, tokens, way), "") for way in ways)]
-            for name, n, tokens in keys]  # fmt: skip
+    rows = [
+        [name, str(n), text.count(tokens), *(cells.get((name, n, tokens, way), "") for way in ways)]
+        for name, n, tokens in groups.select(by).unique().sort(by).rows()
+    ]
     return table(rows, ["capture", "ranks", "tokens", *ways])
 
 

@@ -67,6 +67,41 @@ class Alternative:
         }
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Which alternative gives most tokens for what it costs, `gain` times as many as `other` (null: there is no other):
+    the best that offloads where `best` does not and the reverse, else the second best.
+
+    `even_host_price` is what a host costs, in prices of a GPU, where both give the same; null where `best` is better
+    at any prices.
+    """
+
+    best: Alternative
+    other: Alternative | None = None
+    gain: float | None = None
+    even_host_price: float | None = None
+
+
+def verdict(alternatives: Sequence[Alternative]) -> Verdict | None:
+    """The best of several alternatives by tokens per price, or per GPU where no prices are known; null where none can
+    run."""
+    rate = {one.n_gpus: one.tokens_per_s for one in alternatives}
+    worth = {n: found / (one.price or n) for one in alternatives if (found := rate[n := one.n_gpus]) is not None}
+    able = sorted((one for one in alternatives if one.n_gpus in worth), key=lambda one: -worth[one.n_gpus])
+    if not able:
+        return None
+    best = able[0]
+    rest = [one for one in able[1:] if one.n_gpus != best.n_gpus]
+    if not rest:
+        return Verdict(best)
+    other = next((one for one in rest if bool(one.offload_frac) != bool(best.offload_frac)), rest[0])
+    high, low = rate[best.n_gpus] or 0.0, rate[other.n_gpus] or 0.0
+    # high / (n + h x) = low / (n' + h' x), for hosts of x GPUs' price
+    slope = high * other.n_hosts - low * best.n_hosts
+    even = (low * best.n_gpus - high * other.n_gpus) / slope if slope else 0.0
+    return Verdict(best, other, worth[best.n_gpus] / worth[other.n_gpus], even if even > 0 else None)
+
+
 def fitting_frac(question: Question, memory: ModelMemory) -> float:
     """The part of each GPU's experts that must leave device memory, every layer alike: whole copies of all other
     weights, workspace and staging slots come first. Raises InputError where no expert fits, or the host has no room for

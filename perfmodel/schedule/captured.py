@@ -315,10 +315,11 @@ def late_collectives(beside: Beside) -> pl.DataFrame:
 
 
 def overlap_efficiencies(captures: Sequence[EpCapture]) -> pl.DataFrame:
-    """O_e = T(2) / T(N) (arXiv 2506.04667 Fig 11) of the workloads that captures of 2 and of more ranks share:
-    `workload` of the larger one, `capture`, `tokens_per_gpu`, `way`, `n_ranks`, `overlap_efficiency`."""
+    """O_e = T(2) / T(N) (arXiv 2506.04667 Fig 11) of the workloads that captures of 2 and of more ranks share: what
+    they are (`shape`, `tokens_per_gpu`, `routing`, `way`), by which rows are sorted, `capture` and `workload` of the
+    larger one, `n_ranks`, both latencies (`latency_2_ranks_ns`, `latency_ns`) and `overlap_efficiency`."""
     two: dict[tuple[object, ...], float] = {}
-    several = []
+    several: list[tuple[tuple[object, ...], EpCapture, EpWorkload, float]] = []
     for capture in captures:
         took = dict(ep_steps.latencies(capture).select("workload", "latency_ns").iter_rows())
         for one in capture.measured:
@@ -326,12 +327,18 @@ def overlap_efficiencies(captures: Sequence[EpCapture]) -> pl.DataFrame:
             if capture.n_ranks == 2:
                 two[key] = took[one.workload]
             elif capture.n_ranks > 2:
-                what = (one.workload, capture.name, one.tokens_per_gpu, one.way, capture.n_ranks)
-                several.append((key, what, took[one.workload]))
-    rows = [(*what, overlap_efficiency(two[key], took_ns)) for key, what, took_ns in several if key in two]
-    names = ("workload", "capture", "tokens_per_gpu", "way", "n_ranks", "overlap_efficiency")
-    types = (pl.String, pl.String, pl.Int64, pl.String, pl.Int64, pl.Float64)
-    return pl.DataFrame(rows, schema=dict(zip(names, types, strict=True)), orient="row")
+                several.append((key, capture, one, took[one.workload]))
+    rows = []
+    for key, capture, one, ns in several:
+        if key in two:
+            what = (one.shape, one.tokens_per_gpu, one.routing, one.way, capture.name, one.workload, capture.n_ranks)
+            rows.append((*what, two[key], ns, overlap_efficiency(two[key], ns)))
+    schema = {
+        **{"shape": pl.String, "tokens_per_gpu": pl.Int64, "routing": pl.String, "way": pl.String},
+        **{"capture": pl.String, "workload": pl.String, "n_ranks": pl.Int64},
+        **{"latency_2_ranks_ns": pl.Float64, "latency_ns": pl.Float64, "overlap_efficiency": pl.Float64},
+    }
+    return pl.DataFrame(rows, schema=schema, orient="row").sort("shape", "tokens_per_gpu", "routing", "way", "n_ranks")
 
 
 def _said(one: EpWorkload, found: Predicted) -> list[tuple[str, str, str, int | None, float]]:

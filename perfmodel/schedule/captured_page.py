@@ -14,11 +14,13 @@ HEAD = """# Expert-parallel layers, measured
 
 Made by `python docs/regenerate.py`; do not edit. A capture of an expert-parallel layer holds what every rank did in
 every step, phase by phase, on one clock. `perfmodel phases` reads it and sets what the model says of each phase beside
-it. [captures.md](captures.md) is about captures of one process.
+it. What is predicted is a schedule of [schedule.md](schedule.md); the [guide](guide.md#several-gpus) says when to take
+which command, and [captures.md](captures.md) is about captures of one process.
 
     perfmodel collect expert-parallel --out my-ranks
     perfmodel phases my-ranks
     perfmodel phases my-ranks --workload 3 --model epyc-zen5-2c-fp32
+    perfmodel phases my-ranks --workload 3 --figure step.html
     perfmodel phases two-ranks four-ranks --json
 
 """
@@ -36,7 +38,7 @@ FILES = {
     "pair",
     "one_process.json": "optional: a latency model that was fitted on one process with as many threads as a rank "
     "(`perfmodel fit`), to be named with `--model`",
-    "profiles/<workload>/": "a folder of ranks for `perfmodel analyze`",
+    "profiles/<workload>/": "a folder of ranks for `perfmodel analyze` and `perfmodel layers`, of one workload",
 }
 REFUSED = """A capture that contradicts itself is refused: rows that do not sum, a rank that is missing in a step, a
 phase outside its step or of another name.
@@ -47,10 +49,11 @@ FIGURES = """## How figures are defined
 
 - **latency** of a step: from the first rank's start to the last rank's end. Of a workload: the median over steps, and
 the distance of the 10th and 90th percentile as a share of it.
-- **phase** of a rank: the time it is in it in a step, chunks together, the median over steps. `gate`, `permute` (the
-rank's own rows into the order of experts), `counts` (ranks tell each other how many rows to expect), `dispatch`,
-`regroup` (received rows, which lie by source rank, into the order of experts and back; recorded as `permute`, told from
-it by when it happens), `gemm1`, `activation`, `gemm2`, `combine`, `reduce` (the weighted sum of a token's rows).
+- **phase** of a rank: the time it is in it in a step, chunks together, the median over steps. `gate` (the router),
+`permute` (the rank's own rows into the order of experts), `counts` (ranks tell each other how many rows to expect),
+`dispatch`, `regroup` (received rows, which lie by source rank, into the order of experts and back; recorded as
+`permute`, told from it by when it happens), `gemm1`, `activation`, `gemm2`, `combine`, `reduce` (the
+weighted sum of a token's rows).
 - **collective** (`counts`, `dispatch`, `combine`): begins when the last rank is there and the collective before is
 done, and ends when the last rank has all. What ranks are in it before that is waiting, not transfer.
 - **hidden**: communication of a rank while it computes. Hidden + exposed = communication; compute + exposed + idle =
@@ -61,6 +64,8 @@ phase counts as computing.
 closer together than their clocks can tell. The others wait from their own start to its.
 - **t / t_a**: the longest time of a rank over the shortest in the same collective, or in all computing phases together,
 median and 95th percentile over steps (FlashMoE, arXiv 2506.04667, Table 2).
+- **picture** (`--figure`): the step whose latency is closest to the median, and below it on the same time axis the
+predicted schedule. Counts, regrouping and shared cores have no place in that schedule; its title says what they add.
 - **O_e**: T(2) / T(N), the latency of the same tokens per rank on two ranks over that on N (same paper, Fig 11); from
 captures of two and of more ranks.
 - **half of steps**: the error of each workload's even steps, their median, as a prediction of the median of its odd

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perfmodel.errors import InputError
-from perfmodel.hardware import HardwareProfile
+from perfmodel.hardware import HardwareProfile, hardware, names
 from perfmodel.physics import Array
 from perfmodel.text import NS_PER_S
 
@@ -74,9 +74,10 @@ def fabric_of(profile: HardwareProfile, n_gpus: int, gpus_per_node: int | None =
 def _link(profile: HardwareProfile, which: str, alpha_ns: float) -> Link:
     rate = profile.first(f"{which}_all_to_all_bytes_per_s", f"{which}_peak_bytes_per_s")
     if rate is None:
+        able = [name for name in names() if hardware(name).first(f"{which}_peak_bytes_per_s")]
         raise InputError(
-            f"hardware {profile.name!r} has no {which}_peak_bytes_per_s, needed to reach other GPUs; it has "
-            f"{', '.join(profile.quantities)}"
+            f"hardware {profile.name!r} has no {which}_peak_bytes_per_s, needed to reach other GPUs; shipped machines "
+            f"that have: {', '.join(able)}, and a .toml file of your own can"
         )
     alpha = profile.first(f"{which}_alpha_ns")
     keys = (rate[0],) if alpha is None else (rate[0], alpha[0])

@@ -128,7 +128,8 @@ def cited(question: Question, schedules: Sequence[str], has_offloaded: bool = Fa
     for name in schedules:
         one, usual = question.overheads[name], DEFAULTS[name]
         source = "arXiv 2506.04667 Table 1" if one.n_launches == usual.n_launches else "as given"
-        words = f"{name}: launches {one.n_launches} ({source}), of {text.ns(one.host_launch_ns)} (assumed)"
+        each = "assumed" if one.host_launch_ns == usual.host_launch_ns else "as given"
+        words = f"{name}: launches {one.n_launches} ({source}), of {text.ns(one.host_launch_ns)} ({each})"
         words += f"; starting a collective {text.ns(one.collective_ns)} (assumed)" if one.collective_ns else ""
         words += f"; pieces {one.n_chunks}" if name == "chunked" else ""
         words += f"; {text.frac(one.comm_sm_frac)} of processors communicate" if one.comm_sm_frac else ""
