@@ -11,10 +11,10 @@ from perfmodel.classify import Rules, classify
 from perfmodel.intervals import DEVICE, PROCESS, THREAD, busy_ns, earliest_held, gaps, merged, overlap_ns, parents
 from perfmodel.overlap import device_doing, exposed_time
 from perfmodel.passes.found import ALL_TO_ALL, Found
-from perfmodel.trace import COPY_KINDS, DEVICE_KINDS, plain_name
+from perfmodel.trace import BACKEND_PREFIX, COPY_KINDS, DEVICE_KINDS, plain_name
 
 # Ranges and operators that communicate, in traces without devices: gloo:all_to_all, c10d::alltoall_base_ ...
-COMMUNICATES = r"(?i)^(?:gloo|nccl|mpi|ucc):|^c10d::|^_c10d_functional::|all_?to_?all|record_param_comms"
+COMMUNICATES = rf"(?i){BACKEND_PREFIX}|^c10d::|^_c10d_functional::|all_?to_?all|record_param_comms"
 Floats = NDArray[np.float64]
 
 
