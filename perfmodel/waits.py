@@ -111,7 +111,7 @@ def matched_waits(found: pl.DataFrame, members: pl.DataFrame) -> Waits:
     """Which collectives of different members are the same, and how long did each member wait in them.
 
     `found` is COLLECTIVES of all members together, `members` the distinct MEMBER that were read. A name of which
-    members show different numbers in a step, or whose matched occurrences did not run together, is left out with a note.
+    members show different numbers in a step, or whose matched occurrences did not run together, is left out.
     """
     keys, kind = ["step", "name", "group"], ["name", "group"]
     nth = pl.int_range(pl.len()).over(*keys, *MEMBER)
