@@ -370,7 +370,8 @@ def test_runs_on_more_gpus_have_an_overlap_efficiency(tmp_path: Path) -> None:
     assert rows[0]["overlap_efficiency_frac"] == 1
     assert rows[1]["overlap_efficiency_frac"] == pytest.approx(rows[0]["latency_ns"] / rows[1]["latency_ns"])
     assert rows[0]["tokens_per_s"] == pytest.approx(4e6)
-    assert "O_e = T(2) / T(N)" in run(f"4={slow}", f"2={folder}")
+    page = run(f"4={slow}", f"2={folder}")
+    assert "O_e = T(2) / T(N)" in page and "note: 2 GPUs: 3 MoE layer passes told by" in page
 
 
 def test_a_single_trace_has_a_page_of_its_passes(tmp_path: Path) -> None:
@@ -387,6 +388,7 @@ def test_a_single_trace_has_a_page_of_its_passes(tmp_path: Path) -> None:
     [
         (["{run}", "{run}"], "found 2 traces, expected one, or N=TRACE"),
         (["2={run}", "2={run}"], "two runs on the same number of GPUs"),
+        (["1={run}"], "MoE layer passes on 2 ranks or devices, expected 1 at most"),
         (["2={run}", "--step", "1"], "--step shows one step of one run"),
         (["{run}", "--step", "x"], "--step is 'x', expected a whole number"),
         (["{run}", "--range", "("], "is no regular expression"),
