@@ -7,7 +7,7 @@ import polars as pl
 from perfmodel.errors import InputError
 from perfmodel.intervals import DEVICE, PROCESS, STREAM, THREAD, earliest_held, held, holders, numbered, parents
 from perfmodel.launch import call_starts, figures, joined_work
-from perfmodel.trace import MODULE_PREFIX, plain_name
+from perfmodel.trace import BACKEND_PREFIX, MODULE_PREFIX, plain_name
 
 KEYS = {"rank": ("rank",), "device": DEVICE, "stream": STREAM, "process": PROCESS, "thread": THREAD}
 GROUPINGS = (*KEYS, "range", "step")
@@ -43,12 +43,15 @@ def steps(events: pl.DataFrame) -> pl.DataFrame:
 
     All ranges named ProfilerStep#N, the last one too; without any, the range that lies in no other range, occurs more
     than once and takes most time in all, if that is at least half of the time of all such outermost ranges: what takes
-    less is no step of the work. Names without what follows `|`.
+    less is no step of the work, nor are modules and collectives steps. Names without what follows `|`.
     """
     ranges = _ranges(events)
     found = ranges.filter(pl.col("name").str.starts_with(STEP_PREFIX))
     if found.is_empty():
-        ranges = ranges.filter(~pl.col("name").str.starts_with(MODULE_PREFIX))  # a layer is no step
+        # A layer is no step, nor is a collective, in which a rank that waits may spend most of its time.
+        ranges = ranges.filter(
+            ~pl.col("name").str.starts_with(MODULE_PREFIX) & ~pl.col("name").str.contains(BACKEND_PREFIX)
+        )
         top = ranges.filter(parents(ranges).is_null())
         by_name = (
             top.group_by("name").agg(n=pl.len(), time_ns=pl.sum("dur_ns")).sort("time_ns", "name", descending=True)

@@ -20,9 +20,9 @@ def device_doing(events: pl.DataFrame, rules: Rules | None = None) -> pl.DataFra
     Communication is kernels of the classes `classify.COMMUNICATION` (collectives, MoE all-to-all over links), copy what
     the profiler recorded as copies between memories and the kernels with which ROCm's runtime makes them
     (`__amd_rocclr_copyBuffer` ...), compute all other kernels; sets, and kernels with which the runtime fills
-    memory, are none of them. Columns `name`, `rank`, `device`, `stream`, `start_ns`, `dur_ns`, `doing`.
+    memory, are none of them. Columns `name`, `rank`, `device`, `stream`, `start_ns`, `dur_ns`, `collective`, `doing`.
     """
-    work = events.select("kind", "name", *STREAM, "start_ns", "dur_ns")
+    work = events.select("kind", "name", *STREAM, "start_ns", "dur_ns", "collective")
     work = work.filter(pl.col("kind").is_in(["kernel", "copy"]))
     communicates = classify(work["name"], rules).is_in(list(COMMUNICATION))
     names = work["name"].unique()

@@ -42,6 +42,8 @@ EVENTS = pl.Schema(
 )
 
 MODULE_PREFIX = "nn.Module: "  # how torch.profiler names calls of modules, of which readers keep those of MoE layers
+# How torch names what a backend communicates, on threads of the backend: gloo:all_to_all ...
+BACKEND_PREFIX = r"^(?i:gloo|nccl|mpi|ucc):"
 MAX_RANK = 2**31 - 1  # the highest that the column holds
 MAX_DUR_NS = 7 * 24 * 3600 * 10**9  # a single event longer than a week is a corrupt record (HTA issue 325)
 
@@ -94,7 +96,7 @@ def filtered(events: pl.DataFrame, keep: pl.Expr) -> pl.DataFrame:
 
 def repeated(name: str, value: int | None, n_rows: int) -> pl.Series:
     """A column of EVENTS with one value, written out: tables whose columns differ in their pieces are copied whole."""
-    return pl.repeat(value, n_rows, dtype=EVENTS[name], eager=True).alias(name)
+    return pl.Series(name, [value], dtype=EVENTS[name]).new_from_index(0, n_rows)
 
 
 def plain_name() -> pl.Expr:

@@ -9,13 +9,14 @@ durations are compared, never times of different ranks: clocks need not agree. W
 - The shortest duration counts as transfer. Where it was longer than that, the excess is nobody's wait.
 - A wait that compute of another stream hides costs nothing; it is a wait of the collective, not of the rank.
 - Occurrences are matched by their order in a step. Where the trace records process groups (Kineto, NCCL) they are
-  matched within one. Else all members must show as many of a name in a step, and the ends of what is matched must
-  agree once the mean difference of clocks is taken out; two groups that run in step cannot be told apart even so.
+  matched within one. Else all members must show as many of a name in a step, and clocks must be possible by which
+  what is matched ran at the same time; two groups that run in step cannot be told apart even so.
 """
 
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
 from perfmodel import text
@@ -24,7 +25,7 @@ from perfmodel.ep_steps import straggler_ratios
 from perfmodel.groups import step_at
 from perfmodel.intervals import DEVICE, busy_ns, parents
 from perfmodel.launch import joined_kernels
-from perfmodel.passes.measured import host_communication, host_compute
+from perfmodel.passes.measured import Floats, host_communication, host_compute
 
 MEMBER = DEVICE  # who takes part in a collective: a device of a rank, or the rank itself where it has none
 # What is told of one rank: its collectives, how long it computed in each step, and with what.
@@ -35,7 +36,7 @@ COLLECTIVES = pl.Schema(
 COMPUTE = pl.Schema(
     {"rank": pl.Int32(), "device": pl.Int64(), "step": pl.Int64(), "class": pl.String(), "time_ns": pl.Int64()}
 )
-SLACK_NS = 50_000  # by how much the ends of one collective may differ, on a host that others use too; assumed
+SLACK_NS = 50_000  # by how much a member may seem to end before another begins, for jitter of clocks; assumed
 LEAST_AGREEING_FRAC = 0.9  # of the occurrences of one name, below which they are not taken for the same collectives
 LEAST_CHECKED = 3  # occurrences from which a difference of clocks can be told from a wrong match
 _NAMES_SHOWN = 40
@@ -111,7 +112,7 @@ def matched_waits(found: pl.DataFrame, members: pl.DataFrame) -> Waits:
     """Which collectives of different members are the same, and how long did each member wait in them.
 
     `found` is COLLECTIVES of all members together, `members` the distinct MEMBER that were read. A name of which
-    members show different numbers in a step, or whose matched occurrences do not end together, is left out with a note.
+    members show different numbers in a step, or whose matched occurrences did not run together, is left out.
     """
     keys, kind = ["step", "name", "group"], ["name", "group"]
     nth = pl.int_range(pl.len()).over(*keys, *MEMBER)
@@ -124,7 +125,7 @@ def matched_waits(found: pl.DataFrame, members: pl.DataFrame) -> Waits:
     notes = {
         f"{_listed(bad['name'])} left out in {text.counted(bad['step'].n_unique(), 'step')}: ranks show different "
         "numbers of them": bad.height and members.height > 1,
-        f"{_listed(refused['name'])} left out: what would be matched does not end together, so ranks call it in "
+        f"{_listed(refused['name'])} left out: what would be matched does not run together, so ranks call it in "
         "different groups or a different order": refused.height,
         f"whether all ranks mean the same by {_listed(unsure['name'])} could not be checked, there being fewer than "
         f"{LEAST_CHECKED} of them": unsure.height,
@@ -237,21 +238,47 @@ def _is_alike(table: pl.DataFrame, members: pl.DataFrame, keys: list[str]) -> pl
 def _agreeing(table: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Names and groups whose matched occurrences can be the same collectives, and those of them too rare to tell.
 
-    Each member's clock is moved by the median of how much later than the first member it ends; then the last to come
-    must have begun before the first has ended, or SLACK_NS after it at most.
+    There must be a clock for each member by which the last to come began before the first has ended, or SLACK_NS after
+    it at most.
     """
-    kind, one = ["name", "group"], ["step", "name", "group", "nth"]
-    table = table.sort(*one, *MEMBER).with_columns(end_ns=pl.col("start_ns") + pl.col("dur_ns"))
-    table = table.with_columns(later_ns=pl.col("end_ns") - pl.col("end_ns").first().over(one))
-    # The middle one, and no mean of two: clocks may lie so far apart that floating-point numbers lose nanoseconds.
-    middle = pl.col("later_ns").sort().get((pl.len() - 1) // 2)
-    off = table.group_by(*kind, *MEMBER).agg(off_ns=middle)
-    table = table.join(off, on=[*kind, *MEMBER], nulls_equal=True)
-    start, end = pl.col("start_ns") - pl.col("off_ns"), pl.col("end_ns") - pl.col("off_ns")
-    each = table.group_by(one).agg(is_one=start.max() <= end.min() + SLACK_NS)
-    found = each.group_by(kind).agg(n=pl.len(), agreeing_frac=pl.col("is_one").mean())
-    kept = found.filter(pl.col("agreeing_frac") >= LEAST_AGREEING_FRAC)
-    return kept.select(kind), kept.filter(pl.col("n") < LEAST_CHECKED).select(kind)
+    kept, unsure = [], []
+    for kind, of_kind in table.partition_by("name", "group", as_dict=True).items():
+        first = of_kind.group_by(MEMBER).agg(first_ns=pl.min("start_ns")).sort(MEMBER).with_row_index("member")
+        part = of_kind.sort("step", "nth").with_columns(occurrence=pl.struct("step", "nth").rle_id())
+        part = part.join(first, on=MEMBER, nulls_equal=True)
+        at = part["occurrence"].to_numpy(), part["member"].to_numpy()
+        start = np.full((at[0].max() + 1, first.height), np.nan)
+        start[at] = (part["start_ns"] - part["first_ns"]).to_numpy()  # so that no clock is too large for a float
+        end = start.copy()
+        end[at] += part["dur_ns"].to_numpy()
+        shift = _clock_shifts(start, end)
+        is_one = np.nanmax(start - shift, axis=1) <= np.nanmin(end - shift, axis=1) + SLACK_NS
+        if is_one.mean() >= LEAST_AGREEING_FRAC:
+            kept.append(kind)
+            unsure += [kind] if len(is_one) < LEAST_CHECKED else []
+    schema = {"name": pl.String, "group": pl.String}
+    return pl.DataFrame(kept, schema, orient="row"), pl.DataFrame(unsure, schema, orient="row")
+
+
+def _clock_shifts(start: Floats, end: Floats) -> Floats:
+    """By how much is each member's clock ahead, so that occurrences [occurrence, member] can overlap; NaN: not there.
+
+    Member i begins before j ends, so shift_i - shift_j >= start_i - end_j: constraints of differences, which longest
+    paths solve, to member 0 and from it, and so does the mean of both. A few occurrences may be odd. Ends alone do not
+    tell clocks: where hosts communicate, one may have received all its rows long before the others have.
+    """
+    n_odd = int((len(start) - 1) * (1 - LEAST_AGREEING_FRAC) / 2)
+    least = np.empty((start.shape[1], start.shape[1]))
+    for i in range(len(least)):
+        apart = np.nan_to_num(start[:, i, None] - end, nan=-1e18)  # members that share none bind each other to nothing
+        least[i] = -np.partition(-apart, n_odd, axis=0)[n_odd] - SLACK_NS
+    np.fill_diagonal(least, 0)
+    for via in range(len(least)):
+        least = np.maximum(least, least[:, via, None] + least[via])
+        if (np.diag(least) > 0).any():  # a cycle that no clocks satisfy
+            break
+    shift: Floats = (least[:, 0] - least[0]) / 2
+    return shift
 
 
 def _name_and_group(collective: str) -> tuple[str | None, str | None]:

@@ -19,6 +19,7 @@ NAMES = {
         "triton_tem_fused_mm_3",
     ),
     "grouped_gemm": (
+        "_ZN5aiter47fmoe_bf16_blockscaleFp8_g1u1_vs_silu_1tg_32x256E",
         "fused_moe_kernel",
         "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<...>>>",
         "_matmul_ogs_NNT_bf16xbf16xmxfp4_16x128x256x1_swiglu",
@@ -26,6 +27,7 @@ NAMES = {
         "void deep_gemm::sm90_m_grouped_fp8_gemm_1d2d_impl<...>",
     ),
     "attention": (
+        "triton_tem_fused_flex_attention_0",
         "void flash::flash_fwd_splitkv_combine_kernel<...>",
         "fmhaSm100aKernel_QkvE4m3OBfloat16H64PagedKvCausalP16VarSeqQ128Kv128PersistentContext",
         "void paged_attention_ll4mi_reduce_kernel<__hip_bfloat16, __hip_bfloat16, 128, 128, 256, 3, false>(...)",
@@ -44,6 +46,7 @@ NAMES = {
     "moe_dispatch": (
         "void vllm::moe::moe_align_block_size_kernel<int>(...)",
         "_combined_routing_compute",
+        "void aiter::grouped_topk_kernel<float, 8, 1, 1, true, true, false>(...)",
         "void tensorrt_llm::kernels::finalizeMoeRoutingKernel<...>",
     ),
     "collective": (

@@ -126,6 +126,12 @@ def test_calls_of_a_layer_are_no_steps() -> None:
     assert steps(events(*layers, range_(0, 40, "step"), range_(200, 40, "step")))["name"].to_list() == ["step"] * 2
 
 
+def test_collectives_of_a_backend_are_no_steps_however_long_a_rank_waits() -> None:
+    talks = [range_(i * 100, 90, "gloo:all_to_all", thread=9) for i in range(3)]
+    assert steps(events(*talks)).is_empty()
+    assert steps(events(*talks, range_(0, 40, "layer"), range_(200, 40, "layer")))["name"].to_list() == ["layer"] * 2
+
+
 def test_a_thread_with_a_step_of_its_own_keeps_its_launches() -> None:
     places = {1: "ProfilerStep#1", 2: "ProfilerStep#2"}
     ranges = [range_(thread, 50, name, thread=thread) for thread, name in places.items()]

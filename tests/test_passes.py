@@ -176,6 +176,27 @@ def test_an_all_to_all_of_nccl_belongs_to_the_pass_beside_it_only() -> None:
     assert (row["start_ns"], row["n_kernels"], row["all_to_all_exposed_ns"]) == (11, 3, 20)
 
 
+@pytest.mark.parametrize(
+    ("kernel_name", "said", "n_kernels"),
+    [
+        ("ncclDevKernel_Generic_4(ncclDevKernelArgsStorage<4096ul>)", '["all_to_allv","0","[0, 1]"]', 3),  # RCCL
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", '["send","1","[0, 8]"]', 1),  # a pipeline's
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", '[null,"0","[0, 1]"]', 3),
+    ],
+)
+def test_the_collective_that_is_recorded_tells_an_all_to_all(kernel_name: str, said: str, n_kernels: int) -> None:
+    rows = chain(ATTENTION, kernel_name, GEMM, kernel_name, ATTENTION)
+    rows = [row | {"collective": said} if row["name"] == kernel_name else row for row in rows]
+    found = moe_passes(trace(*rows)).passes.row(0, named=True)
+    assert (found["n_kernels"], found["all_to_all_busy_ns"]) == (n_kernels, 20 if n_kernels == 3 else 0)
+
+
+def test_an_exchange_beside_attention_is_said_to_mix_micro_batches() -> None:
+    exchange = kernel(22, 30, name="ncclDevKernel_SendRecv(...)", stream=9)
+    found = moe_passes(trace(*chain(ATTENTION, GEMM, ATTENTION, GEMM, ATTENTION), exchange))
+    assert any("micro-batches overlap" in note for note in found.notes)
+
+
 def test_other_mixers_than_attention_bound_passes_too() -> None:
     once = ("chunk_gated_delta_rule_fwd", *LAYER)
     assert len(spans_of(*chain(ATTENTION, *LAYER, *once, *once))) == 3

@@ -90,11 +90,15 @@ def test_grids_occupancies_and_collectives_of_kernels_are_kept() -> None:
         {"grid": [8, 2, 3], "est. achieved occupancy %": 12, **said},
         {"grid": [2**31, 1, 1], "est. achieved occupancy %": 101},
         {"grid": "8", "est. achieved occupancy %": "x", "Collective name": "broadcast"},
-        {"grid": [8, 0, 1]},
+        {"grid": [8, 0, 1], "est. achieved occupancy %": 10**400},
     ]
     work = [complete("kernel", "k", i, 1, 0, 7, device=0, **shape) for i, shape in enumerate(shapes)]
     found = read({"traceEvents": [*work, complete("cpu_op", "record_param_comms", 9, 1, grid=[1], **said)]}).events
     found = found.sort("start_ns")
+    plain = [
+        complete("kernel", "k", i, 1, 0, 7, **{"est. achieved occupancy %": x}) for i, x in enumerate((2.5, 0, -1))
+    ]
+    assert read({"traceEvents": plain}).events["occupancy_frac"].to_list() == [pytest.approx(0.025), 0, None]
     assert found["blocks"].to_list() == [48, None, None, None, None]
     assert found["occupancy_frac"].round(3).to_list() == [pytest.approx(0.12), None, None, None, None]
     whole = '["all_to_allv","3","[0, 1, 2]"]'

@@ -108,7 +108,7 @@ def _show_ranks(found: LayerRanks, step: int | None, n_tokens: int | None, n_top
 
 
 def _scaling(runs: list[tuple[int, str, LayerRanks]], n_tokens: int | None) -> list[dict[str, Any]]:
-    """A row for each run; raises InputError where a run has no pass or two have the same number of GPUs."""
+    """A row for each run; raises InputError where a run has no pass or more members than GPUs, or two have as many."""
     from perfmodel.schedule.measures import overlap_efficiency  # which loads SciPy
 
     if len({n_gpus for n_gpus, *_ in runs}) < len(runs):
@@ -117,12 +117,15 @@ def _scaling(runs: list[tuple[int, str, LayerRanks]], n_tokens: int | None) -> l
     for n_gpus, path, found in runs:
         if found.latency_ns is None:
             raise InputError(f"{path}: no MoE layer pass whose time could be compared; {' '.join(found.notes)}")
+        n_members = found.members.filter(pl.col("n_passes") > 0).height
+        if n_members > n_gpus:  # fewer may have been traced
+            raise InputError(f"{path}: MoE layer passes on {n_members} ranks or devices, expected {n_gpus} at most")
         base_ns = rows[0]["latency_ns"] if rows else found.latency_ns
         rows.append(
             {
                 "n_gpus": n_gpus,
                 "source": path,
-                "n_members": found.members.filter(pl.col("n_passes") > 0).height,
+                "n_members": n_members,
                 "latency_ns": found.latency_ns,
                 "overlap_efficiency_frac": overlap_efficiency(base_ns, found.latency_ns),
                 "tokens_per_s": _tokens_per_s(n_tokens, n_gpus, found.latency_ns),

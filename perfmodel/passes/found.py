@@ -23,6 +23,7 @@ _NUMBERS = re.compile(r"[\W_]*\d+")
 MOE_CLASSES = ("grouped_gemm", "moe_dispatch", "moe_all_to_all")
 # Kernels of NCCL that an all-to-all is made of.
 ALL_TO_ALL = r"(?i)all_?to_?all|SendRecv"
+_COLLECTIVE_NAME = r'^\["([^"]+)"'  # in the column `collective`
 # What else mixes tokens between MoE layers, where a model has more than attention.
 _MIXERS = r"(?i)delta_?rule|selective_?scan|mamba|linear_?attn|rwkv|causal_conv1d"
 # Kernels that are a pass by themselves.
@@ -95,6 +96,16 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise InputError(f"{pattern!r} is no regular expression ({error})") from None
 
 
+def exchanges(work: pl.DataFrame) -> pl.Series:
+    """Which work is an all-to-all: by the collective that is recorded, else by its name.
+
+    A kernel that sends and receives may also be a pipeline's, and RCCL's generic kernels say nothing.
+    """
+    said = pl.col("collective").cast(pl.String).str.extract(_COLLECTIVE_NAME)
+    name = pl.coalesce(said, pl.col("name").cast(pl.String))
+    return work.select(name.str.contains(ALL_TO_ALL)).to_series()
+
+
 def _named(events: pl.DataFrame, pattern: re.Pattern[str]) -> pl.DataFrame:
     """The ranges and operators in whose name a pattern is found: in their bare name where the pattern is ours."""
     named = events.select("kind", "name", *THREAD, "start_ns", "dur_ns").filter(
@@ -148,7 +159,7 @@ def _grouped(work: pl.DataFrame, rules: Rules | None) -> Found | None:
     end = (pl.col("start_ns") + pl.col("dur_ns")).cum_max().shift(1).over(DEVICE)
     table = kernels.select("row", *DEVICE, "start_ns", end_ns=pl.col("start_ns") + pl.col("dur_ns")).with_columns(
         is_core=is_core,
-        is_moe=is_core | names.str.contains(ALL_TO_ALL),
+        is_moe=is_core | exchanges(kernels),
         is_mixer=is_mixer,
         name=kernels["name"],
         is_late=kernels.select(late=(pl.col("start_ns") - end).fill_null(0) > LONG_GAP_NS)["late"],
@@ -157,7 +168,7 @@ def _grouped(work: pl.DataFrame, rules: Rules | None) -> Found | None:
     table = table.with_columns(cut=pl.when(has_mixer).then("is_mixer").otherwise("is_late"), has_mixer=has_mixer)
     table = table.with_columns(segment=pl.struct(*DEVICE, pl.col("cut").cum_sum().over(DEVICE)).rle_id())
     timed = table.with_columns(dur_ns=pl.col("end_ns") - pl.col("start_ns"))
-    are_mixed = overlap_ns(timed.filter("is_core"), timed.filter("is_mixer")).sum() > 0
+    are_mixed = overlap_ns(timed.filter("is_moe"), timed.filter("is_mixer")).sum() > 0
     table = table.filter(~pl.col("is_mixer") & pl.col("is_core").any().over("segment"))
     at = pl.int_range(pl.len())
     moe_at = at.filter(pl.col("is_moe"))

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from perfmodel.classify import Rules, classify
 from perfmodel.intervals import DEVICE, PROCESS, THREAD, busy_ns, earliest_held, gaps, merged, overlap_ns, parents
 from perfmodel.overlap import device_doing, exposed_time
-from perfmodel.passes.found import ALL_TO_ALL, Found
-from perfmodel.trace import COPY_KINDS, DEVICE_KINDS, plain_name
+from perfmodel.passes.found import Found, exchanges
+from perfmodel.trace import BACKEND_PREFIX, COPY_KINDS, DEVICE_KINDS, plain_name
 
 # Ranges and operators that communicate, in traces without devices: gloo:all_to_all, c10d::alltoall_base_ ...
-COMMUNICATES = r"(?i)^(?:gloo|nccl|mpi|ucc):|^c10d::|^_c10d_functional::|all_?to_?all|record_param_comms"
+COMMUNICATES = rf"(?i){BACKEND_PREFIX}|^c10d::|^_c10d_functional::|all_?to_?all|record_param_comms"
 Floats = NDArray[np.float64]
 
 
@@ -66,7 +66,7 @@ def shares(events: pl.DataFrame, spans: pl.DataFrame, how: str, rules: Rules | N
     passes and other micro-batches counts too: whatever computes meanwhile hides communication.
     """
     doing = _host_doing(events) if how == "host" else device_doing(events, rules)
-    is_exchange = doing["name"].cast(pl.String).str.contains(ALL_TO_ALL)
+    is_exchange = exchanges(doing)
     if how != "host":
         is_exchange |= classify(doing["name"], rules) == "moe_all_to_all"
     doing = doing.with_columns(is_all_to_all=is_exchange)
@@ -178,7 +178,8 @@ def _host_doing(events: pl.DataFrame) -> pl.DataFrame:
     talks, ops = host_communication(events), host_compute(events)
     doing = pl.Enum(("compute", "communication", "copy"))
     parts = [(ops, "compute"), (talks.select(ops.columns), "communication")]
-    return pl.concat([part.with_columns(doing=pl.lit(word, doing)) for part, word in parts])
+    none = pl.lit(None, pl.Categorical)
+    return pl.concat([part.with_columns(doing=pl.lit(word, doing), collective=none) for part, word in parts])
 
 
 def _inside(work: pl.DataFrame, spans: pl.DataFrame, by: list[str] | tuple[str, ...]) -> pl.DataFrame:

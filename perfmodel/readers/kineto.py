@@ -23,7 +23,6 @@ from perfmodel.readers.kineto_events import (
     decode_events,
     inputs_of,
     mended,
-    occupancy_of,
     whole,
 )
 from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, MODULE_PREFIX, Trace, filtered, repeated
@@ -50,7 +49,7 @@ DEVICE_KIND_OF_CATEGORY = {
 }
 # Calls of Python are most events of a trace with stacks; of them calls of MoE modules are kept, as ranges.
 _PYTHON = "python_function"
-_MOE = re.compile("moe|expert", re.I)
+_MOE = re.compile(re.escape(MODULE_PREFIX) + ".*(?:moe|expert)", re.I)
 # cuda_, hip_, mtia_, xpu_, privateuse1_ ...
 _API_CATEGORY = re.compile(r".*_(?:runtime|driver)")
 
@@ -85,9 +84,17 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
     def take(events: list[Event]) -> None:
         nonlocal n_events
         n_events += len(events)
-        kept = [e for e in events if kind_of[e.cat] and e.ph == "X"]
-        if _PYTHON in kind_of:  # it was met in this trace
-            kept = [e for e in kept if e.cat != _PYTHON or _is_moe_module(e.name)]
+        kept: list[Event] = []
+        if _PYTHON not in kind_of:
+            kept = [e for e in events if kind_of[e.cat] and e.ph == "X"]
+        if _PYTHON in kind_of:  # it was met, here or before; no other trace pays for the look at names
+            kept = [
+                e
+                for e in events
+                if (e.cat != _PYTHON or (e.name and MODULE_PREFIX in e.name and _MOE.match(e.name)))
+                and kind_of[e.cat]
+                and e.ph == "X"
+            ]
         _keep_host(host, [e for e in kept if e.cat not in DEVICE_KIND_OF_CATEGORY], kind_of, is_product)
         _keep_device(device, [e for e in kept if e.cat in DEVICE_KIND_OF_CATEGORY], kind_of)
         if len(host.kinds) >= BATCH_ROWS:
@@ -159,7 +166,7 @@ class _Kept:
     graphs: list[Whole] = field(default_factory=list)
     collectives: list[str | None] = field(default_factory=list)
     grid_lines: list[bytes] = field(default_factory=list)
-    occupancy_lines: list[bytes] = field(default_factory=list)
+    occupancies: list[Whole | float] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget all events."""
@@ -201,7 +208,7 @@ def _keep_device(kept: _Kept, events: list[Event], kind_of: _Looked) -> None:
     kept.n_bytes += [a.bytes for a in args]
     kept.graphs += [a.graph for a in args]
     kept.grid_lines.append(_lines([a.grid for a in args]))
-    kept.occupancy_lines.append(_lines([a.occupancy for a in args]))
+    kept.occupancies += [a.occupancy for a in args]
     kept.collectives += [collective_of(a) if a.collective is not NO_TEXT else None for a in args]
 
 
@@ -222,7 +229,7 @@ def _device_rows(kept: _Kept) -> pl.DataFrame:
         graph=_whole_numbers(kept.graphs),
         blocks=_looked_up(kept.grid_lines, blocks_of, EVENTS["blocks"]),
         collective=pl.Series(kept.collectives, dtype=pl.String),
-        occupancy_frac=_looked_up(kept.occupancy_lines, occupancy_of, EVENTS["occupancy_frac"]),
+        occupancy_frac=_fractions(kept.occupancies),
     )
 
 
@@ -287,16 +294,22 @@ def _whole_numbers(values: list[Whole], in_text: bool = True) -> pl.Series:
         return pl.Series([whole(value, in_text) for value in values], dtype=pl.Int64)
 
 
+def _fractions(percents: list[Whole | float]) -> pl.Series:
+    """A column of fractions from percentages, null where there is none."""
+    try:
+        percent = pl.Series(percents, dtype=EVENTS["occupancy_frac"])
+    except (TypeError, OverflowError):  # a text, or a number as no percentage is
+        numbers = [value if isinstance(value, int | float) and 0 <= value <= 100 else None for value in percents]
+        percent = pl.Series(numbers, dtype=EVENTS["occupancy_frac"])
+    return pl.select(pl.when(percent.is_between(0, 100)).then(percent / 100)).to_series()
+
+
 def _kind(category: str | None) -> str | None:
     """The kind of the events of a category, `call` for every API call; null for those that are not kept."""
     if category is None:
         return None
     known = HOST_KIND_OF_CATEGORY.get(category) or DEVICE_KIND_OF_CATEGORY.get(category)
     return known or ("call" if _API_CATEGORY.fullmatch(category) else None)
-
-
-def _is_moe_module(name: str | None) -> bool:
-    return name is not None and name.startswith(MODULE_PREFIX) and _MOE.search(name) is not None
 
 
 def _is_product(name: str | None) -> bool:

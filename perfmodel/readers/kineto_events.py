@@ -25,22 +25,22 @@ Whole = int | str | None  # whole numbers that some writers put into strings
 
 
 class Args(msgspec.Struct, gc=False):
-    """The arguments of an event that are kept."""
+    """The arguments of an event that are kept, in the order in which Kineto writes them: so they are found soonest."""
 
-    correlation: Whole = None
     external: Whole = msgspec.field(default=None, name="External id")
-    external_old: Whole = msgspec.field(default=None, name="external id")
-    stream: Whole = None
     device: Whole = None
+    stream: Whole = None
+    correlation: Whole = None
+    grid: msgspec.Raw = NO_TEXT
+    occupancy: Whole | float = msgspec.field(default=None, name="est. achieved occupancy %")
     bytes: Whole = None
     graph: Whole = msgspec.field(default=None, name="graph id")
-    dims: msgspec.Raw = msgspec.field(default=NO_TEXT, name="Input Dims")
     types: msgspec.Raw = msgspec.field(default=NO_TEXT, name="Input type")
-    grid: msgspec.Raw = NO_TEXT
-    occupancy: msgspec.Raw = msgspec.field(default=NO_TEXT, name="est. achieved occupancy %")
+    dims: msgspec.Raw = msgspec.field(default=NO_TEXT, name="Input Dims")
     collective: msgspec.Raw = msgspec.field(default=NO_TEXT, name="Collective name")
     group: msgspec.Raw = msgspec.field(default=NO_TEXT, name="Process Group Name")
     members: msgspec.Raw = msgspec.field(default=NO_TEXT, name="Process Group Ranks")
+    external_old: Whole = msgspec.field(default=None, name="external id")
 
 
 class Event(msgspec.Struct, gc=False):
@@ -58,7 +58,7 @@ class Event(msgspec.Struct, gc=False):
 
 decode_events = msgspec.json.Decoder(list[Event]).decode
 NO_ARGS = Args()
-_RAW_ARGS = ("dims", "types", "grid", "occupancy", "collective", "group", "members")
+_RAW_ARGS = ("dims", "types", "grid", "collective", "group", "members")
 _FIELDS = dict(zip(Args.__struct_fields__, Args.__struct_encode_fields__, strict=True))
 
 
@@ -82,15 +82,6 @@ def blocks_of(grid: str) -> int | None:
         return None
     n_blocks = math.prod(sides)
     return n_blocks if len(sides) == 3 and min(sides) > 0 and n_blocks <= _MAX_INT32 else None
-
-
-def occupancy_of(percent: str) -> float | None:
-    """A fraction from the text of a percentage; null where it is none."""
-    try:
-        found = msgspec.json.decode(percent, type=float) if percent else -1.0
-    except msgspec.DecodeError:
-        return None
-    return found / 100 if 0 <= found <= 100 else None
 
 
 def whole(value: Whole, in_text: bool = True) -> int | None:

@@ -106,7 +106,7 @@ def layer_ranks_page(
 
 
 def scaling_page(rows: Sequence[Mapping[str, Any]], width: int = WIDTH) -> str:
-    """Overlap efficiency and throughput of runs on more and more GPUs, against the fewest."""
+    """Overlap efficiency and throughput of runs on more and more GPUs, against the fewest, and their notes."""
     body = [
         [
             text.counted(row["n_gpus"], "GPU"),
@@ -118,7 +118,8 @@ def scaling_page(rows: Sequence[Mapping[str, Any]], width: int = WIDTH) -> str:
         for row in rows
     ]
     header = ["run", "MoE layer pass", f"O_e = T({rows[0]['n_gpus']}) / T(N)", "tokens/s", "trace"]
-    return table(body, header, width)
+    notes = [f"{text.counted(row['n_gpus'], 'GPU')}: {note}" for row in rows for note in row["notes"]]
+    return "\n\n".join([table(body, header, width), "\n".join(_notes(notes, width))])
 
 
 def _notes(notes: Sequence[str], width: int) -> list[str]:
