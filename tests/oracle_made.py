@@ -21,7 +21,7 @@ Event = dict[str, Any]
 WORK = ("kernel", "copy", "set", "replay")
 _CATEGORIES = {
     "cpu_op": "op", "user_annotation": "range", "cuda_runtime": "call", "cuda_driver": "call", "kernel": "kernel",
-    "gpu_memcpy": "copy", "gpu_memset": "set",
+    "gpu_memcpy": "copy", "gpu_memset": "set", "python_function": "range",
 }  # fmt: skip
 
 
@@ -33,6 +33,11 @@ def kineto_events(path: Path) -> list[Event]:
     for e in document["traceEvents"]:
         if e.get("ph") != "X" or e.get("cat") not in _CATEGORIES:
             continue
+        called = e["name"].lower()
+        if e["cat"] == "python_function" and not (
+            called.startswith("nn.module: ") and ("moe" in called or "expert" in called)
+        ):
+            continue  # of Python's calls those of MoE modules are kept
         args = e.get("args", {})
         kind = _CATEGORIES[e["cat"]]
         kind = api_kind(e["name"]) if kind == "call" else kind
