@@ -168,7 +168,7 @@ if __name__ == "__main__":
     from perfmodel.offload.study_page import write as write_study
     from perfmodel.placing.study_page import write as write_policies
     from perfmodel.schedule.captured_page import write as write_captured
-    from perfmodel.schedule.flashmoe_page import write as write_flashmoe
+    from perfmodel.schedule.flashmoe.page import write as write_flashmoe
     from perfmodel.trimoe.study_page import write as write_trimoe
 
     if sys.argv[1:] not in ([], ["pages"], ["readme"]):

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from perfmodel.schedule import LayerTimeline, Span
-from perfmodel.schedule.flashmoe import (
+from perfmodel.schedule.flashmoe.figures import late_gpu_ns, payload, straggler_ratio, symmetric, uneven_straggler_ratio
+from perfmodel.schedule.flashmoe.page import page
+from perfmodel.schedule.flashmoe.study import (
     BASELINE_HYPOTHESES,
     BASELINES,
     BULK,
@@ -28,8 +30,6 @@ from perfmodel.schedule.flashmoe import (
     timeline,
     timeline_with_room,
 )
-from perfmodel.schedule.flashmoe_figures import late_gpu_ns, payload, straggler_ratio, symmetric, uneven_straggler_ratio
-from perfmodel.schedule.flashmoe_page import page
 from perfmodel.schedule.measures import overlap_efficiency, throughput_tokens_per_s
 from tests.conftest import ROOT
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace d
     from perfmodel.schedule.alternatives import Alternative, Verdict
     from perfmodel.schedule.what_if import Answer
 
+LIKE_FRAC = 0.005  # so close to each other two latencies are alike
 PADDED_FRAC = 0.5  # of the rows that the fused kernel computes, above which padding is most of its work
 RESTS = (
     "Not measured: links by rate and latency, experts by the latency model, launches by number. docs/schedule.md has "
@@ -148,7 +149,9 @@ def _fusing(found: "Answer") -> str:
 
 
 def _gain(gain: float) -> str:
-    return f"is {ratio(gain)} as fast as" if gain >= 1 else f"takes {ratio(1 / gain)} as long as"
+    if abs(gain - 1) < LIKE_FRAC:
+        return "is as fast as"
+    return f"is {ratio(gain)} as fast as" if gain > 1 else f"takes {ratio(1 / gain)} as long as"
 
 
 def _overlap(found: "Answer") -> str:

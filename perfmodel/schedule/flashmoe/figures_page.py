@@ -1,9 +1,11 @@
-"""The sections of docs/flashmoe.md on what FlashMoE publishes beside latencies; made by `flashmoe_page`."""
+"""The sections of docs/flashmoe.md on what FlashMoE publishes beside latencies; made by `page`."""
 
 from perfmodel import markdown, text
 from perfmodel.hardware import hardware
+from perfmodel.schedule.measures import overlap_efficiency, throughput_tokens_per_s
 
-from .flashmoe import (
+from .figures import late_gpu_ns, payload, symmetric, uneven_straggler_ratio
+from .study import (
     BASELINE_HYPOTHESES,
     BULK,
     FITTED_ON,
@@ -18,8 +20,6 @@ from .flashmoe import (
     systems,
     timeline,
 )
-from .flashmoe_figures import late_gpu_ns, payload, symmetric, uneven_straggler_ratio
-from .measures import overlap_efficiency, throughput_tokens_per_s
 
 SCALED = [Setting(n, 8192) for n in (2, 4, 8)]  # over which Fig 11 scales
 ROUNDED_NS = 0.05 * NS_PER_MS  # of a bar's label

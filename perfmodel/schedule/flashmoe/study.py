@@ -18,17 +18,16 @@ from perfmodel.hardware import Quantity, hardware
 from perfmodel.moe import MoEShape, layer_flops
 from perfmodel.physics import PEAK_GEMM_FRAC
 from perfmodel.predict import basis_of
+from perfmodel.schedule import layer_timeline
+from perfmodel.schedule.costs import Layer
+from perfmodel.schedule.fabric import fabric_of
+from perfmodel.schedule.measures import overlap_efficiency
+from perfmodel.schedule.overheads import DEFAULTS, Overheads
+from perfmodel.schedule.timeline import LayerTimeline
+from perfmodel.schedule.traffic import traffic_of
 from perfmodel.text import NS_PER_S
 
-from . import layer_timeline
-from .costs import Layer
-from .fabric import fabric_of
-from .measures import overlap_efficiency
-from .overheads import DEFAULTS, Overheads
-from .timeline import LayerTimeline
-from .traffic import traffic_of
-
-FOLDER = Path(__file__).parent.parent / "data" / "published"
+FOLDER = Path(__file__).parents[2] / "data" / "published"
 LATENCY, FACTS = (FOLDER / f"flashmoe_{name}.csv" for name in ("latency", "facts"))
 MACHINE = "h100-sxm"
 SHAPE = MoEShape(

@@ -10,11 +10,14 @@ from perfmodel import markdown, text
 from perfmodel.hardware import hardware
 from perfmodel.moe import layer_flops
 from perfmodel.physics import element_bytes
+from perfmodel.schedule import layer_timeline
+from perfmodel.schedule.costs import GEMMS
+from perfmodel.schedule.measures import TILE_ROWS
+from perfmodel.schedule.timeline import TRANSFERS
 from perfmodel.text import NS_PER_S
 
-from . import layer_timeline
-from .costs import GEMMS
-from .flashmoe import (
+from .figures_page import ROUNDED_NS, SCALED, figures, ms
+from .study import (
     BASELINE_HYPOTHESES,
     BASELINES,
     BULK,
@@ -39,9 +42,6 @@ from .flashmoe import (
     timeline,
     timeline_with_room,
 )
-from .flashmoe_figures_page import ROUNDED_NS, SCALED, figures, ms
-from .measures import TILE_ROWS
-from .timeline import TRANSFERS
 
 ROWS_AT_8 = [Setting(8, n) for n in (8192, 16384)]
 FIXED = ("launch", "start")  # the hypotheses in which what is missing does not grow with tokens

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from perfmodel.routing import SHIPPED, read_recording
+from perfmodel.schedule import layer_timeline
+from perfmodel.schedule.measures import TILE_ROWS, padding_saved_frac, symmetric_buffer_bytes
+from perfmodel.schedule.overheads import DEFAULTS
+from perfmodel.schedule.timeline import TRANSFERS, LayerTimeline
 
-from . import layer_timeline
-from .flashmoe import CAPACITY_FACTOR, FOLDER, SHAPE, Setting, layer_at
-from .measures import TILE_ROWS, padding_saved_frac, symmetric_buffer_bytes
-from .overheads import DEFAULTS
-from .timeline import TRANSFERS, LayerTimeline
+from .study import CAPACITY_FACTOR, FOLDER, SHAPE, Setting, layer_at
 
 SYMMETRIC = FOLDER / "flashmoe_symmetric.csv"
 UNPADDED = replace(DEFAULTS["bulk"], capacity_factor=None)
