@@ -19,7 +19,7 @@ from perfmodel.physics.tiled import TiledConstants
 from perfmodel.placement.balance import map_of_slots
 from perfmodel.placement.eplb import rebalance
 from perfmodel.predict import basis_of, predict
-from perfmodel.routing import MAX_DRAWN, Routing, expected_counts, pattern_shares
+from perfmodel.routing import MAX_DRAWN, Routing, drawn_choices, expected_counts, pattern_shares
 from perfmodel.schedule import (
     DEFAULTS,
     SCHEDULES,
@@ -36,7 +36,7 @@ from perfmodel.schedule import (
 )
 from perfmodel.schedule.closed import all_to_all_ns, chunk_rows, sent_rows
 from perfmodel.schedule.costs import EXPERTS, compute_ns, link_ns, operator_ns
-from perfmodel.schedule.traffic import drawn_choices, layer_shares_of, traffic_from_shares
+from perfmodel.schedule.traffic import layer_shares_of, traffic_from_shares
 
 SXM = hardware("h100-sxm")
 SMALL = MoEShape("made-up", n_experts=4, top_k=1, hidden=256, inter=512)

@@ -129,3 +129,25 @@ def drawn_counts(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Counts
     """Assignments `[expert]` of one random batch of tokens (see `sample_choices`)."""
     choices = sample_choices(shares[None, :], n_tokens, top_k, seed)
     return np.bincount(choices.ravel(), minlength=len(shares)).astype(np.int64)
+
+
+def drawn_choices(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Counts:
+    """Experts that each token selects, `[token, top_k]`, drawn so that each has its share of the rows in the mean, of
+    layer 0 of shares; reproducible by seed.
+
+    Drawing one expert after another in proportion (`sample_choices`) would take rows from popular experts: under
+    power-law:0.5 and top-8 of 64 a sixth of the most popular one's. Systematic sampling keeps them: parts of top-k lie
+    end to end in an order of each token's own, and those that contain u, u + 1, ... are taken (Madow 1949).
+    """
+    rng = np.random.default_rng(seed)
+    parts = capped(shares[0], 1.0, float(top_k))
+    order = np.argsort(rng.random((n_tokens, len(parts)), dtype=np.float32), axis=1)
+    taken = np.diff(np.floor(np.cumsum(parts[order], axis=1) + rng.random((n_tokens, 1))), axis=1, prepend=0)
+    return np.take_along_axis(order, np.argpartition(-taken, top_k - 1, axis=1)[:, :top_k], axis=1)
+
+
+def drawn_rows(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Counts:
+    """Rows of each expert, `[expert]`, in one random batch: binomial, and together n_tokens x top_k."""
+    parts = np.minimum(capped(shares[0], 1.0, float(top_k)), 1.0)
+    found = np.random.default_rng(seed).binomial(n_tokens, parts)
+    return np.asarray(expected_counts(found[None] / found.sum(), n_tokens, top_k)[0])

@@ -15,15 +15,7 @@ from perfmodel.moe import MoEShape
 from perfmodel.physics import Array
 from perfmodel.placement.balance import ExpertMap, Index, linear
 from perfmodel.placement.eplb import numbers_among_equals
-from perfmodel.routing import (
-    MAX_DRAWN,
-    Shares,
-    expected_counts,
-    is_pattern,
-    pattern_shares,
-    read_shares,
-)
-from perfmodel.routing.batches import capped
+from perfmodel.routing import MAX_DRAWN, Shares, drawn_choices, drawn_rows, is_pattern, pattern_shares, read_shares
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -183,24 +175,3 @@ def traffic_from_shares(
         goes[np.arange(tokens_per_gpu)[:, None], gpu_of[slots]] = True
         tokens[gpu] = goes.sum(axis=0)
     return Traffic(rows, tokens, gpu_of, expert_of, n_tokens, shape.top_k)
-
-
-def drawn_choices(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Index:
-    """Experts that each token selects, `[token, top_k]`, drawn so that each has its share of the rows in the mean.
-
-    Drawing one expert after another in proportion (`sample_choices`) would take rows from popular experts: under
-    power-law:0.5 and top-8 of 64 a sixth of the most popular one's. Systematic sampling keeps them: parts of top-k lie
-    end to end in an order of each token's own, and those that contain u, u + 1, ... are taken (Madow 1949).
-    """
-    rng = np.random.default_rng(seed)
-    parts = capped(shares[0], 1.0, float(top_k))
-    order = np.argsort(rng.random((n_tokens, len(parts)), dtype=np.float32), axis=1)
-    taken = np.diff(np.floor(np.cumsum(parts[order], axis=1) + rng.random((n_tokens, 1))), axis=1, prepend=0)
-    return np.take_along_axis(order, np.argpartition(-taken, top_k - 1, axis=1)[:, :top_k], axis=1)
-
-
-def drawn_rows(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Index:
-    """Rows of each expert, `[expert]`, in one random batch: binomial, and together n_tokens x top_k."""
-    parts = np.minimum(capped(shares[0], 1.0, float(top_k)), 1.0)
-    found = np.random.default_rng(seed).binomial(n_tokens, parts)
-    return np.asarray(expected_counts(found[None] / found.sum(), n_tokens, top_k)[0])
