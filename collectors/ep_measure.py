@@ -21,7 +21,7 @@ from .checks import TOLERANCE, difference
 from .ep_layer import CudaWatch, HostWatch, expert_parallel_layer, slow_part
 from .ep_plan import N_WARM_UP, Batch, Request, chosen_experts, firsts, gpu_of, plan, profiled
 from .ep_probes import probe_rows
-from .ep_ranks import Ranks, clocks, hold_to, joined, own_processors
+from .ep_ranks import Ranks, clocks, correction_ns, hold_to, joined, own_processors
 from .layer import Layer, grouped_mm_name
 from .memory import TORCH_DTYPES, fill
 from .points import FILL_ELEMENTS, WEIGHT_SCALE
@@ -290,8 +290,8 @@ class Collection:
                 print(f"left out: {sentence}", file=sys.stderr)
         hold_to(own)  # not before what the machine has is written down
         origin_ns = self.ranks.of_first(base_ns - time.perf_counter_ns() if self.is_first else None)
-        offsets = self.ranks.of_first(clock)
-        self.to_common_ns = offsets[self.ranks.rank]["offset_ns"] + origin_ns
+        own_clock = self.ranks.of_first(clock)[self.ranks.rank]
+        self.to_common_ns = origin_ns + correction_ns(own_clock)
         return lock
 
     def probe(self) -> None:

@@ -8,7 +8,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -166,3 +166,9 @@ def offset_of(trips: Sequence[tuple[int, int, int]]) -> dict[str, int]:
     """Offset and error of a clock from round trips (asked, the other's clock, answered), in ns."""
     asked_ns, other_ns, answered_ns = min(trips, key=lambda trip: trip[2] - trip[0])
     return {"offset_ns": other_ns - (asked_ns + answered_ns) // 2, "error_ns": -(-(answered_ns - asked_ns) // 2)}
+
+
+def correction_ns(clock: Mapping[str, int]) -> int:
+    """What is added to a rank's times: its offset, unless that lies within its error. Then the clocks may be one, as
+    those of one machine are, and adding it would set them apart."""
+    return clock["offset_ns"] if abs(clock["offset_ns"]) > clock["error_ns"] else 0

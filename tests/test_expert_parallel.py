@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collectors import cli, ep_capture, ep_layer, ep_measure, ep_plan, ep_probes, expert_parallel, machine, store
-from collectors.ep_ranks import Ranks, clocks, joined, offset_of, own_processors
+from collectors.ep_ranks import Ranks, clocks, correction_ns, joined, offset_of, own_processors
 from collectors.layer import Layer, moe_layer, slow_moe_layer
 from perfmodel.errors import InputError
 from tests import pretend_cuda
@@ -185,6 +185,11 @@ def test_ranks_share_processors_evenly_and_have_cores_of_their_own_where_there_a
 
 def test_the_quickest_round_trip_sets_a_clock() -> None:
     assert offset_of([(0, 1000, 900), (1000, 1160, 1100), (2000, 2300, 3000)]) == {"offset_ns": 110, "error_ns": 50}
+
+
+def test_a_clock_is_not_moved_by_less_than_its_error() -> None:
+    assert correction_ns({"offset_ns": -40, "error_ns": 50}) == 0
+    assert correction_ns({"offset_ns": -60, "error_ns": 50}) == -60
 
 
 class Landed:

@@ -27,7 +27,7 @@ which command, and [captures.md](captures.md) is about captures of one process.
 
 FILES = {
     "expert_parallel.json": "settings (`n_ranks`, `backend`, `device`, `dtype`, `threads` of each rank), machine, "
-    "software, kernel; `clock`: what was added to a rank's clock to have rank 0's, and its error, half of the best "
+    "software, kernel; `clock`: by how much a rank's clock is behind rank 0's, and the error, half of the best "
     "round trip; `cpus_of_ranks`: the processors that each rank is bound to",
     "workloads.jsonl": "a layer: its shape, tokens of each rank, routing, `schedule` (bulk, chunked), `n_chunks`, "
     "`gpu_of` (the rank of each expert), `rows` (rows that the tokens of each rank have for each expert; they sum to "
