@@ -69,7 +69,7 @@ class EpSettings(msgspec.Struct, frozen=True):
 
 
 class Clock(msgspec.Struct, frozen=True):
-    """What was added to a rank's clock to have rank 0's, and how far off that may be, ns."""
+    """By how much a rank's clock is behind rank 0's, and how far off that may be, ns."""
 
     rank: int
     offset_ns: float = 0

@@ -13,18 +13,16 @@ from perfmodel.classify import COMMUNICATION, KERNEL_CLASS, class_shares, rules_
 from perfmodel.errors import InputError, about
 from perfmodel.launch import launch_metrics
 from perfmodel.readers.folder import (
+    figures_of_files,
     find_ranks,
     ignored_note,
-    n_workers_for,
     read_or_why,
     recorded_rank,
-    refuse_if_all_failed,
     resolve_ranks,
     time_base_ns,
     time_origin_ns,
-    why_not,
 )
-from perfmodel.workers import PROCESSES, Progress, run_on_all
+from perfmodel.workers import PROCESSES, Progress
 
 RANKS = pl.Schema(
     {
@@ -156,17 +154,9 @@ def summarise_ranks(
         if not folder.is_dir():
             raise InputError("not a folder; expected one with a trace for each rank")
         files, ignored = find_ranks(folder)
+        named = {str(file.relative_to(folder)): file for file in files}
         more = () if rules is None else (rules,)
-        calls = [(str(file), None if cache is None else str(cache), *more) for file in files]
-        outcomes = run_on_all(_TASK, calls, backend, n_workers_for(files, backend, n_workers), scheduler, progress)
-        read, failed = {}, {}
-        for file, outcome in zip(files, outcomes, strict=True):
-            name = str(file.relative_to(folder))
-            if isinstance(outcome, dict):
-                read[name] = outcome
-            else:
-                failed[name] = why_not(outcome)
-        refuse_if_all_failed(failed, len(files))
+        read, failed = figures_of_files(_TASK, named, cache, more, backend, n_workers, scheduler, progress)
         return _summary(str(folder), read, failed, ignored)
 
 

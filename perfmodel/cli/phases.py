@@ -33,7 +33,8 @@ def phases(
     if figure is not None and workload is None:
         raise InputError("a picture shows one workload: give --workload with --figure")
     captures = [load_ep_capture(folder) for folder in folders]
-    found = [set_beside(one, load_model(model) if model else None) for one in captures]
+    fitted = load_model(model) if model else None
+    found = [set_beside(one, fitted) for one in captures]
     chosen = same_work(captures, workload) if workload else None
     if figure is not None and chosen:
         pairs = list(zip(found, chosen, strict=True))

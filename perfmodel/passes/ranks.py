@@ -12,15 +12,13 @@ from perfmodel.passes import MEDIANS, moe_passes
 from perfmodel.passes.found import compiled
 from perfmodel.readers import is_folder_of_ranks
 from perfmodel.readers.folder import (
+    figures_of_files,
     find_ranks,
     ignored_note,
     listed,
-    n_workers_for,
     read_or_why,
     recorded_rank,
-    refuse_if_all_failed,
     resolve_ranks,
-    why_not,
 )
 from perfmodel.trace import Trace
 from perfmodel.waits import (
@@ -35,7 +33,7 @@ from perfmodel.waits import (
     straggler_statistics,
     waits_of_steps,
 )
-from perfmodel.workers import PROCESSES, Progress, run_on_all
+from perfmodel.workers import PROCESSES, Progress
 
 _TASK = "perfmodel.passes.ranks:layers_of_file"
 _TIMES = pl.Schema({"rank": pl.Int32(), "device": pl.Int64(), "step": pl.Int64(), "dur_ns": pl.Int64()})
@@ -101,16 +99,9 @@ def summarise_layers(
         compiled(pattern)
     with about(source):
         files, ignored = find_ranks(source) if is_folder_of_ranks(source) else ([source], [])
-        calls = [(str(file), None if cache is None else str(cache), pattern, rules) for file in files]
-        outcomes = run_on_all(_TASK, calls, backend, n_workers_for(files, backend, n_workers), scheduler, progress)
-        read, failed = {}, {}
-        for file, outcome in zip(files, outcomes, strict=True):
-            name = file.name if file == source else str(file.relative_to(source))
-            if isinstance(outcome, dict):
-                read[name] = outcome
-            else:
-                failed[name] = why_not(outcome)
-        refuse_if_all_failed(failed, len(files))
+        named = {file.name if file == source else str(file.relative_to(source)): file for file in files}
+        more = (pattern, rules)
+        read, failed = figures_of_files(_TASK, named, cache, more, backend, n_workers, scheduler, progress)
         return _together(str(source), read, failed, ignored_note(ignored), pattern)
 
 

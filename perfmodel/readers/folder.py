@@ -201,6 +201,31 @@ def read_or_why(file: Path, cache: str | Path | None) -> Trace | str:
         return f"the reader failed ({type(error).__name__}: {error}), which is a defect"
 
 
+def figures_of_files(
+    task: str,
+    files: Mapping[str, Path],
+    cache: str | Path | None,
+    more: Sequence[str | None] = (),
+    backend: str = PROCESSES,
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+    progress: Progress = lambda _: None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What a task, called by workers with each file, the cache and `more`, says of each file, and why of others not.
+
+    `files` are named as results shall be; a task returns figures as a dict, or a sentence. Raises InputError where
+    there are figures of none, and what `run_on_all` raises.
+    """
+    calls = [(str(file), None if cache is None else str(cache), *more) for file in files.values()]
+    outcomes = run_on_all(
+        task, calls, backend, n_workers_for([*files.values()], backend, n_workers), scheduler, progress
+    )
+    read = {name: outcome for name, outcome in zip(files, outcomes, strict=True) if isinstance(outcome, dict)}
+    failed = {name: why_not(outcome) for name, outcome in zip(files, outcomes, strict=True) if name not in read}
+    refuse_if_all_failed(failed, len(files))
+    return read, failed
+
+
 def why_not(outcome: str | Lost) -> str:
     """Why a file has no result: what its worker said, or that every worker which had it died."""
     if isinstance(outcome, str):

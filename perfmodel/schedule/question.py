@@ -82,6 +82,11 @@ class Question:
         )
 
     @cached_property
+    def even(self) -> "Question":
+        """The same with all experts equally popular."""
+        return replace(self, shares=np.full_like(self.shares, 1 / self.shape.n_experts))
+
+    @cached_property
     def _timelines(self) -> dict[str, LayerTimeline]:
         return {}
 

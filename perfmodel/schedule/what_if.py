@@ -74,7 +74,7 @@ def skewed(question: Question, exponent: float) -> Question:
 
 def skew_frac(question: Question, schedule: str) -> float:
     """The part of the layer that even routing would save: what all GPUs wait for the busiest, or pad for it."""
-    return 1 - skewed(question, 0.0).latency_ns(schedule) / question.latency_ns(schedule)
+    return 1 - question.even.latency_ns(schedule) / question.latency_ns(schedule)
 
 
 def dominating_skew(question: Question, schedule: str) -> Skew | None:
@@ -83,7 +83,7 @@ def dominating_skew(question: Question, schedule: str) -> Skew | None:
     Looked for from below: where memory binds, extreme skew leaves few experts whose weights are read, and a layer is
     faster again.
     """
-    even_ns = skewed(question, 0.0).latency_ns(schedule)
+    even_ns = question.even.latency_ns(schedule)
 
     def dominates(exponent: float) -> bool:
         return 1 - even_ns / skewed(question, exponent).latency_ns(schedule) > STRAGGLER_FRAC
