@@ -1,0 +1,24 @@
+"""Tables and records in, Plotly figures out; the dashboard and reports draw nothing else."""
+
+from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
+from .latency import BAND_FRAC, parity, roofline
+from .placing import coverage, parts, slowdown
+from .schedules import MAX_GPUS, gantt
+from .traces import busy, shares
+
+__all__ = [
+    "BAND_FRAC",
+    "MAX_GPUS",
+    "MAX_POINTS",
+    "PALETTE",
+    "SYMBOLS",
+    "busy",
+    "coverage",
+    "gantt",
+    "literal",
+    "parity",
+    "parts",
+    "roofline",
+    "shares",
+    "slowdown",
+]
