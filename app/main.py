@@ -1,4 +1,4 @@
-"""Entry script of the dashboard: the pages and their order. Start it with `perfmodel app`."""
+"""The dashboard's pages and their order; `serve.py` serves it, `perfmodel app` starts that."""
 
 import streamlit as st
 
@@ -7,8 +7,11 @@ st.navigation(
     [
         st.Page("views/overview.py", title="Overview", default=True),
         st.Page("views/trace.py", title="Trace", url_path="trace"),
+        st.Page("views/roofline.py", title="Roofline", url_path="roofline"),
         st.Page("views/accuracy.py", title="Predicted vs measured", url_path="accuracy"),
-        st.Page("views/offload.py", title="Offload", url_path="offload"),
+        st.Page("views/placement.py", title="Placement", url_path="placement"),
+        st.Page("views/schedules.py", title="Schedules", url_path="schedules"),
+        st.Page("views/regression.py", title="Regression", url_path="regression"),
     ],
     position="top",
 ).run()

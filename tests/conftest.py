@@ -1,5 +1,7 @@
 """Fixtures that more than one test file uses."""
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,3 +51,43 @@ def scheduler() -> Iterator[str]:
         ) as cluster,
     ):
         yield cluster.scheduler_address
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The address of a dashboard, for browser tests."""
+    from tests.served import served
+
+    pytest.importorskip("streamlit", reason="streamlit is not installed")
+    with served() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    """A Chromium without a window; tests skip where there is none, unless PERFMODEL_REQUIRE_BROWSER is set."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from tests.served import ARGUMENTS
+
+    if CHROMIUM is None and not os.environ.get("PERFMODEL_REQUIRE_BROWSER"):
+        pytest.skip("no Chromium installed; apt-get install chromium")
+    assert CHROMIUM is not None, "browser tests are required here, but no Chromium is installed"
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, server) -> Iterator[object]:
+    """A page of 1280 x 800 that remembers what it asked for; everything must come from the server."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 800})
+    asked: list[str] = []
+    opened.on("request", lambda request: asked.append(request.url))
+    yield opened
+    opened.close()
+    outside = [url for url in asked if not url.startswith((server, server.replace("http", "ws"), "data:", "blob:"))]
+    assert not outside

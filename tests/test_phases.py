@@ -200,12 +200,12 @@ def test_a_picture_shows_the_median_step_above_the_prediction(tmp_path: Path) ->
     busy = beside.predicted["c2"].timeline.busy_ns
     assert [said.busy_ns(rank) for rank in range(2)] == pytest.approx(busy)
     pytest.importorskip("plotly")
-    run(str(path), "--workload", "c2", "--figure", str(tmp_path / "step.html"))
+    run(str(path), "--workload", "c2", "--html", str(tmp_path / "step.html"))
     assert "made-up 2: made-up-a on 2 ranks" in (tmp_path / "step.html").read_text()
     with pytest.raises(InputError, match="give --workload"):
-        run(str(path), "--figure", str(tmp_path / "step.html"))
+        run(str(path), "--html", str(tmp_path / "step.html"))
     with pytest.raises(InputError, match=r"expected an \.html file"):
-        run(str(path), "--workload", "c2", "--figure", "step.png")
+        run(str(path), "--workload", "c2", "--html", "step.png")
 
 
 def run(*words: str) -> str:

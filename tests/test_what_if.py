@@ -361,7 +361,7 @@ def test_options_reach_the_schedules_and_a_picture_is_written(tmp_path: Path) ->
     nodes = asked(n_gpus=4, tokens=64, gpus_per_node=2)
     assert latency_ns("--gpus-per-node", "2") == [nodes.latency_ns(name) for name in SCHEDULES]
     pytest.importorskip("plotly")
-    run(*SMALL, "--figure", str(tmp_path / "gantt.html"))
+    run(*SMALL, "--html", str(tmp_path / "gantt.html"))
     assert "plotly" in (tmp_path / "gantt.html").read_text()[:10_000].lower()
 
 
@@ -397,7 +397,7 @@ def test_a_cpu_with_a_link_has_no_fused_schedule_and_says_so(tmp_path: Path) -> 
         ("--launches bulk=-1", "--launches is -1"),
         ("--offload 0.5 --access zero-copy+cpu", "expected one of zero-copy"),
         ("--offload 2", "offloaded fraction is 2"),
-        ("--figure x.png", "expected an .html file"),
+        ("--html x.png", "expected an .html file"),
         ("--map absent.json", "no map file 'absent.json'"),
         ("--capacity-factor 1 --once-per-gpu", "tokens that are sent once to each GPU are not padded"),
         ("--capacity-factor much", "--capacity-factor is 'much'"),

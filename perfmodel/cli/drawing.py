@@ -1,31 +1,41 @@
-"""Pictures that commands about expert-parallel layers write."""
+"""Reports that commands write as one HTML file, with figures."""
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any
+
+import typer
 
 from perfmodel.cli.shell import note
 from perfmodel.errors import InputError, MissingExtraError
 from perfmodel.files import write_whole
 
-if TYPE_CHECKING:
-    from perfmodel.schedule.drawn import Panel
+Html = Annotated[
+    str | None, typer.Option("--html", help="Write a report with figures to this .html file, which works offline.")
+]
 
 
-def check_figure(path: str | None) -> None:
-    """Refuse a picture that cannot be written before anything is computed."""
-    if path is not None and (not path.endswith(".html") or not Path(path).resolve().parent.is_dir()):
-        raise InputError(f"--figure is {path!r}, expected an .html file in a folder that exists")
-
-
-def draw(path: str, panels: "Sequence[Panel]", title: str, member: str = "GPU") -> None:
-    """Write who does what when as a page that needs nothing else; raises MissingExtraError without Plotly."""
-    try:
-        from perfmodel import figures
-    except ImportError:
+def check_html(path: str | None) -> None:
+    """Refuse a report that cannot be written before anything is computed."""
+    if path is None:
+        return
+    if not path.endswith(".html") or not Path(path).resolve().parent.is_dir():
+        raise InputError(f"--html is {path!r}, expected an .html file in a folder that exists")
+    if importlib.util.find_spec("plotly") is None:
         raise MissingExtraError(
-            'a picture needs plotly, which is not installed: pip install "perfmodel[figures]"'
-        ) from None
-    page = figures.gantt(panels, title, member).to_html(include_plotlyjs=True, full_html=True)
-    write_whole(path, page.encode())
+            'a report with figures needs plotly, which is not installed: pip install "perfmodel[figures]"'
+        )
+
+
+def write_html(path: str | None, title: str, words: str, draw: Callable[[], Sequence[tuple[Any, str]]]) -> None:
+    """Write a report: the words of the command's page, and what `draw` gives, figures each with what it shows.
+
+    Nothing where `path` is None.
+    """
+    if path is None:
+        return
+    from perfmodel.figures import html_page
+
+    write_whole(path, html_page(title, words, draw()).encode())
     note(f"wrote {path}")

@@ -86,12 +86,12 @@ def dashboard(
     spec = importlib.util.find_spec(_sibling("app"))
     if spec is None or not spec.submodule_search_locations:
         raise InputError("the dashboard's files are missing from this installation")
-    main_script = Path(next(iter(spec.submodule_search_locations))) / "main.py"
+    script = Path(next(iter(spec.submodule_search_locations))) / "serve.py"
     # Everything else is in app/.streamlit/config.toml, which Streamlit reads beside the script; what guards privacy is
     # said here again, because environment variables outrank that file.
     options = [f"--server.port={port}", f"--server.headless={str(headless).lower()}"]
     options += ["--server.address=127.0.0.1", "--browser.gatherUsageStats=false"]
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(main_script), *options]))
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(script), *options]))
 
 
 def _sibling(name: str) -> str:

@@ -1,11 +1,11 @@
 """The command about captures of expert-parallel layers: it loads, makes one call, prints."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from perfmodel import report
-from perfmodel.cli.drawing import check_figure, draw
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.shell import Json, app, print_json, print_words
 from perfmodel.errors import InputError
 
@@ -18,9 +18,7 @@ def phases(
         str | None,
         typer.Option(help="One workload in detail, by its number in the first folder or the beginning of its id."),
     ] = None,
-    figure: Annotated[
-        str | None, typer.Option(help="Draw a step of --workload, measured and predicted, to this .html file.")
-    ] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """What ranks of an expert-parallel layer did, phase by phase, beside what the model says of it."""
@@ -29,23 +27,30 @@ def phases(
     from perfmodel.schedule.captured import set_beside
     from perfmodel.schedule.drawn import measured, predicted
 
-    check_figure(figure)
-    if figure is not None and workload is None:
-        raise InputError("a picture shows one workload: give --workload with --figure")
+    check_html(html)
+    if html is not None and workload is None:
+        raise InputError("the picture of a report shows one workload: give --workload with --html")
     captures = [load_ep_capture(folder) for folder in folders]
     fitted = load_model(model) if model else None
     found = [set_beside(one, fitted) for one in captures]
     chosen = same_work(captures, workload) if workload else None
-    if figure is not None and chosen:
-        pairs = list(zip(found, chosen, strict=True))
-        panels = [panel for beside, one in pairs for panel in (measured(beside.capture, one), predicted(beside, one))]
-        draw(figure, panels, "; ".join(report.workload_head(beside.capture, one) for beside, one in pairs), "rank")
-    if as_json:
-        print_json(report.phases_json(found, chosen))
-        return
     if chosen:
         pages = [report.workload_page(beside, one) for beside, one in zip(found, chosen, strict=True)]
     else:
         pages = [report.phases_page(beside, model) for beside in found]
     efficiency = report.efficiency_page(captures, chosen)
-    print_words("\n\n".join([*pages, *([efficiency] if efficiency else [])]))
+    words = "\n\n".join([*pages, *([efficiency] if efficiency else [])])
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+
+        pairs = list(zip(found, chosen or (), strict=True))
+        panels = [panel for beside, one in pairs for panel in (measured(beside.capture, one), predicted(beside, one))]
+        head = "; ".join(report.workload_head(beside.capture, one) for beside, one in pairs)
+        return [(figures.gantt(panels, head, "rank"), "Which rank did what when, measured and as predicted")]
+
+    write_html(html, "Expert-parallel layers, measured and predicted", words, draw)
+    if as_json:
+        print_json(report.phases_json(found, chosen))
+    else:
+        print_words(words)

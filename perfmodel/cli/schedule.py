@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perfmodel import hf_config, report, text
-from perfmodel.cli.drawing import check_figure, draw
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, progress, whole, width
 from perfmodel.errors import InputError
@@ -80,7 +80,7 @@ def schedule(
     ] = None,
     gpu_price: Annotated[str | None, typer.Option(help="Of --compare: what one GPU costs, in any currency.")] = None,
     host_price: Annotated[str | None, typer.Option(help="Of --compare: what one host with its memory costs.")] = None,
-    figure: Annotated[str | None, typer.Option(help="Draw who does what when, to this .html file.")] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """What an expert-parallel layer costs under bulk, chunked and fused schedules, and what would change that."""
@@ -95,7 +95,7 @@ def schedule(
 
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
     n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer or "0", "--layer")
-    check_figure(figure)
+    check_html(html)
     notes: list[str] = []
     names = _schedules(schedule_name, profile, notes)
     numbers = list(dict.fromkeys(whole(word.strip(), "--compare") for word in compare.split(","))) if compare else []
@@ -136,14 +136,20 @@ def schedule(
         found = answer(question, routing, names, alternatives, notes, progress)
     finally:
         progress("")
+    words = report.schedule_page(found, width())
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+        from perfmodel.schedule.drawn import scheduled
+
+        panels = [scheduled(one) for one in found.timelines]
+        return [(figures.gantt(panels, report.schedule_head(found)), "What each GPU does when, by schedule")]
+
+    write_html(html, f"Expert-parallel schedules: {shape} on {gpus} x {hardware_name}", words, draw)
     if as_json:
         print_json(report.schedule_json(found))
     else:
-        print_words(report.schedule_page(found, width()))
-    if figure is not None:
-        from perfmodel.schedule.drawn import scheduled
-
-        draw(figure, [scheduled(one) for one in found.timelines], report.schedule_head(found))
+        print_words(words)
 
 
 def _schedules(words: str, profile: "HardwareProfile", notes: list[str]) -> list[str]:

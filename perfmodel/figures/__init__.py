@@ -2,6 +2,7 @@
 
 from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
 from .latency import BAND_FRAC, parity, roofline
+from .page import html_page
 from .placing import coverage, parts, slowdown
 from .schedules import MAX_GPUS, gantt
 from .traces import busy, shares
@@ -15,6 +16,7 @@ __all__ = [
     "busy",
     "coverage",
     "gantt",
+    "html_page",
     "literal",
     "parity",
     "parts",

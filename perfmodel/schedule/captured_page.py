@@ -20,7 +20,7 @@ which command, and [captures.md](captures.md) is about captures of one process.
     perfmodel collect expert-parallel --out my-ranks
     perfmodel phases my-ranks
     perfmodel phases my-ranks --workload 3 --model epyc-zen5-2c-fp32
-    perfmodel phases my-ranks --workload 3 --figure step.html
+    perfmodel phases my-ranks --workload 3 --html step.html
     perfmodel phases two-ranks four-ranks --json
 
 """
@@ -64,7 +64,7 @@ phase counts as computing.
 closer together than their clocks can tell. The others wait from their own start to its.
 - **t / t_a**: the longest time of a rank over the shortest in the same collective, or in all computing phases together,
 median and 95th percentile over steps (FlashMoE, arXiv 2506.04667, Table 2).
-- **picture** (`--figure`): the step whose latency is closest to the median, and below it on the same time axis the
+- **picture** (`--html`): the step whose latency is closest to the median, and below it on the same time axis the
 predicted schedule. Counts, regrouping and shared cores have no place in that schedule; its title says what they add.
 - **O_e**: T(2) / T(N), the latency of the same tokens per rank on two ranks over that on N (same paper, Fig 11); from
 captures of two and of more ranks.
