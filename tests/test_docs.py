@@ -51,7 +51,7 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
 
 COMMANDS = (
     "analyze diff sweep fusion export layers fit evaluate predict routing place balance trimoe design calibrate check "
-    "captures schedule phases list collect app"
+    "captures schedule phases roofline list collect app"
 )
 
 

@@ -1,15 +1,106 @@
 """Roofline: ceilings of a machine, one slanted for each memory tier, and what was measured under them."""
 
+import json
+from dataclasses import replace
+
 import frame
 import loading
+import polars as pl
 import streamlit as st
+import uploads
 
-from perfmodel import figures, roofline
-from perfmodel.capture import fitted_rows, per_workload
+from perfmodel import figures, hardware, report
+from perfmodel.capture import per_workload
+from perfmodel.errors import InputError
+from perfmodel.roofline import Roofline, dtypes_of, roofline
 
-frame.header("Roofline", "How far below what the machine can do is what was measured?")
-name = st.selectbox("Capture", list(loading.shipped()), key="capture", bind="query-params")
-capture, model = loading.shipped()[name]
-measured, _ = fitted_rows(per_workload(capture.observations), model.dtype)
-points = roofline.points(measured, model.profile)
-frame.chart(figures.roofline(model.profile, model.dtype, points), f"Roofline of {name} with what was measured")
+ALL = "all"
+N_SHOWN = 10  # points of the table
+
+frame.header("Roofline", "How far below what the machine can do is what was measured, and where does that cost most?")
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def of_capture(name: str, dtype: str, op: str) -> Roofline:
+    """What a shipped capture measured in a dtype and an operation, under the ceilings that it measured."""
+    capture, model = loading.shipped()[name]
+    rows = per_workload(capture.observations).filter(pl.col("dtype") == dtype)
+    return roofline(model.profile, dtype, observations=of(op, rows), model=model if dtype == model.dtype else None)
+
+
+def of(op: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows of an operation, or all."""
+    return rows if op == ALL else rows.filter(pl.col("op").cast(pl.String) == op)
+
+
+captures, traces = loading.shipped(), uploads.loaded()
+box = st.container(horizontal=True)
+name = box.selectbox(
+    "Machine",
+    [*captures, *(one for one in hardware.names() if one not in captures)],
+    key="machine",
+    bind="query-params",
+    help="A shipped capture with what it measured, or a profile of the catalogue with its ceilings.",
+)
+trace = None
+if traces:
+    number = box.selectbox(
+        "Points",
+        [None, *range(len(traces))],
+        format_func=lambda i: "of the capture" if i is None else traces[i].name,
+        key="points_of",
+        help="The matrix products of a trace that this session has open, under the ceilings of the machine on the "
+        "left: name the one that ran it. A trace is no part of a link.",
+    )
+    trace = None if number is None else traces[number]
+is_measured = trace is None and name in captures
+machine = captures[name][1].profile if name in captures else hardware.hardware(name)
+shown = captures[name][0].observations if is_measured else None if trace is None else trace.analysis.products
+dtypes = dtypes_of(machine) if shown is None else sorted(shown["dtype"].drop_nulls().unique())
+ops = [] if shown is None else sorted(shown["op"].cast(pl.String).unique())
+dtype = box.selectbox("Type", dtypes or ["bf16"], key="dtype", bind="query-params")
+op = box.selectbox("Operation", [ALL, *ops], key="op", bind="query-params", disabled=not ops)
+try:
+    if is_measured:
+        found = of_capture(name, dtype, op)
+    else:
+        found = roofline(machine, dtype, products=None if shown is None else of(op, shown))
+except InputError as error:
+    frame.refused("This machine has no roof for that type:", error)
+    st.stop()
+shapes = sorted(found.points["shape"].unique())
+shape = box.selectbox(
+    "Shape",
+    [ALL, *shapes],
+    key="shape",
+    bind="query-params",
+    disabled=not shapes,
+    help="Joins the batches of one shape, a line for each routing, and fades all others.",
+)
+one_shape = None if shape == ALL else shape
+for figure, alt in figures.roofline_figures(found, one_shape):
+    frame.chart(figure, alt)
+if found.nominal is None:
+    frame.literal(f"{report.NO_DATASHEET}.".capitalize())
+below = found if one_shape is None else replace(found, points=found.points.filter(pl.col("shape") == one_shape))
+if below.points.is_empty():
+    st.caption("Only ceilings are shown: choose a capture, or open a trace in the Trace view to see where it stands.")
+else:
+    st.subheader("What is lost below the roof, costliest first", anchor=False)
+    frame.literal(report.lost_words(below))
+    frame.words_table(report.COSTLIEST_HEADER, report.costliest_rows(below, N_SHOWN), "Points that lose most time")
+with st.expander("Ceilings and what they rest on"):
+    frame.words_table(report.CEILINGS_HEADER, report.ceiling_rows(found), "Ceilings as reached and nominal")
+
+command = ["perfmodel", "roofline", f"traces/{name}" if is_measured else name, "--dtype", dtype]
+command += ["--trace", trace.name] if trace else []
+command += ["--model", name] if is_measured and dtype == captures[name][1].dtype else []
+command += ["--op", op] if op != ALL else []
+command += ["--shape", shape] if one_shape and trace is None else []
+frame.computed(command, report.roofline_page(below))
+frame.downloads(
+    "roofline",
+    csv=below.points.write_csv,
+    json=lambda: json.dumps(report.roofline_json(below), indent=2),
+    html=lambda: figures.html_page("Roofline", report.roofline_page(below), figures.roofline_figures(found, one_shape)),
+)
