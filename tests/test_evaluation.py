@@ -251,8 +251,8 @@ def test_intervals_are_tried_on_each_shape_with_the_errors_of_the_others_alone()
 
 def test_intervals_are_wide_where_the_models_are_and_rows_without_one_are_left_out() -> None:
     widths = [0.105] * 10 + [0.2] * 10 + [0.6] * 9 + [None]
-    # Over their widths errors are 0.095 to 0.952 (a), 0.1 to 1 (b) and 0.5 (c). Of 19 of the others the 18th counts: for
-    # a that is 0.9 of b, for b 0.857 of a; of the 20 of a and b the 19th for c, 0.952.
+    # Over their widths errors are 0.095 to 0.952 (a), 0.1 to 1 (b) and 0.5 (c). Of 19 of the others the 18th counts:
+    # for a that is 0.9 of b, for b 0.857 of a; of the 20 of a and b the 19th for c, 0.952.
     found = coverage_by_level(three_shapes(log_half_width=widths), (0.9,))
     assert found.rows() == [("a", 0.9, 10, 9), ("b", 0.9, 10, 8), ("c", 0.9, 9, 9)]
 

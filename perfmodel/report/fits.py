@@ -119,7 +119,7 @@ def limits(model: "LatencyModel") -> list[list[str]]:
     )
     for name, (low, high) in (sure.ranges if sure else {}).items():
         found.append(
-            (name, f"fitted from {low:,.4g} to {high:,.4g}; outside intervals widen, far outside there are none")
+            (name, f"fitted from {_limit(low)} to {_limit(high)}; outside intervals widen, far outside there are none")
         )
     for name, one in errors.items():
         if name != "all" and one["median_ape_frac"] > MUCH_WORSE * typical:
@@ -174,6 +174,10 @@ def _row(name: str, errors: Mapping[str, Any]) -> list[str]:
     sure = [text.frac(errors[key]) if key in errors else "" for key in ("coverage90", "half_width")]
     refused = str(errors["n_refused"]) if "n_refused" in errors else ""
     return [name, str(errors["n"]), *figures, "n/a" if rank is None else f"{rank:.3f}", *sure, refused]
+
+
+def _limit(value: float) -> str:
+    return text.count(value) if value >= 100 or value == round(value) else f"{value:.3g}"
 
 
 def models_rows(models: Mapping[str, "LatencyModel"]) -> list[list[str]]:
