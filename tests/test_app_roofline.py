@@ -7,7 +7,7 @@ import pytest
 
 from perfmodel.analysis import analyse
 from perfmodel.readers import read_trace
-from tests.app_pages import figure, opened, ran, shown, testing, titles
+from tests.app_pages import figure, on_path, opened, ran, shown, testing, titles
 from tests.conftest import ROOT
 from tests.test_roofline import run
 
@@ -53,11 +53,13 @@ def test_a_link_to_what_is_not_there_opens_what_is(query: dict[str, str]) -> Non
     assert titles(opened("roofline", **query)) == ["AMD EPYC, as calibrated by capture epyc-zen4-2c-fp32, fp32"]
 
 
-def test_products_of_an_open_trace_stand_under_the_machine_that_is_named() -> None:
+def test_products_of_an_open_trace_stand_under_the_machine_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = next((ROOT / "traces" / "epyc-zen5-2c-bf16" / "profiles").glob("*olmoe-4-1-uniform*"))
     test = testing.AppTest.from_file(str(ROOT / "app" / "views" / "roofline.py"), default_timeout=120)
     loaded = SimpleNamespace(name=HOSTILE, digest="0", analysis=analyse(read_trace(trace)))
-    test.session_state["traces"] = [loaded]
+    with on_path():
+        import uploads
+    monkeypatch.setattr(uploads, "loaded", lambda: [loaded])
     test.query_params["machine"] = "epyc-zen5-2c-bf16"
     ran(test)
     test.selectbox(key="points_of").set_value(0)

@@ -7,8 +7,10 @@ import pytest
 pytest.importorskip("plotly", reason="plotly is not installed")
 
 import polars as pl
+from typer.testing import CliRunner
 
 from perfmodel import figures, launch
+from perfmodel.cli.main import app
 from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
 from perfmodel.predict import slowdown_curve
@@ -17,6 +19,7 @@ from perfmodel.routing import coverage_curve, routing
 from perfmodel.schedule import Span
 from perfmodel.schedule.drawn import DRAWN_PHASES, Panel
 from perfmodel.trace import Trace
+from tests.captures_made import write_synthetic_capture
 from tests.traces_made import events
 
 HOSTILE = "<b onclick=x>gemm<bf16></b> & co"
@@ -130,6 +133,18 @@ def test_residuals_have_the_median_of_each_batch_size_and_coverage_the_share_of_
     )
     pooled = figures.held_coverage(levels).data[-1]
     assert list(zip(pooled.x, pooled.y, strict=True)) == [(0.5, 0.6), (0.9, 0.9)]
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_reports_of_fits_and_evaluations_hold_the_figures_of_their_held_out_points(command: str, tmp_path) -> None:
+    capture = write_synthetic_capture(tmp_path / "made", n_runs=1, noise=lambda: 1.03)
+    page, out = tmp_path / "report.html", ["--out", str(tmp_path / "m.json")] if command == "fit" else []
+    done = CliRunner().invoke(app, [command, str(capture), *out, "--html", str(page)], standalone_mode=False)
+    assert done.exception is None and done.stdout
+    written = page.read_text(encoding="utf-8")
+    for alt in ("Predicted against measured latency", "by tokens in the batch", "achieved coverage of intervals"):
+        assert written.count(f'aria-label="{alt}') + written.count(f"{alt}</figcaption>") >= 1, alt
+    assert done.stdout.splitlines()[0] in written
 
 
 def test_busy_and_idle_make_up_the_span() -> None:
