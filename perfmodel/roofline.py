@@ -1,7 +1,7 @@
 """Ceilings of a machine per memory tier, ridge points, where measured work stands under them, and what that costs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -11,6 +11,7 @@ from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile, hardware, names, profile_name
 from perfmodel.latency import LatencyModel, work_of
 from perfmodel.matmuls import points_on_roof
+from perfmodel.moe import WEIGHT_BYTES
 from perfmodel.physics import (
     COMPUTES_IN,
     PEAK_GEMM_FRAC,
@@ -121,8 +122,12 @@ def _kind(profile: HardwareProfile, key: str, share: float) -> str:
 
 def reached_roof(profile: HardwareProfile, dtype: str) -> Roof:
     """What large GEMMs and streams reach on a machine; raises InputError where it has no rate for the dtype."""
+    if dtype not in WEIGHT_BYTES:
+        raise InputError(f"no roof is known for {dtype!r}; known types: {', '.join(WEIGHT_BYTES)}")
     roof = ceilings(profile, dtype)
     kind = _kind(profile, roof.from_keys[0], PEAK_GEMM_FRAC)
+    computes_in = roof.from_keys[0].partition("_")[0]
+    kind += "" if computes_in == dtype else f", computing in {computes_in}"
     return Roof(roof.flops_per_s, kind, tuple(tiers(profile, dtype)))
 
 
@@ -264,7 +269,7 @@ def _above(
 def product_points(products: pl.DataFrame, profile: HardwareProfile) -> pl.DataFrame:
     """Where matrix products of a trace stand (POINTS) under the roof of the machine that ran it, alike ones together;
     those whose bytes or roof are not known are left out. `shape` is m x n x k, with the batch or the experts."""
-    found = points_on_roof(products, profile).filter(pl.col("roof_frac").is_not_null())
+    found = points_on_roof(products, profile).filter(pl.col("roof_frac").is_not_null(), pl.col("flops") > 0)
     sizes = pl.format("{} x {} x {}", "m", "n", "k")
     experts = pl.format("{}, {} experts", sizes, "n_experts")
     batch = pl.when(pl.col("batch") > 1).then(pl.format("{} x ({})", "batch", sizes)).otherwise(sizes)
@@ -290,6 +295,21 @@ def _with_lost(table: pl.DataFrame) -> pl.DataFrame:
     return table.with_columns(why=why)
 
 
+def only(found: Roofline, op: str | None = None, shape: str | None = None) -> Roofline:
+    """The same roofline with the points of one operation, one shape, or both alone; shares of time are among these.
+
+    Raises InputError, with what there is, where nothing was measured of them.
+    """
+    points = found.points
+    for column, wanted in (("op", op), ("shape", shape)):
+        if wanted is not None:
+            words = points[column].unique().sort()
+            if wanted not in words:
+                raise InputError(f"nothing was measured of {column} {wanted!r}; there are {', '.join(words) or 'none'}")
+            points = points.filter(pl.col(column) == wanted)
+    return replace(found, points=points.with_columns(time_frac=pl.col("time_ns") / pl.col("time_ns").sum()))
+
+
 def costliest(points: pl.DataFrame) -> pl.DataFrame:
     """The points below their roof, most lost time first."""
     return points.filter(pl.col("lost_ns") > 0).sort("lost_ns", descending=True, maintain_order=True)
@@ -308,10 +328,10 @@ def lost_to(points: pl.DataFrame) -> dict[str, float]:
     return {name: value / total for name, value in sums.items()} if total else {}
 
 
-def dtype_of(products: pl.DataFrame) -> str:
-    """The dtype in which most of the time of a trace's products went; raises InputError where no product has one."""
+def dtypes_by_time(products: pl.DataFrame) -> list[str]:
+    """The dtypes of a trace's products, that in which most of their time went first; raises InputError without any."""
     known = products.drop_nulls("dtype")
     if known.is_empty():
         raise InputError("the trace recorded no matrix product with sizes; profile with record_shapes=True")
     by_time = known.group_by("dtype").agg(pl.sum("time_ns")).sort("time_ns", "dtype", descending=[True, False])
-    return str(by_time["dtype"][0])
+    return by_time["dtype"].to_list()

@@ -21,7 +21,7 @@ from perfmodel.roofline import (
     LOST_TO,
     POINTS,
     costliest,
-    dtype_of,
+    dtypes_by_time,
     dtypes_of,
     lost_frac,
     lost_to,
@@ -175,9 +175,16 @@ def test_products_of_a_trace_stand_under_the_roof_of_the_machine_that_is_named()
     assert found["time_frac"].to_list() == pytest.approx([0.1, 0.1, 0.8])
     assert roofline(gh200, "bf16", products=rows).n_left_out == 1
     assert roofline(gh200, "fp8", products=rows).n_left_out == 4
-    assert dtype_of(pl.concat([rows, product(dtype="fp32", time_ns=5000)])) == "fp32"
+    assert dtypes_by_time(pl.concat([rows, product(dtype="fp32", time_ns=5000)])) == ["fp32", "bf16"]
     with pytest.raises(InputError, match="record_shapes"):
-        dtype_of(rows.head(0))
+        dtypes_by_time(rows.head(0))
+    assert product_points(product(flops=0.0, flops_per_s=0.0, flops_per_byte=0.0), gh200).is_empty()
+
+
+def test_a_type_without_a_roof_is_refused_and_one_that_computes_in_another_says_so() -> None:
+    with pytest.raises(InputError, match=r"no roof is known for 'fp64'; known types: .*bf16"):
+        reached_roof(hardware("gh200"), "fp64")
+    assert reached_roof(hardware("epyc-zen4-2c-fp32"), "bf16").kind == "measured, computing in fp32"
 
 
 def test_the_page_names_both_sorts_of_ceilings_and_the_costliest_point_first(gpu: Path) -> None:
@@ -233,6 +240,9 @@ def test_a_trace_is_shown_under_the_ceilings_of_the_machine_named(tmp_path: Path
     trace = next((folder / "profiles").glob("*olmoe-4-1-uniform*"))
     found = json.loads(run("roofline", "epyc-zen5-2c-bf16", "--trace", trace, "--json"))
     assert {point["op"] for point in found["points"]} >= {"aten::_grouped_mm"}
+    shape = found["points"][0]["shape"]
+    [one] = json.loads(run("roofline", "epyc-zen5-2c-bf16", "--trace", trace, "--json", "--shape", shape))["points"]
+    assert one == found["points"][0] | {"time_frac": 1.0}
     assert np.sum([point["time_frac"] for point in found["points"]]) == pytest.approx(1.0)
     with pytest.raises(InputError, match="--model says why workloads of a capture"):
         run("roofline", "epyc-zen5-2c-bf16", "--trace", trace, "--model", "epyc-zen5-2c-bf16")

@@ -1,7 +1,6 @@
 """Roofline: ceilings of a machine, one slanted for each memory tier, and what was measured under them."""
 
 import json
-from dataclasses import replace
 
 import frame
 import loading
@@ -12,7 +11,7 @@ import uploads
 from perfmodel import figures, hardware, report
 from perfmodel.capture import per_workload
 from perfmodel.errors import InputError
-from perfmodel.roofline import Roofline, dtypes_of, roofline
+from perfmodel.roofline import Roofline, dtypes_by_time, dtypes_of, only, roofline
 
 ALL = "all"
 N_SHOWN = 10  # points of the table
@@ -20,20 +19,16 @@ N_SHOWN = 10  # points of the table
 frame.header("Roofline", "How far below what the machine can do is what was measured, and where does that cost most?")
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
-def of_capture(name: str, dtype: str, op: str) -> Roofline:
-    """What a shipped capture measured in a dtype and an operation, under the ceilings that it measured."""
+@st.cache_data(max_entries=16, show_spinner=False)
+def of_capture(name: str, dtype: str) -> Roofline:
+    """What a shipped capture measured in a dtype, under the ceilings that it measured."""
     capture, model = loading.shipped()[name]
     rows = per_workload(capture.observations).filter(pl.col("dtype") == dtype)
-    return roofline(model.profile, dtype, observations=of(op, rows), model=model if dtype == model.dtype else None)
+    return roofline(model.profile, dtype, observations=rows, model=model if dtype == model.dtype else None)
 
 
-def of(op: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """The rows of an operation, or all."""
-    return rows if op == ALL else rows.filter(pl.col("op").cast(pl.String) == op)
-
-
-captures, traces = loading.shipped(), uploads.loaded()
+captures = loading.shipped()
+traces = [one for one in uploads.loaded() if one.analysis.products["dtype"].count()]
 box = st.container(horizontal=True)
 name = box.selectbox(
     "Machine",
@@ -55,19 +50,24 @@ if traces:
     trace = None if number is None else traces[number]
 is_measured = trace is None and name in captures
 machine = captures[name][1].profile if name in captures else hardware.hardware(name)
-shown = captures[name][0].observations if is_measured else None if trace is None else trace.analysis.products
-dtypes = dtypes_of(machine) if shown is None else sorted(shown["dtype"].drop_nulls().unique())
-ops = [] if shown is None else sorted(shown["op"].cast(pl.String).unique())
-dtype = box.selectbox("Type", dtypes or ["bf16"], key="dtype", bind="query-params")
-op = box.selectbox("Operation", [ALL, *ops], key="op", bind="query-params", disabled=not ops)
+if trace is not None:
+    dtypes = dtypes_by_time(trace.analysis.products)
+elif is_measured:
+    dtypes = sorted(captures[name][0].observations["dtype"].unique())
+else:
+    dtypes = dtypes_of(machine)
+dtype = box.selectbox("Type", dtypes, key="dtype", bind="query-params")
 try:
     if is_measured:
-        found = of_capture(name, dtype, op)
+        found = of_capture(name, dtype)
     else:
-        found = roofline(machine, dtype, products=None if shown is None else of(op, shown))
+        found = roofline(machine, dtype, products=None if trace is None else trace.analysis.products)
 except InputError as error:
     frame.refused("This machine has no roof for that type:", error)
     st.stop()
+ops = sorted(found.points["op"].unique())
+op = box.selectbox("Operation", [ALL, *ops], key="op", bind="query-params", disabled=not ops)
+found = only(found, op=None if op == ALL else op)
 shapes = sorted(found.points["shape"].unique())
 shape = box.selectbox(
     "Shape",
@@ -82,9 +82,12 @@ for figure, alt in figures.roofline_figures(found, one_shape):
     frame.chart(figure, alt)
 if found.nominal is None:
     frame.literal(f"{report.NO_DATASHEET}.".capitalize())
-below = found if one_shape is None else replace(found, points=found.points.filter(pl.col("shape") == one_shape))
+below = only(found, shape=one_shape)
 if below.points.is_empty():
-    st.caption("Only ceilings are shown: choose a capture, or open a trace in the Trace view to see where it stands.")
+    st.caption(
+        "Only ceilings are shown. To see points under them choose a capture, or open a trace with recorded shapes "
+        "(record_shapes=True) in the Trace view."
+    )
 else:
     st.subheader("What is lost below the roof, costliest first", anchor=False)
     frame.literal(report.lost_words(below))
@@ -96,7 +99,7 @@ command = ["perfmodel", "roofline", f"traces/{name}" if is_measured else name, "
 command += ["--trace", trace.name] if trace else []
 command += ["--model", name] if is_measured and dtype == captures[name][1].dtype else []
 command += ["--op", op] if op != ALL else []
-command += ["--shape", shape] if one_shape and trace is None else []
+command += ["--shape", shape] if one_shape else []
 frame.computed(command, report.roofline_page(below))
 frame.downloads(
     "roofline",

@@ -38,26 +38,26 @@ def roofline_command(
     as_json: Json = False,
 ) -> None:
     """Which ceilings a machine has, how near to them measurements came, and which lost most time below."""
+    from perfmodel.analysis import analyse
     from perfmodel.latency import load_model
-    from perfmodel.roofline import dtype_of, roofline
+    from perfmodel.roofline import dtypes_by_time, only, roofline
 
     check_html(html)
     n_top = whole(top, "--top") if top else None
     profile = machine_of(source)
     observations = products = None
     if trace is not None:
-        products = _products(trace, cache)
-        found_dtype = dtype or dtype_of(products)
-        products = _only(_only(products, "op", op), "shape", shape) if op or shape else products
+        products = analyse(read(trace, cache)).products
+        found_dtype = dtype or dtypes_by_time(products)[0]
     elif source not in hardware.names() and Path(source).is_dir():
         observations, found_dtype = _observations(source, dtype)
-        observations = _only(_only(observations, "op", op), "shape", shape)
     else:
         found_dtype = dtype or "bf16"
     if model is not None and observations is None:
         raise InputError("--model says why workloads of a capture stand below the roof: give a capture folder")
     fitted = load_model(model) if model else None
     found = roofline(profile, found_dtype, observations=observations, products=products, model=fitted)
+    found = only(found, op, shape)
     words = report.roofline_page(found, n_top or report.N_TOP)
 
     def draw() -> list[tuple[Any, str]]:
@@ -72,26 +72,14 @@ def roofline_command(
         print_words(words)
 
 
-def _products(trace: str, cache: str | None) -> "pl.DataFrame":
-    from perfmodel.analysis import analyse
-
-    return analyse(read(trace, cache)).products
-
-
 def _observations(folder: str, dtype: str | None) -> tuple["pl.DataFrame", str]:
     """The workloads of a capture in a dtype, its own unless said; offloaded ones and both ways to launch among them."""
     from perfmodel.capture import load_capture, per_workload
 
     capture = load_capture(folder)
     every, wanted = per_workload(capture.observations), dtype or capture.dtype
-    return _only(every, "dtype", wanted), wanted
-
-
-def _only(table: "pl.DataFrame", column: str, wanted: str | None) -> "pl.DataFrame":
-    """The rows with that word in a column; raises InputError naming the words there are where none has it."""
-    if wanted is None:
-        return table
-    words = table[column].cast(str)
-    if wanted not in words:
-        raise InputError(f"nothing was measured of {column} {wanted!r}; there are {', '.join(words.unique().sort())}")
-    return table.filter(words == wanted)
+    mine = every.filter(every["dtype"] == wanted)
+    if mine.is_empty():
+        dtypes = ", ".join(every["dtype"].unique().sort())
+        raise InputError(f"nothing was measured of dtype {wanted!r}; there are {dtypes}")
+    return mine, wanted

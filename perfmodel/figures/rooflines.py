@@ -167,7 +167,7 @@ def _close_together(tiers: Sequence[Tier]) -> list[list[Tier]]:
 def _label(figure: go.Figure, place: tuple[float, float], words: str, colour: str, **how: Any) -> None:
     """Words at a place of a figure whose axes are logarithms."""
     x, y = place
-    figure.add_annotation(x=x, y=y, text=words, showarrow=False, font={"size": LABEL, "color": colour}, **how)
+    figure.add_annotation(x=x, y=y, text=literal(words), showarrow=False, font={"size": LABEL, "color": colour}, **how)
 
 
 def _points(figure: go.Figure, rows: pl.DataFrame, op: str, i: int, most_frac: float, is_context: bool = False) -> None:
