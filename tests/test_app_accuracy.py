@@ -6,7 +6,7 @@ import pytest
 
 from perfmodel.evaluation import coverage_by_level, held_out_points
 from perfmodel.latency import load_model, shipped_models
-from perfmodel.report import limits, models_rows, shape_rows
+from perfmodel.report import limits, limits_page, models_rows, shape_rows
 from tests.app_pages import numbers, opened, shown, titles
 
 
@@ -43,7 +43,7 @@ def test_intervals_of_the_shipped_models_hold_on_shapes_they_were_not_made_from(
 
 def test_limits_name_the_fitted_ranges_what_was_not_measured_and_shapes_much_worse_than_others() -> None:
     h100 = dict(limits(load_model("h100-sxm-vllm-triton-bf16")))
-    assert h100["n_tokens"].startswith("fitted from 1 to 16,384;")
+    assert h100["range of n_tokens"].startswith("fitted from 1 to 16,384;")
     assert "assumed constants" in h100["offloaded experts"]
     zen4 = load_model("epyc-zen4-2c-fp32")
     zen4.errors_ = json.loads(json.dumps(zen4.errors_))
@@ -51,6 +51,7 @@ def test_limits_name_the_fitted_ranges_what_was_not_measured_and_shapes_much_wor
     assert dict(limits(zen4))["shapes like olmoe/4"].startswith("median error 50.0 %")
     zen4.errors_["model"]["all"]["median_ape_frac"], zen4.confidence_ = 0.6, None
     assert limits(zen4)[0][0] == "the whole model"
+    assert limits_page(zen4).splitlines()[1].startswith("the whole model  ")
     assert models_rows({"made": zen4})[0][:4] == ["made", "fp32", "342", "9"]
 
 

@@ -80,7 +80,7 @@ st.subheader("Where not to trust it", anchor=False)
 frame.words_table(report.LIMITS_HEADER, report.limits(model), "Where this model must not be trusted")
 
 rows = {"csv": table.write_csv, "json": lambda: json.dumps(table.to_dicts())}
-page = report.fit_page(model)
+page = f"{report.fit_page(model)}\n\n{report.limits_page(model)}"
 if name in loading.shipped():
     frame.computed(["perfmodel", "fit", f"traces/{name}", "--out", "model.json", "--html", "model.html"], page)
 else:

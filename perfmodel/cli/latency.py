@@ -60,7 +60,7 @@ def fit(
 
         return figures.accuracy_figures(held_out_points(model, source.observations), model.errors_["model"]["all"])
 
-    write_html(html, f"A latency model of {source.name}", words, draw)
+    write_html(html, f"A latency model of {source.name}", f"{words}\n\n{report.limits_page(model)}", draw)
     print_words(words)
     note(f"wrote {out}")
 

@@ -137,7 +137,6 @@ def _labels(figure: go.Figure, found: Roofline, limits: Limits) -> None:
                 figure,
                 (x, x + highest),
                 _tier(tier),
-                TIER_COLOURS[tier.name],
                 textangle=-math.degrees(math.atan(slope)),
                 xshift=-10 * math.sin(math.atan(slope)),
                 yshift=10 * math.cos(math.atan(slope)),
@@ -145,12 +144,12 @@ def _labels(figure: go.Figure, found: Roofline, limits: Limits) -> None:
         ridges = [text.figure("flops_per_byte", tier.ridge_flops_per_byte) for tier in group]
         words = f"ridge {' to '.join(dict.fromkeys([ridges[0], ridges[-1]]))} FLOP/B"
         place = (math.log10(group[-1].ridge_flops_per_byte), peak)
-        _label(figure, place, words, "grey", xanchor="left", yanchor="top", xshift=4, yshift=-3)
+        _label(figure, place, words, xanchor="left", yanchor="top", xshift=4, yshift=-3)
     words, nominal = f"{found.dtype} GEMM {text.flops_per_s(found.reached.flops_per_s)} ({found.reached.kind})", peak
     if found.nominal is not None and found.nominal.flops_per_s != found.reached.flops_per_s:
         words += f", dashed {text.flops_per_s(found.nominal.flops_per_s)} ({found.nominal.kind})"
         nominal = max(peak, math.log10(found.nominal.flops_per_s))
-    _label(figure, (high, nominal), words, "grey", xanchor="right", yanchor="bottom")
+    _label(figure, (high, nominal), words, xanchor="right", yanchor="bottom")
 
 
 def _close_together(tiers: Sequence[Tier]) -> list[list[Tier]]:
@@ -164,10 +163,10 @@ def _close_together(tiers: Sequence[Tier]) -> list[list[Tier]]:
     return groups
 
 
-def _label(figure: go.Figure, place: tuple[float, float], words: str, colour: str, **how: Any) -> None:
+def _label(figure: go.Figure, place: tuple[float, float], words: str, **how: Any) -> None:
     """Words at a place of a figure whose axes are logarithms."""
     x, y = place
-    figure.add_annotation(x=x, y=y, text=literal(words), showarrow=False, font={"size": LABEL, "color": colour}, **how)
+    figure.add_annotation(x=x, y=y, text=literal(words), showarrow=False, font={"size": LABEL}, **how)
 
 
 def _points(figure: go.Figure, rows: pl.DataFrame, op: str, i: int, most_frac: float, is_context: bool = False) -> None:

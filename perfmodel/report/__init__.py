@@ -10,6 +10,7 @@ from perfmodel.report.fits import (
     evaluation_page,
     fit_page,
     limits,
+    limits_page,
     models_rows,
     shape_rows,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "fusion_page",
     "layer_ranks_page",
     "limits",
+    "limits_page",
     "lost_words",
     "models_rows",
     "passes_page",

@@ -19,6 +19,7 @@ MUCH_WORSE = 2.0  # a shape's median error over that of all, from which on it is
 SHAPES_HEADER = ["held-out shape", "n", "median", "p90", "worst", "roofline only", "constant"]
 MODELS_HEADER = ["model", "dtype", "n", "shapes", *SHAPES_HEADER[2:], "interval"]
 LIMITS_HEADER = ["beyond", "what is known"]
+OUTSIDE = "wider intervals outside, none far outside"
 UNTRUSTED = "NOT TO BE TRUSTED: held-out errors are too large; was the machine busy, are times in another unit?"
 
 
@@ -113,31 +114,34 @@ def limits(model: "LatencyModel") -> list[list[str]]:
     errors, sure = model.errors_["model"], model.confidence_
     typical = errors["all"]["median_ape_frac"]
     found = [("the whole model", UNTRUSTED)] if _is_untrusted(model) else []
-    ops = ", ".join(model.ops_)
-    found.append(
-        ("other kernels, dtypes", f"fitted to {model.kernel} in {model.dtype} ({ops}); for others no interval")
-    )
-    for name, (low, high) in (sure.ranges if sure else {}).items():
-        found.append(
-            (name, f"fitted from {_limit(low)} to {_limit(high)}; outside intervals widen, far outside there are none")
-        )
     for name, one in errors.items():
         if name != "all" and one["median_ape_frac"] > MUCH_WORSE * typical:
             words = f"median error {text.frac(one['median_ape_frac'])}, worst {text.frac(one['worst_ape_frac'])}"
             found.append((f"shapes like {name}", f"{words}, against {text.frac(typical)} over all shapes"))
+    found += [("anomaly", words) for words in model.anomalies_]
+    if model.profile.device == "gpu":
+        if not model.offload_:
+            found.append(
+                ("offloaded experts", "none were measured: their cost rests on assumed constants, no interval")
+            )
+        how, other = "replayed from a graph", "launched by the host"
+        how, other = (how, other) if model.evidence_.get("launch") == GRAPH else (other, how)
+        found.append((f"calls {other}", f"only calls {how} were measured; for others no interval"))
+    ops = ", ".join(model.ops_)
+    found.append(("other kernels, types", f"fitted to {model.kernel} in {model.dtype} ({ops}); for others no interval"))
     defaults = [name for name in vars(model.constants_) if name not in set(model.informed_)]
     if defaults:
         found.append(("constants", f"not measured, at their defaults: {', '.join(defaults)}"))
-    if model.profile.device == "gpu":
-        how, other = ("replayed from a graph", "launched by the host")
-        how, other = (how, other) if model.evidence_.get("launch") == GRAPH else (other, how)
-        found.append((f"calls {other}", f"only calls {how} were measured; for others no interval"))
-        if not model.offload_:
-            found.append(
-                ("offloaded experts", "none were measured: what they cost rests on assumed constants, no interval")
-            )
-    found += [("anomaly", words) for words in model.anomalies_]
+    for name, (low, high) in (sure.ranges if sure else {}).items():
+        found.append((f"range of {name}", f"fitted from {_limit(low)} to {_limit(high)}; {OUTSIDE}"))
     return [list(one) for one in found]
+
+
+def limits_page(model: "LatencyModel") -> str:
+    """The same as a page."""
+    rows = limits(model)
+    width = max(len(where) for where, _ in rows)
+    return "\n".join(["where not to trust this model", *(f"{where.ljust(width)}  {why}" for where, why in rows)])
 
 
 def evaluation_page(result: Mapping[str, Any]) -> str:
