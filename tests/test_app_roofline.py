@@ -5,13 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 
+from perfmodel import figures
 from perfmodel.analysis import analyse
+from perfmodel.capture import load_capture, per_workload, profile_of
 from perfmodel.readers import read_trace
+from perfmodel.roofline import Roofline, roofline
 from tests.app_pages import figure, on_path, opened, ran, shown, testing, titles
 from tests.conftest import ROOT
 from tests.test_roofline import run
 
 HOSTILE = "![x](http://127.0.0.1:9/a.png) <img src=x onerror=alert(1)>.json"
+
+
+def of_capture(name: str) -> Roofline:
+    """The roofline of a shipped capture with all that it measured."""
+    capture = load_capture(ROOT / "traces" / name)
+    return roofline(profile_of(capture), capture.dtype, observations=per_workload(capture.observations))
 
 
 def points(test: object) -> int:
@@ -46,6 +55,28 @@ def test_a_profile_of_the_catalogue_shows_its_ceilings_and_says_what_to_do_for_p
     assert any("open a trace" in caption.value for caption in test.caption)
     ceilings = test.dataframe[0].value
     assert ceilings["nominal"].to_list()[:2] == ["989 TFLOP/s", "4.00 TB/s"]
+
+
+def test_points_chosen_in_the_figure_are_those_of_the_table_until_another_choice_is_made() -> None:
+    test = opened("roofline")
+    key, page = "chart epyc-zen4-2c-fp32  fp32 all all", test.code[1].value
+    test.session_state[key] = {
+        "selection": {"points": [{"customdata": 3}, {"customdata": 341}, {"customdata": 342}, {"x": 1.0}]}
+    }
+    ran(test)
+    found = of_capture("epyc-zen4-2c-fp32")
+    assert sorted(test.dataframe[0].value["shape"]) == sorted(found.points["shape"][[3, 341]])
+    assert "2 points:" in shown(test) and test.code[1].value == page
+    test.selectbox(key="op").set_value("moe_layer")
+    n_layers = (found.points["op"] == "moe_layer").sum()
+    assert f"{n_layers} points:" in shown(ran(test))
+
+
+def test_every_point_of_the_figure_knows_its_row() -> None:
+    found = of_capture("epyc-zen4-2c-fp32")
+    for trace in figures.roofline(found).data:
+        if trace.mode == "markers":
+            assert list(found.points["flops_per_s"][list(trace.customdata)]) == list(trace.y)
 
 
 @pytest.mark.parametrize("query", [{"machine": "no-such"}, {"shape": "<b>"}, {"dtype": "int3", "op": "x"}])

@@ -1,6 +1,7 @@
 """Roofline: ceilings of a machine, one slanted for each memory tier, and what was measured under them."""
 
 import json
+from dataclasses import replace
 
 import frame
 import loading
@@ -78,11 +79,21 @@ shape = box.selectbox(
     help="Joins the batches of one shape, a line for each routing, and fades all others.",
 )
 one_shape = None if shape == ALL else shape
-for figure, alt in figures.roofline_figures(found, one_shape):
-    frame.chart(figure, alt)
+[(figure, alt)] = figures.roofline_figures(found, one_shape)
+selection = st.plotly_chart(
+    figure.update_layout(dragmode="select"),
+    width="stretch",
+    alt=alt,
+    key=f"chart {name} {trace.digest if trace else ''} {dtype} {op} {shape}",  # rows are those of one choice alone
+    on_select="rerun",
+    selection_mode=("points", "box"),
+    config={"displaylogo": False},
+)["selection"]["points"]
+chosen = sorted({point.get("customdata") for point in selection} & {*range(found.points.height)})
 if found.nominal is None:
     frame.literal(f"{report.NO_DATASHEET}.".capitalize())
-below = only(found, shape=one_shape)
+asked = only(found, shape=one_shape)
+below = only(replace(found, points=found.points[chosen])) if chosen else asked
 if below.points.is_empty():
     st.caption(
         "Only ceilings are shown. To see points under them choose a capture, or open a trace with recorded shapes "
@@ -90,6 +101,11 @@ if below.points.is_empty():
     )
 else:
     st.subheader("What is lost below the roof, costliest first", anchor=False)
+    st.caption(
+        "Of the points chosen in the figure; a double click there shows all."
+        if chosen
+        else "Click a point of the figure, or draw a box around some, to see these alone."
+    )
     frame.literal(report.lost_words(below))
     frame.words_table(report.COSTLIEST_HEADER, report.costliest_rows(below, N_SHOWN), "Points that lose most time")
 with st.expander("Ceilings and what they rest on"):
@@ -100,7 +116,7 @@ command += ["--trace", trace.name] if trace else []
 command += ["--model", name] if is_measured and dtype == captures[name][1].dtype else []
 command += ["--op", op] if op != ALL else []
 command += ["--shape", shape] if one_shape else []
-frame.computed(command, report.roofline_page(below))
+frame.computed(command, report.roofline_page(asked))
 frame.downloads(
     "roofline",
     csv=below.points.write_csv,

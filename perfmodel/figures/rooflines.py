@@ -36,7 +36,7 @@ def roofline_figures(found: Roofline, shape: str | None = None) -> list[tuple[go
 
 def roofline(found: Roofline, shape: str | None = None) -> go.Figure:
     """One slanted ceiling per memory tier, solid as reached and dashed as the datasheet has it, ridge points, and the
-    points: area is the share of the time of all, colour and symbol the operation.
+    points: area is the share of the time of all, colour and symbol the operation; `customdata` is the row in the table.
 
     Of `shape` points of growing batches are joined, one line for each routing, and the others fade.
     """
@@ -51,7 +51,7 @@ def roofline(found: Roofline, shape: str | None = None) -> go.Figure:
         for words, dash in (("as reached", "solid"), ("nominal, from the datasheet", "dash")):
             figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": "grey", "dash": dash}, name=words)
     _labels(figure, found, limits)
-    sample = found.points.sort("lost_ns", descending=True, nulls_last=True).head(MAX_POINTS)
+    sample = found.points.with_row_index("row").sort("lost_ns", descending=True, nulls_last=True).head(MAX_POINTS)
     is_chosen = pl.lit(True) if shape is None else pl.col("shape") == shape
     for i, ((op,), rows) in enumerate(sample.sort("op").group_by("op", maintain_order=True)):
         most_frac = max(sample["time_frac"])
@@ -189,6 +189,7 @@ def _points(figure: go.Figure, rows: pl.DataFrame, op: str, i: int, most_frac: f
             "line": {"width": 0.5, "color": "grey"},
         },
         text=[_words(row) for row in rows.iter_rows(named=True)],
+        customdata=rows["row"].to_list(),
         hoverinfo="text",
         showlegend=not is_context,
     )
@@ -222,7 +223,7 @@ def _trajectories(figure: go.Figure, rows: pl.DataFrame) -> None:
     for i, (key, part) in enumerate(drawn[:MAX_LINES]):
         ends = [""] * part.height
         for end in (0, -1):
-            ends[end] = f"  2<sup>{math.log2(part['n_tokens'][end]):.3g}</sup> tokens"
+            ends[end] = f"\u00a0\u00a0\u00a02<sup>{math.log2(part['n_tokens'][end]):.3g}</sup> tokens"
         figure.add_scatter(
             x=part["flops_per_byte"],
             y=part["flops_per_s"],
