@@ -228,7 +228,8 @@ def coverage_by_level(table: pl.DataFrame, levels: Sequence[float] = LEVELS) -> 
     `stated_frac`, `n`, `n_covered`; empty with fewer than LEAST_SHAPES shapes.
 
     Errors are taken over `log_half_width`, so that intervals are wide where the model's are, rows without one left out;
-    where all rows lack it one width serves all. Anomalies make no interval, but count where they are not covered.
+    where all rows lack it one width serves all. A model's own widths were learned from the errors of all shapes; what
+    they are multiplied by was not. Anomalies make no interval, but count where they are not covered.
     """
     schema = {"shape": pl.String, "stated_frac": pl.Float64, "n": pl.Int64, "n_covered": pl.Int64}
     if table["log_half_width"].is_not_null().any():
