@@ -133,7 +133,7 @@ def reached_roof(profile: HardwareProfile, dtype: str) -> Roof:
 
 def nominal_roof(profile: HardwareProfile, dtype: str) -> Roof | None:
     """The nominal peaks of a machine, of its own profile or of the shipped one of the GPU that its title names; null
-    where neither has one for the dtype. A slice of a GPU (MIG) has no datasheet of its own."""
+    where neither has one for the dtype. A GPU's name does not say what host it is in, and a slice of it (MIG) is less."""
     own = [profile]
     shipped = profile_name(profile.title)
     if shipped in names() and "MIG" not in profile.title:
@@ -142,7 +142,8 @@ def nominal_roof(profile: HardwareProfile, dtype: str) -> Roof | None:
         peak = one.first(*(f"{name}_peak_flops_per_s" for name in COMPUTES_IN.get(dtype, COMPUTES_IN["bf16"])))
         if peak is not None:
             flops = peak[1].value
-            found = {name: one.quantities[key] for name, key in NOMINAL.items() if key in one.quantities}
+            keys = NOMINAL if one is profile else {name: key for name, key in NOMINAL.items() if name != HOST}
+            found = {name: one.quantities[key] for name, key in keys.items() if key in one.quantities}
             rows = [Tier(name, q.value, q.kind, flops / q.value) for name, q in found.items()]
             return Roof(flops, peak[1].kind, tuple(sorted(rows, key=lambda tier: -tier.bytes_per_s)))
     return None

@@ -65,7 +65,7 @@ def roofline_command(
 
         return figures.roofline_figures(found, shape)
 
-    write_html(html, f"Roofline of {source}", words, draw)
+    write_html(html, f"Roofline of {Path(source).name}", words, draw)
     if as_json:
         print_json(report.roofline_json(found, n_top))
     else:

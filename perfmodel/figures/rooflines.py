@@ -77,7 +77,7 @@ def _limits(found: Roofline) -> Limits:
     roofs = [found.reached, *([found.nominal] if found.nominal else [])]
     ridges = [tier.ridge_flops_per_byte for roof in roofs for tier in roof.tiers]
     x, y = (found.points[name].drop_nulls().to_list() for name in ("flops_per_byte", "flops_per_s"))
-    low, high = min([*x, min(ridges) / 30]) / 1.5, max([*x, max(ridges)]) * 4
+    low, high = min([*x, min(ridges) / 30]) / 1.5, max([*x, max(ridges) * 2.5]) * 4
     slowest = min(tier.bytes_per_s for tier in found.reached.tiers)
     floor = min([*y, low * slowest]) / 1.5
     return low, high, floor, max(roof.flops_per_s for roof in roofs) * 2
