@@ -133,7 +133,7 @@ def reached_roof(profile: HardwareProfile, dtype: str) -> Roof:
 
 def nominal_roof(profile: HardwareProfile, dtype: str) -> Roof | None:
     """The nominal peaks of a machine, of its own profile or of the shipped one of the GPU that its title names; null
-    where neither has one for the dtype. A GPU's name does not say what host it is in, and a slice of it (MIG) is less."""
+    where neither has one for the dtype. A GPU's name does not say what host it is in, a slice (MIG) is no whole."""
     own = [profile]
     shipped = profile_name(profile.title)
     if shipped in names() and "MIG" not in profile.title:
