@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from perfmodel.baselines import Baselines
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
-from perfmodel.latency import LatencyModel
+from perfmodel.latency import ANOMALY_LOG, COVERAGE, LatencyModel, base_half_width, conformal_quantile
 from perfmodel.physics import Array
 from perfmodel.transfer import zero_shot_half_width
 
@@ -22,6 +22,8 @@ TOKEN_RATIO = 16  # the tokens split trains on batches of up to the largest divi
 N_RANDOM = 5
 INNER_FOLDS = 6  # into how many a fold's own training shapes are held out in turn, for residual and intervals
 PEER_RATIO = 2.2  # slower than the fastest kernel for the same workload by more is taken for a failed configuration
+LEVELS = (0.5, 0.6, 0.7, 0.8, COVERAGE, 0.95)  # for which intervals are tried on shapes that they were not made from
+LEAST_SHAPES = 3
 Rows = NDArray[np.int64]
 
 
@@ -193,6 +195,57 @@ def report_of(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     pooled = pl.concat([one.table.select(shared) for one in evaluations])
     overall = summary(pooled) | {"screened": summary(pooled.filter(pl.col("is_screened")))}
     return {"kernels": rows, "overall": overall}
+
+
+def held_out_points(model: LatencyModel, observations: pl.DataFrame | None = None) -> pl.DataFrame:
+    """The held-out points that a model keeps (op, shape, n_tokens, routing, measured_ns, predicted_ns ...), none where
+    nothing could be held out; with the `observations` it was fitted to also `log_half_width`, else null."""
+    table = pl.DataFrame(dict(model.points_ or {}))
+    width = None
+    times_ns = [] if observations is None else observations["time_ns"].round(0).to_list()
+    if observations is not None and times_ns == table["measured_ns"].to_list():  # a large table keeps but a sample
+        width = base_half_width(model, model.work(observations))
+    return table.with_columns(log_half_width=pl.lit(None, pl.Float64) if width is None else pl.Series(width))
+
+
+def ratios_by_tokens(table: pl.DataFrame) -> pl.DataFrame:
+    """How predicted over measured depends on the batch: `n_tokens` rising, `n`, `median_ratio`, `p10_ratio`,
+    `p90_ratio`."""
+    ratio = pl.col("predicted_ns") / pl.col("measured_ns")
+    return (
+        table.group_by("n_tokens")
+        .agg(
+            n=pl.len(),
+            median_ratio=ratio.median(),
+            **{f"p{100 * q:.0f}_ratio": ratio.quantile(q, "linear") for q in (0.1, 0.9)},
+        )
+        .sort("n_tokens")
+    )
+
+
+def coverage_by_level(table: pl.DataFrame, levels: Sequence[float] = LEVELS) -> pl.DataFrame:
+    """How many points of each shape lie in an interval made from the held-out errors of all other shapes: `shape`,
+    `stated_frac`, `n`, `n_covered`; empty with fewer than LEAST_SHAPES shapes.
+
+    Errors are taken over `log_half_width`, so that intervals are wide where the model's are, rows without one left out;
+    where all rows lack it one width serves all. A model's own widths were learned from the errors of all shapes; what
+    they are multiplied by was not. Anomalies make no interval, but count where they are not covered.
+    """
+    schema = {"shape": pl.String, "stated_frac": pl.Float64, "n": pl.Int64, "n_covered": pl.Int64}
+    if table["log_half_width"].is_not_null().any():
+        table = table.drop_nulls("log_half_width")
+    error = (table["predicted_ns"] / table["measured_ns"]).log().abs().to_numpy()
+    score = error / table["log_half_width"].fill_null(1.0).to_numpy()
+    shapes = table["shape"].to_numpy()
+    found = []
+    for name in table["shape"].unique(maintain_order=True):
+        others = score[(shapes != name) & (error < ANOMALY_LOG)]
+        for level in levels:
+            if len(others):
+                own = score[shapes == name]
+                found.append((name, level, len(own), int((own <= conformal_quantile(others, level)).sum())))
+    is_enough = table["shape"].n_unique() >= LEAST_SHAPES
+    return pl.DataFrame(found if is_enough else [], schema, orient="row")
 
 
 def errors_by_shape(evaluation: Evaluation) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
 
 COMMANDS = (
     "analyze diff sweep fusion export layers fit evaluate predict routing place balance trimoe design calibrate check "
-    "captures schedule phases list collect app"
+    "captures schedule phases roofline list collect app"
 )
 
 
@@ -211,6 +211,11 @@ def without_names_of_data(value: object) -> object:
 @pytest.mark.parametrize(
     ("command", "among"),
     [
+        (
+            f"roofline {ROOT / 'traces' / 'epyc-zen4-2c-fp32'} --model epyc-zen4-2c-fp32 --top 2",
+            {"ridge_flops_per_byte", "nominal", "rows_per_active_expert", "lost_ns", "gemms_ns", "n_left_out"},
+        ),
+        ("roofline gh200", {"reached", "nominal", "tiers", "lost_to_frac"}),
         ("routing temporal:4 --shape olmoe --steps 20 --against uniform", {"verdict", "joined_steps", "kept_frac"}),
         ("balance --shape olmoe --routing temporal:4 --gpus 4 --tokens 256 --steps 20", {"token_counts", "idle_frac"}),
         ("trimoe --shape glm-4.5-air --batch 256 --steps 4 --layers 2", {"sensitivity", "migration_frac"}),

@@ -14,9 +14,12 @@ from perfmodel.evaluation import (
     PEER_RATIO,
     TOKEN_RATIO,
     Evaluation,
+    coverage_by_level,
     errors_by_shape,
     errors_of,
     evaluate,
+    held_out_points,
+    ratios_by_tokens,
     report_of,
     slower_than_peers,
     summary,
@@ -222,3 +225,52 @@ def test_a_prior_given_with_the_model_is_where_fits_begin() -> None:
     informed = evaluate(model, observations, "routing", with_baselines=False).table
     assert not plain["predicted_ns"].equals(informed["predicted_ns"])
     assert summary(informed)["median_ape"] < summary(plain)["median_ape"] + 0.01
+
+
+def test_ratios_by_tokens_are_medians_and_the_range_of_eight_points_in_ten() -> None:
+    rows = table(predicted_ns=[80.0, 100.0, 130.0, 200.0], n_tokens=[4, 4, 4, 1])
+    assert ratios_by_tokens(rows).rows() == [
+        (1, 1, 2.0, 2.0, 2.0),
+        (4, 3, 1.0, pytest.approx(0.84), pytest.approx(1.24)),  # 0.2 of the way from 0.8 to 1.0, 0.8 of 1.0 to 1.3
+    ]
+
+
+def three_shapes(**columns: list[object]) -> pl.DataFrame:
+    """Ten predictions of each of three shapes: a is off by 1 to 10 %, b by 2 to 20 %, c by 30 %."""
+    off = [*(0.01 * i for i in range(1, 11)), *(0.02 * i for i in range(1, 11)), *([0.3] * 10)]
+    rows = table(predicted_ns=[100 * float(np.exp(one)) for one in off], shape=[s for s in "abc" for _ in range(10)])
+    return rows.with_columns(**{name: pl.Series(values) for name, values in columns.items()})
+
+
+def test_intervals_are_tried_on_each_shape_with_the_errors_of_the_others_alone() -> None:
+    found = coverage_by_level(three_shapes(log_half_width=[None] * 30).cast({"log_half_width": pl.Float64}), (0.5,))
+    # Of 20 errors of the others the 11th counts ((20 + 1) / 2, up). For a that is the first of c; for b too; for c it
+    # is the 11th of 0.01, 0.02, 0.02, 0.03, 0.04, 0.04, 0.05, 0.06, 0.06, 0.07, 0.08 ..., far below 0.3.
+    assert found.rows() == [("a", 0.5, 10, 10), ("b", 0.5, 10, 10), ("c", 0.5, 10, 0)]
+
+
+def test_intervals_are_wide_where_the_models_are_and_rows_without_one_are_left_out() -> None:
+    widths = [0.105] * 10 + [0.2] * 10 + [0.6] * 9 + [None]
+    # Over their widths errors are 0.095 to 0.952 (a), 0.1 to 1 (b) and 0.5 (c). Of 19 of the others the 18th counts:
+    # for a that is 0.9 of b, for b 0.857 of a; of the 20 of a and b the 19th for c, 0.952.
+    found = coverage_by_level(three_shapes(log_half_width=widths), (0.9,))
+    assert found.rows() == [("a", 0.9, 10, 9), ("b", 0.9, 10, 8), ("c", 0.9, 9, 9)]
+
+
+def test_anomalies_make_no_interval_but_count_and_two_shapes_are_too_few() -> None:
+    rows = three_shapes(log_half_width=[0.1] * 30)
+    off = rows.with_columns(predicted_ns=pl.when(pl.col("shape") == "c").then(300.0).otherwise("predicted_ns"))
+    found = {shape: n for shape, _, _, n in coverage_by_level(off, (0.95,)).rows()}
+    assert found == {"a": 10, "b": 5, "c": 0}  # a by b's errors up to 0.2, b by a's up to 0.1
+    assert coverage_by_level(rows.filter(pl.col("shape") != "c")).is_empty()
+
+
+def test_a_model_gives_its_held_out_points_with_widths_where_its_measurements_are_at_hand() -> None:
+    model, observations = made_up_model(), made_up_observations()
+    model.points_ = observations.select("op", "shape", "n_tokens", "routing", measured_ns=pl.col("time_ns").round(0))
+    model.points_ = model.points_.with_columns(predicted_ns=pl.Series(model.held_out_)).to_dict(as_series=False)
+    plain, wide = held_out_points(model), held_out_points(model, observations)
+    assert plain["log_half_width"].null_count() == plain.height == observations.height
+    inside = model.forecast(model.work(observations)).log_half_width
+    assert wide["log_half_width"].to_numpy() == pytest.approx(inside)
+    assert held_out_points(model, observations.head(5))["log_half_width"].null_count() == plain.height

@@ -1,19 +1,25 @@
 """Figures hold the numbers they were given, say so in words, and interpret no name from a file."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("plotly", reason="plotly is not installed")
 
 import polars as pl
+from typer.testing import CliRunner
 
 from perfmodel import figures, launch
+from perfmodel.cli.main import app
 from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
 from perfmodel.predict import slowdown_curve
+from perfmodel.roofline import POINTS, roofline
 from perfmodel.routing import coverage_curve, routing
 from perfmodel.schedule import Span
 from perfmodel.schedule.drawn import DRAWN_PHASES, Panel
 from perfmodel.trace import Trace
+from tests.captures_made import write_synthetic_capture
 from tests.traces_made import events
 
 HOSTILE = "<b onclick=x>gemm<bf16></b> & co"
@@ -56,11 +62,89 @@ def test_stacked_parts_add_up_to_the_latency() -> None:
     assert sum(bar.x[0] for bar in figure.data) == pytest.approx(prediction.latency_ns)
 
 
-def test_roofline_has_one_ceiling_per_tier() -> None:
-    figure = figures.roofline(hardware("gh200"), "bf16")
-    assert len(figure.data) == 4
-    peak = figure.data[0].y[1]
-    assert all(line.y[-1] == peak for line in figure.data)
+def test_roofline_has_one_solid_ceiling_per_tier_that_ends_at_the_roof_and_its_ridge_points() -> None:
+    found = roofline(hardware("gh200"), "bf16")
+    figure = figures.roofline(found)
+    lines = [line for line in figure.data if line.x[0] is not None]
+    solid = [line for line in lines if line.line.dash == "solid" and not line.name.startswith("compute")]
+    assert [line.name for line in solid] == [f"{tier.name}, reached" for tier in found.reached.tiers]
+    assert all(line.y[-1] == found.reached.flops_per_s for line in solid)
+    assert [line.x[-1] for line in solid] == [tier.ridge_flops_per_byte for tier in found.reached.tiers]
+    assert sum(line.line.dash == "dash" for line in lines) == 4  # three tiers and the compute rate of the datasheet
+    labels = [one.text for one in figure.layout.annotations]
+    assert "device memory 3.73 TB/s (paper)" in labels and "ridge 2,083.5 to 2,346.3 FLOP/B" in labels
+    [(_, alt)] = figures.roofline_figures(found)
+    assert alt == "Roofline of NVIDIA GH200, 96 GB HBM3, Grace with 480 GB LPDDR5X, bf16, with 0 points"
+
+
+def roofline_points() -> pl.DataFrame:
+    """Three batches of one shape, out of order, and one of another, whose name is hostile."""
+    table = pl.DataFrame(
+        {
+            "op": ["moe_layer"] * 4,
+            "shape": ["made-up", "made-up", "made-up", HOSTILE],
+            "n_tokens": [64, 1, 4096, 8],
+            "routing": ["uniform"] * 4,
+            "access": ["resident"] * 4,
+            "flops_per_byte": [8.0, 1.0, 300.0, 4.0],
+            "flops_per_s": [1e13, 1e12, 4e14, 2e12],
+            "time_frac": [0.2, 0.1, 0.6, 0.1],
+            "lost_ns": [3.0, 2.0, 1.0, 4.0],
+        }
+    )
+    return table.match_to_schema(POINTS, missing_columns="insert")
+
+
+def test_points_of_a_roofline_have_the_area_of_their_time_and_batches_of_one_shape_are_joined_by_size() -> None:
+    found = replace(roofline(hardware("gh200"), "bf16"), points=roofline_points())
+    every = [trace for trace in figures.roofline(found).data if trace.mode == "markers"]
+    assert sorted(every[0].marker.size) == [0.1, 0.1, 0.2, 0.6] and every[0].marker.sizemode == "area"
+    assert "&lt;b onclick=x&gt;" in every[0].text[0] and "<b " not in every[0].text[0]
+    chosen = figures.roofline(found, "made-up")
+    [line] = [trace for trace in chosen.data if trace.mode == "lines+text"]
+    assert list(line.x) == [1.0, 8.0, 300.0]
+    assert [words.strip() for words in line.text] == ["2<sup>0</sup> tokens", "", "2<sup>12</sup> tokens"]
+    faint, own = (trace for trace in chosen.data if trace.mode == "markers")
+    assert (len(faint.x), len(own.x)) == (1, 3) and faint.marker.opacity < own.marker.opacity
+    assert not faint.showlegend and own.showlegend
+
+
+def test_residuals_have_the_median_of_each_batch_size_and_coverage_the_share_of_each_level() -> None:
+    held_out = {
+        "op": ["moe_layer"] * 5,
+        "shape": [HOSTILE] * 5,
+        "n_tokens": [1, 1, 1, 64, 64],
+        "routing": ["uniform"] * 5,
+        "measured_ns": [100.0] * 5,
+        "predicted_ns": [90.0, 100.0, 150.0, 80.0, 100.0],
+    }
+    figure = figures.residuals(held_out)
+    [median] = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert list(median.x) == [1, 64] and list(median.y) == pytest.approx([1.0, 0.9])
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert all("<b " not in words for trace in figure.data if trace.mode == "markers" for words in trace.text)
+    levels = pl.DataFrame(
+        {
+            "shape": ["a", "b", "a", "b"],
+            "stated_frac": [0.5, 0.5, 0.9, 0.9],
+            "n": [4, 6, 4, 6],
+            "n_covered": [1, 5, 4, 5],
+        }
+    )
+    pooled = figures.held_coverage(levels).data[-1]
+    assert list(zip(pooled.x, pooled.y, strict=True)) == [(0.5, 0.6), (0.9, 0.9)]
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_reports_of_fits_and_evaluations_hold_the_figures_of_their_held_out_points(command: str, tmp_path) -> None:
+    capture = write_synthetic_capture(tmp_path / "made", n_runs=1, noise=lambda: 1.03)
+    page, out = tmp_path / "report.html", ["--out", str(tmp_path / "m.json")] if command == "fit" else []
+    done = CliRunner().invoke(app, [command, str(capture), *out, "--html", str(page)], standalone_mode=False)
+    assert done.exception is None and done.stdout
+    written = page.read_text(encoding="utf-8")
+    for alt in ("Predicted against measured latency", "by tokens in the batch", "achieved coverage of intervals"):
+        assert written.count(f'aria-label="{alt}') + written.count(f"{alt}</figcaption>") >= 1, alt
+    assert done.stdout.splitlines()[0] in written
 
 
 def test_busy_and_idle_make_up_the_span() -> None:

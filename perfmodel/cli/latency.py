@@ -1,17 +1,21 @@
 """Commands about the latency model: each loads, makes one call, prints."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perfmodel import hardware, report, text
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words, progress, whole
 from perfmodel.errors import InputError
 
 if TYPE_CHECKING:  # this brings scipy and scikit-learn, which other commands do not need
+    from collections.abc import Sequence
+
+    from perfmodel.evaluation import Evaluation
     from perfmodel.latency import LatencyModel
 
 Sources = Annotated[
@@ -31,6 +35,7 @@ def fit(
     out: Annotated[str, typer.Option(help="Where to write the model, as JSON.")],
     kernel: Kernel = None,
     hardware_name: Machine = None,
+    html: Html = None,
 ) -> None:
     """Fit the physical latency model to measurements of one kernel and say how well it predicts unseen shapes."""
     from perfmodel import fitting
@@ -39,6 +44,7 @@ def fit(
 
     if not Path(out).resolve().parent.is_dir():
         raise InputError(f"cannot write {out!r}: its folder does not exist")
+    check_html(html)
     machine = machine_of(hardware_name) if hardware_name else None
     source = only_source(read_sources(sources, kernel, machine, note, must_agree=True))
     try:
@@ -46,7 +52,16 @@ def fit(
     finally:
         progress("")
     save_model(model, out)
-    print_words(report.fit_page(model))
+    words = report.fit_page(model)
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+        from perfmodel.evaluation import held_out_points
+
+        return figures.accuracy_figures(held_out_points(model, source.observations), model.errors_["model"]["all"])
+
+    write_html(html, f"A latency model of {source.name}", f"{words}\n\n{report.limits_page(model)}", draw)
+    print_words(words)
     note(f"wrote {out}")
 
 
@@ -67,6 +82,7 @@ def evaluate(
     ] = None,
     kernel: Kernel = None,
     hardware_name: Machine = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """How well latency is predicted that was not seen: errors beside simple baselines, and coverage of intervals.
@@ -79,6 +95,7 @@ def evaluate(
     from perfmodel.sources import read_sources
     from perfmodel.transfer import transferred
 
+    check_html(html)
     is_model = sources[0] in shipped_models() or sources[0].endswith(".json")
     if is_model and len(sources) == 1:
         raise InputError("give what to judge the model by: a capture folder or a moe_perf table")
@@ -130,10 +147,28 @@ def evaluate(
     result = evaluation.report_of(found)
     for i, ways in offloaded.items():
         result["kernels"][i]["offload"] = ways
+    words = report.evaluation_page(result)
+    _write_evaluation(html, ", ".join(sources[is_model:]), words, found)
     if as_json:
         print_json(result)
     else:
-        print_words(report.evaluation_page(result))
+        print_words(words)
+
+
+def _write_evaluation(html: str | None, sources: str, words: str, found: "Sequence[Evaluation]") -> None:
+    """The report of an evaluation, with the figures of every kernel."""
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import evaluation, figures
+
+        drawn = []
+        for one in found:
+            errors = evaluation.errors_of(one.table["predicted_ns"].to_numpy(), one.table["measured_ns"].to_numpy())
+            kernel = f"{one.kernel}: " if len(found) > 1 else ""
+            drawn += [(figure, kernel + alt) for figure, alt in figures.accuracy_figures(one.table, asdict(errors))]
+        return drawn
+
+    write_html(html, f"Predictions of what was not seen: {sources}", words, draw)
 
 
 @app.command()

@@ -44,6 +44,9 @@ from perfmodel.cli import schedule  # noqa: F401
 
 # isort: split
 from perfmodel.cli import phases  # noqa: F401
+
+# isort: split
+from perfmodel.cli import roofline  # noqa: F401
 from perfmodel.cli.shell import app, note
 from perfmodel.errors import InputError
 from perfmodel.report.words import BARS

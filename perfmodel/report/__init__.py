@@ -3,13 +3,33 @@
 from perfmodel.report.balance import balance_json, balance_page
 from perfmodel.report.captures import check_page
 from perfmodel.report.checks import capture_page, captures_page, findings_page
-from perfmodel.report.fits import evaluation_page, fit_page
+from perfmodel.report.fits import (
+    LIMITS_HEADER,
+    MODELS_HEADER,
+    SHAPES_HEADER,
+    evaluation_page,
+    fit_page,
+    limits,
+    limits_page,
+    models_rows,
+    shape_rows,
+)
 from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_head, workload_page
 from perfmodel.report.placing import placing_json, placing_page
 from perfmodel.report.ranks import ranks_page
+from perfmodel.report.roofline import (
+    CEILINGS_HEADER,
+    COSTLIEST_HEADER,
+    NO_DATASHEET,
+    ceiling_rows,
+    costliest_rows,
+    lost_words,
+    roofline_json,
+    roofline_page,
+)
 from perfmodel.report.routing import MOST_LAYERS, routing_page
 from perfmodel.report.schedule import schedule_head, schedule_json, schedule_page
 from perfmodel.report.traces import findings_text, trace_page
@@ -17,15 +37,23 @@ from perfmodel.report.trimoe import trimoe_page
 from perfmodel.report.words import N_TOP, WIDTH, table
 
 __all__ = [
+    "CEILINGS_HEADER",
+    "COSTLIEST_HEADER",
+    "LIMITS_HEADER",
+    "MODELS_HEADER",
     "MOST_LAYERS",
+    "NO_DATASHEET",
     "N_TOP",
+    "SHAPES_HEADER",
     "WIDTH",
     "balance_json",
     "balance_page",
     "capture_headlines",
     "capture_page",
     "captures_page",
+    "ceiling_rows",
     "check_page",
+    "costliest_rows",
     "diff_page",
     "efficiency_page",
     "evaluation_page",
@@ -34,17 +62,24 @@ __all__ = [
     "fit_page",
     "fusion_page",
     "layer_ranks_page",
+    "limits",
+    "limits_page",
+    "lost_words",
+    "models_rows",
     "passes_page",
     "phases_json",
     "phases_page",
     "placing_json",
     "placing_page",
     "ranks_page",
+    "roofline_json",
+    "roofline_page",
     "routing_page",
     "scaling_page",
     "schedule_head",
     "schedule_json",
     "schedule_page",
+    "shape_rows",
     "sweep_page",
     "table",
     "trace_page",
