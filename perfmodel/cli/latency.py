@@ -3,11 +3,12 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perfmodel import hardware, report, text
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words, progress, whole
 from perfmodel.errors import InputError
 
@@ -178,6 +179,7 @@ def predict(
     explain: Annotated[
         bool, typer.Option("--explain", help="Add what binds, what would change the answer, the nearest measurements.")
     ] = False,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """What a MoE layer costs when a fraction of its experts leaves device memory, and why."""
@@ -185,6 +187,7 @@ def predict(
     from perfmodel import predict as predicting
     from perfmodel.routing import routing as routing_of
 
+    check_html(html)
     offload_frac = fraction(offload, "--offload")
     profile = machine_of(hardware_name)
     moe_shape = hf_config.resolve(shape)
@@ -209,13 +212,21 @@ def predict(
         settings=settings,
         explained=explain or not as_json,
     )
+    head = f"{moe_shape.name} on {profile.title}, {text.count(batch.n_tokens)} tokens, {batch.name}, {access}"
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+
+        curve = predicting.slowdown_curve(
+            profile, moe_shape, batch, access, op=op, model=fitted, launch=launch, settings=settings
+        )
+        return figures.prediction_figures({access: curve}, result)
+
+    write_html(html, head, f"{head}\n{result}", draw)
     if as_json:
         print_json(result.to_json())
     else:
-        print_words(
-            f"{moe_shape.name} on {profile.title}, {text.count(batch.n_tokens)} tokens, {batch.name}, {access}\n"
-            f"{result}"
-        )
+        print_words(f"{head}\n{result}")
 
 
 def _host_model(source: str) -> "LatencyModel":

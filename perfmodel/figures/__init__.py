@@ -3,7 +3,8 @@
 from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
 from .latency import BAND_FRAC, parity, roofline
 from .page import html_page
-from .placing import coverage, parts, slowdown
+from .placing import parts, placing_figures, policies, prediction_figures, slowdown, trade_off, trade_off_of
+from .routing import coverage, routing_figures, routing_map
 from .schedules import MAX_GPUS, gantt
 from .traces import busy, shares
 
@@ -20,7 +21,14 @@ __all__ = [
     "literal",
     "parity",
     "parts",
+    "placing_figures",
+    "policies",
+    "prediction_figures",
     "roofline",
+    "routing_figures",
+    "routing_map",
     "shares",
     "slowdown",
+    "trade_off",
+    "trade_off_of",
 ]

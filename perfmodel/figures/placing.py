@@ -1,26 +1,47 @@
-"""What it costs to move experts off the device, and how routing spreads over them."""
+"""What it costs to move experts off the device: curves, parts of the time, policies, memory against slowdown."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
 from perfmodel import text
 from perfmodel.physics import PARTS
+from perfmodel.placing import OURS, TO_COMPARE
+from perfmodel.placing.curves import FREE_FRAC, frontier, knee, n_free
 from perfmodel.predict import Prediction
 
-from .drawing import PALETTE, SYMBOLS, layout, literal, time_ticks, translucent
+from .drawing import DASHES, PALETTE, SYMBOLS, layout, literal, time_ticks, translucent
+from .routing import routing_map
+
+if TYPE_CHECKING:
+    from perfmodel.placing.answers import Answer, Point
+    from perfmodel.placing.compare import Outcome
 
 LINEAR_UP_TO = 15  # slowdowns above this make a linear axis hide the small ones
+GREY = "#888888"  # of lines that compare: readable on light and on dark
+FREE = "rgba(0,158,115,0.16)"
 
 
-def slowdown(curves: Mapping[str, Sequence[Prediction]]) -> go.Figure:
-    """Slowdown against offloaded fraction, one line a label, with the interval as a ribbon where there is one."""
+def slowdown(
+    curves: Mapping[str, Sequence[Prediction]],
+    *,
+    chosen: Prediction | None = None,
+    measured: Sequence[tuple[float, float]] = (),
+    within_frac: float = FREE_FRAC,
+) -> go.Figure:
+    """Slowdown against offloaded fraction, one line a label, with the interval as a ribbon where there is one.
+
+    Of the first line the fractions are shaded that are free: where the slowdown stays `within_frac`. `chosen` is marked
+    on it; `measured` are fractions and slowdowns that somebody measured.
+    """
     figure = go.Figure()
     for i, (label, predictions) in enumerate(curves.items()):
         colour = PALETTE[i % len(PALETTE)]
-        x = [p.n_offloaded / p.n_experts for p in predictions]
-        if all(p.interval for p in predictions):
-            bounds = [[p.interval[side] / p.baseline_latency_ns for p in predictions if p.interval] for side in (0, 1)]
+        sure = [(p.n_offloaded / p.n_experts, p.interval, p.baseline_latency_ns) for p in predictions if p.interval]
+        if len(sure) > 1:
+            x = [frac for frac, _, _ in sure]
+            bounds = [[ends[side] / base_ns for _, ends, base_ns in sure] for side in (0, 1)]
             figure.add_scatter(
                 x=[*x, *x[::-1]],
                 y=[*bounds[1], *bounds[0][::-1]],
@@ -31,18 +52,52 @@ def slowdown(curves: Mapping[str, Sequence[Prediction]]) -> go.Figure:
                 hoverinfo="skip",
             )
         figure.add_scatter(
-            x=x,
+            x=[p.n_offloaded / p.n_experts for p in predictions],
             y=[p.slowdown for p in predictions],
             mode="lines+markers",
             name=literal(label),
-            line={"color": colour},
-            marker={"size": 5, "symbol": SYMBOLS[i % len(SYMBOLS)]},
-            text=[f"{p.slowdown:.2f}x, {text.ns(p.latency_ns)}, {p.bottleneck}-bound" for p in predictions],
+            line={"color": colour, "width": 3 if i == 0 else 1.5, "dash": DASHES[i % len(DASHES)]},
+            marker={"size": 5 if i == 0 else 4, "symbol": SYMBOLS[i % len(SYMBOLS)]},
+            text=[
+                f"{_leave(p)}: {p.slowdown:.2f}x, {text.ns(p.latency_ns)}, {p.bottleneck}-bound" for p in predictions
+            ],
             hoverinfo="text+name",
+        )
+    if measured:
+        figure.add_scatter(
+            x=[frac for frac, _ in measured],
+            y=[value for _, value in measured],
+            mode="markers",
+            name="measured",
+            marker={"size": 11, "symbol": "x-open", "color": PALETTE[3], "line": {"width": 2}},
+            hovertemplate="measured %{y:.2f}x at %{x:.1%}<extra></extra>",
         )
     figure.add_hline(y=1, line={"color": "grey", "dash": "dash", "width": 1})
     layout(figure, "Slowdown against offloaded fraction", "experts offloaded, least used first", "slowdown")
     figure.update_xaxes(tickformat=".0%", range=[-0.02, 1.02])
+    first = next(iter(curves.values()))
+    free = n_free(first, within_frac)
+    if free:
+        figure.add_vrect(
+            x0=0,
+            x1=free / first[0].n_experts,
+            fillcolor=FREE,
+            line_width=0,
+            annotation={"text": f"free: up to {text.counted(free, 'expert')}", "font": {"size": 12}, "yanchor": "top"},
+            annotation_position="top left",
+        )
+    if chosen is not None:
+        figure.add_scatter(
+            x=[chosen.n_offloaded / chosen.n_experts],
+            y=[chosen.slowdown],
+            mode="markers+text",
+            marker={"size": 14, "symbol": "circle-open", "color": PALETTE[0], "line": {"width": 3}},
+            text=[f"{chosen.slowdown:.2f}x"],
+            textposition="top left",
+            textfont={"size": 14},
+            showlegend=False,
+            hoverinfo="skip",
+        )
     highest = max(p.slowdown for predictions in curves.values() for p in predictions)
     if highest > LINEAR_UP_TO:
         ticks = [
@@ -52,6 +107,10 @@ def slowdown(curves: Mapping[str, Sequence[Prediction]]) -> go.Figure:
     else:
         figure.update_yaxes(ticksuffix="x", rangemode="tozero")
     return figure
+
+
+def _leave(p: Prediction) -> str:
+    return f"{p.n_offloaded} of {p.n_experts} offloaded"
 
 
 def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
@@ -76,16 +135,137 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
     layout(figure, "What the time consists of", "latency per layer", "")
     top = max(p.latency_ns for p in predictions.values())
     time_ticks(figure.layout.xaxis, top)
-    return figure.update_layout(barmode="stack", height=300)
+    return figure.update_layout(barmode="stack", height=140 + 60 * len(predictions), margin={"b": 90})
 
 
-def coverage(expert_frac: Sequence[float], token_frac: Sequence[float]) -> go.Figure:
-    """The Lorenz-like curve of routing: share of assignments that the hottest fraction of experts serves."""
-    figure = go.Figure(go.Scatter(x=list(expert_frac), y=list(token_frac), mode="lines", line={"color": PALETTE[0]}))
+def policies(outcomes: Sequence["Outcome"], best: "Outcome") -> go.Figure:
+    """The slowdown of each policy in steps it has not seen, the fastest first, as bars that begin at 1x, all resident;
+    and in the steps by which it was chosen. Ours, others and what nobody can choose are told apart."""
+    ranked = sorted(outcomes, key=lambda one: one.slowdown)
+    labels = [f"{literal(one.policy)} (taken)" if one.policy == best.policy else literal(one.policy) for one in ranked]
+    kind_of = {name: "ours" for name in OURS} | {name: "to compare with" for name in TO_COMPARE}
+    figure = go.Figure()
+    for kind, colour, pattern in (
+        ("ours", PALETTE[0], ""),
+        ("published and simple", PALETTE[4], "/"),
+        ("to compare with", PALETTE[6], "."),
+    ):
+        which = [i for i, one in enumerate(ranked) if kind_of.get(one.policy, "published and simple") == kind]
+        if which:
+            figure.add_bar(
+                y=[labels[i] for i in which],
+                x=[ranked[i].slowdown - 1 for i in which],
+                base=1,
+                orientation="h",
+                name=kind,
+                marker={"color": colour, "pattern": {"shape": pattern, "solidity": 0.2}},
+                text=[f"{ranked[i].slowdown:.3f}x" for i in which],
+                textposition="outside",
+                hovertext=[f"{labels[i]}: {ranked[i].slowdown:.3f}x" for i in which],
+                hoverinfo="text",
+            )
     figure.add_scatter(
-        x=[0, 1], y=[0, 1], mode="lines", line={"color": "grey", "dash": "dash", "width": 1}, hoverinfo="skip"
+        y=labels,
+        x=[one.fitted_slowdown for one in ranked],
+        mode="markers",
+        name="in the steps it was chosen by",
+        marker={"symbol": "line-ns-open", "size": 14, "color": GREY, "line": {"width": 2}},
+        hovertemplate="%{y}: %{x:.3f}x in the steps it was chosen by<extra></extra>",
     )
-    layout(figure, "How concentrated routing is", "hottest experts", "share of token assignments")
-    figure.update_xaxes(tickformat=".0%")
-    figure.update_yaxes(tickformat=".0%")
-    return figure.update_layout(showlegend=False, height=320, margin={"b": 48})
+    layout(figure, "Policies on steps they have not seen", "slowdown; bars begin at 1x, all experts resident", "")
+    highest = max(max(one.slowdown, one.fitted_slowdown) for one in ranked)
+    figure.update_xaxes(ticksuffix="x", range=[min(1, *(one.slowdown for one in ranked)), 1 + (highest - 1) * 1.12])
+    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=labels)
+    return figure.update_layout(height=170 + 28 * len(ranked), margin={"b": 100, "l": 120}, bargap=0.3)
+
+
+def trade_off(
+    points: Sequence["Point"], chosen: tuple[float, float], others: Mapping[str, tuple[float, float]] = {}
+) -> go.Figure:
+    """GPU memory for experts against slowdown: every placement that was evaluated faint (`others` by name, bytes and
+    slowdown), those that none beats in both bold, what was chosen and the knee marked."""
+    front, all_bytes = frontier([(p.capacity_bytes, p.slowdown) for p in points]), max(p.capacity_bytes for p in points)
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[size for size, _ in others.values()],
+        y=[value for _, value in others.values()],
+        mode="markers",
+        name="other placements",
+        marker={"size": 8, "color": GREY, "opacity": 0.55, "symbol": "square"},
+        text=[f"{literal(name)}: {value:.3f}x in {text.n_bytes(size)}" for name, (size, value) in others.items()],
+        hoverinfo="text",
+    )
+    figure.add_scatter(
+        x=[points[i].capacity_bytes for i in front],
+        y=[points[i].slowdown for i in front],
+        mode="lines+markers",
+        name="least slowdown for its memory",
+        line={"color": PALETTE[0], "width": 3, "shape": "linear"},
+        marker={"size": 8},
+        text=[f"{points[i].n_resident} resident: {points[i].slowdown:.3f}x" for i in front],
+        hoverinfo="text",
+    )
+    bend = knee([(points[i].capacity_bytes, points[i].slowdown) for i in front])
+    if bend is not None:
+        at = points[front[bend]]
+        figure.add_annotation(
+            x=at.capacity_bytes,
+            y=at.slowdown,
+            text=f"knee: {text.n_bytes(at.capacity_bytes)}, {at.slowdown:.2f}x",
+            showarrow=True,
+            arrowhead=2,
+            ax=40,
+            ay=-45,
+        )
+    figure.add_scatter(
+        x=[chosen[0]],
+        y=[chosen[1]],
+        mode="markers+text",
+        name="chosen",
+        marker={"size": 15, "symbol": "star", "color": PALETTE[1]},
+        text=[f"chosen: {chosen[1]:.2f}x"],
+        textposition="bottom left",
+        hoverinfo="text",
+    )
+    layout(figure, "GPU memory against slowdown", "GPU memory for experts", "slowdown")
+    ticks = [all_bytes * i / 4 for i in range(5)]
+    figure.update_xaxes(tickvals=ticks, ticktext=[text.n_bytes(tick) for tick in ticks], rangemode="tozero")
+    figure.update_yaxes(ticksuffix="x")
+    return figure
+
+
+def trade_off_of(placed: "Answer") -> go.Figure:
+    """The trade-off of an answer: the placements of its policies and access modes are the other points."""
+
+    def at(one: "Outcome") -> tuple[float, float]:
+        return int((one.tier == 0).sum()) * placed.question.shape.expert_bytes, one.slowdown
+
+    others = {one.policy: at(one) for one in placed.outcomes if one.policy not in TO_COMPARE}
+    others |= {f"best under {name}": at(one) for name, one in placed.accesses.items()}
+    return trade_off(placed.trade_off, at(placed.best), others)
+
+
+def prediction_figures(
+    curves: Mapping[str, Sequence[Prediction]], chosen: Prediction, measured: Sequence[tuple[float, float]] = ()
+) -> list[tuple[Any, str]]:
+    """The figures of a prediction with what each shows: the curve it lies on, what its time consists of."""
+    found = [
+        (
+            slowdown(curves, chosen=chosen, measured=measured),
+            "Predicted slowdown against the fraction of offloaded experts",
+        )
+    ]
+    first = next(iter(curves.values()))[0]
+    bars = {"all resident": first} | ({_leave(chosen): chosen} if chosen.n_offloaded else {})
+    return [*found, (parts(bars), "What the predicted time of a layer consists of")]
+
+
+def placing_figures(placed: "Answer") -> list[tuple[Any, str]]:
+    """The figures of an answer with what each shows: policies, what the time consists of, memory, and routing."""
+    found = [(policies(placed.outcomes, placed.best), "The slowdown of each placement policy")]
+    shown = {name: one for name, one in placed.predictions.items() if name == placed.best.policy}
+    found.append((parts(shown), "What the predicted time of a layer consists of under the placement that was taken"))
+    if placed.trade_off:
+        found.append((trade_off_of(placed), "GPU memory for experts against slowdown"))
+    question = placed.question
+    return [*found, (routing_map(question.popularity, range(question.n_layers)), "How often each expert is used")]
