@@ -27,13 +27,13 @@ def slowdown(
     curves: Mapping[str, Sequence[Prediction]],
     *,
     chosen: Prediction | None = None,
-    measured: Sequence[tuple[float, float]] = (),
+    measured: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     within_frac: float = FREE_FRAC,
 ) -> go.Figure:
     """Slowdown against offloaded fraction, one line a label, with the interval as a ribbon where there is one.
 
     Of the first line the fractions are shaded that are free: where the slowdown stays `within_frac`. `chosen` is marked
-    on it; `measured` are fractions and slowdowns that somebody measured.
+    on it; `measured` are fractions and slowdowns that somebody measured, by source.
     """
     figure = go.Figure()
     for i, (label, predictions) in enumerate(curves.items()):
@@ -63,14 +63,14 @@ def slowdown(
             ],
             hoverinfo="text+name",
         )
-    if measured:
+    for i, (label, points) in enumerate((measured or {}).items()):
         figure.add_scatter(
-            x=[frac for frac, _ in measured],
-            y=[value for _, value in measured],
+            x=[frac for frac, _ in points],
+            y=[value for _, value in points],
             mode="markers",
-            name="measured",
-            marker={"size": 11, "symbol": "x-open", "color": PALETTE[3], "line": {"width": 2}},
-            hovertemplate="measured %{y:.2f}x at %{x:.1%}<extra></extra>",
+            name=literal(label),
+            marker={"size": 12, "symbol": ("x", "cross")[i % 2], "color": PALETTE[3]},
+            hovertemplate="%{y:.2f}x at %{x:.1%} offloaded",
         )
     figure.add_hline(y=1, line={"color": "grey", "dash": "dash", "width": 1})
     layout(figure, "Slowdown against offloaded fraction", "experts offloaded, least used first", "slowdown")
@@ -246,7 +246,9 @@ def trade_off_of(placed: "Answer") -> go.Figure:
 
 
 def prediction_figures(
-    curves: Mapping[str, Sequence[Prediction]], chosen: Prediction, measured: Sequence[tuple[float, float]] = ()
+    curves: Mapping[str, Sequence[Prediction]],
+    chosen: Prediction,
+    measured: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> list[tuple[Any, str]]:
     """The figures of a prediction with what each shows: the curve it lies on, what its time consists of."""
     found = [

@@ -49,13 +49,14 @@ class Case:
     settings: Settings = field(default_factory=Settings)
     seed: int = 1
 
-    def question(self, sizes: Sizes) -> tuple[Question, str]:
-        """The question for passes placed for together, and in words which steps decide and judge."""
+    def question(self, sizes: Sizes, access: str | None = None) -> tuple[Question, str]:
+        """The question for passes placed for together, and in words which steps decide and judge; under another access
+        mode than that of the case where one is given."""
         made, words = batches(self.recording, sizes, self.shape.top_k, later=self.later, seed=self.seed)
         question = Question(
             self.basis,
             self.shape,
-            "zero-copy" if self.access == AUTO else self.access,
+            access or ("zero-copy" if self.access == AUTO else self.access),
             made,
             self.room.capacity_bytes,
             self.room.host_bytes,
@@ -211,3 +212,11 @@ def with_device_memory(engine: Engine, words: str | None) -> Engine:
     if frac > 1:
         raise InputError(f"--hbm-budget is {words} of the experts, expected at most 100%")
     return replace(engine, expert_frac=frac)
+
+
+def passes_in_words(sizes: Sizes) -> str:
+    """The passes of one question in words."""
+    return ", ".join(
+        text.counted(n, "token") if n_passes == 1 else f"{text.count(n_passes)} x {text.counted(n, 'token')}"
+        for n, n_passes in sizes.items()
+    )

@@ -8,7 +8,7 @@ from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_head, workload_page
-from perfmodel.report.placing import placing_json, placing_page
+from perfmodel.report.placing import change_lines, labelled, placing_json, placing_page, policy_rows, verdict_lines
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
 from perfmodel.report.schedule import schedule_head, schedule_json, schedule_page
@@ -25,6 +25,7 @@ __all__ = [
     "capture_headlines",
     "capture_page",
     "captures_page",
+    "change_lines",
     "check_page",
     "diff_page",
     "efficiency_page",
@@ -33,12 +34,14 @@ __all__ = [
     "findings_text",
     "fit_page",
     "fusion_page",
+    "labelled",
     "layer_ranks_page",
     "passes_page",
     "phases_json",
     "phases_page",
     "placing_json",
     "placing_page",
+    "policy_rows",
     "ranks_page",
     "routing_page",
     "scaling_page",
@@ -49,6 +52,7 @@ __all__ = [
     "table",
     "trace_page",
     "trimoe_page",
+    "verdict_lines",
     "workload_head",
     "workload_page",
 ]
