@@ -65,6 +65,14 @@ def answer_of(asked: Asked, is_opening: bool) -> Answer | None:
     return kept().get(asked)
 
 
+def facts(pairs: list[tuple[str, str]]) -> None:
+    """Words and what they say, small, one below the other."""
+    for word, what in pairs:
+        left, right = st.columns([2, 5])
+        left.caption(frame.escaped(word))
+        right.caption(frame.escaped(what))
+
+
 def _with_progress(begin: str, work: Callable[[Callable[[str], None]], Answer]) -> Answer | None:
     """Do long work and say how far it is; None where it cannot be done, which is said."""
     with st.status("Working ...") as status:
@@ -104,10 +112,7 @@ def policies(asked: Asked, answer: Answer | None, files: Files) -> None:
     with left:
         frame.chart(figures.policies(answer.outcomes, answer.best), "The slowdown of each policy", key="policies")
     with right:
-        for word, what in report.labelled(report.verdict_lines(answer)):
-            st.caption(frame.escaped(word))
-            frame.literal(what)
-        frame.literal(answer.windows)
+        facts([*report.labelled(report.verdict_lines(answer)), ("steps", answer.windows)])
     head, body = report.policy_rows(answer)
     marked = [[f"{row[0]} (taken)" if row[0] == answer.best.policy else row[0], *row[1:]] for row in body]
     frame.words_table(head, marked, "Policies and what they cost, the fastest first")
@@ -142,9 +147,7 @@ def memory(asked: Asked, answer: Answer | None, notes: list[str]) -> None:
                 for p in answer.trade_off
             ]
             frame.words_table(["GPU memory", "resident", "offloaded", "slowdown"], rows, "Slowdown by GPU memory")
-    st.caption("Where the memory goes")
-    for note in notes:
-        frame.literal(note)
+    facts([("memory", "; ".join(notes))])
 
 
 def routing(choice: Choice, files: Files) -> None:
@@ -253,7 +256,7 @@ def _difference(
         {
             "Before": f"{before.slowdown:.3f}x",
             "After": f"{after.slowdown:.3f}x",
-            "GPU memory used": f"{text.n_bytes(used)} of {text.n_bytes(question.capacity_bytes)}",
+            f"GPU memory of {text.n_bytes(question.capacity_bytes)}": text.n_bytes(used),
         }
     )
     frame.literal("\n".join(report.change_lines(question, before, after, layers)))
@@ -301,7 +304,7 @@ def _export(question: Question, case: Any, placed: PlacedModel) -> None:
         frame.refused("This cannot be exported:", refusal)
         return
     if made.flags:
-        st.code("\n".join(made.flags), language=None)
+        st.code("\n".join(made.flags), language=None, wrap_lines=True)
     kept_words = [] if made.rounding is None else [made.rounding.words()]
     frame.literal("\n".join(dict.fromkeys([*made.warnings, *kept_words])))
 

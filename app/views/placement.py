@@ -16,7 +16,7 @@ from perfmodel import figures, hardware, report, text
 from perfmodel.errors import InputError
 from perfmodel.offload import usable_modes
 from perfmodel.placing.ask import AUTO, modes, passes_in_words
-from perfmodel.placing.curves import FREE_FRAC, n_free
+from perfmodel.placing.curves import FREE_FRAC, most_free
 from perfmodel.predict import Prediction
 
 OPENING = Choice(
@@ -75,18 +75,20 @@ except InputError as error:
     controls.offered(error)
 
 first = next(iter(curves.values()))
-free = n_free(first)
+best, free, _ = most_free({label: c for label, c in curves.items() if label != "paged"})
+free_label = f"Free with {best}" if free else "Free to leave"
 frame.numbers(
     {
         "Slowdown": f"{chosen.slowdown:.2f}x",
         "Latency of a layer": text.ns(chosen.latency_ns),
         "GPU memory freed": text.n_bytes(chosen.offloaded_bytes * shape.n_layers),
-        "Free to leave": f"{free} of {shape.n_experts} experts",
+        free_label: f"{free} of {shape.n_experts}",
     },
     {
         "Slowdown": "Against all experts on the GPU.",
         "GPU memory freed": "In all layers of the model.",
-        "Free to leave": f"The slowdown stays within {text.frac(FREE_FRAC)}: what they take hides under the rest.",
+        free_label: f"Experts of a layer that leave within {text.frac(FREE_FRAC)} of slowdown: what they take hides "
+        "under what the device does anyway. Of the line that has most of them.",
     },
 )
 left, right = st.columns([3, 2])
@@ -98,15 +100,12 @@ with left:
     )
     st.segmented_control("Lines", LINES, default=LINES[0], required=True, key="lines", bind="query-params")
 with right:
-    bars = {"all on the GPU": first[0], f"{chosen.n_offloaded} offloaded": chosen}
+    bars = {"all on GPU": first[0], f"{chosen.n_offloaded} off": chosen}
     frame.chart(figures.parts(bars), "What the time of a layer consists of", key="parts")
-    for word, what in report.labelled([line for line in str(chosen).split("\n") if line[:5] not in ("laten", "slowd")]):
-        if word in ("bottleneck", "all resident", "roofs", "rows", "changes with"):
-            frame.literal(f"{word}: {what}")
+    for line in report.prediction_lines(chosen):
+        st.caption(frame.escaped(line))
 with st.expander("What these numbers rest on"):
-    for word, what in report.labelled(str(chosen).split("\n")):
-        st.caption(frame.escaped(word))
-        frame.literal(what)
+    parts.facts(report.labelled(str(chosen).split("\n")))
 
 asked = (choice, n_asked)
 answer = parts.answer_of(asked, choice == OPENING)

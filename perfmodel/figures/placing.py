@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from perfmodel import text
 from perfmodel.physics import PARTS
 from perfmodel.placing import OURS, TO_COMPARE
-from perfmodel.placing.curves import FREE_FRAC, frontier, knee, n_free
+from perfmodel.placing.curves import FREE_FRAC, frontier, knee, most_free
 from perfmodel.predict import Prediction
 
 from .drawing import DASHES, PALETTE, SYMBOLS, layout, literal, time_ticks, translucent
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from perfmodel.placing.answers import Answer, Point
     from perfmodel.placing.compare import Outcome
 
+LABELLED_FRAC = 0.15  # of the longest bar: shorter parts have no room for words
+BEYOND = 2  # lines that reach more than this times the first one leave the axis
 LINEAR_UP_TO = 15  # slowdowns above this make a linear axis hide the small ones
 GREY = "#888888"  # of lines that compare: readable on light and on dark
 FREE = "rgba(0,158,115,0.16)"
@@ -32,8 +34,9 @@ def slowdown(
 ) -> go.Figure:
     """Slowdown against offloaded fraction, one line a label, with the interval as a ribbon where there is one.
 
-    Of the first line the fractions are shaded that are free: where the slowdown stays `within_frac`. `chosen` is marked
-    on it; `measured` are fractions and slowdowns that somebody measured, by source.
+    The fractions are shaded that are free: where the slowdown of the line that has most of them stays `within_frac`.
+    The axis is that of the first line, on which `chosen` is marked; others may leave it, and then say how far they go.
+    `measured` are fractions and slowdowns that somebody measured, by source.
     """
     figure = go.Figure()
     for i, (label, predictions) in enumerate(curves.items()):
@@ -75,16 +78,16 @@ def slowdown(
     figure.add_hline(y=1, line={"color": "grey", "dash": "dash", "width": 1})
     layout(figure, "Slowdown against offloaded fraction", "experts offloaded, least used first", "slowdown")
     figure.update_xaxes(tickformat=".0%", range=[-0.02, 1.02])
-    first = next(iter(curves.values()))
-    free = n_free(first, within_frac)
+    label, free, n_experts = most_free(curves, within_frac)
     if free:
+        by = f" with {literal(label)}" if len(curves) > 1 else ""
         figure.add_vrect(
             x0=0,
-            x1=free / first[0].n_experts,
+            x1=free / n_experts,
             fillcolor=FREE,
             line_width=0,
-            annotation={"text": f"free: up to {text.counted(free, 'expert')}", "font": {"size": 12}, "yanchor": "top"},
-            annotation_position="top left",
+            annotation={"text": f"free{by}: {text.counted(free, 'expert')}", "font": {"size": 12}},
+            annotation_position="bottom left",
         )
     if chosen is not None:
         figure.add_scatter(
@@ -98,14 +101,19 @@ def slowdown(
             showlegend=False,
             hoverinfo="skip",
         )
-    highest = max(p.slowdown for predictions in curves.values() for p in predictions)
+    tops = {label: max(p.slowdown for p in predictions) for label, predictions in curves.items()}
+    first = next(iter(tops.values()))
+    highest = max(top for top in tops.values() if top <= BEYOND * first)
+    for line in figure.data:
+        if line.name in tops and tops[line.name] > highest:
+            line.name = f"{line.name} (to {tops[line.name]:.0f}x)"
     if highest > LINEAR_UP_TO:
         ticks = [
             step * 10**power for power in range(-1, 5) for step in (1, 2, 5) if 0.4 < step * 10**power < highest * 2
         ]
         figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}x" for tick in ticks])
     else:
-        figure.update_yaxes(ticksuffix="x", rangemode="tozero")
+        figure.update_yaxes(ticksuffix="x", range=[0, highest * 1.15])
     return figure
 
 
@@ -116,6 +124,7 @@ def _leave(p: Prediction) -> str:
 def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
     """What the time of each labelled prediction consists of, as stacked bars."""
     figure = go.Figure()
+    top_ns = max(p.latency_ns for p in predictions.values())
     for i, part in enumerate(PARTS):
         values = [p.parts.get(part, 0.0) for p in predictions.values()]
         if max(values) > 0:
@@ -124,31 +133,37 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
                 x=values,
                 name=part,
                 orientation="h",
-                marker={"color": PALETTE[i % len(PALETTE)]},
-                text=[
-                    text.ns(v) if v > 0.05 * p.latency_ns else ""
-                    for v, p in zip(values, predictions.values(), strict=True)
-                ],
+                marker={
+                    "color": PALETTE[i % len(PALETTE)],
+                    "pattern": {"shape": "" if i < len(PALETTE) else "/"},  # there are more parts than colours
+                },
+                text=[text.ns(v) if v > LABELLED_FRAC * top_ns else "" for v in values],
+                textangle=0,
                 hovertext=[f"{part} {text.ns(v)}" for v in values],
                 hoverinfo="text",
             )
-    layout(figure, "What the time consists of", "latency per layer", "")
-    top = max(p.latency_ns for p in predictions.values())
-    time_ticks(figure.layout.xaxis, top)
-    return figure.update_layout(barmode="stack", height=140 + 60 * len(predictions), margin={"b": 90})
+    layout(figure, "What the time consists of", "latency of a layer", "")
+    time_ticks(figure.layout.xaxis, top_ns, 2)
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return figure.update_layout(
+        barmode="stack",
+        height=190 + 55 * len(predictions),
+        margin={"b": 110, "l": 10, "r": 30},
+        legend={"entrywidthmode": "fraction", "entrywidth": 0.33, "traceorder": "normal", "font": {"size": 11}},
+    )
 
 
 def policies(outcomes: Sequence["Outcome"], best: "Outcome") -> go.Figure:
-    """The slowdown of each policy in steps it has not seen, the fastest first, as bars that begin at 1x, all resident;
-    and in the steps by which it was chosen. Ours, others and what nobody can choose are told apart."""
+    """The slowdown of each policy in steps it has not seen, the fastest first, as bars that begin at 1x, all resident.
+    Ours, others and what nobody can choose are told apart."""
     ranked = sorted(outcomes, key=lambda one: one.slowdown)
     labels = [f"{literal(one.policy)} (taken)" if one.policy == best.policy else literal(one.policy) for one in ranked]
     kind_of = {name: "ours" for name in OURS} | {name: "to compare with" for name in TO_COMPARE}
     figure = go.Figure()
     for kind, colour, pattern in (
         ("ours", PALETTE[0], ""),
-        ("published and simple", PALETTE[4], "/"),
-        ("to compare with", PALETTE[6], "."),
+        ("published and simple", PALETTE[6], ""),
+        ("to compare with", PALETTE[6], "/"),
     ):
         which = [i for i, one in enumerate(ranked) if kind_of.get(one.policy, "published and simple") == kind]
         if which:
@@ -164,19 +179,11 @@ def policies(outcomes: Sequence["Outcome"], best: "Outcome") -> go.Figure:
                 hovertext=[f"{labels[i]}: {ranked[i].slowdown:.3f}x" for i in which],
                 hoverinfo="text",
             )
-    figure.add_scatter(
-        y=labels,
-        x=[one.fitted_slowdown for one in ranked],
-        mode="markers",
-        name="in the steps it was chosen by",
-        marker={"symbol": "line-ns-open", "size": 14, "color": GREY, "line": {"width": 2}},
-        hovertemplate="%{y}: %{x:.3f}x in the steps it was chosen by<extra></extra>",
-    )
     layout(figure, "Policies on steps they have not seen", "slowdown; bars begin at 1x, all experts resident", "")
-    highest = max(max(one.slowdown, one.fitted_slowdown) for one in ranked)
-    figure.update_xaxes(ticksuffix="x", range=[min(1, *(one.slowdown for one in ranked)), 1 + (highest - 1) * 1.12])
+    slowdowns = [one.slowdown for one in ranked]
+    figure.update_xaxes(ticksuffix="x", range=[min(1, *slowdowns), 1 + max(max(slowdowns) - 1, 1e-3) * 1.15])
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=labels)
-    return figure.update_layout(height=170 + 28 * len(ranked), margin={"b": 100, "l": 120}, bargap=0.3)
+    return figure.update_layout(height=150 + 26 * len(ranked), margin={"b": 90, "l": 120}, bargap=0.3)
 
 
 def trade_off(
@@ -214,6 +221,7 @@ def trade_off(
             text=f"knee: {text.n_bytes(at.capacity_bytes)}, {at.slowdown:.2f}x",
             showarrow=True,
             arrowhead=2,
+            arrowcolor=GREY,
             ax=40,
             ay=-45,
         )

@@ -116,6 +116,7 @@ def coverage(shares: Shares) -> go.Figure:
         text=f"{COVERED:.0%} of assignments<br>on {text.frac(at)} of experts",
         showarrow=True,
         arrowhead=2,
+        arrowcolor="#888888",
         ax=30,
         ay=55,
         xanchor="left" if at < 0.6 else "center",
@@ -123,7 +124,7 @@ def coverage(shares: Shares) -> go.Figure:
     layout(figure, "How concentrated routing is", "hottest experts of a layer", "share of assignments")
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
-    return figure.update_layout(height=360, margin={"b": 100})
+    return figure.update_layout(height=400, margin={"b": 110})
 
 
 def routing_figures(summary: "RoutingSummary") -> list[tuple[Any, str]]:

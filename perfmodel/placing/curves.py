@@ -1,6 +1,6 @@
 """What is read off curves of slowdown: how many experts leave for nothing, which placements none beats, the knee."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,12 @@ def n_free(curve: Sequence[Prediction], within_frac: float = FREE_FRAC) -> int:
             break
         found = one.n_offloaded
     return found
+
+
+def most_free(curves: Mapping[str, Sequence[Prediction]], within_frac: float = FREE_FRAC) -> tuple[str, int, int]:
+    """The curve along which most experts leave for nothing, the first of equals: label, how many, and of how many."""
+    label = max(curves, key=lambda label: n_free(curves[label], within_frac))
+    return label, n_free(curves[label], within_frac), curves[label][0].n_experts
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -8,7 +8,15 @@ from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_head, workload_page
-from perfmodel.report.placing import change_lines, labelled, placing_json, placing_page, policy_rows, verdict_lines
+from perfmodel.report.placing import (
+    change_lines,
+    labelled,
+    placing_json,
+    placing_page,
+    policy_rows,
+    prediction_lines,
+    verdict_lines,
+)
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
 from perfmodel.report.schedule import schedule_head, schedule_json, schedule_page
@@ -42,6 +50,7 @@ __all__ = [
     "placing_json",
     "placing_page",
     "policy_rows",
+    "prediction_lines",
     "ranks_page",
     "routing_page",
     "scaling_page",

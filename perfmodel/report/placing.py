@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other pages do no
     from perfmodel.placing.answers import Answer
     from perfmodel.placing.compare import Outcome
     from perfmodel.placing.question import Question
+    from perfmodel.predict import Prediction
 
 INDENT = " " * 14
 SAME_FRAC = 0.02  # placements of the same size nearer to each other than this are alike
@@ -177,6 +178,44 @@ def verdict_lines(placed: "Answer") -> list[str]:
             f"({best.dispatch}){other}"
         )
     return lines
+
+
+BINDS = {
+    "overhead": "launching the kernels",
+    "compute": "computing",
+    "memory": "reading weights from GPU memory",
+    "link": "moving or reading offloaded weights over the link",
+    "host": "the host's CPU, which computes offloaded experts",
+    "near-data": "the memory modules, which compute offloaded experts",
+    "permute": "sorting tokens by expert",
+    "combine": "adding up what experts give",
+    "router": "the router",
+    "launch": "the host, which launches the layer call by call",
+}
+
+
+def prediction_lines(found: "Prediction") -> list[str]:
+    """A prediction in a few sentences: what leaving costs, what binds, and what the numbers rest on."""
+    more_ns = found.latency_ns - found.baseline_latency_ns
+    sign = "cost" if more_ns >= 0 else "save"
+    largest = sorted(found.parts.items(), key=lambda item: -item[1])[:2]
+    shares = " and ".join(f"{name} {text.frac(value / found.latency_ns)}" for name, value in largest if value > 0)
+    what = (
+        "all experts are on the GPU"
+        if not found.n_offloaded
+        else f"{found.n_offloaded} of {found.n_experts} experts off the GPU {sign} {text.ns(abs(more_ns))} a layer"
+    )
+    sure = "" if found.interval is None else f", {text.ns(found.interval[0])} to {text.ns(found.interval[1])} (90 %)"
+    rests = {
+        "datasheet": "default constants and the machine's published rates: no interval without a fitted model",
+        "fitted": f"a model fitted to measurements of this machine{sure}",
+        "extrapolated": f"a fitted model beyond what it was fitted on{sure or ', without an interval'}",
+    }
+    return [
+        f"{what}; the time is {shares}.",
+        f"What binds: {BINDS.get(found.bottleneck, found.bottleneck)}.",
+        f"Rests on {rests.get(found.basis, found.basis)}.",
+    ]
 
 
 def labelled(lines: Sequence[str]) -> list[tuple[str, str]]:
