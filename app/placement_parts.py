@@ -330,7 +330,7 @@ def _import(state: dict[str, Any], placed: PlacedModel) -> None:
             frame.refused("This placement cannot be taken:", error)
             return
         state.update(tier=found.placement.tier.astype(np.int8), layer=None, taken=digest)
-        st.rerun(scope="fragment")
+        st.rerun()
 
 
 def _read(file: Any, placed: PlacedModel) -> PlacedModel:

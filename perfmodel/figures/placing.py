@@ -147,9 +147,9 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure.update_layout(
         barmode="stack",
-        height=190 + 55 * len(predictions),
-        margin={"b": 110, "l": 10, "r": 30},
-        legend={"entrywidthmode": "fraction", "entrywidth": 0.33, "traceorder": "normal", "font": {"size": 11}},
+        height=210 + 55 * len(predictions),
+        margin={"b": 130, "l": 10, "r": 30},
+        legend={"entrywidthmode": "fraction", "entrywidth": 0.5, "traceorder": "normal", "font": {"size": 11}},
     )
 
 

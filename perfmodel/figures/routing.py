@@ -57,7 +57,9 @@ def routing_map(shares: Shares, layers: Sequence[int], is_ranked: bool = True) -
     )
     for axis, names, most in ((figure.layout.xaxis, column_names, 12), (figure.layout.yaxis, row_names, 12)):
         at = range(0, len(names), max(1, -(-len(names) // most)))
-        axis.update(tickvals=list(at), ticktext=[names[i] for i in at], showgrid=False, zeroline=False)
+        axis.update(
+            tickvals=list(at), ticktext=[names[i].partition("-")[0] for i in at], showgrid=False, zeroline=False
+        )
     figure.update_yaxes(autorange="reversed")
     return figure.update_layout(height=min(160 + 16 * n_rows, 440) if n_rows > 2 else 220, margin={"b": 60})
 
@@ -117,9 +119,11 @@ def coverage(shares: Shares) -> go.Figure:
         showarrow=True,
         arrowhead=2,
         arrowcolor="#888888",
-        ax=30,
-        ay=55,
-        xanchor="left" if at < 0.6 else "center",
+        axref="x",
+        ayref="y",
+        ax=0.98,
+        ay=0.3,
+        xanchor="right",
     )
     layout(figure, "How concentrated routing is", "hottest experts of a layer", "share of assignments")
     figure.update_xaxes(tickformat=".0%", range=[0, 1])

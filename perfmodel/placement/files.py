@@ -152,10 +152,9 @@ def read_placement_csv(path: str | Path, placed: PlacedModel) -> PlacedModel:
             continue
         words = [word.strip() for word in line]
         where = f"{path.name}, line {number}"
-        if len(words) != 3 or not (words[0].isdecimal() and words[1].isdecimal()) or words[2] not in TIERS:
-            raise InputError(
-                f"{where}: found {','.join(line)[:60]!r}, expected layer,expert,tier of {', '.join(TIERS)}"
-            )
+        if len(words) != 3 or not all(_NUMBER.fullmatch(word) for word in words[:2]) or words[2] not in TIERS:
+            found = ",".join(line)[:60]
+            raise InputError(f"{where}: found {found!r}, expected layer,expert,tier of {', '.join(TIERS)}")
         layer, expert = int(words[0]), int(words[1])
         if layer not in placed.layers or expert >= tier.shape[1]:
             raise InputError(f"{where}: there is no expert {expert} of layer {layer} in this placement")
