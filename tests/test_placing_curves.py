@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 pytest.importorskip("plotly", reason="plotly is not installed")
 
 from perfmodel import figures, report
+from perfmodel.capture import load_capture, per_workload
 from perfmodel.cli.main import app
 from perfmodel.errors import InputError
 from perfmodel.hardware import hardware
@@ -26,11 +28,12 @@ from perfmodel.placement.export import FORMATS, archive, export
 from perfmodel.placement.files import PlacedModel, placement_csv, read_placement_csv
 from perfmodel.placing.ask import ask, handed_over, option_of, passes_in_words, sizes_of
 from perfmodel.placing.compare import evaluated
-from perfmodel.placing.curves import frontier, knee, most_free, n_free
+from perfmodel.placing.curves import frontier, knee, measured_slowdowns, most_free, n_free
 from perfmodel.placing.room import Engine
 from perfmodel.predict import Prediction, predict, slowdown_curve
 from perfmodel.routing import batch_of, pattern_shares, routing
 from perfmodel.routing.named import Hints, recording_of
+from tests.captures_made import write_gpu_capture
 
 SHAPE = MoEShape("made_up", 4, 1, 64, 32, 3, 2, 0, "bf16", "made up")
 
@@ -73,9 +76,36 @@ def test_the_knee_is_where_the_curve_bends() -> None:
 def test_a_prediction_is_told_in_sentences_with_its_own_numbers() -> None:
     shape = resolve("poster")
     found = predict(hardware("gh200"), shape, routing("mmlu-like", 64, 1, 65_536), 0.3125)
-    lines = report.prediction_lines(found)
-    assert lines[0].startswith("20 of 64 experts off the GPU cost 750 µs a layer; the time is compute 58.0 %")
-    assert "no interval without a fitted model" in lines[2]
+    facts = dict(report.prediction_facts(found))
+    assert (
+        facts["costs"] == "20 of 64 experts off the GPU cost 750 µs a layer; the time is compute 58.0 % and link 40.3 %"
+    )
+    assert facts["binds"] == "computing"
+    assert "no interval without a fitted model" in facts["rests on"]
+
+
+def test_what_a_capture_measured_of_offloading_stands_over_the_curve(tmp_path: Path) -> None:
+    capture = load_capture(write_gpu_capture(tmp_path / "made_up"))
+    found = measured_slowdowns(capture, resolve("olmoe"), 64, "power-law:1.2", "zero-copy")
+    assert sorted(found) == [
+        "measured, mapped, graph",
+        "measured, mapped, launched by the host",
+        "measured, split, launched by the host",
+    ]
+    times = per_workload(capture.observations).filter(
+        pl.col("op") == "moe_layer",
+        pl.col("shape") == "olmoe",
+        pl.col("dtype") == "bf16",
+        pl.col("n_tokens") == 64,
+        pl.col("launch").is_null(),
+    )
+    away, here = (times.filter(pl.col("access") == a)["time_ns"][0] for a in ("zero-copy", "resident"))
+    assert found["measured, mapped, launched by the host"] == [(0.5, away / here)]
+    assert measured_slowdowns(capture, resolve("olmoe"), 64, "uniform", "zero-copy") == {}
+    words = ["predict", "--hardware", str(tmp_path / "made_up"), "--shape", "olmoe", "--tokens", "64"]
+    more = ["--routing", "power-law:1.2", "--offload", "0.5", "--op", "moe-layer", "--html", str(tmp_path / "r.html")]
+    CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
+    assert "measured, mapped, graph" in (tmp_path / "r.html").read_text()
 
 
 def test_lines_of_a_page_become_pairs_and_what_goes_on_joins_them() -> None:

@@ -22,7 +22,7 @@ from perfmodel.predict import Prediction
 OPENING = Choice(
     *("gh200", "poster", "mmlu-like", "65536", 1, "68.75%", "zero-copy", "grouped-gemm"), None, None, False, 0, 1
 )
-LINES = ("access modes", "batch sizes")
+LINES = ("by access mode", "by batch size")
 SIZES = (64, 4096, 65_536)  # of the lines by batch size, beside those that were asked for
 
 
@@ -56,6 +56,12 @@ def replaced(choice: Choice) -> Choice:
 
 frame.header("Placement", "What will it cost to move these experts off the GPU, and which ones should go?")
 choice, files = controls.choose()
+head, which = st.container(), st.container()
+left, right = st.columns([3, 2])
+with left:
+    by = st.segmented_control(
+        "Lines", LINES, default=LINES[0], required=True, key="lines", bind="query-params", label_visibility="collapsed"
+    )
 try:
     questions = choice.sizes
     shape, _, room = controls.room(choice, files)
@@ -65,10 +71,16 @@ try:
     n_asked = 0
     if len(questions) > 1:
         words = [passes_in_words(sizes) for sizes in questions]
-        shown = st.segmented_control("Batch", words, default=words[0], required=True, key="which")
+        shown = which.segmented_control("Batch", words, default=words[0], required=True, key="which")
         n_asked = words.index(shown)
     n_tokens = max(questions[n_asked], key=lambda n: n * questions[n_asked][n])
-    by = st.session_state.get("lines") or LINES[0]
+    if len(questions[n_asked]) > 1:
+        which.caption(
+            frame.escaped(
+                f"Numbers and bars are of passes of {text.counted(n_tokens, 'token')}; policies "
+                "place for all passes together."
+            )
+        )
     mode, curves = curves_of(choice, by, n_tokens, frac, files)
     chosen = controls.point(replaced(choice), mode, n_tokens, frac, files=files)
 except InputError as error:
@@ -77,33 +89,31 @@ except InputError as error:
 first = next(iter(curves.values()))
 best, free, _ = most_free({label: c for label, c in curves.items() if label != "paged"})
 free_label = f"Free with {best}" if free else "Free to leave"
-frame.numbers(
-    {
-        "Slowdown": f"{chosen.slowdown:.2f}x",
-        "Latency of a layer": text.ns(chosen.latency_ns),
-        "GPU memory freed": text.n_bytes(chosen.offloaded_bytes * shape.n_layers),
-        free_label: f"{free} of {shape.n_experts}",
-    },
-    {
-        "Slowdown": "Against all experts on the GPU.",
-        "GPU memory freed": "In all layers of the model.",
-        free_label: f"Experts of a layer that leave within {text.frac(FREE_FRAC)} of slowdown: what they take hides "
-        "under what the device does anyway. Of the line that has most of them.",
-    },
-)
-left, right = st.columns([3, 2])
+with head:
+    frame.numbers(
+        {
+            "Slowdown": f"{chosen.slowdown:.2f}x",
+            "Latency of a layer": text.ns(chosen.latency_ns),
+            "GPU memory freed": text.n_bytes(chosen.offloaded_bytes * shape.n_layers),
+            free_label: f"{free} of {shape.n_experts}",
+        },
+        {
+            "Slowdown": "Against all experts on the GPU.",
+            "GPU memory freed": "In all layers of the model.",
+            free_label: f"Experts of a layer that leave within {text.frac(FREE_FRAC)} of slowdown, by the line that "
+            "has most of them: what they take hides under what the device does anyway.",
+        },
+    )
 with left:
     frame.chart(
         figures.slowdown(curves, chosen=chosen, measured=controls.published(choice, n_tokens)),
         "Slowdown against the offloaded fraction",
         key="slowdown",
     )
-    st.segmented_control("Lines", LINES, default=LINES[0], required=True, key="lines", bind="query-params")
 with right:
     bars = {"all on GPU": first[0], f"{chosen.n_offloaded} off": chosen}
     frame.chart(figures.parts(bars), "What the time of a layer consists of", key="parts")
-    for line in report.prediction_lines(chosen):
-        st.caption(frame.escaped(line))
+    parts.facts(report.prediction_facts(chosen))
 with st.expander("What these numbers rest on"):
     parts.facts(report.labelled(str(chosen).split("\n")))
 

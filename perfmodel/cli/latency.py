@@ -220,7 +220,13 @@ def predict(
         curve = predicting.slowdown_curve(
             profile, moe_shape, batch, access, op=op, model=fitted, launch=launch, settings=settings
         )
-        return figures.prediction_figures({access: curve}, result)
+        seen = {}
+        if hardware_name not in hardware.names() and Path(hardware_name).is_dir() and op != predicting.OPS[0]:
+            from perfmodel.capture import load_capture
+            from perfmodel.placing.curves import measured_slowdowns
+
+            seen = measured_slowdowns(load_capture(hardware_name), moe_shape, batch.n_tokens, batch.name, access)
+        return figures.prediction_figures({access: curve}, result, seen)
 
     write_html(html, head, f"{head}\n{result}", draw)
     if as_json:

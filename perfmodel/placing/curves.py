@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import polars as pl
 
+from perfmodel.capture import IS_OFFLOADED, Capture, per_workload
+from perfmodel.moe import MoEShape
 from perfmodel.predict import Prediction
 
 FREE_FRAC = 0.02  # a slowdown up to this is called free: repeated measurements of a kernel differ by about as much
@@ -47,3 +50,31 @@ def knee(points: Sequence[tuple[float, float]]) -> int | None:
     x, y = ((values - values[0]) / span).T
     best = int((y - x).argmax())  # a falling curve is scaled to a rising one: below the line is above it
     return best if (y - x)[best] > 1e-9 else None
+
+
+_SAME = ("op", "shape", "dtype", "n_tokens", "routing", "launch")
+
+
+def measured_slowdowns(
+    capture: Capture, shape: MoEShape, n_tokens: int, routing: str, access: str
+) -> dict[str, list[tuple[float, float]]]:
+    """What a capture measured of whole layers with offloaded experts, least used first, by how they were launched and
+    zero-copy saw two memories: offloaded fractions with the time over that of the same layer with all resident.
+
+    Only workloads of this shape, dtype, batch and routing whose resident layer was measured as well; empty for none.
+    """
+    rows = per_workload(capture.observations).filter(
+        pl.col("gemm_k").is_null(),
+        pl.col("shape") == shape.name,
+        pl.col("dtype") == shape.dtype,
+        pl.col("n_tokens") == n_tokens,
+        pl.col("routing") == routing,
+    )
+    resident = rows.filter(~IS_OFFLOADED).select(*_SAME, resident_ns="time_ns")
+    away = rows.filter(IS_OFFLOADED, pl.col("access") == access, pl.col("order") == "ascending")
+    found: dict[str, list[tuple[float, float]]] = {}
+    paired = away.join(resident, on=_SAME, how="inner", nulls_equal=True).sort("offload_frac")
+    for row in paired.iter_rows(named=True):
+        way = ", ".join(word for word in (row["residency"], row["launch"] or "launched by the host") if word)
+        found.setdefault(f"measured, {way}", []).append((row["offload_frac"], row["time_ns"] / row["resident_ns"]))
+    return found

@@ -14,7 +14,7 @@ from perfmodel.report.placing import (
     placing_json,
     placing_page,
     policy_rows,
-    prediction_lines,
+    prediction_facts,
     verdict_lines,
 )
 from perfmodel.report.ranks import ranks_page
@@ -50,7 +50,7 @@ __all__ = [
     "placing_json",
     "placing_page",
     "policy_rows",
-    "prediction_lines",
+    "prediction_facts",
     "ranks_page",
     "routing_page",
     "scaling_page",

@@ -194,8 +194,8 @@ BINDS = {
 }
 
 
-def prediction_lines(found: "Prediction") -> list[str]:
-    """A prediction in a few sentences: what leaving costs, what binds, and what the numbers rest on."""
+def prediction_facts(found: "Prediction") -> list[tuple[str, str]]:
+    """A prediction in a few words, each with its label: what leaving costs, what binds, what the numbers rest on."""
     more_ns = found.latency_ns - found.baseline_latency_ns
     sign = "cost" if more_ns >= 0 else "save"
     largest = sorted(found.parts.items(), key=lambda item: -item[1])[:2]
@@ -212,9 +212,9 @@ def prediction_lines(found: "Prediction") -> list[str]:
         "extrapolated": f"a fitted model beyond what it was fitted on{sure or ', without an interval'}",
     }
     return [
-        f"{what}; the time is {shares}.",
-        f"What binds: {BINDS.get(found.bottleneck, found.bottleneck)}.",
-        f"Rests on {rests.get(found.basis, found.basis)}.",
+        ("costs", f"{what}; the time is {shares}"),
+        ("binds", BINDS.get(found.bottleneck, found.bottleneck)),
+        ("rests on", rests.get(found.basis, found.basis)),
     ]
 
 
