@@ -32,6 +32,8 @@ from perfmodel.routing import Recording, Routing
 from perfmodel.routing.named import Hints, recording_of
 
 CONFIG_MB, ROUTING_MB = 1, 200  # of an upload
+MOST_SIZES = 8  # of passes in one question
+MOST_EXPERTS = 200_000  # of all layers of an uploaded model: eight times as many as any published one has
 UNPACKED_BYTES = 2**31  # of the arrays in an uploaded .npz or .pt
 SHIPPED_WORDS = "perfmodel/data/routing/olmoe-mixtral.npz"  # what `perfmodel list` calls it
 BATCHES = ("64", "512", "4096", "65536", "524288", "64,4096", "200x64,1x4096", "512+128")
@@ -65,7 +67,11 @@ class Choice:
     def sizes(self) -> list[Sizes]:
         """The questions as passes by tokens; raises InputError for words that are none."""
         words = {"tokens": None, "mix": None, "requests": None, option_of(self.batch): self.batch}
-        return sizes_of(words["tokens"], words["mix"], words["requests"], self.n_sequences)[0]
+        found = sizes_of(words["tokens"], words["mix"], words["requests"], self.n_sequences)[0]
+        n_sizes = sum(len(sizes) for sizes in found)
+        if n_sizes > MOST_SIZES:
+            raise InputError(f"{n_sizes} sizes of a pass, expected at most {MOST_SIZES}")
+        return found
 
     @property
     def engine(self) -> Engine:
@@ -121,7 +127,13 @@ def _model(config_digest: str, shape: str, _files: Files) -> tuple[MoEShape, Mod
     file = SimpleNamespace(name="uploaded model/config.json", getvalue=_files[config_digest].getvalue)
     with uploads.saved([file]) as folder:
         path = str(next(folder.rglob("config.json")))
-        return hf_config.resolve(path), model_memory(path)
+        found = hf_config.resolve(path)
+        if found.n_layers * found.n_experts > MOST_EXPERTS:
+            raise InputError(
+                f"config.json has {found.n_layers:,} layers of {found.n_experts:,} experts, expected at most "
+                f"{MOST_EXPERTS:,} experts in all"
+            )
+        return found, model_memory(path)
 
 
 def _recording(routing_digest: str, name: str, config_digest: str, shape: str, _files: Files) -> Recording:

@@ -84,6 +84,7 @@ def test_a_link_with_gib_and_a_mix_of_passes_is_answered_on_a_click_and_marked_w
     [
         ({"batch": "many"}, "expected a whole number"),
         ({"batch": "3x"}, "expected passes x tokens"),
+        ({"batch": "1,2,3,4,5,6,7,8,9"}, "9 sizes of a pass, expected at most 8"),
         ({"routing": "power-law", "argument": "<b>"}, "<b>"),
         ({"shape": "deepseek-v3", "unit": "GiB", "gib": "1"}, "GB"),
     ],
@@ -113,6 +114,14 @@ def test_an_uploaded_model_and_its_routing_are_predicted_and_placed() -> None:
     assert cells.shape == (4, 8)
     assert "of 8" in str(numbers(test))
     assert "config.json" in shown(test) and "perfmodel-" not in shown(test)
+
+
+def test_an_uploaded_model_of_too_many_experts_is_refused_before_anything_is_drawn() -> None:
+    test = opened("placement")
+    config = json.dumps(CONFIG | {"num_hidden_layers": 10**6, "num_experts": 10**6}).encode()
+    test.file_uploader(key="config-upload").upload("config.json", config, "application/json")
+    ran(test)
+    assert "1,000,000 layers of 1,000,000 experts, expected at most 200,000" in shown(test)
 
 
 @pytest.mark.parametrize(

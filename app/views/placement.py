@@ -87,8 +87,9 @@ except InputError as error:
     controls.offered(error)
 
 first = next(iter(curves.values()))
-best, free, _ = most_free({label: c for label, c in curves.items() if label != "paged"})
-free_label = f"Free with {best}" if free else "Free to leave"
+free_of = [label for label in curves if label != "paged"] if by == LINES[0] else [next(iter(curves))]
+best, free, _ = most_free({label: curves[label] for label in free_of})
+free_label = f"Free with {best}" if free and by == LINES[0] else "Free to leave"
 with head:
     frame.numbers(
         {
@@ -106,7 +107,7 @@ with head:
     )
 with left:
     frame.chart(
-        figures.slowdown(curves, chosen=chosen, measured=controls.published(choice, n_tokens)),
+        figures.slowdown(curves, chosen=chosen, measured=controls.published(choice, n_tokens), free_of=free_of),
         "Slowdown against the offloaded fraction",
         key="slowdown",
     )

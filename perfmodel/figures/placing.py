@@ -1,6 +1,6 @@
 """What it costs to move experts off the device: curves, parts of the time, policies, memory against slowdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
@@ -30,11 +30,13 @@ def slowdown(
     *,
     chosen: Prediction | None = None,
     measured: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    free_of: Collection[str] | None = None,
     within_frac: float = FREE_FRAC,
 ) -> go.Figure:
     """Slowdown against offloaded fraction, one line a label, with the interval as a ribbon where there is one.
 
-    The fractions are shaded that are free: where the slowdown of the line that has most of them stays `within_frac`.
+    The fractions are shaded that are free: where the slowdown stays `within_frac`, of that line among `free_of` (null:
+    all) that has most of them.
     The axis is that of the first line, on which `chosen` is marked; others may leave it, and then say how far they go.
     `measured` are fractions and slowdowns that somebody measured, by source.
     """
@@ -78,7 +80,8 @@ def slowdown(
     figure.add_hline(y=1, line={"color": "grey", "dash": "dash", "width": 1})
     layout(figure, "Slowdown against offloaded fraction", "experts offloaded, least used first", "slowdown")
     figure.update_xaxes(tickformat=".0%", range=[-0.02, 1.02])
-    label, free, n_experts = most_free(curves, within_frac)
+    candidates = {label: curve for label, curve in curves.items() if free_of is None or label in free_of}
+    label, free, n_experts = most_free(candidates, within_frac)
     if free:
         by = f" with {literal(label)}" if len(curves) > 1 else ""
         figure.add_vrect(
