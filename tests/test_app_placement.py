@@ -199,3 +199,10 @@ def test_a_proposed_placement_is_predicted_edited_and_exported(page, server, tmp
     placed = read_placement(tmp_path / "placement.json")
     assert (placed.shape.name, len(placed.layers), placed.placement.policy) == ("olmoe", 16, "edited")
     assert bool(placed.resident[0, 0]) == (to == "resident")
+
+    with page.expect_download() as event:
+        page.get_by_role("button", name="Export for the engine").click()
+    event.value.save_as(tmp_path / "map.json")
+    assert event.value.suggested_filename == "placement.sglang.json"
+    rows = json.loads((tmp_path / "map.json").read_text())["physical_to_logical_map"]
+    assert [sorted(row) for row in rows] == [list(range(64))] * 16
