@@ -8,6 +8,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from typer.testing import CliRunner
 
@@ -206,3 +207,17 @@ def test_a_proposed_placement_is_predicted_edited_and_exported(page, server, tmp
     assert event.value.suggested_filename == "placement.sglang.json"
     rows = json.loads((tmp_path / "map.json").read_text())["physical_to_logical_map"]
     assert [sorted(row) for row in rows] == [list(range(64))] * 16
+
+
+@pytest.mark.browser
+def test_what_is_shown_can_be_downloaded_as_table_record_and_report(page, server, tmp_path) -> None:
+    page.goto(f"{server}/placement")
+    for suffix in ("csv", "json", "html"):
+        with page.expect_download(timeout=60_000) as event:
+            page.get_by_role("button", name=f"Download {suffix.upper()}").click()
+        event.value.save_as(tmp_path / f"placement.{suffix}")
+    table = pl.read_csv(tmp_path / "placement.csv")
+    assert set(table["line"]) == {"zero-copy", "copy", "copy-overlap", "cpu", "paged"}
+    record = json.loads((tmp_path / "placement.json").read_text())
+    assert f"{record['prediction']['slowdown']:.2f}" == "1.49" and record["placing"]["best"]["policy"] == "optimal"
+    assert (tmp_path / "placement.html").read_text().count('<figure role="img"') == 6
