@@ -393,9 +393,14 @@ def slowdown_curve(
     *,
     op: str = OPS[0],
     model: LatencyModel | None = None,
+    launch: str | None = None,
+    settings: Settings = Settings(),
 ) -> list[Prediction]:
     """Predictions along the offloaded fraction, from none to all experts in at most 65 steps."""
     basis = basis_of(profile, shape, model)
     steps = np.unique(np.round(np.linspace(0, shape.n_experts, min(shape.n_experts, 64) + 1)))
     placements = (place(routing.popularity, float(n) / shape.n_experts) for n in steps)
-    return [predict_placement(basis, shape, routing, placement, access, op=op) for placement in placements]
+    return [
+        predict_placement(basis, shape, routing, placement, access, op=op, launch=launch, settings=settings)
+        for placement in placements
+    ]

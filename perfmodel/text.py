@@ -37,6 +37,7 @@ UNITS: dict[str, tuple[str, float]] = {
 
 NS_PER_US = 1000
 NS_PER_S = 1e9
+MAX_WHOLE = 10**12  # far above any count that somebody asks for
 
 _TIME_STEPS = (("s", 1e9), ("ms", 1e6), ("µs", 1e3), ("ns", 1.0))
 _SI_STEPS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
@@ -71,6 +72,36 @@ def parse_ns(words: str) -> float:
     if found is None or suffix != "ns" or not math.isfinite(float(found[1])):
         raise InputError(f"{words!r} is not a time; expected a number and a unit, such as 180us or 0.2ms")
     return float(found[1]) * factor
+
+
+def whole(word: str, option: str) -> int:
+    """A whole number from the words of an option; raises InputError on another, or one too small or large."""
+    try:
+        found = int(word)
+    except ValueError:
+        raise InputError(f"{option} is {word!r}, expected a whole number") from None
+    if not 1 <= found <= MAX_WHOLE:
+        raise InputError(f"{option} is {word}, expected at least 1 and at most {MAX_WHOLE:,}")
+    return found
+
+
+def number(word: str, option: str) -> float:
+    """A positive number from the words of an option; raises InputError on another."""
+    try:
+        found = float(word)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise InputError(f"{option} is {word!r}, expected a positive number")
+    return found
+
+
+def fraction(word: str, option: str) -> float:
+    """A fraction from the words of an option, such as `3%` or `0.03`; raises InputError on another."""
+    try:
+        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    except ValueError:
+        raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None
 
 
 def _scaled(value: float, steps: tuple[tuple[str, float], ...], unit: str) -> str:

@@ -15,7 +15,7 @@ from perfmodel.hardware import hardware
 from perfmodel.hf_config import resolve
 from perfmodel.predict import slowdown_curve
 from perfmodel.roofline import POINTS, roofline
-from perfmodel.routing import coverage_curve, routing
+from perfmodel.routing import routing
 from perfmodel.schedule import Span
 from perfmodel.schedule.drawn import DRAWN_PHASES, Panel
 from perfmodel.trace import Trace
@@ -171,7 +171,7 @@ def test_shares_are_ranked_with_short_labels_and_names_escaped() -> None:
 
 
 def test_coverage_runs_from_nothing_to_all() -> None:
-    line = figures.coverage(*coverage_curve(routing("power-law", 8, 2, 100_000).counts)).data[0]
+    line = figures.coverage(routing("power-law", 8, 2, 100_000).popularity).data[0]
     assert (line.x[0], line.y[0]) == (0, 0)
     assert (line.x[-1], line.y[-1]) == (1, pytest.approx(1))
 

@@ -213,6 +213,7 @@ def predict(
     explain: Annotated[
         bool, typer.Option("--explain", help="Add what binds, what would change the answer, the nearest measurements.")
     ] = False,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """What a MoE layer costs when a fraction of its experts leaves device memory, and why."""
@@ -220,6 +221,7 @@ def predict(
     from perfmodel import predict as predicting
     from perfmodel.routing import routing as routing_of
 
+    check_html(html)
     offload_frac = fraction(offload, "--offload")
     profile = machine_of(hardware_name)
     moe_shape = hf_config.resolve(shape)
@@ -244,13 +246,27 @@ def predict(
         settings=settings,
         explained=explain or not as_json,
     )
+    head = f"{moe_shape.name} on {profile.title}, {text.count(batch.n_tokens)} tokens, {batch.name}, {access}"
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+
+        curve = predicting.slowdown_curve(
+            profile, moe_shape, batch, access, op=op, model=fitted, launch=launch, settings=settings
+        )
+        seen = {}
+        if hardware_name not in hardware.names() and Path(hardware_name).is_dir() and op != predicting.OPS[0]:
+            from perfmodel.capture import load_capture
+            from perfmodel.placing.curves import measured_slowdowns
+
+            seen = measured_slowdowns(load_capture(hardware_name), moe_shape, batch.n_tokens, batch.name, access)
+        return figures.prediction_figures({access: curve}, result, seen)
+
+    write_html(html, head, f"{head}\n{result}", draw)
     if as_json:
         print_json(result.to_json())
     else:
-        print_words(
-            f"{moe_shape.name} on {profile.title}, {text.count(batch.n_tokens)} tokens, {batch.name}, {access}\n"
-            f"{result}"
-        )
+        print_words(f"{head}\n{result}")
 
 
 def _host_model(source: str) -> "LatencyModel":

@@ -1,14 +1,14 @@
 """The command about placements: it loads, asks, prints, and writes what engines read."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perfmodel import report, text
 from perfmodel.cli import recordings
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, note, number, print_json, print_words, progress, whole, width
 from perfmodel.errors import InputError
@@ -19,10 +19,6 @@ if TYPE_CHECKING:  # this brings scipy and scikit-learn, which other commands do
     from perfmodel.placing.answers import Answer
 
 AUTO = "auto"
-BATCH_SIZES = tuple(4**i for i in range(9))
-EXPERT_FRAC = re.compile(r"\s*([0-9.]+)\s*%\s*")
-MIX = re.compile(r"\s*([0-9.]+)\s*x\s*([0-9]+)\s*")
-REQUESTS = re.compile(r"\s*([0-9]+)\s*\+\s*([0-9]+)\s*")
 
 
 @app.command()
@@ -95,18 +91,18 @@ def place(
     kind: recordings.Kind = None,
     phase: recordings.Phase = None,
     seed: Annotated[str, typer.Option(help="Of what is drawn: windows, the random policy, the search.")] = "1",
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Where each expert should live, what that costs, and how far from the best it can be."""
     from perfmodel import hf_config, latency
     from perfmodel.model_memory import model_memory
-    from perfmodel.placing import answers, windows
-    from perfmodel.placing.question import Question
-    from perfmodel.placing.room import N_STAGING, Engine, room_for
-    from perfmodel.predict import Settings, basis_of
+    from perfmodel.placing.ask import ask, sizes_of, with_device_memory
+    from perfmodel.placing.room import Engine
 
+    check_html(html)
     n_sequences = whole(sequences, "--sequences")
-    questions, n_context = _sizes(tokens, mix, requests, n_sequences)
+    questions, n_context = sizes_of(tokens, mix, requests, n_sequences)
     if out or export:
         _check_writing(out, export, to, len(questions))
     bound = _bound(limit)
@@ -119,59 +115,48 @@ def place(
     recording = recordings.recording_of(routing, hints)
     later = None if held_out is None else recordings.recording_of(held_out, hints)
     engine = Engine(
-        **_device_memory(hbm_budget),
         n_context_tokens=n_context if context is None else whole(context, "--context"),
         n_sequences=n_sequences,
-        n_staging=N_STAGING if access == AUTO or {"copy", "copy-overlap"} & set(access.split("+")) else 0,
         n_copies=0 if copies is None else whole(copies, "--copies"),
         host_bytes=None if host_budget is None else float(text.parse_bytes(host_budget)),
         host_holds_all=host_holds_all,
         n_replicas=whole(replicas, "--replicas"),
         is_per_layer=per_layer,
     )
+    engine = with_device_memory(engine, hbm_budget)
     if workspace is not None:
         engine = replace(engine, workspace_bytes=float(text.parse_bytes(workspace)))
-    room = room_for(profile, moe_shape, memory, engine, recording.loads.shape[1])
-    basis = basis_of(profile, moe_shape, latency.load_model(model) if model else None)
-    drawn = whole(seed, "--seed")
-
-    def asked(sizes: dict[int, float]) -> "tuple[Question, str]":
-        batches, words = windows.batches(recording, sizes, moe_shape.top_k, later=later, seed=drawn)
-        question = Question(
-            basis,
-            moe_shape,
-            "zero-copy" if access == AUTO else access,
-            batches,
-            room.capacity_bytes,
-            room.host_bytes,
-            op,
-            Settings(residency=residency),
-            per_layer,
-            drawn,
-        )
-        return question, words
-
-    def answer(sizes: dict[int, float]) -> "Answer":
-        question, words = asked(sizes)
-        placed = answers.answered(question, words, room.notes, engine, policy, access == AUTO, progress)
-        if bound is not None:
-            more = asked(dict.fromkeys(BATCH_SIZES, 1.0))[0].batches
-            placed = answers.with_limit(placed, bound, more, progress)
-        if pareto:
-            name = placed.best.policy
-            placed = replace(placed, trade_off=answers.trade_off(placed.question, name, progress))
-        return placed
-
+    case = ask(
+        profile,
+        moe_shape,
+        memory,
+        recording,
+        engine,
+        access=access,
+        op=op,
+        model=latency.load_model(model) if model else None,
+        later=later,
+        residency=residency,
+        seed=whole(seed, "--seed"),
+    )
     try:
-        found = [answer(sizes) for sizes in questions]
+        found = [case.answer(each, policy, limit=bound, is_pareto=pareto, progress=progress) for each in questions]
     finally:
         progress("")
     _write(found[0], recording, memory, out, export, to)
+    words = "\n\n".join(report.placing_page(one, width()) for one in found)
+
+    def draw() -> "list[tuple[Any, str]]":
+        from perfmodel import figures
+
+        return [drawn for one in found for drawn in figures.placing_figures(one)]
+
+    write_html(html, f"Where the experts of {moe_shape.name} should live", words, draw)
     if as_json:
         pages = [report.placing_json(one) for one in found]
         print_json(pages[0] if len(pages) == 1 else pages)
     else:
-        print_words("\n\n".join(report.placing_page(one, width()) for one in found))
+        print_words(words)
 
 
 def _bound(limit: str | None) -> float | None:
@@ -180,47 +165,6 @@ def _bound(limit: str | None) -> float | None:
     if bound is not None and bound < 1:
         raise InputError(f"--limit is {limit}, expected a slowdown of at least 1")
     return bound
-
-
-def _device_memory(hbm_budget: str | None) -> dict[str, float]:
-    """What --hbm-budget says, by the fields of an Engine."""
-    if hbm_budget is None:
-        return {}
-    share = EXPERT_FRAC.fullmatch(hbm_budget)
-    if share is None:
-        return {"device_bytes": float(text.parse_bytes(hbm_budget))}
-    is_none = re.fullmatch(r"0+\.?0*", share[1]) is not None  # nothing resident is a question as well
-    frac = 0.0 if is_none else number(share[1], "--hbm-budget") / 100
-    if frac > 1:
-        raise InputError(f"--hbm-budget is {hbm_budget} of the experts, expected at most 100%")
-    return {"expert_frac": frac}
-
-
-def _sizes(
-    tokens: str | None, mix: str | None, requests: str | None, n_sequences: int
-) -> tuple[list[dict[int, float]], int]:
-    """The questions, each as passes by tokens: one for each batch size, or one for a mix of passes; and the tokens of a
-    sequence in the KV cache, 0 where nothing was said of it."""
-    from perfmodel.placing.windows import passes_of
-
-    if sum(word is not None for word in (tokens, mix, requests)) > 1:
-        raise InputError("give one of --tokens, --mix and --requests")
-    if requests is not None:
-        match = REQUESTS.fullmatch(requests)
-        if match is None:
-            raise InputError(f"--requests is {requests!r}, expected tokens of prompt and output such as 512+128")
-        prompt, output = (whole(word, "--requests") for word in match.groups())
-        return [passes_of(prompt, output, n_sequences)], prompt + output
-    if mix is None:
-        return [{whole(word.strip(), "--tokens"): 1.0} for word in (tokens or "64").split(",")], 0
-    found: dict[int, float] = {}
-    for word in mix.split(","):
-        match = MIX.fullmatch(word)
-        if match is None:
-            raise InputError(f"--mix has {word!r}, expected passes x tokens such as 200x64")
-        size = whole(match[2], "--mix")
-        found[size] = found.get(size, 0.0) + number(match[1], "--mix")
-    return [found], 0
 
 
 def _check_writing(out: str | None, export: str | None, to: str, n_placements: int) -> None:
@@ -245,37 +189,25 @@ def _write(
     """Write the placement that was taken, as our own file and for an engine."""
     if out is None and export is None:
         return
-    from perfmodel.placement import Placement
     from perfmodel.placement.export import export as exported
     from perfmodel.placement.export import write
-    from perfmodel.placement.files import PlacedModel, write_placement
+    from perfmodel.placement.files import write_placement
+    from perfmodel.placing.ask import handed_over
 
-    question, best = placed.question, placed.best
-    layers = tuple(int(layer) for layer in recording.layers)
-    if export is not None and len(layers) != question.shape.n_layers:
-        raise InputError(
-            f"an engine needs all {question.shape.n_layers} layers, {recording.name} has {len(layers)}; "
-            "--out writes those that it has"
-        )
-    if memory.moe_layers is not None and len(layers) == len(memory.moe_layers) and layers[-1] < len(layers):
-        layers = memory.moe_layers  # those of a pattern are counted among themselves
-    model = PlacedModel(
-        Placement(best.policy, best.tier),
-        question.shape,
-        layers,
-        memory.n_model_layers,
-        {
-            "hardware": question.basis.device.profile.name,
-            "access": question.access,
-            "windows": placed.windows,
-            "capacity_bytes": question.capacity_bytes,
-            "batches": {str(b.n_tokens): b.n_passes for b in question.batches},
-        },
-        {"slowdown": best.slowdown, "held_out_ns": best.held_out_ns.tolist(), "dispatch": best.dispatch},
+    best = placed.best
+    model = handed_over(
+        placed.question,
+        recording,
+        memory,
+        best.tier,
+        best.policy,
+        outcome=best,
+        windows=placed.windows,
+        is_whole=export is not None,
     )
     made = None
     if export is not None:
-        made = exported(export, model, question.popularity, Path(out).stem if out else "placement")
+        made = exported(export, model, placed.question.popularity, Path(out).stem if out else "placement")
     if out is not None:
         write_placement(out, model)
         note(f"wrote {out}")

@@ -1,15 +1,12 @@
-"""What commands about routing share: the recording that a word on the command line names."""
+"""What commands about routing share: options that say how the recording of a word is read or drawn."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from perfmodel import routing
-from perfmodel.errors import InputError
-from perfmodel.moe import MoEShape
-from perfmodel.routing import Recording
+from perfmodel.routing.named import Hints, recording_of
+
+__all__ = ["Hints", "Kind", "Phase", "StepTokens", "Steps", "recording_of"]
 
 Steps = Annotated[str, typer.Option("--steps", help="Of a pattern: steps to draw.")]
 StepTokens = Annotated[
@@ -19,43 +16,3 @@ Kind = Annotated[
     str | None, typer.Option("--kind", help="Whether a file holds counts or the ids of selected experts: counts, ids.")
 ]
 Phase = Annotated[str | None, typer.Option("--phase", help="Only passes of prefill or decode, where a file tells.")]
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What the person says of a recording beyond its name; null for nothing. `n_model_layers` counts dense ones too."""
-
-    shape: MoEShape | None = None
-    top_k: int | None = None
-    n_steps: int = 16
-    step_tokens: int = 512
-    kind: str | None = None
-    phase: str | None = None
-    n_model_layers: int | None = None
-
-
-def recording_of(name: str, hints: Hints) -> Recording:
-    """The recording in a file or folder, or one drawn from a pattern; raises InputError where it contradicts a hint."""
-    shape = hints.shape
-    if shape is not None and hints.top_k not in (None, shape.top_k):
-        raise InputError(f"--top-k is {hints.top_k}, but {shape.name} says {shape.top_k}")
-    if routing.is_drawn(name):
-        if shape is None:
-            raise InputError(f"routing {name!r} is a pattern: give --shape for its layers, experts and top-k")
-        return routing.synthetic_recording(
-            name, hints.n_steps, shape.n_layers, shape.n_experts, hints.step_tokens, shape.top_k
-        )
-    top_k = hints.top_k or (None if shape is None else shape.top_k)
-    found = routing.read_recording(
-        name,
-        n_experts=None if shape is None else shape.n_experts,
-        top_k=top_k,
-        n_layers=hints.n_model_layers,
-        step_tokens=hints.step_tokens,
-        kind=hints.kind,
-        phase=hints.phase,
-    )
-    if found.top_k not in (None, top_k) and top_k is not None:
-        raise InputError(f"--top-k is {top_k}, but {found.name} says {found.top_k}")
-    file = name.partition("#")[0].rpartition("@")[0] or name.partition("#")[0]
-    return replace(found, name=f"{Path(file).name}{name[len(file) :]}", top_k=found.top_k or top_k)

@@ -1,12 +1,13 @@
 """The command about routing: how a recording spreads tokens over experts, and whether there is a hot set."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from perfmodel import hf_config, report
 from perfmodel import routing as routings
 from perfmodel.cli import recordings
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, whole, width
 from perfmodel.model_memory import model_memory
 from perfmodel.routing import Recording
@@ -61,9 +62,11 @@ def routing(
         str, typer.Option(help="Part of a uniform share from which on an expert counts as used in a step.")
     ] = f"{routings.CUTOFFS.used_share:.0%}",
     top: Annotated[str | None, typer.Option(help="Rows of the table of layers; 20 unless given.")] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """How routing spreads over experts, layers and time: is there a hot set, and what does placing by it save."""
+    check_html(html)
     hints = recordings.Hints(
         shape=None if shape is None else hf_config.resolve(shape),
         n_model_layers=None if shape is None else model_memory(shape).n_model_layers,
@@ -92,11 +95,19 @@ def routing(
             number(temporal_weight, "--temporal-weight"),
         ),
     )
+    n_rows = report.MOST_LAYERS if top is None else whole(top, "--top")
+    words = report.routing_page(summary, width(), n_rows)
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+
+        return figures.routing_figures(summary)
+
+    write_html(html, f"Routing of {summary.recording.name}", words, draw)
     if as_json:
         print_json(summary.to_json())
     else:
-        n_rows = report.MOST_LAYERS if top is None else whole(top, "--top")
-        print_words(report.routing_page(summary, width(), n_rows))
+        print_words(words)
 
 
 def _numbers(words: str, option: str, least: int = 1) -> list[int]:

@@ -1,7 +1,6 @@
 """What all commands share: the application, its common options, reading what was asked for, printing, numbers."""
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -12,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from perfmodel import __version__, report, text
-from perfmodel.errors import InputError
 from perfmodel.readers import is_folder_of_ranks, read_trace
 from perfmodel.readers.folder import read_ranks
 from perfmodel.trace import Trace
@@ -27,9 +25,10 @@ app = typer.Typer(
     help="Trace analysis and roofline performance models for MoE models whose experts do not all fit on the GPU.",
 )
 
-MAX_WHOLE = 10**12
 LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
 LONG_READ_NS = 3 * text.NS_PER_S  # who waited longer may want a cache
+
+whole, number, fraction = text.whole, text.number, text.fraction  # from the words of an option
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Top = Annotated[
@@ -118,33 +117,3 @@ def progress(words: str) -> None:
 def width() -> int:
     """The columns of the terminal, or those of a page that goes elsewhere."""
     return max(shutil.get_terminal_size().columns, 60) if sys.stdout.isatty() else report.WIDTH
-
-
-def whole(word: str, option: str) -> int:
-    """A whole number from the words of an option; raises InputError on another, or one too small or large."""
-    try:
-        number = int(word)
-    except ValueError:
-        raise InputError(f"{option} is {word!r}, expected a whole number") from None
-    if not 1 <= number <= MAX_WHOLE:
-        raise InputError(f"{option} is {word}, expected at least 1 and at most {MAX_WHOLE:,}")
-    return number
-
-
-def number(word: str, option: str) -> float:
-    """A positive number from the words of an option; raises InputError on another."""
-    try:
-        found = float(word)
-    except ValueError:
-        found = math.nan
-    if not 0 < found < math.inf:
-        raise InputError(f"{option} is {word!r}, expected a positive number")
-    return found
-
-
-def fraction(word: str, option: str) -> float:
-    """A fraction from the words of an option, such as `3%` or `0.03`; raises InputError on another."""
-    try:
-        return float(word[:-1]) / 100 if word.endswith("%") else float(word)
-    except ValueError:
-        raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None

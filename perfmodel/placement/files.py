@@ -1,15 +1,17 @@
 """Placement files: a placement with what it belongs to, as JSON that this project writes and reads back."""
 
+import csv
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, first_line
 from perfmodel.files import read_json, write_whole
 from perfmodel.moe import MoEShape
 
@@ -18,6 +20,7 @@ from . import RESIDENT, TIERS, Placement
 PLACEMENT_SCHEMA = 1
 KIND = "perfmodel placement"
 MAX_LAYERS = 10_000  # far above any model; a larger number is a slip
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _SIZES = {one.name for one in fields(MoEShape)}
 
 
@@ -119,6 +122,47 @@ def read_placement(path: str | Path) -> PlacedModel:
             f"{path.name}: tier_bytes does not belong to its tiers and shape; was the file edited by hand?"
         )
     return placed
+
+
+def placement_csv(placed: PlacedModel) -> str:
+    """A placement as CSV for spreadsheets: a row an expert, of `layer`, `expert` and the name of its `tier`."""
+    rows = [
+        f"{layer},{expert},{TIERS[number]}"
+        for layer, row in zip(placed.layers, placed.placement.tier.tolist(), strict=True)
+        for expert, number in enumerate(row)
+    ]
+    return "\n".join(["layer,expert,tier", *rows]) + "\n"
+
+
+def read_placement_csv(path: str | Path, placed: PlacedModel) -> PlacedModel:
+    """The placement with the tiers of a CSV file of `placement_csv`, whose rows may be some experts in any order.
+
+    Raises InputError for another header, and a row that names no layer, expert or tier of the placement, or one twice.
+    """
+    path = Path(path)
+    try:
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path.name} cannot be read as CSV: {first_line(error)}") from None
+    if not lines or [word.strip() for word in lines[0]] != ["layer", "expert", "tier"]:
+        raise InputError(f"{path.name} does not begin with the header layer,expert,tier")
+    tier, seen = placed.placement.tier.copy(), set()
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        words = [word.strip() for word in line]
+        where = f"{path.name}, line {number}"
+        if len(words) != 3 or not all(_NUMBER.fullmatch(word) for word in words[:2]) or words[2] not in TIERS:
+            found = ",".join(line)[:60]
+            raise InputError(f"{where}: found {found!r}, expected layer,expert,tier of {', '.join(TIERS)}")
+        layer, expert = int(words[0]), int(words[1])
+        if layer not in placed.layers or expert >= tier.shape[1]:
+            raise InputError(f"{where}: there is no expert {expert} of layer {layer} in this placement")
+        if (layer, expert) in seen:
+            raise InputError(f"{where}: expert {expert} of layer {layer} stands twice")
+        seen.add((layer, expert))
+        tier[placed.layers.index(layer), expert] = TIERS.index(words[2])
+    return replace(placed, placement=Placement(placed.placement.policy, tier))
 
 
 _WORDS = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}

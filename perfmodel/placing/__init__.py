@@ -3,3 +3,5 @@
 # Rows of a comparison beside published policies: the best placement found, the best that divides no steps, a cache, and
 # who knew the steps that judge.
 OPTIMAL, FIXED, CACHE, FORESEEN = "optimal", "optimal-fixed", "lru", "foreseen"
+OURS = (OPTIMAL, FIXED)
+TO_COMPARE = (CACHE, FORESEEN)  # rows that nobody can choose: a cache is no placement, and nobody knows what comes

@@ -11,9 +11,8 @@ from perfmodel.placement import COPIED, IN_PLACE, RESIDENT
 from perfmodel.placement.budget import HostNeed
 from perfmodel.predict import Prediction
 
-from . import CACHE, FORESEEN, OPTIMAL
+from . import CACHE, FORESEEN, OPTIMAL, TO_COMPARE
 from .compare import (
-    TO_COMPARE,
     Outcome,
     Progress,
     best_of,

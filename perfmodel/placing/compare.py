@@ -17,11 +17,10 @@ from perfmodel.trimoe import machine_of, schedule
 from perfmodel.trimoe.prediction import COLD, HOT_FROM, Bounds, classify
 from perfmodel.trimoe.systems import COLD_FRACS
 
-from . import CACHE, FIXED, FORESEEN, OPTIMAL
+from . import CACHE, FIXED, FORESEEN, OPTIMAL, TO_COMPARE
 from .question import Question, costs_of, dispatch_steps, steps_ns
 from .windows import Batch
 
-TO_COMPARE = (CACHE, FORESEEN)  # rows that nobody can choose: a cache is no placement, and nobody knows what comes
 # Policies that divide each step anew among device and host: by what they keep resident, and their dispatch.
 TRIMOE = "trimoe"
 DISPATCHED = {

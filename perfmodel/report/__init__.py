@@ -18,7 +18,15 @@ from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_head, workload_page
-from perfmodel.report.placing import placing_json, placing_page
+from perfmodel.report.placing import (
+    change_lines,
+    labelled,
+    placing_json,
+    placing_page,
+    policy_rows,
+    prediction_facts,
+    verdict_lines,
+)
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.roofline import (
     CEILINGS_HEADER,
@@ -52,6 +60,7 @@ __all__ = [
     "capture_page",
     "captures_page",
     "ceiling_rows",
+    "change_lines",
     "check_page",
     "costliest_rows",
     "diff_page",
@@ -61,6 +70,7 @@ __all__ = [
     "findings_text",
     "fit_page",
     "fusion_page",
+    "labelled",
     "layer_ranks_page",
     "limits",
     "limits_page",
@@ -71,6 +81,8 @@ __all__ = [
     "phases_page",
     "placing_json",
     "placing_page",
+    "policy_rows",
+    "prediction_facts",
     "ranks_page",
     "roofline_json",
     "roofline_page",
@@ -84,6 +96,7 @@ __all__ = [
     "table",
     "trace_page",
     "trimoe_page",
+    "verdict_lines",
     "workload_head",
     "workload_page",
 ]

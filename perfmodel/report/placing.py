@@ -14,9 +14,12 @@ from .words import table, wrapped
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other pages do not need
     from perfmodel.placing.answers import Answer
     from perfmodel.placing.compare import Outcome
+    from perfmodel.placing.question import Question
+    from perfmodel.predict import Prediction
 
 INDENT = " " * 14
 SAME_FRAC = 0.02  # placements of the same size nearer to each other than this are alike
+MOST_MOVED = 6  # layers, and experts of one, that are named where an edited placement is described
 MOVED = 1.2  # drift from which on routing is said to move: 0.8 to 1.2 on routing that stays, 1.3 to 4 on made-up drift
 LEGEND = (
     "slowdown: over all experts resident, in the steps that judge; fitted: in those by which the best was chosen; to "
@@ -39,7 +42,7 @@ def placing_page(placed: "Answer", width: int) -> str:
         _prose([head, placed.windows, *placed.notes, *_host(placed)], width),
         _accesses(placed) if placed.accesses else "",
         f"{_policies(placed)}\n{_prose([LEGEND], width)}",
-        _prose(_verdict(placed), width),
+        _prose(verdict_lines(placed), width),
         _trade_off(placed) if placed.trade_off else "",
         _prose(_break_even(placed), width) if placed.limit is not None else "",
         _prose(prediction, width),
@@ -72,7 +75,12 @@ def _accesses(placed: "Answer") -> str:
 
 
 def _policies(placed: "Answer") -> str:
-    """One row a policy, the fastest in the steps that judge first."""
+    head, rows = policy_rows(placed)
+    return table(rows, head)
+
+
+def policy_rows(placed: "Answer") -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table of policies in words, the fastest in the steps that judge first."""
     question = placed.question
     is_single = len(question.batches) == 1
     ranges = {name: found.interval for name, found in placed.predictions.items() if found.interval and is_single}
@@ -99,7 +107,8 @@ def _policies(placed: "Answer") -> str:
     interval = ["90 % interval"] if ranges else []
     tiers = [TIERS[tier] for tier in question.tiers]
     time = "a layer" if is_single else "all passes"
-    return table(rows, ["policy", "slowdown", "fitted", time, *interval, *tiers, "to gain", "divided by"])
+    head = ["policy", "slowdown", "fitted", time, *interval, *tiers, "to gain", "divided by"]
+    return head, rows
 
 
 def _tier_bytes(placed: "Answer", one: "Outcome") -> dict[str, float]:
@@ -108,7 +117,9 @@ def _tier_bytes(placed: "Answer", one: "Outcome") -> dict[str, float]:
     return {TIERS[tier]: int(n_experts[tier]) * question.shape.expert_bytes for tier in question.tiers}
 
 
-def _verdict(placed: "Answer") -> list[str]:
+def verdict_lines(placed: "Answer") -> list[str]:
+    """Which policy was taken, what it is worth beside the others and how sure that is: lines of a word and what it says
+    (from the column of INDENT on)."""
     best, question = placed.best, placed.question
     by_name = {one.policy: one for one in placed.outcomes}
     lines = [f"best          {best.policy}: {best.slowdown:.3f}x in steps it has not seen"]
@@ -166,6 +177,80 @@ def _verdict(placed: "Answer") -> list[str]:
             f"engine        must decide in each step whether host or device computes an expert that is not resident "
             f"({best.dispatch}){other}"
         )
+    return lines
+
+
+BINDS = {
+    "overhead": "launching the kernels",
+    "compute": "computing",
+    "memory": "reading weights from GPU memory",
+    "link": "moving or reading offloaded weights over the link",
+    "host": "the host's CPU, which computes offloaded experts",
+    "near-data": "the memory modules, which compute offloaded experts",
+    "permute": "sorting tokens by expert",
+    "combine": "adding up what experts give",
+    "router": "the router",
+    "launch": "the host, which launches the layer call by call",
+}
+
+
+def prediction_facts(found: "Prediction") -> list[tuple[str, str]]:
+    """A prediction in a few words, each with its label: what leaving costs, what binds, what the numbers rest on."""
+    more_ns = found.latency_ns - found.baseline_latency_ns
+    sign = "cost" if more_ns >= 0 else "save"
+    largest = sorted(found.parts.items(), key=lambda item: -item[1])[:2]
+    shares = " and ".join(f"{name} {text.frac(value / found.latency_ns)}" for name, value in largest if value > 0)
+    what = (
+        "all experts are on the GPU"
+        if not found.n_offloaded
+        else f"{found.n_offloaded} of {found.n_experts} experts off the GPU {sign} {text.ns(abs(more_ns))} a layer"
+    )
+    sure = "" if found.interval is None else f", {text.ns(found.interval[0])} to {text.ns(found.interval[1])} (90 %)"
+    rests = {
+        "datasheet": "default constants and the machine's published rates: no interval without a fitted model",
+        "fitted": f"a model fitted to measurements of this machine{sure}",
+        "extrapolated": f"a fitted model beyond what it was fitted on{sure or ', without an interval'}",
+    }
+    return [
+        ("costs", f"{what}; the time is {shares}"),
+        ("binds", BINDS.get(found.bottleneck, found.bottleneck)),
+        ("rests on", rests.get(found.basis, found.basis)),
+    ]
+
+
+def labelled(lines: Sequence[str]) -> list[tuple[str, str]]:
+    """Lines of a page as pairs of the word they begin with and what they say; what goes on below it joins it."""
+    found: list[tuple[str, str]] = []
+    for line in "\n".join(lines).split("\n"):
+        word, rest = line[: len(INDENT)].strip(), line[len(INDENT) :]
+        if word or not found:
+            found.append((word, rest))
+        else:
+            found[-1] = (found[-1][0], f"{found[-1][1]}\n{rest}")
+    return found
+
+
+def change_lines(question: "Question", before: "Outcome", after: "Outcome", layers: Sequence[int]) -> list[str]:
+    """What an edited placement changes, in words: the experts that moved by layer, and what that costs or saves."""
+    moved = before.tier != after.tier
+    if not moved.any():
+        return ["nothing was changed"]
+    gain = after.slowdown / before.slowdown - 1
+    verb = "no difference" if abs(gain) < 5e-5 else f"{text.frac(abs(gain))} {'slower' if gain > 0 else 'faster'}"
+    lines = [f"{verb}: {after.slowdown:.3f}x instead of {before.slowdown:.3f}x, in steps it has not seen"]
+    n_before, n_after = (int((one.tier == RESIDENT).sum()) for one in (before, after))
+    for i in np.flatnonzero(moved.any(axis=1))[:MOST_MOVED]:
+        experts = [
+            f"expert {e} {TIERS[before.tier[i, e]]} -> {TIERS[after.tier[i, e]]}"
+            for e in np.flatnonzero(moved[i])[:MOST_MOVED]
+        ]
+        more = int(moved[i].sum()) - len(experts)
+        lines.append(f"layer {layers[i]}: {', '.join(experts)}{f' and {more} more' if more else ''}")
+    if moved.any(axis=1).sum() > MOST_MOVED:
+        lines.append(f"and in {int(moved.any(axis=1).sum()) - MOST_MOVED} more layers")
+    if n_before != n_after:
+        size = text.n_bytes(abs(n_after - n_before) * question.shape.expert_bytes)
+        lines.append(f"{size} of GPU memory {'more' if n_after > n_before else 'less'}")
     return lines
 
 

@@ -3,8 +3,9 @@
 A routing is named by a pattern (`patterns`) or a file (`files`); `batches` makes the counts of a batch of it, `steps`
 those of several steps and layers, `published` those of a public collection of measurements. A file becomes a
 `recording`, by way of `torch_files`, `json_files` and `tables` for what is written in it, and `arrays`, `selections`,
-`engines` and `dumps` for what that means. `statistics`, `sampling` and `temporal` say how skewed a recording is, how
-sure that is and whether it lasts, and `verdict` whether it is worth anything; `summary` has all of that.
+`engines` and `dumps` for what that means; `named` reads or draws the one that a word says. `statistics`, `sampling` and
+`temporal` say how skewed a recording is, how sure that is and whether it lasts, and `verdict` whether it is worth
+anything; `summary` has all of that.
 docs/routing.md has the definitions.
 """
 
@@ -12,6 +13,7 @@ from .batches import (
     MAX_DRAWN,
     N_DRAWS,
     Routing,
+    batch_of,
     drawn_choices,
     drawn_counts,
     drawn_rows,
@@ -94,6 +96,7 @@ __all__ = [
     "SamplingError",
     "Shares",
     "Verdict",
+    "batch_of",
     "compare",
     "coverage_curve",
     "coverage_shares",

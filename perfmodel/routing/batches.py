@@ -115,14 +115,19 @@ def routing(source: str, n_experts: int, top_k: int, n_tokens: int) -> Routing:
     shares = pattern_shares(source, n_experts) if is_pattern(source) else read_shares(source, n_experts)
     if shares.shape[1] != n_experts:
         raise InputError(f"routing {source!r} is for {shares.shape[1]} experts, the model shape has {n_experts}")
+    return batch_of(source, shares, n_tokens, top_k)
+
+
+def batch_of(name: str, shares: Shares, n_tokens: int, top_k: int) -> Routing:
+    """The routing of a batch by shares `[layer, expert]` of any origin, drawn or expected as `routing` says."""
     counts = expected_counts(shares, n_tokens, top_k)
-    if n_tokens * n_experts <= MAX_DRAWN:
+    if n_tokens * shares.shape[1] <= MAX_DRAWN:
         shares = np.repeat(shares, -(-N_DRAWS // len(shares)), axis=0)
-        if source == "uniform":
+        if name == "uniform":
             counts = np.random.default_rng(0).permuted(np.repeat(counts, len(shares), axis=0), axis=1)
         else:
             counts = np.stack([drawn_counts(row, n_tokens, top_k, seed) for seed, row in enumerate(shares)])
-    return Routing(source, counts, n_tokens, top_k, shares)
+    return Routing(name, counts, n_tokens, top_k, shares)
 
 
 def drawn_counts(shares: Shares, n_tokens: int, top_k: int, seed: int) -> Counts:

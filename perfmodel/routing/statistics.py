@@ -105,7 +105,7 @@ def covering_fracs(loads: Loads | Counts, token_frac: float) -> Shares:
     return np.asarray(n_needed / loads.shape[1])
 
 
-def coverage_curve(counts: Counts) -> tuple[Shares, Shares]:
+def coverage_curve(counts: Loads | Counts) -> tuple[Shares, Shares]:
     """How concentrated routing is: fraction of experts (hottest first) and cumulative fraction of assignments.
 
     Both run from 0 to 1 with n_experts + 1 points; layers are ranked separately, then averaged.

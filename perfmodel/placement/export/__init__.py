@@ -11,7 +11,7 @@ from perfmodel.placement import Loads
 from ..files import PlacedModel
 from .arrays import eplb, own_json, plumb
 from .devices import DEVICE_FORMATS, DeviceMap, device_map
-from .exported import Exported, Rounding, rounding, write
+from .exported import Exported, Rounding, archive, rounding, write
 from .llama_cpp import llama_cpp
 from .sglang import ktransformers, ktransformers_yaml, sglang, sglang_count
 from .vllm import vllm
@@ -48,6 +48,7 @@ __all__ = [
     "Format",
     "PlacedModel",
     "Rounding",
+    "archive",
     "device_map",
     "export",
     "rounding",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,20 @@ def write(folder: str | Path, exported: Exported) -> list[Path]:
     for path, content in zip(paths, exported.files.values(), strict=True):
         write_whole(path, content)
     return paths
+
+
+def archive(exported: Exported, name: str) -> tuple[str, bytes]:
+    """An export as the one file that it is, or a .zip of its files: file name and content. What to know of it and the
+    options that go with it are in a zip as `README.txt`."""
+    if len(exported.files) == 1:
+        return next(iter(exported.files.items()))
+    kept = [] if exported.rounding is None else [exported.rounding.words()]
+    words = "\n".join([*exported.flags, "", *dict.fromkeys([*exported.warnings, *kept])]) + "\n"
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for path, content in {**exported.files, "README.txt": words.encode()}.items():
+            file.writestr(zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
+    return f"{name}.zip", packed.getvalue()
 
 
 def npy(array: NDArray[np.generic]) -> bytes:
