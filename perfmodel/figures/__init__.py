@@ -4,7 +4,7 @@ from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
 from .latency import BAND_FRAC, parity, roofline
 from .page import html_page
 from .placing import coverage, parts, slowdown
-from .schedules import MAX_GPUS, gantt
+from .schedules import MAX_GPUS, beside, gantt, phase_figures, schedule_figures, speedup, stacked
 from .traces import busy, shares
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MAX_POINTS",
     "PALETTE",
     "SYMBOLS",
+    "beside",
     "busy",
     "coverage",
     "gantt",
@@ -20,7 +21,11 @@ __all__ = [
     "literal",
     "parity",
     "parts",
+    "phase_figures",
     "roofline",
+    "schedule_figures",
     "shares",
     "slowdown",
+    "speedup",
+    "stacked",
 ]

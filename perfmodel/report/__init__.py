@@ -6,7 +6,8 @@ from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
-from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_head, workload_page
+from perfmodel.report.phases import efficiency_page, phase_pairs, phases_json, phases_page, workload_head, workload_page
+from perfmodel.report.pictured import fastest_words, pictured_page, stretch_words, why_words
 from perfmodel.report.placing import placing_json, placing_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
@@ -27,14 +28,17 @@ __all__ = [
     "diff_page",
     "efficiency_page",
     "evaluation_page",
+    "fastest_words",
     "findings_page",
     "findings_text",
     "fit_page",
     "fusion_page",
     "layer_ranks_page",
     "passes_page",
+    "phase_pairs",
     "phases_json",
     "phases_page",
+    "pictured_page",
     "placing_json",
     "placing_page",
     "ranks_page",
@@ -43,10 +47,12 @@ __all__ = [
     "schedule_head",
     "schedule_json",
     "schedule_page",
+    "stretch_words",
     "sweep_page",
     "table",
     "trace_page",
     "trimoe_page",
+    "why_words",
     "workload_head",
     "workload_page",
 ]
