@@ -15,11 +15,12 @@ from perfmodel.schedule.drawn import DRAWN_LANES, DRAWN_PHASES, Panel, measured,
 from perfmodel.schedule.pictured import LAUNCH, PARTS, WAITING, Picture
 from perfmodel.schedule.timeline import TRANSFERS, Span
 
-from .drawing import DASHES, PALETTE, SYMBOLS, layout, literal, time_ticks
+from .drawing import DASHES, PALETTE, SYMBOLS, layout, literal
 
 MAX_GPUS = 16  # of more, a Gantt is too tall to be seen at once
 EDGE = {"width": 0.5, "color": "rgba(128,128,128,0.7)"}  # of bars, seen on light and on dark
 GREY = ("rgba(90,90,90,0.9)", "rgba(128,128,128,0.15)")  # launches, waiting
+DARK = "rgba(40,40,40,0.6)"  # hatching over a colour
 PANEL_GAP = 70  # pixels between panels of a Gantt: ticks and a title
 HOW_TO_READ = (
     "A gap in compute is waiting. Thinner bars: phases that are under way together. Dashed: the end of what is drawn."
@@ -64,10 +65,9 @@ def gantt(
         figure.update_yaxes(categoryorder="array", categoryarray=order, dtick=1, row=panel, col=1)
         figure.add_vline(x=one.latency_ns, row=panel, col=1, line={"color": "grey", "dash": "dash", "width": 1})
     top = max(one.latency_ns for one in panels)
-    step = next(round(10.0**p * m, 6) for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top / 10)
-    ticks = [step * i for i in range(int(top / step) + 1)]
-    words = [text.ns(tick) for tick in ticks]
-    figure.update_xaxes(range=[0, top * 1.02], tickvals=ticks, ticktext=words, showticklabels=True)
+    _round_ticks(figure.layout.xaxis, top)
+    ticks = figure.layout.xaxis
+    figure.update_xaxes(range=[0, top * 1.02], tickvals=ticks.tickvals, ticktext=ticks.ticktext, showticklabels=True)
     figure.update_xaxes(title="time since the layer began", row=len(panels), col=1)
     lines = [literal(line) for words in head for line in textwrap.wrap(words, 130)]
     above = 110 + 20 * len(lines)
@@ -120,6 +120,13 @@ def _bars(spans: Sequence[Span], member: str) -> list[go.Bar]:
     return bars
 
 
+def _round_ticks(axis: Any, top_ns: float, n: int = 10) -> None:
+    """At most about `n` ticks at round times from 0 to `top_ns`, in words."""
+    step = next(round(10.0**p * m, 6) for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top_ns / n)
+    ticks = [step * i for i in range(int(top_ns / step) + 1)]
+    axis.update(tickvals=ticks, ticktext=[text.ns(tick) for tick in ticks])
+
+
 def _look(phase: str) -> dict[str, Any]:
     """How the bars of a phase look, the same in all figures."""
     if phase in (LAUNCH, WAITING):
@@ -157,7 +164,7 @@ def stacked(found: Picture) -> go.Figure:
         label = f"{name}, exposed" if name in TRANSFERS else name
         look = _look(name)
         if name in TRANSFERS:
-            look |= {"pattern": {"shape": "x", "size": 6, "solidity": 0.3}}
+            look |= {"pattern": {"shape": "x", "size": 7, "solidity": 0.25, "fillmode": "overlay", "fgcolor": DARK}}
         figure.add_bar(
             y=[one.schedule for one in rows],
             x=values,
@@ -175,9 +182,9 @@ def stacked(found: Picture) -> go.Figure:
         said = text.ns(one.latency_ns) + (f", {top / one.latency_ns:.2f}x" if len(rows) > 1 else "")
         figure.add_annotation(x=one.latency_ns, y=one.schedule, text=said, showarrow=False, xanchor="left", xshift=6)
     layout(figure, "Where the time of the slowest GPU goes", "", "")
-    time_ticks(figure.layout.xaxis, top)
-    figure.update_xaxes(range=[0, top * 1.16])
-    height = 150 + 46 * len(rows)
+    _round_ticks(figure.layout.xaxis, top, 6)
+    figure.update_xaxes(range=[0, top * 1.2])
+    height = 150 + 64 * len(rows)
     return figure.update_layout(
         barmode="stack", height=height, margin={"l": 70, "r": 10, "t": 40, "b": 100}, legend={"traceorder": "normal"}
     )
@@ -249,8 +256,8 @@ def beside(found: Beside, workload: EpWorkload) -> go.Figure:
             hoverinfo="text",
         )
     layout(figure, "Phases: the rank that takes longest, collectives, the whole step", "", "")
-    time_ticks(figure.layout.yaxis, max(ns for _, *pair in rows for ns in pair if ns is not None))
-    return figure.update_layout(barmode="group", height=360, margin={"l": 70, "r": 10, "t": 40, "b": 80})
+    _round_ticks(figure.layout.yaxis, max(ns for _, *pair in rows for ns in pair if ns is not None), 5)
+    return figure.update_layout(barmode="group", height=440, margin={"l": 70, "r": 10, "t": 40, "b": 80})
 
 
 def phase_figures(pairs: Sequence[tuple[Beside, EpWorkload]]) -> list[tuple[go.Figure, str]]:

@@ -6,8 +6,17 @@ from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
-from perfmodel.report.phases import efficiency_page, phase_pairs, phases_json, phases_page, workload_head, workload_page
-from perfmodel.report.pictured import fastest_words, pictured_page, stretch_words, why_words
+from perfmodel.report.phases import (
+    efficiency_page,
+    error_rows,
+    miss_words,
+    phase_pairs,
+    phases_json,
+    phases_page,
+    workload_head,
+    workload_page,
+)
+from perfmodel.report.pictured import facts, fastest_words, pictured_page, stretch_words, why_words
 from perfmodel.report.placing import placing_json, placing_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
@@ -27,13 +36,16 @@ __all__ = [
     "check_page",
     "diff_page",
     "efficiency_page",
+    "error_rows",
     "evaluation_page",
+    "facts",
     "fastest_words",
     "findings_page",
     "findings_text",
     "fit_page",
     "fusion_page",
     "layer_ranks_page",
+    "miss_words",
     "passes_page",
     "phase_pairs",
     "phases_json",

@@ -277,6 +277,31 @@ def _errors(beside: "Beside") -> str:
     return table(rows, head)
 
 
+def error_rows(beside: "Beside") -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a small table: by phase, the errors of the model over all workloads of a capture."""
+    rows = [
+        [
+            row["phase"],
+            ratio(row["median_ratio"]),
+            text.frac(row["median_error_frac"]),
+            text.frac(row["p90_error_frac"]),
+        ]
+        for row in beside.errors.iter_rows(named=True)
+    ]
+    return ["phase", "predicted/measured", "median error", "p90"], rows
+
+
+def miss_words(beside: "Beside", workload: EpWorkload) -> str:
+    """How well the step of one workload was predicted, and what was missed most, in a sentence."""
+    *phases, (_, seen, said) = phase_pairs(beside, workload)
+    off = {name: ns - known for name, known, ns in phases if known is not None}
+    worst = max(off, key=lambda name: abs(off[name]))
+    words = f"predicted {text.ns(said)}, measured {text.ns(seen)}"
+    words += f" ({100 * (said / seen - 1):+.0f} %)" if seen else ""
+    way = "long" if off[worst] > 0 else "short"
+    return f"The whole step: {words}. Most is missed in {worst}, {text.ns(abs(off[worst]))} too {way}."
+
+
 def _totals(beside: "Beside") -> str:
     sums = _totals_of(beside.table)
     steps = next(row[1] for row in sums if row[0] == "latency") or 1.0

@@ -44,6 +44,24 @@ def why_words(found: "Picture") -> str:
     return f"Shortening {first.bottleneck} would shorten it most. {would}"
 
 
+def facts(found: "Picture") -> list[list[str]]:
+    """What sets the schedules of a layer apart: rows of a name and a word for each schedule."""
+    rows, waits = found.timelines, found.breakdowns
+    saved = [found.skew_frac[one.schedule] for one in rows]
+    return [
+        ["communication hidden", *(text.frac(one.hidden_frac) for one in waits)],
+        ["O_e = T(2) / T(N)", *(_two(found.overlap_efficiency[one.schedule]) for one in rows)],
+        ["even routing saves", *(text.frac(max(frac, 0.0)) for frac in saved)],
+        ["longest computing GPU", *(str(one.gpu) for one in waits)],
+        ["launches on each GPU", *(text.count(one.n_launches) for one in rows)],
+        ["sent by all GPUs", *(text.n_bytes(one.sent_bytes) for one in rows)],
+        ["- of it padding", *(text.frac(one.padding_frac) for one in rows)],
+        ["rows dropped", *(text.frac(one.dropped_frac) for one in rows)],
+        ["bottleneck", *(one.bottleneck for one in rows)],
+        ["over its bound", *(ratio(one.latency_ns / one.bound_ns) for one in rows)],
+    ]
+
+
 def stretch_words(found: "Curve") -> str:
     """Which schedule is the fastest where along a curve, in one sentence."""
     from perfmodel.schedule.curves import TOKENS
@@ -81,11 +99,7 @@ def pictured_page(found: "Picture", curves: "Sequence[Curve]", width: int = WIDT
         ]
         for name in names
     ]
-    body += [
-        ["communication hidden", *(text.frac(one.hidden_frac) for one in rows)],
-        ["slowest GPU", *(str(one.gpu) for one in rows)],
-        ["O_e = T(2) / T(N)", *(_two(found.overlap_efficiency[one.schedule]) for one in rows)],
-    ]
+    body += facts(found)
     blocks = [
         wrapped(f"{fastest_words(found)} {why_words(found)}", width),
         "time of the GPU that computes longest; it sums to the latency\n"

@@ -33,11 +33,12 @@ def question_of(
     expert_map: ExpertMap | None = None,
     gpus_per_node: int | None = None,
     gpus_per_host: int | None = None,
+    offload_frac: float = 0.0,
     access: str = "zero-copy",
     overheads: Mapping[str, Overheads] = DEFAULTS,
 ) -> Question:
-    """The question about a catalogue model or config.json (`shape`) under a routing pattern or file, with all experts
-    resident; raises InputError for names and numbers that do not do."""
+    """The question about a catalogue model or config.json (`shape`) under a routing pattern or file; raises InputError
+    for names and numbers that do not do."""
     known = hf_config.resolve(shape)
     return Question(
         profile,
@@ -50,7 +51,8 @@ def question_of(
         0 if expert_map is None else map_layer_of(expert_map, n_gpus, layer),
         gpus_per_node,
         gpus_per_host,
-        access=access,
+        offload_frac,
+        access,
         overheads=dict(overheads),
     )
 

@@ -21,10 +21,9 @@ END_FRAC = 1e-9  # of a layer; what takes less is rounding
 class Breakdown:
     """What one GPU does in the time of a layer: `parts` (names of PARTS) sum to the latency, ns.
 
-    Phases count for the time in which they have the GPU's processors. A transfer counts only while nothing is computed:
-    that is communication nothing hides (`exposed_ns`); what is under way while the GPU computes is `hidden_ns`.
-    `launch` is the time before the first phase. `waiting` is the rest: nothing is under way, or, in one fused kernel,
-    processors have no task though others have.
+    Phases count for the time in which they have the GPU's processors. A transfer counts only while processors have
+    nothing to do: that is communication nothing hides (`exposed_ns`); what is under way while the GPU computes is
+    `hidden_ns`. `launch` is the time before the first phase, `waiting` the rest, in which nothing is under way.
     """
 
     schedule: str
@@ -53,7 +52,8 @@ def breakdown(one: LayerTimeline, gpu: int | None = None) -> Breakdown:
     """What a GPU (null: the slowest) does in the time of a layer under a schedule.
 
     Of phases that share processors, as in one fused kernel, only their work on the GPU that has most of each is known:
-    this GPU's time is divided like that.
+    this GPU's time is divided like that, and where that is less than the time in which any is under way, processors are
+    taken to be without a task evenly over it.
     """
     gpu = slowest_gpu(one) if gpu is None else gpu
     own = [span for span in one.spans if span.gpu == gpu]
@@ -75,7 +75,8 @@ def breakdown(one: LayerTimeline, gpu: int | None = None) -> Breakdown:
             for name in TRANSFERS
         ]
     )
-    exposed = moving * ~is_computing / np.maximum(moving.sum(axis=0), 1) @ dur
+    idle = np.where(is_computing, max(1 - one.busy_ns[gpu] / max(float(dur[is_computing].sum()), 1e-9), 0.0), 1.0)
+    exposed = moving * idle / np.maximum(moving.sum(axis=0), 1) @ dur
     before = float(dur[middle < start.min(initial=one.latency_ns)].sum())
     # Experts outside device memory may hold processors of a fused kernel while its spans show nothing but transfers.
     exposed *= min(1.0, max(one.latency_ns - before - sum(work.values()), 0.0) / max(exposed.sum(), 1e-9))
@@ -83,7 +84,7 @@ def breakdown(one: LayerTimeline, gpu: int | None = None) -> Breakdown:
     found[WAITING] = one.latency_ns - sum(found.values())
     least = END_FRAC * one.latency_ns
     parts = {name: found[name] for name in PARTS if found.get(name, 0.0) > least}
-    return Breakdown(one.schedule, gpu, parts, float(dur[is_computing & is_moving].sum()))
+    return Breakdown(one.schedule, gpu, parts, float((dur * (1 - idle))[is_moving].sum()))
 
 
 @dataclass(frozen=True)
