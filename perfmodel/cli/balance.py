@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
 from perfmodel import hf_config, report
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, whole
 from perfmodel.errors import InputError
@@ -54,11 +55,13 @@ def balance(
     ] = None,
     tile_rows: Annotated[str | None, typer.Option(help="Rows of a tile, where they are known better.")] = None,
     out: Annotated[str | None, typer.Option(help="Write the map with the least latency here, as JSON.")] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Which GPU should hold which expert: policies by the time of the GPU that all others wait for."""
     from perfmodel.balance import POLICIES, Slots, compare, steps_of, write_map
 
+    check_html(html)
     n_gpus = whole(gpus, "--gpus")
     moe_shape = hf_config.resolve(shape)
     recording = steps_of(routing, moe_shape, whole(tokens, "--tokens"), whole(steps, "--steps") if steps else None)
@@ -84,10 +87,18 @@ def balance(
         by_rows=by_rows,
     )
     times = ", ".join(capture) if capture else f"{model or 'no fitted model'} on {hardware_name}"
+    words = report.balance_page(found, staircase, recording, moe_shape.name, times)
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+
+        return figures.balance_figures(found)
+
+    write_html(html, f"Experts of {moe_shape.name} over {n_gpus} GPUs", words, draw)
     if as_json:
         print_json(report.balance_json(found, staircase, recording, moe_shape.name, times))
     else:
-        print_words(report.balance_page(found, staircase, recording, moe_shape.name, times))
+        print_words(words)
     if out:
         write_map(out, found.maps[found.best], recording.layers)
         note(f"wrote {out}: {found.outcomes[found.best].policy}")
