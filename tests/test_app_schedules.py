@@ -105,6 +105,16 @@ def test_a_measured_workload_is_shown_beside_its_prediction() -> None:
     assert len(measured["y"]) == len(predicted["y"])
 
 
+def test_maps_of_experts_are_what_the_shown_command_says() -> None:
+    link = {"map-model": "mixtral-8x7b", "map-gpus": "4", "map-routing": "temporal", "map-tokens": "256"}
+    test = opened("schedules", tab="Expert maps", **link, **{"map-spread": "10"})
+    found = said(test.code[0].value)
+    bars, loads = figure(test, 0)["data"][0], figure(test, 1)["data"]
+    assert bars["x"] == pytest.approx([one["layer_by_rows_ns"] for one in found["policies"]])
+    assert loads[-1]["y"] == pytest.approx([1 - frac for frac in found["policies"][-1]["idle_frac"]])
+    assert f"{found['best']} is best" in shown(test)
+
+
 @pytest.mark.browser
 def test_a_copied_link_opens_the_tab_and_a_control_writes_itself_into_it(page, server) -> None:
     page.goto(f"{server}/schedules?tab=Measured")

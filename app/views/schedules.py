@@ -1,4 +1,4 @@
-"""Schedules: bulk, chunked and fused expert-parallel layers, predicted, and measured beside predicted."""
+"""Schedules: bulk, chunked and fused expert-parallel layers, predicted; measured beside predicted; maps of experts."""
 
 import json
 from collections.abc import Callable
@@ -11,11 +11,14 @@ import polars as pl
 import streamlit as st
 
 from perfmodel import figures, hardware, moe, report, text
+from perfmodel.balance import Comparison, compare, predicted_times, steps_of
 from perfmodel.ep_capture import load_ep_capture, shipped_ep_captures
 from perfmodel.errors import InputError
 from perfmodel.hf_config import resolve
 from perfmodel.model_memory import model_memory
 from perfmodel.offload import ACCESS_MODES
+from perfmodel.placement.staircase import spread_speeds
+from perfmodel.predict import basis_of
 from perfmodel.routing import PATTERNS
 from perfmodel.schedule import DEFAULTS
 from perfmodel.schedule.asked import memory_notes, possible_schedules, question_of
@@ -29,6 +32,7 @@ from perfmodel.schedule.what_if import cited
 N_DRAWN = 4  # GPUs in the picture unless all are asked for
 MANY_GPUS = 32  # from here on a simulation takes about a second, and curves are drawn when asked for
 CAPACITY = {"to the fullest": 0.0, "none": None, "1": 1.0, "1.25": 1.25, "1.5": 1.5, "2": 2.0}
+N_STEPS, N_WINDOW = 24, 16  # of a routing over steps, and those of them that maps are made from
 BY_RANK = ("uniform", "power-law", "zipf")  # whose experts are in the same order of popularity
 
 
@@ -311,9 +315,60 @@ def measured_tab() -> None:
     )
 
 
+@st.cache_resource(max_entries=32, show_spinner="Making maps of experts and judging them")
+def maps(
+    model: str, machine: str, routing: str, n_gpus: int, n_tokens: int, spread_frac: float
+) -> tuple[Comparison, str, dict[str, Any]]:
+    """What each policy makes of the routing: the comparison, its page, its JSON."""
+    shape = resolve(model)
+    recording = steps_of(routing, shape, n_tokens, N_STEPS)
+    basis = basis_of(hardware.hardware(machine), shape, None)
+    speeds = spread_speeds(n_gpus, spread_frac)
+    staircase, by_rows = predicted_times(basis, shape, speeds, recording)
+    found = compare(recording.loads, staircase, n_model_layers=shape.n_layers, n_window=N_WINDOW, by_rows=by_rows)
+    told = (staircase, recording, shape.name, f"no fitted model on {machine}")
+    return found, report.balance_page(found, *told), report.balance_json(found, *told)
+
+
+def maps_tab() -> None:
+    """Which GPU should hold which expert, so that none is waited for."""
+    a, b, c, d, e, f = st.columns([3, 2, 3, 2, 2, 3])
+    models, able = moe.names(), machines()
+    model = a.selectbox("Model of the experts", models, models.index("olmoe"), key="map-model", bind="query-params")
+    machine = b.selectbox("GPU", able, able.index("h100-sxm"), key="map-hardware", bind="query-params")
+    routing = c.selectbox(
+        "Routing over steps", ("layered", "temporal", "skewed-temporal", "power-law", "uniform"), key="map-routing",
+        bind="query-params", help="The first three differ by layer; temporal ones have experts that come and go.",
+    )  # fmt: skip
+    shares = [n for n in (2, 4, 8, 16, 32) if resolve(model).n_experts % n == 0]
+    n_gpus = d.selectbox("GPUs of a layer", shares, shares.index(8), key="map-gpus", bind="query-params")
+    n_tokens = e.selectbox("Tokens of a step", (256, 1024, 4096, 16384), 2, key="map-tokens", bind="query-params")
+    spread = f.slider("Fastest GPU faster by", 0, 30, 0, 5, format="%d %%", key="map-spread", bind="query-params")
+    try:
+        found, page, content = maps(model, machine, routing, n_gpus, n_tokens, spread / 100)
+    except InputError as error:
+        frame.refused("Experts cannot be mapped like this:", error)
+        return
+    frame.literal(
+        f"{found.outcomes[found.best].policy} is best. Routed experts alone; a step waits for its slowest GPU."
+    )
+    for column, (figure, alt) in zip(st.columns(2), figures.balance_figures(found), strict=True):
+        with column:
+            frame.chart(figure, alt)
+    words = ["perfmodel", "balance", "--routing", routing, "--shape", model, "--gpus", n_gpus, "--tokens", n_tokens]
+    words += ["--steps", N_STEPS, "--window", N_WINDOW, "--hardware", machine]
+    words += ["--spread", f"{spread}%"] if spread else []
+    frame.computed(words, page)
+    frame.downloads(
+        "expert-maps",
+        json=lambda: json.dumps(content, indent=1),
+        html=page_of("Experts over GPUs", page, lambda: figures.balance_figures(found)),
+    )
+
+
 frame.header("Schedules", "Which schedule of an expert-parallel layer is fastest, and why?")
-tabs = st.tabs(["Predicted", "Measured"], key="tab", bind="query-params")
-for tab, show in zip(tabs, (predicted_tab, measured_tab), strict=True):
+tabs = st.tabs(["Predicted", "Measured", "Expert maps"], key="tab", bind="query-params")
+for tab, show in zip(tabs, (predicted_tab, measured_tab, maps_tab), strict=True):
     if tab.open:
         with tab:
             show()

@@ -1,8 +1,5 @@
 """The command about experts over several GPUs: it loads, makes one call, prints."""
 
-from collections.abc import Callable
-from functools import partial
-from math import ceil
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,9 +12,7 @@ from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, whole
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
-from perfmodel.placement.balance import ExpertMap
 from perfmodel.placement.staircase import Staircase, spread_speeds
-from perfmodel.routing import Recording
 
 
 @app.command()
@@ -59,7 +54,9 @@ def balance(
     as_json: Json = False,
 ) -> None:
     """Which GPU should hold which expert: policies by the time of the GPU that all others wait for."""
-    from perfmodel.balance import POLICIES, Slots, compare, steps_of, write_map
+    from perfmodel.balance import POLICIES, Slots, compare, predicted_times, steps_of, write_map
+    from perfmodel.latency import load_model
+    from perfmodel.predict import basis_of
 
     check_html(html)
     n_gpus = whole(gpus, "--gpus")
@@ -73,7 +70,8 @@ def balance(
             raise InputError("a capture was measured: leave out --model and --tile-rows")
         staircase = _measured(capture, moe_shape, own_speeds if spread or speeds or len(capture) == 1 else None, n_gpus)
     else:
-        staircase, by_rows = _predicted(hardware_name, model, moe_shape, own_speeds, recording, rows)
+        basis = basis_of(machine_of(hardware_name), moe_shape, load_model(model) if model else None)
+        staircase, by_rows = predicted_times(basis, moe_shape, own_speeds, recording, rows)
     slots = Slots(
         whole(replicas, "--replicas") if replicas else None, whole(groups, "--groups"), whole(nodes, "--nodes")
     )
@@ -120,21 +118,3 @@ def _measured(folders: list[str], shape: MoEShape, speeds: NDArray[np.float64] |
     from perfmodel.capture import load_capture
 
     return observed_staircase([load_capture(folder).observations for folder in folders], shape, n_gpus, speeds)
-
-
-def _predicted(
-    machine: str,
-    model: str | None,
-    shape: MoEShape,
-    speeds: NDArray[np.float64],
-    recording: Recording,
-    tile_rows: int | None,
-) -> tuple[Staircase, Callable[[ExpertMap, NDArray[np.float64]], float]]:
-    from perfmodel.balance import layer_ns_by_rows, predicted_staircase
-    from perfmodel.latency import load_model
-    from perfmodel.predict import basis_of
-
-    basis = basis_of(machine_of(machine), shape, load_model(model) if model else None)
-    n_most = ceil(recording.loads.sum(axis=2).max())
-    staircase = predicted_staircase(basis, shape, speeds, recording.shares, n_most, tile_rows)
-    return staircase, partial(layer_ns_by_rows, basis=basis, shape=shape, speeds=speeds)
