@@ -97,6 +97,11 @@ def test_levers_are_what_the_changed_question_takes() -> None:
     assert words.startswith("fused is fastest: ") and "even routing" in words
 
 
+def test_a_schedule_that_is_as_fast_is_not_said_to_be_slower() -> None:
+    alone = picture(asked(1, 8192, "uniform"), "uniform", ("bulk", "chunked"))  # launches are hidden
+    assert "no faster than" in report.fastest_words(alone) and "1.00x" not in report.fastest_words(alone)
+
+
 def test_a_curve_says_where_the_fastest_changes() -> None:
     # From half to twice as fast over a factor of 16 in tokens: as fast in the middle on logarithmic axes.
     curve = Curve(TOKENS, (16.0, 256.0), {"bulk": (100.0, 400.0), "fused": (200.0, 200.0)})

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import text
+from perfmodel.report.schedule import LIKE_FRAC
 from perfmodel.report.words import WIDTH, ratio, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy, which reading a trace does not need
@@ -24,7 +25,10 @@ def fastest_words(found: "Picture") -> str:
     """Which schedule is fastest, and by how much, in one sentence."""
     first, *others = found.ranked
     said = f"{first.schedule} is fastest: {text.ns(first.latency_ns)}"
-    ratios = [f"{ratio(one.latency_ns / first.latency_ns)} as fast as {one.schedule}" for one in others]
+    gains = [(one.latency_ns / first.latency_ns, one.schedule) for one in others]
+    ratios = [
+        f"{ratio(gain)} as fast as {name}" if gain > 1 + LIKE_FRAC else f"no faster than {name}" for gain, name in gains
+    ]
     return f"{said}, {' and '.join(ratios)}." if ratios else f"{first.schedule} takes {text.ns(first.latency_ns)}."
 
 
