@@ -5,7 +5,7 @@ The policies themselves are in `perfmodel.placement`; docs/balance.md has the de
 
 from .compare import POLICIES, Comparison, Outcome, Slots, compare, steps_of
 from .files import read_map, write_map
-from .profiles import device_ns, layer_ns_by_rows, observed_staircase, predicted_staircase
+from .profiles import device_ns, layer_ns_by_rows, observed_staircase, predicted_staircase, predicted_times
 
 __all__ = [
     "POLICIES",
@@ -17,6 +17,7 @@ __all__ = [
     "layer_ns_by_rows",
     "observed_staircase",
     "predicted_staircase",
+    "predicted_times",
     "read_map",
     "steps_of",
     "write_map",

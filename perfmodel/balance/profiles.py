@@ -3,8 +3,10 @@
 A GPU of an expert-parallel group holds E / G experts and receives token-expert assignments, each a row of its experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from math import ceil
 
 import numpy as np
 import polars as pl
@@ -17,7 +19,7 @@ from perfmodel.physics import Array
 from perfmodel.placement.balance import ExpertMap, Index, require_even
 from perfmodel.placement.staircase import Staircase, token_counts
 from perfmodel.predict import OPS, Basis, work_of
-from perfmodel.routing import Routing, Shares
+from perfmodel.routing import Recording, Routing, Shares
 
 # From the router's logits on: all that a GPU of the group does with the rows it received.
 LAYER = OPS[2]
@@ -95,6 +97,16 @@ def predicted_staircase(
     order = np.tile(np.arange(len(counts)), N_DRAWS).argsort(kind="stable")
     ns = device_ns(basis, local, rows[order], np.repeat(np.arange(len(counts)), N_DRAWS))
     return Staircase(counts, rising(ns)[None]).at_speeds(speeds)
+
+
+def predicted_times(
+    basis: Basis, shape: MoEShape, speeds: Array, recording: Recording, tile_rows: int | None = None
+) -> tuple[Staircase, Callable[[ExpertMap, Array], float]]:
+    """What `compare` judges maps of a recording by: the staircase over all token counts that it may come to, and the
+    time of a layer from the rows of every expert."""
+    n_most = ceil(recording.loads.sum(axis=2).max())
+    staircase = predicted_staircase(basis, shape, speeds, recording.shares, n_most, tile_rows)
+    return staircase, partial(layer_ns_by_rows, basis=basis, shape=shape, speeds=speeds)
 
 
 def _prefixes(popularity: Shares, counts: Index, seed: int) -> Array:

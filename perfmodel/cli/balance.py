@@ -1,22 +1,18 @@
 """The command about experts over several GPUs: it loads, makes one call, prints."""
 
-from collections.abc import Callable
-from functools import partial
-from math import ceil
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
 from perfmodel import hf_config, report
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, fraction, note, number, print_json, print_words, whole
 from perfmodel.errors import InputError
 from perfmodel.moe import MoEShape
-from perfmodel.placement.balance import ExpertMap
 from perfmodel.placement.staircase import Staircase, spread_speeds
-from perfmodel.routing import Recording
 
 
 @app.command()
@@ -54,11 +50,15 @@ def balance(
     ] = None,
     tile_rows: Annotated[str | None, typer.Option(help="Rows of a tile, where they are known better.")] = None,
     out: Annotated[str | None, typer.Option(help="Write the map with the least latency here, as JSON.")] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Which GPU should hold which expert: policies by the time of the GPU that all others wait for."""
-    from perfmodel.balance import POLICIES, Slots, compare, steps_of, write_map
+    from perfmodel.balance import POLICIES, Slots, compare, predicted_times, steps_of, write_map
+    from perfmodel.latency import load_model
+    from perfmodel.predict import basis_of
 
+    check_html(html)
     n_gpus = whole(gpus, "--gpus")
     moe_shape = hf_config.resolve(shape)
     recording = steps_of(routing, moe_shape, whole(tokens, "--tokens"), whole(steps, "--steps") if steps else None)
@@ -70,7 +70,8 @@ def balance(
             raise InputError("a capture was measured: leave out --model and --tile-rows")
         staircase = _measured(capture, moe_shape, own_speeds if spread or speeds or len(capture) == 1 else None, n_gpus)
     else:
-        staircase, by_rows = _predicted(hardware_name, model, moe_shape, own_speeds, recording, rows)
+        basis = basis_of(machine_of(hardware_name), moe_shape, load_model(model) if model else None)
+        staircase, by_rows = predicted_times(basis, moe_shape, own_speeds, recording, rows)
     slots = Slots(
         whole(replicas, "--replicas") if replicas else None, whole(groups, "--groups"), whole(nodes, "--nodes")
     )
@@ -84,10 +85,18 @@ def balance(
         by_rows=by_rows,
     )
     times = ", ".join(capture) if capture else f"{model or 'no fitted model'} on {hardware_name}"
+    words = report.balance_page(found, staircase, recording, moe_shape.name, times)
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+
+        return figures.balance_figures(found)
+
+    write_html(html, f"Experts of {moe_shape.name} over {n_gpus} GPUs", words, draw)
     if as_json:
         print_json(report.balance_json(found, staircase, recording, moe_shape.name, times))
     else:
-        print_words(report.balance_page(found, staircase, recording, moe_shape.name, times))
+        print_words(words)
     if out:
         write_map(out, found.maps[found.best], recording.layers)
         note(f"wrote {out}: {found.outcomes[found.best].policy}")
@@ -109,21 +118,3 @@ def _measured(folders: list[str], shape: MoEShape, speeds: NDArray[np.float64] |
     from perfmodel.capture import load_capture
 
     return observed_staircase([load_capture(folder).observations for folder in folders], shape, n_gpus, speeds)
-
-
-def _predicted(
-    machine: str,
-    model: str | None,
-    shape: MoEShape,
-    speeds: NDArray[np.float64],
-    recording: Recording,
-    tile_rows: int | None,
-) -> tuple[Staircase, Callable[[ExpertMap, NDArray[np.float64]], float]]:
-    from perfmodel.balance import layer_ns_by_rows, predicted_staircase
-    from perfmodel.latency import load_model
-    from perfmodel.predict import basis_of
-
-    basis = basis_of(machine_of(machine), shape, load_model(model) if model else None)
-    n_most = ceil(recording.loads.sum(axis=2).max())
-    staircase = predicted_staircase(basis, shape, speeds, recording.shares, n_most, tile_rows)
-    return staircase, partial(layer_ns_by_rows, basis=basis, shape=shape, speeds=speeds)

@@ -9,6 +9,7 @@ import polars as pl
 import typer
 
 from perfmodel import report
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.shell import (
     Cache,
     Json,
@@ -48,9 +49,11 @@ def layers(
     ),
     workers: Annotated[str | None, typer.Option(help="Workers that read a folder of ranks.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of the Dask scheduler, with --backend dask.")] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """What does a pass of a MoE layer cost: launches, gaps, hidden communication; over ranks, who waits for whom."""
+    check_html(html)
     n_top = whole(top, "--top") if top else None
     n_tokens = whole(tokens, "--tokens") if tokens else None
     wanted = _step(step) if step is not None else None
@@ -69,42 +72,62 @@ def layers(
             raise InputError("--step shows one step of one run; expected a trace or a folder without N=")
         pairs = sorted((whole(run[1], "the number of GPUs"), run[2]) for run in runs if run)
         rows = _scaling([(n_gpus, path, ranks_of(path)) for n_gpus, path in pairs], n_tokens)
+        words = report.scaling_page(rows, width())
+        _draw(html, words, "scaling_figures", rows)
         if as_json:
             print_json({"runs": rows})
         else:
-            print_words(report.scaling_page(rows, width()))
+            print_words(words)
         return
     if len(traces) > 1:
         raise InputError(f"found {len(traces)} traces, expected one, or N=TRACE for each number of GPUs: 2=a 8=b")
     path = traces[0]
     if is_folder_of_ranks(Path(path)):
-        _show_ranks(ranks_of(path), wanted, n_tokens, n_top, as_json)
+        _show_ranks(ranks_of(path), wanted, n_tokens, n_top, html, as_json)
         return
     loaded = read(path, cache)
     with about(path):
         if loaded.of_kind("kernel").select("rank", "device").n_unique() > 1:
-            _show_ranks(compare_devices(loaded, path, range_pattern), wanted, n_tokens, n_top, as_json)
+            _show_ranks(compare_devices(loaded, path, range_pattern), wanted, n_tokens, n_top, html, as_json)
             return
         found = moe_passes(loaded, range_pattern)
         found = found if wanted is None else found.of_step(wanted)
     latency_ns = found.medians()["dur_ns"]
     tokens_per_s = _tokens_per_s(n_tokens, 1, latency_ns)
+    words = report.passes_page(found, Path(path).name, tokens_per_s, n_top or report.N_TOP, width())
+    _draw(html, words, "pass_figures", found)
     if as_json:
         print_json({**found.to_json(n_top), "tokens_per_s": tokens_per_s})
     else:
-        print_words(report.passes_page(found, Path(path).name, tokens_per_s, n_top or report.N_TOP, width()))
+        print_words(words)
 
 
-def _show_ranks(found: LayerRanks, step: int | None, n_tokens: int | None, n_top: int | None, as_json: bool) -> None:
+def _draw(html: str | None, words: str, name: str, *found: Any) -> None:
+    """Write a report with what a function of `perfmodel.figures` draws."""
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+
+        drawn: list[tuple[Any, str]] = getattr(figures, name)(*found)
+        return drawn
+
+    write_html(html, "MoE layer passes", words, draw)
+
+
+def _show_ranks(
+    found: LayerRanks, step: int | None, n_tokens: int | None, n_top: int | None, html: str | None, as_json: bool
+) -> None:
     known = found.waits["step"].unique().sort()
     if step is not None and step not in known:
         shown = ", ".join(map(str, known.drop_nulls().head(8))) or "none"
         raise InputError(f"{found.source}: no step {step} in which collectives were matched; there are {shown}")
     tokens_per_s = _tokens_per_s(n_tokens, found.members.height, found.latency_ns)
+    words = report.layer_ranks_page(found, step, tokens_per_s, n_top or report.N_TOP, width())
+    _draw(html, words, "rank_figures", found, step)
     if as_json:
         print_json({**found.to_json(step), "tokens_per_s": tokens_per_s})
     else:
-        print_words(report.layer_ranks_page(found, step, tokens_per_s, n_top or report.N_TOP, width()))
+        print_words(words)
 
 
 def _scaling(runs: list[tuple[int, str, LayerRanks]], n_tokens: int | None) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ def phases(
     from perfmodel.ep_capture import load_ep_capture, same_work
     from perfmodel.latency import load_model
     from perfmodel.schedule.captured import set_beside
-    from perfmodel.schedule.drawn import measured, predicted
 
     check_html(html)
     if html is not None and workload is None:
@@ -44,10 +43,7 @@ def phases(
     def draw() -> list[tuple[Any, str]]:
         from perfmodel import figures
 
-        pairs = list(zip(found, chosen or (), strict=True))
-        panels = [panel for beside, one in pairs for panel in (measured(beside.capture, one), predicted(beside, one))]
-        head = "; ".join(report.workload_head(beside.capture, one) for beside, one in pairs)
-        return [(figures.gantt(panels, head, "rank"), "Which rank did what when, measured and as predicted")]
+        return figures.phase_figures(list(zip(found, chosen or (), strict=True)))
 
     write_html(html, "Expert-parallel layers, measured and predicted", words, draw)
     if as_json:

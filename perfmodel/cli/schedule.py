@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfmodel import hf_config, report, text
+from perfmodel import report, text
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, progress, whole, width
@@ -80,6 +80,10 @@ def schedule(
     ] = None,
     gpu_price: Annotated[str | None, typer.Option(help="Of --compare: what one GPU costs, in any currency.")] = None,
     host_price: Annotated[str | None, typer.Option(help="Of --compare: what one host with its memory costs.")] = None,
+    curves: Annotated[
+        bool,
+        typer.Option("--curves", help="Also where the time goes, and speed-up against batch and skew."),
+    ] = False,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -89,11 +93,12 @@ def schedule(
     from perfmodel.model_memory import model_memory
     from perfmodel.routing import is_pattern
     from perfmodel.schedule.alternatives import compare as compared
-    from perfmodel.schedule.question import Question
-    from perfmodel.schedule.traffic import layer_shares_of, map_layer_of
+    from perfmodel.schedule.asked import question_of
+    from perfmodel.schedule.curves import curves as along_both
+    from perfmodel.schedule.pictured import picture
     from perfmodel.schedule.what_if import answer
 
-    profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
+    profile = machine_of(hardware_name)
     n_gpus, n_layer = whole(gpus, "--gpus"), _from_zero(layer or "0", "--layer")
     check_html(html)
     notes: list[str] = []
@@ -112,17 +117,17 @@ def schedule(
     )
     prices = _prices(gpu_price, host_price, bool(numbers))
     chosen = None if expert_map is None else read_map(expert_map)
-    question = Question(
+    question = question_of(
         profile,
-        moe_shape,
-        layer_shares_of(routing, moe_shape, n_layer),
+        shape,
+        routing,
         n_gpus,
         _at_most(tokens, "--tokens", MOST_TOKENS, " on each GPU"),
-        load_model(model) if model else None,
-        chosen,
-        0 if chosen is None else map_layer_of(chosen, n_gpus, n_layer),
-        whole(gpus_per_node, "--gpus-per-node") if gpus_per_node else None,
-        whole(gpus_per_host, "--gpus-per-host") if gpus_per_host else None,
+        layer=n_layer,
+        model=load_model(model) if model else None,
+        expert_map=chosen,
+        gpus_per_node=whole(gpus_per_node, "--gpus-per-node") if gpus_per_node else None,
+        gpus_per_host=whole(gpus_per_host, "--gpus-per-host") if gpus_per_host else None,
         access=_one_mode(access or "zero-copy"),
         overheads=_overheads(names, launches, launch_time, capacity_factor, chunks, once_per_gpu),
     )
@@ -134,37 +139,43 @@ def schedule(
     try:
         alternatives = compared(question, numbers, names, fitted, prices) if numbers else []
         found = answer(question, routing, names, alternatives, notes, progress)
+        pictured = picture(question, routing, names) if curves or html else None
+        both = along_both(question, names, progress) if pictured else ()
     finally:
         progress("")
     words = report.schedule_page(found, width())
+    if pictured:
+        words += f"\n\n{report.pictured_page(pictured, both, width())}"
 
     def draw() -> list[tuple[Any, str]]:
         from perfmodel import figures
-        from perfmodel.schedule.drawn import scheduled
 
-        panels = [scheduled(one) for one in found.timelines]
-        return [(figures.gantt(panels, report.schedule_head(found)), "What each GPU does when, by schedule")]
+        return figures.schedule_figures(pictured, both) if pictured else []
 
     write_html(html, f"Expert-parallel schedules: {shape} on {gpus} x {hardware_name}", words, draw)
     if as_json:
-        print_json(report.schedule_json(found))
+        more = (
+            {"pictured": pictured.to_json(), "curves": {one.along: one.to_json() for one in both}} if pictured else {}
+        )
+        print_json(report.schedule_json(found) | more)
     else:
         print_words(words)
 
 
 def _schedules(words: str, profile: "HardwareProfile", notes: list[str]) -> list[str]:
     """The schedules of --schedule; of all, those that the machine can have."""
-    from perfmodel.schedule import SCHEDULES, overheads_of
+    from perfmodel.schedule import overheads_of
+    from perfmodel.schedule.asked import possible_schedules
 
     if words != ALL:
         names = list(dict.fromkeys(word.strip() for word in words.split(",")))
         for name in names:
             overheads_of(name)
         return names
-    if profile.device == "gpu" and profile.first("n_cores_count"):
-        return list(SCHEDULES)
-    notes.append("fused is left out: it needs a GPU whose number of multiprocessors is known (n_cores_count)")
-    return [name for name in SCHEDULES if name != "fused"]
+    able = list(possible_schedules(profile))
+    if "fused" not in able:
+        notes.append("fused is left out: it needs a GPU whose number of multiprocessors is known (n_cores_count)")
+    return able
 
 
 def _overheads(
@@ -206,28 +217,18 @@ def _overheads(
 def _offload_frac(words: str, question: "Question", memory: "ModelMemory", notes: list[str]) -> float:
     """What --offload says; a note where more must leave device memory, or what a whole model takes is not known."""
     from perfmodel.schedule.alternatives import fitting_frac
+    from perfmodel.schedule.asked import memory_notes
 
-    if "memory_capacity_bytes" not in question.profile.quantities:
-        if words == AUTO:
+    if words == AUTO:
+        if "memory_capacity_bytes" not in question.profile.quantities:
             raise InputError(
                 f"hardware {question.profile.name!r} has no memory_capacity_bytes: give --offload a number"
             )
-        return fraction(words, "--offload")
-    if memory.non_expert_bytes is None and words == AUTO:
-        notes.append(f"weights besides experts are not known and count as none ({'; '.join(memory.notes)})")
-    if words == AUTO:
+        if memory.non_expert_bytes is None:
+            notes.append(f"weights besides experts are not known and count as none ({'; '.join(memory.notes)})")
         return fitting_frac(question, memory)
     found = fraction(words, "--offload")
-    try:
-        least = fitting_frac(question, memory)
-    except InputError as error:
-        notes.append(f"hypothetical: {error}")
-    else:
-        if found < least:
-            notes.append(
-                f"hypothetical: {text.frac(least)} of each GPU's experts do not fit in device memory beside the rest "
-                "of the model; --offload auto"
-            )
+    notes += memory_notes(replace(question, offload_frac=found), memory, "--offload auto")
     return found
 
 

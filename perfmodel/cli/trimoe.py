@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perfmodel import hardware, report, text
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.latency import machine_of
 from perfmodel.cli.shell import Json, app, fraction, number, print_json, print_words, whole, width
 from perfmodel.errors import InputError
@@ -54,6 +55,7 @@ def trimoe(
         list[str] | None, typer.Option(help="Times by tokens: gpu=FILE.csv, cpu=..., ndp=..., columns tokens and ns.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="A fitted model of the GPU's kernel, as of `predict`.")] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Decode with experts on GPU, CPU and near-data memory modules (TriMoE), beside baselines and published figures."""
@@ -63,6 +65,7 @@ def trimoe(
     from perfmodel.trimoe.study import SCALES
     from perfmodel.trimoe.systems import variant
 
+    check_html(html)
     profile, moe_shape = machine_of(hardware_name), hf_config.resolve(shape)
     require_near_data(profile)
     if hbm_slots is not None and hbm_budget is not None:
@@ -99,6 +102,14 @@ def trimoe(
     pairs = [*((scale, 1.0) for scale in others), *((1.0, scale) for scale in others)]
     names = [*(f"bandwidth x{scale:g}" for scale in others), *(f"FLOP/s x{scale:g}" for scale in others)]
     ranged = list(zip(names, trimoe.sensitivity(work, pairs, system, has_fitted_bounds=fitted), strict=True))
+    words = report.trimoe_page(found, ranged, routing, width())
+
+    def draw() -> list[tuple[Any, str]]:
+        from perfmodel import figures
+
+        return figures.trimoe_figures(found)
+
+    write_html(html, f"Experts of {moe_shape.name} on three domains", words, draw)
     if as_json:
         rows = [
             {"ndp_reading_scale": b, "ndp_computing_scale": f, "speedup": one.speedup, "step_ns": one.system.step_ns}
@@ -106,7 +117,7 @@ def trimoe(
         ]
         print_json({**found.to_json(), "sensitivity": rows})
     else:
-        print_words(report.trimoe_page(found, ranged, routing, width()))
+        print_words(words)
 
 
 def _slots(word: str) -> int:

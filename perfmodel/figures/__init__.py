@@ -1,12 +1,14 @@
 """Tables and records in, Plotly figures out; the dashboard and reports draw nothing else."""
 
+from .balancing import balance_figures, trimoe_figures
 from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
 from .latency import BAND_FRAC, accuracy_figures, held_coverage, parity, residuals
 from .page import html_page
+from .passes import pass_figures, rank_figures, scaling_figures
 from .placing import parts, placing_figures, policies, prediction_figures, slowdown, trade_off, trade_off_of
 from .rooflines import roofline, roofline_figures
 from .routing import coverage, routing_figures, routing_map
-from .schedules import MAX_GPUS, gantt
+from .schedules import MAX_GPUS, beside, gantt, phase_figures, schedule_figures, speedup, stacked
 from .traces import busy, shares
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "PALETTE",
     "SYMBOLS",
     "accuracy_figures",
+    "balance_figures",
+    "beside",
     "busy",
     "coverage",
     "gantt",
@@ -24,16 +28,24 @@ __all__ = [
     "literal",
     "parity",
     "parts",
+    "pass_figures",
+    "phase_figures",
     "placing_figures",
     "policies",
     "prediction_figures",
+    "rank_figures",
     "residuals",
     "roofline",
     "roofline_figures",
     "routing_figures",
     "routing_map",
+    "scaling_figures",
+    "schedule_figures",
     "shares",
     "slowdown",
+    "speedup",
+    "stacked",
     "trade_off",
     "trade_off_of",
+    "trimoe_figures",
 ]

@@ -17,7 +17,17 @@ from perfmodel.report.fits import (
 from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
-from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_head, workload_page
+from perfmodel.report.phases import (
+    efficiency_page,
+    error_rows,
+    miss_words,
+    phase_pairs,
+    phases_json,
+    phases_page,
+    workload_head,
+    workload_page,
+)
+from perfmodel.report.pictured import facts, fastest_words, pictured_page, stretch_words, why_words
 from perfmodel.report.placing import (
     change_lines,
     labelled,
@@ -65,7 +75,10 @@ __all__ = [
     "costliest_rows",
     "diff_page",
     "efficiency_page",
+    "error_rows",
     "evaluation_page",
+    "facts",
+    "fastest_words",
     "findings_page",
     "findings_text",
     "fit_page",
@@ -75,10 +88,13 @@ __all__ = [
     "limits",
     "limits_page",
     "lost_words",
+    "miss_words",
     "models_rows",
     "passes_page",
+    "phase_pairs",
     "phases_json",
     "phases_page",
+    "pictured_page",
     "placing_json",
     "placing_page",
     "policy_rows",
@@ -92,11 +108,13 @@ __all__ = [
     "schedule_json",
     "schedule_page",
     "shape_rows",
+    "stretch_words",
     "sweep_page",
     "table",
     "trace_page",
     "trimoe_page",
     "verdict_lines",
+    "why_words",
     "workload_head",
     "workload_page",
 ]

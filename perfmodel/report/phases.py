@@ -86,6 +86,12 @@ def workload_page(beside: "Beside", workload: EpWorkload) -> str:
     return "\n".join(lines)
 
 
+def phase_pairs(beside: "Beside", workload: EpWorkload) -> list[tuple[str, float | None, float]]:
+    """Phase, measured and predicted time of one workload: of the rank that takes longest, each for itself, and of
+    collectives; null where no such phase is measured. The latency comes last."""
+    return _totals_of(beside.table.filter(pl.col("workload") == workload.workload))
+
+
 def efficiency_page(captures: Sequence[EpCapture], only: Sequence[EpWorkload] | None = None) -> str | None:
     """O_e of workloads that captures of several numbers of ranks share, of `only` one of each or (null) all, and why
     there is none where there is none; null for a single capture."""
@@ -271,8 +277,33 @@ def _errors(beside: "Beside") -> str:
     return table(rows, head)
 
 
+def error_rows(beside: "Beside") -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a small table: by phase, the errors of the model over all workloads of a capture."""
+    rows = [
+        [
+            row["phase"],
+            ratio(row["median_ratio"]),
+            text.frac(row["median_error_frac"]),
+            text.frac(row["p90_error_frac"]),
+        ]
+        for row in beside.errors.iter_rows(named=True)
+    ]
+    return ["phase", "predicted/measured", "median error", "p90"], rows
+
+
+def miss_words(beside: "Beside", workload: EpWorkload) -> str:
+    """How well the step of one workload was predicted, and what was missed most, in a sentence."""
+    *phases, (_, seen, said) = phase_pairs(beside, workload)
+    off = {name: ns - known for name, known, ns in phases if known is not None}
+    worst = max(off, key=lambda name: abs(off[name]))
+    words = f"predicted {text.ns(said)}, measured {text.ns(seen)}"
+    words += f" ({100 * (said / seen - 1):+.0f} %)" if seen else ""
+    way = "long" if off[worst] > 0 else "short"
+    return f"The whole step: {words}. Most is missed in {worst}, {text.ns(abs(off[worst]))} too {way}."
+
+
 def _totals(beside: "Beside") -> str:
-    sums = _totals_of(beside)
+    sums = _totals_of(beside.table)
     steps = next(row[1] for row in sums if row[0] == "latency") or 1.0
     rows = [
         [phase, text.ns(seen), text.ns(said), text.frac(None if seen is None else seen / steps)]
@@ -281,11 +312,9 @@ def _totals(beside: "Beside") -> str:
     return table(rows, ["phase", "measured", "predicted", "of steps"])
 
 
-def _totals_of(beside: "Beside") -> list[tuple[str, float | None, float]]:
+def _totals_of(table: pl.DataFrame) -> list[tuple[str, float | None, float]]:
     """Phase, measured and predicted time, summed over workloads; null where no such phase is measured."""
-    longest = beside.table.group_by("workload", "phase", maintain_order=True).agg(
-        pl.col("measured_ns", "predicted_ns").max()
-    )
+    longest = table.group_by("workload", "phase", maintain_order=True).agg(pl.col("measured_ns", "predicted_ns").max())
     measured = pl.when(pl.col("measured_ns").is_not_null().any()).then(pl.col("measured_ns").sum())
     sums = longest.group_by("phase", maintain_order=True).agg(measured, pl.col("predicted_ns").sum())
     return list(sums.iter_rows())
@@ -320,7 +349,7 @@ def _misses(beside: "Beside") -> list[str]:
     from perfmodel.schedule.captured import last_at_combine, late_collectives
     from perfmodel.schedule.probed import SLICE_NS
 
-    off = {name: said - seen for name, seen, said in _totals_of(beside) if name != "latency" and seen is not None}
+    off = {name: said - seen for name, seen, said in _totals_of(beside.table) if name != "latency" and seen is not None}
     worst = sorted(off, key=lambda name: -abs(off[name]))[:N_MISSES]
     words = [f"{name} by {text.ns(abs(off[name]))} ({'long' if off[name] > 0 else 'short'})" for name in worst]
     lines = [wrapped(f"most is missed in {', '.join(words)}, over all workloads", WIDTH)]
@@ -335,7 +364,7 @@ def _misses(beside: "Beside") -> list[str]:
             f"{phase} in bulk: {late_frac:.0%} of {n} end more than {text.ns(SLICE_NS / 2)} later than predicted; the "
             f"prediction is {ratio(prompt_ratio)} of the others"
         )
-    said = {name: time_ns for name, _, time_ns in _totals_of(beside)}
+    said = {name: time_ns for name, _, time_ns in _totals_of(beside.table)}
     if "sharing" in said:
         share = said["sharing"] / said["latency"]
         lines.append(f"waiting for cores is {text.frac(share)} of predicted steps; it is measured in other phases")

@@ -8,6 +8,7 @@ from perfmodel.report.words import WIDTH, ratio, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.schedule.alternatives import Alternative, Verdict
+    from perfmodel.schedule.pictured import Picture
     from perfmodel.schedule.what_if import Answer
 
 LIKE_FRAC = 0.005  # so close to each other two latencies are alike
@@ -66,7 +67,7 @@ def _best(found: "Answer") -> dict[str, Any] | None:
     }
 
 
-def schedule_head(found: "Answer") -> str:
+def schedule_head(found: "Answer | Picture") -> str:
     """What was asked, in one sentence."""
     question = found.question
     offloaded = f", {text.frac(question.offload_frac)} offloaded ({question.access})" if question.offload_frac else ""
