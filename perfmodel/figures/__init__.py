@@ -1,5 +1,6 @@
 """Tables and records in, Plotly figures out; the dashboard and reports draw nothing else."""
 
+from .checks import check_figures, crossed, forest
 from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
 from .latency import BAND_FRAC, parity, roofline
 from .page import html_page
@@ -14,7 +15,10 @@ __all__ = [
     "PALETTE",
     "SYMBOLS",
     "busy",
+    "check_figures",
     "coverage",
+    "crossed",
+    "forest",
     "gantt",
     "html_page",
     "literal",

@@ -1,7 +1,8 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
 from perfmodel.report.balance import balance_json, balance_page
-from perfmodel.report.captures import check_page
+from perfmodel.report.captures import QUANTITY_HEADER, check_page, conclusion, model_line, quantity_cells, verdict_line
+from perfmodel.report.check_files import check_junit, check_markdown
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
 from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
@@ -18,12 +19,16 @@ from perfmodel.report.words import N_TOP, WIDTH, table
 __all__ = [
     "MOST_LAYERS",
     "N_TOP",
+    "QUANTITY_HEADER",
     "WIDTH",
     "balance_json",
     "balance_page",
     "capture_page",
     "captures_page",
+    "check_junit",
+    "check_markdown",
     "check_page",
+    "conclusion",
     "diff_page",
     "efficiency_page",
     "evaluation_page",
@@ -32,11 +37,13 @@ __all__ = [
     "fit_page",
     "fusion_page",
     "layer_ranks_page",
+    "model_line",
     "passes_page",
     "phases_json",
     "phases_page",
     "placing_json",
     "placing_page",
+    "quantity_cells",
     "ranks_page",
     "routing_page",
     "scaling_page",
@@ -47,6 +54,7 @@ __all__ = [
     "table",
     "trace_page",
     "trimoe_page",
+    "verdict_line",
     "workload_head",
     "workload_page",
 ]
