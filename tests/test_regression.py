@@ -342,8 +342,8 @@ def test_markdown_is_one_line_a_short_table_and_folds(tmp_path: Path) -> None:
     assert "and 3,980 more" in folded and page.count("<details>") == page.count("</details>")
     for line in page.splitlines():
         assert line.count("`") % 2 == 0
-        if line.startswith("| `"):  # every bar of a name is escaped: eight cells stay eight
-            assert len(re.findall(r"(?<!\\)\|", line)) == 8
+        if line.startswith("| `"):  # no bar of a name ends a cell: 7, 5 and 3 columns stay as many
+            assert line.count("|") in (8, 6, 4)
         outside = re.sub(r"`[^`]*`", "", line)
         assert "<img" not in outside and "javascript" not in outside
 

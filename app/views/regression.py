@@ -33,7 +33,10 @@ def bring() -> None:
     """Boxes to upload captures as a folder or packed; shows why one could not be read."""
     folder = st.file_uploader("A capture folder", key="capture-folder", accept_multiple_files="directory")
     packed = st.file_uploader("Or captures packed as .zip", key="capture-zip", accept_multiple_files=True)
-    st.caption("They stay in this session, so that a copied link does not hold them. `perfmodel collect` makes them.")
+    st.caption(
+        "What `perfmodel collect` made; choose it as baseline or candidate afterwards. It stays in this session: "
+        "a copied link does not hold it."
+    )
     for files in (list(folder or ()), *([one] for one in packed or ())):
         digest = hashlib.sha256(b"".join(file.name.encode() + file.getvalue() for file in files)).hexdigest()
         if not files or any(known.startswith(digest) for known, _ in brought().values()):
@@ -181,7 +184,9 @@ try:
 except NotComparableError as error:
     frame.refused("These captures are not compared:", error)
     differing = sorted({key.partition(".")[0] for key in fingerprint_differences(*sides)} - set(axes))
-    if differing:
+    if set(sides[0].observations["workload"]).isdisjoint(sides[1].observations["workload"]):
+        frame.literal("No workload was measured in both, so that there is nothing to compare: choose another pair.")
+    elif differing:
         frame.literal(f"They differ in {' and '.join(differing)}. If that is what you mean to test, declare it.")
         st.button("Declare what differs", on_click=declare, args=([*axes, *differing],), type="primary")
     st.stop()

@@ -29,7 +29,7 @@ def conclusion(comparison: "Comparison") -> tuple[str, str]:
     if overall in slower and overall.cell == "regression to chase":
         return "bad", "Slower than the baseline, and no calibrated rate accounts for it: a regression to chase."
     if overall in slower:
-        return "bad", "Slower than the baseline; no model could say whether it should be."
+        return "bad", "Slower than the baseline; no model judged whether it should be."
     if slower:
         return "bad", "Single workloads are slower than the baseline, all of them together are not."
     if overall.verdict.verdict == "inconclusive":

@@ -115,7 +115,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
         words += f" ({', '.join(failures)})"
     shown = telling(comparison)
     first = shown[:N_FIRST]
-    rest = [case for case in comparison.each if case not in first]
+    rest = [case for case in comparison.each if not any(case is one for one in first)]
     parts = [words, f"{_code(comparison.baseline)} → {_code(comparison.candidate)}. " + _inline(model_line(comparison))]
     if comparison.model is not None:
         cells = [(name, str(n)) for name, n in comparison.cells().items() if n]
@@ -150,8 +150,8 @@ def _folded(title: str, body: str) -> str:
 
 
 def _code(words: str) -> str:
-    """Words as a code span in a cell of a table: one line, no backtick, no bar that would end the cell."""
-    shown = text.shortened(words, N_NAME).replace("`", "'").replace("|", "\\|")
+    """Words as a code span in a cell of a table: one line, no backtick, no bar, which ends a cell even there."""
+    shown = text.shortened(words, N_NAME).replace("`", "'").replace("|", "¦")
     return f"`{shown}`" if shown.strip() else ""
 
 
