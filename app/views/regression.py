@@ -169,10 +169,11 @@ chosen = {"bind": "query-params", "on_change": declare, "args": ([],)}  # of ano
 baseline = first.selectbox("Baseline", names, opens[0], key="baseline", **chosen)
 candidate = second.selectbox("Candidate", names, opens[1], key="candidate", **chosen)
 margin = third.number_input("Margin, %", 0.1, 100.0, 3.0, 0.5, key="margin", bind="query-params")
+if "axes" not in st.session_state and not {"baseline", "candidate", "axes"} & set(st.query_params):
+    declare(OPENS_WITH_AXES)
 axes = fourth.multiselect(
     "May differ",
     regression.AXES,
-    OPENS_WITH_AXES,
     key="axes",
     bind="query-params",
     help="Declared axes of change: what you mean to test. Captures that differ in anything else are not compared.",
@@ -195,10 +196,7 @@ except InputError as error:
     st.stop()
 verdict(result)
 table = workloads(result)
-cells = result.cells()
-cell = st.pills(
-    "Workloads", regression.CELLS, key="cell", bind="query-params", format_func=lambda name: f"{name} ({cells[name]})"
-)
+cell = st.pills("Workloads", regression.CELLS, key="cell", bind="query-params")
 shown = table if cell is None else table.filter(pl.col("cell") == cell)
 frame.rows(
     shown.drop("against_model").with_columns(pl.col(pl.Float64).round(3)),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other figures do 
     from perfmodel.regression import Case, Comparison
 
 HEIGHT = 400
+MANY = 150  # workloads from which on marks are drawn thinner
 MAX_NAMED = 30  # workloads that have room for their names beside the axis
 MARKS = {  # colour and symbol of each verdict, in the order of the legend
     "regressed": (PALETTE[1], "triangle-up"),
@@ -60,7 +61,9 @@ def forest(comparison: "Comparison") -> go.Figure:
     for verdict, (colour, symbol) in MARKS.items():
         at = [i for i, case in enumerate(cases) if case.verdict.verdict == verdict]
         if at:
-            figure.add_scatter(**_whiskers([cases[i] for i in at], at, is_named=is_named, colour=colour, symbol=symbol))
+            figure.add_scatter(
+                **_whiskers([cases[i] for i in at], at, len(cases), is_named=is_named, colour=colour, symbol=symbol)
+            )
     expected = [(i, case.expected_ratio) for i, case in enumerate(cases) if case.expected_ratio not in (None, 1.0)]
     if expected:
         ranks, ratios = [list(column) for column in zip(*expected, strict=True)]
@@ -91,7 +94,7 @@ def _along(ranks: Sequence[int], ratios: Sequence[float], *, is_named: bool) -> 
 
 
 def _whiskers(
-    cases: "Sequence[Case]", ranks: Sequence[int], *, is_named: bool, colour: str, symbol: str
+    cases: "Sequence[Case]", ranks: Sequence[int], n_all: int, *, is_named: bool, colour: str, symbol: str
 ) -> dict[str, Any]:
     """Dots with their intervals, of one verdict."""
     verdicts = [case.verdict for case in cases]
@@ -100,7 +103,7 @@ def _whiskers(
         "symmetric": False,
         "array": [v.ratio_high - v.ratio for v in verdicts],
         "arrayminus": [v.ratio - v.ratio_low for v in verdicts],
-        "thickness": 1.2,
+        "thickness": 1.2 if n_all <= MANY else 0.7,
         "width": 0,
         "color": colour,
     }
@@ -109,7 +112,7 @@ def _whiskers(
         ("error_x" if is_named else "error_y"): error,
         "mode": "markers",
         "name": f"{verdicts[0].verdict} ({len(cases)})",
-        "marker": {"color": colour, "symbol": symbol, "size": 7},
+        "marker": {"color": colour, "symbol": symbol, "size": 7 if n_all <= MANY else 5},
         "text": [_hover(case) for case in cases],
         "hoverinfo": "text",
     }
