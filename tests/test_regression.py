@@ -26,6 +26,7 @@ from perfmodel.regression import (
     CHASE,
     DEFAULT_FAILURES,
     EXPLAINED,
+    FINE,
     NOT_JUDGED,
     ON_THE_TABLE,
     OUTSIDE_MODEL,
@@ -41,7 +42,7 @@ from perfmodel.regression import (
 )
 from perfmodel.regression.verdicts import Side
 from tests import captures_made
-from tests.captures_made import SHAPES, write_synthetic_capture
+from tests.captures_made import SHAPES, write_gpu_capture, write_synthetic_capture
 
 
 def verdict(tmp_path: Path, factor: float, n_runs: int = 5, sd: float = 0.01, margin: float = 0.03) -> list[str]:
@@ -159,6 +160,12 @@ def compared(tmp_path: Path, factor: float = 1.0, axes: tuple[str, ...] = (), **
     return compare(load_capture(a), load_capture(b), axes=axes, **options)
 
 
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """A candidate that is as fast as its baseline."""
+    return compared(tmp_path_factory.mktemp("steady"))
+
+
 def test_the_interval_of_one_side_is_students() -> None:
     """Log medians 0, 0.1, 0.2: mean 0.1, standard deviation 0.1, t(0.95, 2) = 2.919986, half-width 2.92 * 0.1 / 3^0.5;
     with a known drift of variance v beside it, degrees of freedom grow by ((s2 / 3 + v) / (s2 / 3))^2."""
@@ -260,6 +267,21 @@ def test_what_lies_outside_the_fit_is_said_with_its_range(tmp_path: Path) -> Non
     assert overall.measured_ns == pytest.approx(np.exp(np.mean([np.log(one.measured_ns) for one in inside])))
 
 
+def test_a_model_that_judges_a_minority_says_nothing_of_the_whole(tmp_path: Path) -> None:
+    """A GPU's capture of many access modes, dtypes and launches, of which one model knows one kind of each."""
+    a = load_capture(write_gpu_capture(tmp_path / "a"))
+    b = write_gpu_capture(tmp_path / "b")
+    rows = [json.loads(line) for line in (b / "observations.jsonl").read_text().splitlines()]
+    slow = [json.dumps({**row, "times_ns": [round(1.3 * t) for t in row["times_ns"]]}) for row in rows]
+    (b / "observations.jsonl").write_text("\n".join(slow) + "\n")
+    found = compare(a, load_capture(b))
+    assert 0 < 2 * found.n_judged < len(found.each)
+    assert found.datasheet == "h100-sxm"  # by the name of the GPU, unasked
+    assert found.overall.cell == NOT_JUDGED and found.cells()[NOT_JUDGED] == len(found.each) - found.n_judged
+    assert f"over the {found.n_judged} of {len(found.each)} workloads that it can judge" in report.check_page(found)
+    assert found.exit_code() == 1
+
+
 def test_a_datasheets_ceilings_are_asked_about_too(tmp_path: Path) -> None:
     """With twice the rates as nominal ceilings, a machine that reaches its calibrated ones is slow for its silicon."""
     a = load_capture(write_synthetic_capture(tmp_path / "a"))
@@ -346,6 +368,37 @@ def test_markdown_is_one_line_a_short_table_and_folds(tmp_path: Path) -> None:
             assert line.count("|") in (8, 6, 4)
         outside = re.sub(r"`[^`]*`", "", line)
         assert "<img" not in outside and "javascript" not in outside
+
+
+@pytest.mark.parametrize(
+    ("verdict", "cell", "is_above", "kind", "words"),
+    [
+        ("regressed", EXPLAINED, False, "mixed", "make the model expect"),
+        ("regressed", CHASE, False, "bad", "no calibrated rate accounts for it"),
+        ("suspect", NOT_JUDGED, False, "bad", "no model says"),
+        ("inconclusive", UNDECIDED, False, "open", "cannot tell"),
+        ("inconclusive", UNDECIDED, True, "mixed", "Slower than the model expects"),
+        ("ok", ON_THE_TABLE, True, "mixed", "left on the table"),
+        ("improved", FINE, False, "good", "Faster"),
+        ("ok", FINE, False, "good", "As fast"),
+    ],
+)
+def test_the_conclusion_in_words(
+    steady: Comparison, verdict: str, cell: str, is_above: bool, kind: str, words: str
+) -> None:
+    overall = steady.overall
+    assert overall.expectation is not None
+    expectation = replace(overall.expectation, verdict=SLOWER_THAN_MODEL if is_above else "as-expected")
+    case = replace(overall, verdict=replace(overall.verdict, verdict=verdict), cell=cell, expectation=expectation)
+    found = replace(steady, cases=(case, *steady.each))
+    assert report.conclusion(found)[0] == kind and words in report.conclusion(found)[1]
+    assert (SLOWER_THAN_MODEL in found.failures()) == is_above
+    one = replace(steady.each[0], verdict=replace(steady.each[0].verdict, verdict="regressed"), cell=CHASE)
+    mixed = report.conclusion(replace(found, cases=(case, one)))[1]
+    if cell == EXPLAINED:
+        assert "some are regressions to chase" in mixed
+    if verdict in ("ok", "improved"):
+        assert mixed.startswith("Single workloads are slower")
 
 
 def test_options_of_the_command_and_what_it_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

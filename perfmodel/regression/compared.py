@@ -84,8 +84,9 @@ class Moved:
 class Comparison:
     """A candidate held against a baseline and against a model; `cases` begin with all workloads together.
 
-    `model` is null where no model could be had, and `no_model` says why. `n_missing` counts workloads that only the
-    other side measured.
+    `model` is null where no model could be had, and `no_model` says why. The model's answer to all together is over
+    those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
+    that only the other side measured.
     """
 
     baseline: str
@@ -110,6 +111,11 @@ class Comparison:
         """The workloads one by one, slowest against the baseline first."""
         return self.cases[1:]
 
+    @property
+    def n_judged(self) -> int:
+        """How many workloads the model could judge: those it knows and that lie inside what it was fitted on."""
+        return sum(_is_judged(case) for case in self.each)
+
     def cells(self) -> dict[str, int]:
         """How many workloads stand in each cell of the two questions crossed; those never met are zero."""
         return {name: sum(case.cell == name for case in self.each) for name in CELLS}
@@ -133,7 +139,7 @@ class Comparison:
         may_explain = any(axis.partition(".")[0] == "machine" for axis in self.axes)
         is_slower = case.verdict.verdict in SLOWER
         is_explained = is_slower and may_explain and case.cell == EXPLAINED
-        expectation = case.expectation if case is self.overall else None
+        expectation = case.expectation if case is self.overall and case.cell != NOT_JUDGED else None
         holds = {
             "regressed": is_slower and not is_explained,
             "explained": is_explained,
@@ -266,7 +272,13 @@ def _judged(
         key = verdict.workload
         case = Case(verdict, found.get(key), expected.get(key), by_datasheet.get(key), NOT_JUDGED)
         cases.append(replace(case, cell=cell_of(case, margin_frac)))
+    if 2 * sum(map(_is_judged, cases[1:])) < len(only):  # a minority says nothing of the whole
+        cases[0] = replace(cases[0], cell=NOT_JUDGED)
     return cases
+
+
+def _is_judged(case: Case) -> bool:
+    return case.expectation is not None and case.expectation.verdict != OUTSIDE_MODEL
 
 
 def cell_of(case: Case, margin_frac: float) -> str:
@@ -276,7 +288,7 @@ def cell_of(case: Case, margin_frac: float) -> str:
     both machines account for it: the model's ratio, with the margin, reaches the measured interval.
     """
     expectation, expected = case.expectation, case.expected_ratio
-    if expectation is None or expected is None or expectation.verdict == OUTSIDE_MODEL:
+    if expectation is None or expected is None or not _is_judged(case):
         return NOT_JUDGED
     if case.verdict.verdict == "inconclusive":
         return UNDECIDED

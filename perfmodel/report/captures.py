@@ -29,12 +29,14 @@ def conclusion(comparison: "Comparison") -> tuple[str, str]:
     if overall in slower and overall.cell == "regression to chase":
         return "bad", "Slower than the baseline, and no calibrated rate accounts for it: a regression to chase."
     if overall in slower:
-        return "bad", "Slower than the baseline; no model judged whether it should be."
+        return "bad", "Slower than the baseline; no model says whether it should be."
     if slower:
         return "bad", "Single workloads are slower than the baseline, all of them together are not."
+    if overall.cell == "undecided" and found is not None and found.verdict == "slower-than-model":
+        return "mixed", "Slower than the model expects; the runs cannot tell whether slower than the baseline."
     if overall.verdict.verdict == "inconclusive":
         return "open", "The runs cannot tell whether it is slower than the baseline."
-    if found is not None and found.verdict == "slower-than-model":
+    if overall.cell == "left on the table":
         return (
             "mixed",
             "Not slower than the baseline, but slower than the model expects: time is left on the table.",
@@ -64,6 +66,8 @@ def model_line(comparison: "Comparison") -> str:
     if found.model_low_ns is not None and found.model_high_ns is not None:
         low, high = found.model_low_ns / found.model_ns, found.model_high_ns / found.model_ns
         words += f" (its 90 % interval {low:.3f} to {high:.3f})"
+    if comparison.n_judged < len(comparison.each):
+        words += f", over the {comparison.n_judged} of {len(comparison.each)} workloads that it can judge"
     if found.reason:
         words += f": {found.reason}"
     if case.expected_ratio is not None and abs(case.expected_ratio - 1) > 5e-4:
