@@ -1,14 +1,18 @@
 """The Regression view: verdicts of shipped and uploaded captures, without a browser and in one."""
 
 import io
+import shlex
 import xml.etree.ElementTree as ET
 import zipfile
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from perfmodel.cli.main import app
 from tests.app_pages import figure, numbers, opened, ran, shown, titles
 from tests.captures_made import write_synthetic_capture
+from tests.conftest import ROOT
 
 
 def zipped(folder: Path) -> tuple[str, bytes, str]:
@@ -83,6 +87,29 @@ def test_uploaded_captures_are_compared_in_their_session(tmp_path: Path) -> None
     assert "perfmodel check before 'after<b>' --margin 3%" in shown(view)
     again = opened("regression")
     assert "uploaded: before" not in again.selectbox(key="baseline").options
+
+
+def test_two_uploads_of_one_name_stay_two(tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "one" / "capture")
+    b = write_synthetic_capture(tmp_path / "two" / "capture", noise=lambda: 1.4)
+    view = opened("regression")
+    view.file_uploader(key="capture-zip").set_value([zipped(a), zipped(b)])
+    first, second = ran(view).selectbox(key="baseline").options[-2:]
+    assert first == "uploaded: capture" and second.startswith("uploaded: capture (")
+    view.selectbox(key="baseline").set_value(second)
+    view.selectbox(key="candidate").set_value(first)
+    assert numbers(ran(view))["Time against the baseline"] == "0.71x"
+    assert ran(view).selectbox(key="baseline").options[-2:] == [first, second]
+
+
+def test_the_command_below_gives_the_same_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    view = opened("regression", margin="10", axes="machine.cpu_family", model="epyc-zen4-2c-fp32")
+    view.multiselect(key="axes").set_value(["machine", "software"])
+    command, page = (block.value for block in ran(view).code)
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 1 and page in done.stdout
+    assert "--margin 10% --axis machine --axis software --model epyc-zen4-2c-fp32" in command
 
 
 def test_what_is_no_capture_is_refused_in_words(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ def bring() -> None:
         try:
             with st.spinner("Reading the capture"), uploads.saved(files) as place:
                 for capture in read(place):
-                    brought()[f"{UPLOADED}{capture.name}"] = (f"{digest}-{capture.digest}", capture)
+                    name = f"{UPLOADED}{capture.name}"
+                    name += f" ({digest[:6]})" if name in brought() else ""
+                    brought()[name] = (f"{digest}-{capture.digest}", capture)
         except InputError as error:
             frame.refused("This cannot be read as a capture:", error)
 
@@ -204,7 +206,7 @@ frame.rows(
     height=260,
 )
 changed(result)
-folders = [f"traces/{name}" if name in shipped else name.removeprefix(UPLOADED) for name in (baseline, candidate)]
+folders = [f"traces/{name}" if name in shipped else captures[name][1].name for name in (baseline, candidate)]
 options = [word for axis in axes for word in ("--axis", axis)]
 options += [] if model == OWN else ["--model", model]
 frame.computed(["perfmodel", "check", *folders, "--margin", f"{margin:g}%", *options], report.check_page(result))
