@@ -201,7 +201,7 @@ table = workloads(result)
 cell = st.pills("Workloads", regression.CELLS, key="cell", bind="query-params")
 shown = table if cell is None else table.filter(pl.col("cell") == cell)
 frame.rows(
-    shown.drop("against_model").with_columns(pl.col(pl.Float64).round(3)),
+    shown.drop("against_model", "n_more_runs").with_columns(pl.col(pl.Float64).round(3)),
     "Workloads, slowest against the baseline first",
     height=260,
 )

@@ -16,9 +16,11 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other figures do 
 HEIGHT = 400
 MANY = 150  # workloads from which on marks are drawn thinner
 MAX_NAMED = 30  # workloads that have room for their names beside the axis
-MARKS = {  # colour and symbol of each verdict, in the order of the legend
+EXPLAINED = "explained"
+MARKS = {  # colour and symbol of each verdict, and of slower workloads that are explained, in the order of the legend
     "regressed": (PALETTE[1], "triangle-up"),
-    "suspect": (PALETTE[4], "diamond"),
+    "suspect": (PALETTE[1], "diamond-open"),
+    EXPLAINED: (PALETTE[4], "triangle-up-open"),
     "inconclusive": (PALETTE[6], "circle-open"),
     "ok": (PALETTE[0], "circle"),
     "improved": (PALETTE[2], "triangle-down"),
@@ -50,7 +52,7 @@ def check_figures(comparison: "Comparison") -> list[tuple[go.Figure, str]]:
 
 
 def forest(comparison: "Comparison") -> go.Figure:
-    """Ratios of all workloads with 90 % intervals, slowest first, over the band of the margin; in diamonds what the
+    """Ratios of all workloads with 90 % intervals, slowest first, over the band of the margin; as dashes what the
     model expects where the machines' calibrated rates differ.
 
     Few workloads stand below each other with their names, many side by side with names on hovering.
@@ -58,8 +60,8 @@ def forest(comparison: "Comparison") -> go.Figure:
     cases = comparison.each[: MAX_POINTS // 2]
     is_named = len(cases) <= MAX_NAMED
     figure = go.Figure()
-    for verdict, (colour, symbol) in MARKS.items():
-        at = [i for i, case in enumerate(cases) if case.verdict.verdict == verdict]
+    for mark, (colour, symbol) in MARKS.items():
+        at = [i for i, case in enumerate(cases) if _mark(case) == mark]
         if at:
             figure.add_scatter(
                 **_whiskers([cases[i] for i in at], at, len(cases), is_named=is_named, colour=colour, symbol=symbol)
@@ -93,10 +95,15 @@ def _along(ranks: Sequence[int], ratios: Sequence[float], *, is_named: bool) -> 
     return {"x": ratios, "y": ranks} if is_named else {"x": ranks, "y": ratios}
 
 
+def _mark(case: "Case") -> str:
+    """Which of MARKS a workload has."""
+    return EXPLAINED if case.cell == EXPLAINED else case.verdict.verdict
+
+
 def _whiskers(
     cases: "Sequence[Case]", ranks: Sequence[int], n_all: int, *, is_named: bool, colour: str, symbol: str
 ) -> dict[str, Any]:
-    """Dots with their intervals, of one verdict."""
+    """Dots with their intervals, of one mark."""
     verdicts = [case.verdict for case in cases]
     error = {
         "type": "data",
@@ -111,7 +118,7 @@ def _whiskers(
         **_along(ranks, [v.ratio for v in verdicts], is_named=is_named),
         ("error_x" if is_named else "error_y"): error,
         "mode": "markers",
-        "name": f"{verdicts[0].verdict} ({len(cases)})",
+        "name": f"{'slower, ' if _mark(cases[0]) == EXPLAINED else ''}{_mark(cases[0])} ({len(cases)})",
         "marker": {"color": colour, "symbol": symbol, "size": 7 if n_all <= MANY else 5},
         "text": [_hover(case) for case in cases],
         "hoverinfo": "text",
