@@ -22,6 +22,9 @@ from perfmodel.cli import latency  # noqa: F401
 from perfmodel.cli import adapting  # noqa: F401
 
 # isort: split
+from perfmodel.cli import checking  # noqa: F401
+
+# isort: split
 from perfmodel.cli import models  # noqa: F401
 
 # isort: split

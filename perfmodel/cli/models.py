@@ -1,47 +1,17 @@
-"""Commands about models, machines and captures: each loads, makes one call, prints."""
+"""Commands about what there is, collecting, and the dashboard: each loads, makes one call, prints."""
 
 import importlib.util
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from perfmodel import hardware, report
-from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words
+from perfmodel import hardware
+from perfmodel.cli.shell import app, print_words
 from perfmodel.errors import InputError, MissingExtraError
-
-
-@app.command()
-def check(
-    baseline: Annotated[str, typer.Argument(help="Capture folder of the machine, driver or build as it was.")],
-    candidate: Annotated[str, typer.Argument(help="Capture folder of what is to be judged.")],
-    margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
-    axis: Annotated[
-        list[str] | None,
-        typer.Option(help="What may differ: machine, software, kernel, settings, or with a key (software.torch)."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Is the candidate slower than the baseline: exit 0 no, 1 slower, 2 bad usage, 3 not comparable."""
-    from perfmodel import regression
-    from perfmodel.capture import load_capture
-
-    sides = load_capture(baseline), load_capture(candidate)
-    verdicts = regression.check(*sides, fraction(margin, "--margin"), axis or ())
-    missing = {"baseline": regression.n_missing(*sides[::-1]), "candidate": regression.n_missing(*sides)}
-    if as_json:
-        rows = [asdict(v) for v in verdicts]
-        print_json({"slower": regression.is_slower(verdicts), "n_missing_workloads": missing, "verdicts": rows})
-    else:
-        print_words(report.check_page(verdicts))
-    for side, n_missing in missing.items():
-        if n_missing:
-            note(f"{n_missing} workloads of the other capture are missing in the {side} and were not compared")
-    raise typer.Exit(1 if regression.is_slower(verdicts) else 0)
 
 
 @app.command(name="list")

@@ -1,6 +1,7 @@
 """Tables and records in, Plotly figures out; the dashboard and reports draw nothing else."""
 
 from .balancing import balance_figures, trimoe_figures
+from .checks import check_figures, crossed, forest
 from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
 from .latency import BAND_FRAC, accuracy_figures, held_coverage, parity, residuals
 from .page import html_page
@@ -21,7 +22,10 @@ __all__ = [
     "balance_figures",
     "beside",
     "busy",
+    "check_figures",
     "coverage",
+    "crossed",
+    "forest",
     "gantt",
     "held_coverage",
     "html_page",

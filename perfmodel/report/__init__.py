@@ -1,7 +1,8 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
 from perfmodel.report.balance import balance_json, balance_page
-from perfmodel.report.captures import check_page
+from perfmodel.report.captures import QUANTITY_HEADER, check_page, conclusion, model_line, quantity_cells, verdict_line
+from perfmodel.report.check_files import check_junit, check_markdown
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import (
     LIMITS_HEADER,
@@ -62,6 +63,7 @@ __all__ = [
     "MOST_LAYERS",
     "NO_DATASHEET",
     "N_TOP",
+    "QUANTITY_HEADER",
     "SHAPES_HEADER",
     "WIDTH",
     "balance_json",
@@ -71,7 +73,10 @@ __all__ = [
     "captures_page",
     "ceiling_rows",
     "change_lines",
+    "check_junit",
+    "check_markdown",
     "check_page",
+    "conclusion",
     "costliest_rows",
     "diff_page",
     "efficiency_page",
@@ -89,6 +94,7 @@ __all__ = [
     "limits_page",
     "lost_words",
     "miss_words",
+    "model_line",
     "models_rows",
     "passes_page",
     "phase_pairs",
@@ -99,6 +105,7 @@ __all__ = [
     "placing_page",
     "policy_rows",
     "prediction_facts",
+    "quantity_cells",
     "ranks_page",
     "roofline_json",
     "roofline_page",
@@ -113,6 +120,7 @@ __all__ = [
     "table",
     "trace_page",
     "trimoe_page",
+    "verdict_line",
     "verdict_lines",
     "why_words",
     "workload_head",

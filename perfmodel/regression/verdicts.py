@@ -61,7 +61,7 @@ def require_comparable(
                 f"unknown axis {axis!r}; known: {', '.join(AXES)}, each also with a key, as software.torch"
             )
     differences = fingerprint_differences(baseline, candidate)
-    undeclared = {k: v for k, v in differences.items() if not any(k == a or k.startswith(a + ".") for a in axes)}
+    undeclared = {key: pair for key, pair in differences.items() if not is_declared(key, axes)}
     if undeclared:
         shown = "; ".join(f"{key}: {a!r} against {b!r}" for key, (a, b) in list(undeclared.items())[:4])
         more = f" and {len(undeclared) - 4} more" if len(undeclared) > 4 else ""
@@ -71,8 +71,13 @@ def require_comparable(
     return differences
 
 
+def is_declared(key: str, axes: Sequence[str]) -> bool:
+    """Whether a fact of the fingerprint, such as `software.torch`, lies on one of the declared axes of change."""
+    return any(key == axis or key.startswith(axis + ".") for axis in axes)
+
+
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """Log run medians of one workload in one capture, and the variance that its runs cannot show."""
 
     log_ns: Array
@@ -86,8 +91,16 @@ class _Side:
         # Run medians are timer readings: below a per mille the spread of a few runs says nothing.
         return max(float(self.log_ns.var(ddof=1)), 1e-6) / len(self.log_ns)
 
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """The mean of the runs and the ends of its interval (Student's t, CONFIDENCE), log ns."""
+        n, mean, variance = len(self.log_ns), float(self.log_ns.mean()), self.variance + self.drift_variance
+        df = math.inf if n < 2 else (n - 1) * (variance / self.variance) ** 2
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, df)) * math.sqrt(variance)
+        return mean, mean - half, mean + half
 
-def _n_more_runs(gap: float, a: _Side, b: _Side) -> int | None:
+
+def _n_more_runs(gap: float, a: Side, b: Side) -> int | None:
     """Runs wanted on each side to tell a difference of `gap` (log units) with stated confidence and power; None where
     no number would do, because assumed drift alone hides it."""
     needed = (gap / float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))) ** 2
@@ -98,7 +111,7 @@ def _n_more_runs(gap: float, a: _Side, b: _Side) -> int | None:
     return max(math.ceil((a.variance * n_a + b.variance * n_b) / left) - min(n_a, n_b), 1)
 
 
-def _compare(workload: str, label: str, a: _Side, b: _Side, margin: float) -> tuple[Verdict, float]:
+def _compare(workload: str, label: str, a: Side, b: Side, margin: float) -> tuple[Verdict, float]:
     """A verdict on one workload, before correction for many, with its one-sided p-value."""
     n_a, n_b, d = len(a.log_ns), len(b.log_ns), float(b.log_ns.mean() - a.log_ns.mean())
     single = min(n_a, n_b) < 2
@@ -142,26 +155,36 @@ def check(
     if not 0 < margin_frac < 10:
         raise InputError(f"margin is {margin_frac:g}, expected a fraction above 0, such as 0.03 for 3 %")
     require_comparable(baseline, candidate, axes)
-    medians = [_run_medians(capture) for capture in (baseline, candidate)]
-    common = [key for key in medians[0] if key in medians[1]]
+    measured = set(candidate.observations["workload"])
+    common = [key for key in baseline.observations["workload"].unique(maintain_order=True) if key in measured]
     if not common:
         raise NotComparableError("not comparable: the captures share no workload")
-    labels = _labels(baseline)
-    drifting = [_may_drift(capture) for capture in (baseline, candidate)]
+    labels = labels_of(baseline)
+    sides = [sides_of(capture, common) for capture in (baseline, candidate)]
 
-    def compare(key: str, log_ns: Sequence[Array]) -> tuple[Verdict, float]:
-        drift_sd = ASSUMED_DRIFT_SD if key == OVERALL else ASSUMED_WORKLOAD_DRIFT_SD
-        a, b = (_Side(x, drift_sd**2 * drifts) for x, drifts in zip(log_ns, drifting, strict=True))
-        return _compare(key, labels.get(key, key), a, b, margin_frac)
+    def compare(key: str) -> tuple[Verdict, float]:
+        return _compare(key, labels.get(key, key), sides[0][key], sides[1][key], margin_frac)
 
-    compared = [compare(key, [np.array(list(m[key].values())) for m in medians]) for key in common]
-    overall, _ = compare(OVERALL, [_overall(m, common) for m in medians])
+    compared = [compare(key) for key in common]
+    overall, _ = compare(OVERALL)
     kept = _holm([p for _, p in compared], (1 - CONFIDENCE) / 2)
     verdicts = [
         v if keep or v.verdict not in ("regressed", "suspect") else _as_inconclusive(v)
         for (v, _), keep in zip(compared, kept, strict=True)
     ]
     return [overall, *sorted(verdicts, key=lambda v: -v.ratio)]
+
+
+def sides_of(capture: Capture, workloads: Sequence[str]) -> dict[str, Side]:
+    """What the runs of a capture say of each of these workloads, and under OVERALL of their geometric mean.
+
+    Raises NotComparableError where no run measured them all.
+    """
+    medians, drifts = _run_medians(capture), _may_drift(capture)
+    sides = {
+        key: Side(np.array(list(medians[key].values())), ASSUMED_WORKLOAD_DRIFT_SD**2 * drifts) for key in workloads
+    }
+    return {OVERALL: Side(_overall(medians, workloads), ASSUMED_DRIFT_SD**2 * drifts), **sides}
 
 
 def _as_inconclusive(v: Verdict) -> Verdict:
@@ -177,7 +200,7 @@ def _run_medians(capture: Capture) -> dict[str, dict[int, float]]:
     return medians
 
 
-def _overall(medians: dict[str, dict[int, float]], common: list[str]) -> Array:
+def _overall(medians: dict[str, dict[int, float]], common: Sequence[str]) -> Array:
     """Mean log time over the workloads, one number for each run that measured all of them."""
     runs = set.intersection(*(set(medians[key]) for key in common))
     if not runs:
@@ -185,7 +208,8 @@ def _overall(medians: dict[str, dict[int, float]], common: list[str]) -> Array:
     return np.array([np.mean([medians[key][run] for key in common]) for run in sorted(runs)])
 
 
-def _labels(capture: Capture) -> dict[str, str]:
+def labels_of(capture: Capture) -> dict[str, str]:
+    """What people call the workloads of a capture, by id."""
     rows = capture.observations.unique("workload", maintain_order=True)
     return {
         row["workload"]: f"{row['op']} {row['shape']}"

@@ -1,0 +1,194 @@
+"""A candidate against its baseline and against a model: each workload with its interval, and both questions crossed."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+
+from perfmodel import text
+
+from .drawing import MAX_POINTS, PALETTE, layout, literal, short, translucent
+
+if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other figures do not need
+    from perfmodel.regression import Case, Comparison
+
+HEIGHT = 400
+MANY = 150  # workloads from which on marks are drawn thinner
+MAX_NAMED = 30  # workloads that have room for their names beside the axis
+EXPLAINED = "explained"
+MARKS = {  # colour and symbol of each verdict, and of slower workloads that are explained, in the order of the legend
+    "regressed": (PALETTE[1], "triangle-up"),
+    "suspect": (PALETTE[1], "diamond-open"),
+    EXPLAINED: (PALETTE[4], "triangle-up-open"),
+    "inconclusive": (PALETTE[6], "circle-open"),
+    "ok": (PALETTE[0], "circle"),
+    "improved": (PALETTE[2], "triangle-down"),
+}
+TICKS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 20, 50)
+MAX_TICKS = 12
+NEUTRAL = "rgba(128,128,128,0.20)"
+# The cells of the two questions crossed: column, row, colour, what it means.
+SQUARES = {
+    "explained": (0, 1, PALETTE[4], "slower, and the calibrated<br>rates account for it"),
+    "regression to chase": (1, 1, PALETTE[1], "slower, and no calibrated<br>rate accounts for it"),
+    "fine": (0, 0, PALETTE[2], "not slower, and what<br>the model expects"),
+    "left on the table": (1, 0, PALETTE[3], "not slower, yet above<br>what the model expects"),
+}
+
+
+def check_figures(comparison: "Comparison") -> list[tuple[go.Figure, str]]:
+    """The figures of a comparison with what each shows in words."""
+    overall = comparison.overall.verdict
+    words = (
+        f"Each workload's time on {comparison.candidate} over that on {comparison.baseline} with its 90 % interval, "
+        f"slowest first; {overall.ratio:.2f} over all"
+    )
+    figures = [(forest(comparison), words)]
+    if comparison.model is not None:
+        cells = ", ".join(f"{n} {name}" for name, n in comparison.cells().items())
+        figures.append((crossed(comparison), f"Slower than the baseline crossed with slower than the model: {cells}"))
+    return figures
+
+
+def forest(comparison: "Comparison") -> go.Figure:
+    """Ratios of all workloads with 90 % intervals, slowest first, over the band of the margin; as dashes what the
+    model expects where the machines' calibrated rates differ.
+
+    Few workloads stand below each other with their names, many side by side with names on hovering.
+    """
+    cases = comparison.each[: MAX_POINTS // 2]
+    is_named = len(cases) <= MAX_NAMED
+    figure = go.Figure()
+    for mark, (colour, symbol) in MARKS.items():
+        at = [i for i, case in enumerate(cases) if _mark(case) == mark]
+        if at:
+            figure.add_scatter(
+                **_whiskers([cases[i] for i in at], at, len(cases), is_named=is_named, colour=colour, symbol=symbol)
+            )
+    expected = [(i, case.expected_ratio) for i, case in enumerate(cases) if case.expected_ratio not in (None, 1.0)]
+    if expected:
+        ranks, ratios = [list(column) for column in zip(*expected, strict=True)]
+        figure.add_scatter(
+            **_along(ranks, ratios, is_named=is_named),
+            mode="markers",
+            name="model expects",
+            marker={
+                "symbol": "line-ns" if is_named else "line-ew",
+                "size": 8,
+                "line": {"width": 2, "color": PALETTE[3]},
+            },
+            hovertemplate=f"model expects %{{{'x' if is_named else 'y'}:.3f}}x<extra></extra>",
+        )
+    overall = comparison.overall.verdict
+    title = (
+        f"Time against the baseline: {overall.ratio:.2f}x ({overall.ratio_low:.2f} to {overall.ratio_high:.2f}), "
+        f"margin {100 * comparison.margin_frac:g} %"
+    )
+    layout(figure, title, "", "")
+    _axes(figure, cases, comparison.margin_frac, is_named=is_named)
+    return figure
+
+
+def _along(ranks: Sequence[int], ratios: Sequence[float], *, is_named: bool) -> dict[str, Any]:
+    """Ranks and ratios on the axes on which they stand."""
+    return {"x": ratios, "y": ranks} if is_named else {"x": ranks, "y": ratios}
+
+
+def _mark(case: "Case") -> str:
+    """Which of MARKS a workload has."""
+    return EXPLAINED if case.cell == EXPLAINED else case.verdict.verdict
+
+
+def _whiskers(
+    cases: "Sequence[Case]", ranks: Sequence[int], n_all: int, *, is_named: bool, colour: str, symbol: str
+) -> dict[str, Any]:
+    """Dots with their intervals, of one mark."""
+    verdicts = [case.verdict for case in cases]
+    error = {
+        "type": "data",
+        "symmetric": False,
+        "array": [v.ratio_high - v.ratio for v in verdicts],
+        "arrayminus": [v.ratio - v.ratio_low for v in verdicts],
+        "thickness": 1.2 if n_all <= MANY else 0.7,
+        "width": 0,
+        "color": colour,
+    }
+    return {
+        **_along(ranks, [v.ratio for v in verdicts], is_named=is_named),
+        ("error_x" if is_named else "error_y"): error,
+        "mode": "markers",
+        "name": f"{'slower, ' if _mark(cases[0]) == EXPLAINED else ''}{_mark(cases[0])} ({len(cases)})",
+        "marker": {"color": colour, "symbol": symbol, "size": 7 if n_all <= MANY else 5},
+        "text": [_hover(case) for case in cases],
+        "hoverinfo": "text",
+    }
+
+
+def _hover(case: "Case") -> str:
+    verdict, found = case.verdict, case.expectation
+    lines = [
+        literal(verdict.label),
+        f"{verdict.ratio:.3f}x ({verdict.ratio_low:.3f} to {verdict.ratio_high:.3f}): {verdict.verdict}",
+    ]
+    if found is not None:
+        low, high = text.ns(found.model_low_ns), text.ns(found.model_high_ns)
+        ends = "" if found.model_low_ns is None else f" ({low} to {high})"
+        lines.append(f"measured {text.ns(found.measured_ns)}, model {text.ns(found.model_ns)}{ends}")
+        lines.append(case.cell)
+    return "<br>".join(lines)
+
+
+def _axes(figure: go.Figure, cases: "Sequence[Case]", margin_frac: float, *, is_named: bool) -> None:
+    """The logarithmic axis of ratios with the margin's band and the line of no change, and the axis of workloads."""
+    ends = [1 / (1 + margin_frac), 1 + margin_frac]
+    for case in cases:
+        ends += [case.verdict.ratio_low, case.verdict.ratio_high, case.expected_ratio or 1.0]
+    low, high = min(ends) / 1.03, max(ends) * 1.03
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    ticks = [tick for i, tick in enumerate(ticks) if tick == 1 or len(ticks) <= MAX_TICKS or i % 2 == 0]
+    ratios = {
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [f"{tick:g}x" for tick in ticks],
+        "range": [math.log10(low), math.log10(high)],
+        "title": "candidate over baseline",
+    }
+    band = {"fillcolor": translucent(PALETTE[0]), "line_width": 0, "layer": "below"}
+    line = {"line": {"color": "grey", "width": 1}, "layer": "below"}
+    if is_named:
+        figure.add_vrect(x0=1 / (1 + margin_frac), x1=1 + margin_frac, **band)
+        figure.add_vline(x=1, **line)
+        names = [short(literal(case.verdict.label), 60) for case in cases]
+        figure.update_yaxes(tickvals=list(range(len(cases))), ticktext=names, autorange="reversed", zeroline=False)
+        figure.update_layout(xaxis=ratios, height=200 + 20 * len(cases))
+        figure.update_yaxes(automargin=True)
+    else:
+        figure.add_hrect(y0=1 / (1 + margin_frac), y1=1 + margin_frac, **band)
+        figure.add_hline(y=1, **line)
+        figure.update_xaxes(title=f"{len(cases)} workloads, slowest first", showticklabels=False, zeroline=False)
+        figure.update_xaxes(showgrid=False, range=[-1, len(cases)])
+        figure.update_layout(yaxis=ratios, margin={"b": 84}, height=HEIGHT)
+
+
+def crossed(comparison: "Comparison") -> go.Figure:
+    """Both questions crossed: how many workloads stand in each of four cells, and what each cell means."""
+    counts = comparison.cells()
+    figure = go.Figure()
+    for name, (column, row, colour, meaning) in SQUARES.items():
+        fill = translucent(colour) if counts[name] else "rgba(0,0,0,0)"
+        ends = {"x0": column + 0.015, "x1": column + 0.985, "y0": row + 0.02, "y1": row + 0.98}
+        figure.add_shape(type="rect", **ends, fillcolor=fill, line={"color": colour, "width": 1.5})
+        centre = {"x": column + 0.5, "showarrow": False}
+        figure.add_annotation(text=f"<b>{counts[name]}</b>", y=row + 0.74, font={"size": 28}, **centre)
+        figure.add_annotation(text=f"<b>{name}</b>", y=row + 0.46, font={"size": 14}, **centre)
+        figure.add_annotation(text=meaning, y=row + 0.22, font={"size": 11}, **centre)
+    others = [f"{counts[name]} {name}" for name in ("undecided", "not judged by the model") if counts[name]]
+    layout(figure, "Both questions crossed" + (f" (beside: {', '.join(others)})" if others else ""), "", "")
+    figure.update_xaxes(
+        range=[0, 2], tickvals=[0.5, 1.5], ticktext=["as the model expects", "slower than expected"], showgrid=False
+    )
+    figure.update_yaxes(range=[0, 2], tickvals=[0.5, 1.5], ticktext=["not slower", "slower"], showgrid=False)
+    figure.update_yaxes(tickangle=-90, zeroline=False)
+    figure.update_xaxes(zeroline=False)
+    return figure.update_layout(showlegend=False, height=HEIGHT, margin={"b": 40, "l": 40})

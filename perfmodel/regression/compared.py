@@ -1,0 +1,319 @@
+"""Both questions about a candidate, crossed: slower than the baseline, slower than the model; and what changed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from perfmodel.capture import Capture, profile_of
+from perfmodel.errors import InputError
+from perfmodel.hardware import QUANTITIES, HardwareProfile, hardware, profile_name
+from perfmodel.latency import LatencyModel
+
+from .against import (
+    OUTSIDE_MODEL,
+    SLOWER_THAN_MODEL,
+    Expectation,
+    against_model,
+    expected_ratio,
+    judged_rows,
+    model_for,
+)
+from .verdicts import DEFAULT_MARGIN_FRAC, OVERALL, Verdict, check, is_declared, n_missing, require_comparable
+
+CHECK_SCHEMA = 1
+SLOWER = ("regressed", "suspect")  # verdicts of question A that say so
+CHASE, EXPLAINED, ON_THE_TABLE, FINE = "regression to chase", "explained", "left on the table", "fine"
+UNDECIDED, NOT_JUDGED = "undecided", "not judged by the model"  # beside the four: one question has no answer
+CELLS = (CHASE, EXPLAINED, ON_THE_TABLE, FINE, UNDECIDED, NOT_JUDGED)
+FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL)  # what --fail-on may name
+DEFAULT_FAILURES = ("regressed", SLOWER_THAN_MODEL)
+LEAST_MOVED_FRAC = 0.02  # how far a calibrated number is from another, beyond their spreads, to be told as moved
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload, or all of them, under both questions.
+
+    `expectation` is null where no model judged it, `expected_ratio` what the model makes of the calibrated rates of
+    both machines (null likewise), `datasheet` the same question with the ceilings of a datasheet (null without one).
+    """
+
+    verdict: Verdict
+    expectation: Expectation | None
+    expected_ratio: float | None
+    datasheet: Expectation | None
+    cell: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A fact of machine, software, kernel or settings in which the captures differ, and whether that was declared."""
+
+    key: str
+    baseline: object
+    candidate: object
+    is_declared: bool
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A calibrated quantity of both machines in base units, null where one did not measure it.
+
+    `ratio` is candidate over baseline. `moved` says `faster` or `slower` where that is beyond the spread of both
+    calibrations and LEAST_MOVED_FRAC, `same` where it is not, and is null for what is no speed. Where collectors
+    measured it in two ways (`baseline_how`, `candidate_how`), part of the ratio may be theirs.
+    """
+
+    key: str
+    words: str
+    baseline: float | None
+    candidate: float | None
+    ratio: float | None
+    moved: str | None
+    baseline_how: str | None
+    candidate_how: str | None
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether both sides measured it in the same way."""
+        return self.baseline_how == self.candidate_how
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate held against a baseline and against a model; `cases` begin with all workloads together.
+
+    `model` is null where no model could be had, and `no_model` says why. The model's answer to all together is over
+    those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
+    that only the other side measured.
+    """
+
+    baseline: str
+    candidate: str
+    margin_frac: float
+    axes: tuple[str, ...]
+    cases: tuple[Case, ...]
+    changes: tuple[Change, ...]
+    quantities: tuple[Moved, ...]
+    model: str | None
+    no_model: str | None
+    datasheet: str | None
+    n_missing: dict[str, int]
+
+    @property
+    def overall(self) -> Case:
+        """All workloads together."""
+        return self.cases[0]
+
+    @property
+    def each(self) -> tuple[Case, ...]:
+        """The workloads one by one, slowest against the baseline first."""
+        return self.cases[1:]
+
+    @property
+    def n_judged(self) -> int:
+        """How many workloads the model could judge: those it knows and that lie inside what it was fitted on."""
+        return sum(_is_judged(case) for case in self.each)
+
+    def cells(self) -> dict[str, int]:
+        """How many workloads stand in each cell of the two questions crossed; those never met are zero."""
+        return {name: sum(case.cell == name for case in self.each) for name in CELLS}
+
+    def slower(self) -> list[Case]:
+        """What is slower than the baseline, all workloads together among it."""
+        return [case for case in self.cases if case.verdict.verdict in SLOWER]
+
+    def failures_of(self, case: Case, fail_on: Sequence[str] = DEFAULT_FAILURES) -> list[str]:
+        """Which of the named conditions a case meets; raises InputError for an unknown one.
+
+        `regressed`: slower than the baseline, and no declared change of the machine explains it. `explained`: slower,
+        and the model explains it by the rates of another machine, declared as such. `slower-than-model`: longer than
+        the model's interval allows, said of all workloads together alone, for of any twenty workloads one is expected
+        to lie above a 90 % interval.
+        """
+        unknown = set(fail_on) - set(FAILURES)
+        if unknown:
+            raise InputError(f"unknown condition {min(unknown)!r}; known: {', '.join(FAILURES)}")
+        # On what is said to be the same machine, rates that fell are the regression, not an excuse for it.
+        may_explain = any(axis.partition(".")[0] == "machine" for axis in self.axes)
+        is_slower = case.verdict.verdict in SLOWER
+        is_explained = is_slower and may_explain and case.cell == EXPLAINED
+        expectation = case.expectation if case is self.overall and case.cell != NOT_JUDGED else None
+        holds = {
+            "regressed": is_slower and not is_explained,
+            "explained": is_explained,
+            SLOWER_THAN_MODEL: expectation is not None and expectation.verdict == SLOWER_THAN_MODEL,
+        }
+        return [name for name in FAILURES if name in fail_on and holds[name]]
+
+    def failures(self, fail_on: Sequence[str] = DEFAULT_FAILURES) -> list[str]:
+        """Which of the named conditions any case meets; raises InputError for an unknown one."""
+        found = {name for case in self.cases for name in self.failures_of(case, fail_on)}
+        return [name for name in FAILURES if name in found]
+
+    def exit_code(self, fail_on: Sequence[str] = DEFAULT_FAILURES, *, must_conclude: bool = False) -> int:
+        """What a command ends with: 1 where a failure holds, 4 where all is inconclusive and must not be, else 0."""
+        if self.failures(fail_on):
+            return 1
+        return 4 if must_conclude and self.overall.verdict.verdict == "inconclusive" else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        return {
+            "schema_version": CHECK_SCHEMA,
+            "baseline": self.baseline,
+            "candidate": self.candidate,
+            "margin_frac": self.margin_frac,
+            "axes": list(self.axes),
+            "slower": bool(self.slower()),
+            "failures": self.failures(),
+            "model": self.model,
+            "no_model": self.no_model,
+            "datasheet": self.datasheet,
+            "cells": self.cells(),
+            "n_missing_workloads": self.n_missing,
+            "verdicts": [_case_json(case) for case in self.cases],
+            "changes": [asdict(change) for change in self.changes],
+            "quantities": [asdict(moved) for moved in self.quantities],
+        }
+
+
+def _case_json(case: Case) -> dict[str, Any]:
+    def plain(one: Expectation | None) -> dict[str, Any] | None:
+        if one is None:
+            return None
+        return {key: value for key, value in asdict(one).items() if key not in ("workload", "label")} | {
+            "measured_over_model": one.ratio
+        }
+
+    return asdict(case.verdict) | {
+        "cell": case.cell,
+        "expected_ratio": case.expected_ratio,
+        "against_model": plain(case.expectation),
+        "against_datasheet": plain(case.datasheet),
+    }
+
+
+def compare(
+    baseline: Capture,
+    candidate: Capture,
+    margin_frac: float = DEFAULT_MARGIN_FRAC,
+    axes: Sequence[str] = (),
+    model: LatencyModel | None = None,
+    datasheet: HardwareProfile | None = None,
+    *,
+    with_model: bool = True,
+) -> Comparison:
+    """A candidate against a baseline, and against a model carried to the candidate's machine as it was calibrated.
+
+    `model` is null for that of the baseline (`model_for`); where none can be had, the second question stays open and
+    the comparison says why. `datasheet` holds nominal ceilings for the second question, null for the shipped profile of
+    the candidate's GPU, if there is one. Raises NotComparableError as `check` does, and InputError for a given model or
+    datasheet that does not fit the candidate.
+    """
+    verdicts = check(baseline, candidate, margin_frac, axes)
+    changes = require_comparable(baseline, candidate, axes)
+    cases = [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
+    why_not = None if with_model else "no model was asked for"
+    named, nominal = None, None
+    if with_model:
+        try:
+            used = model or model_for(baseline)
+            nominal = datasheet or _catalogue(candidate)
+            cases = _judged(baseline, candidate, used, nominal, verdicts, margin_frac)
+            named = used.profile.name
+        except InputError as error:
+            if model is not None or datasheet is not None:
+                raise
+            why_not = str(error)
+    return Comparison(
+        baseline=baseline.name,
+        candidate=candidate.name,
+        margin_frac=margin_frac,
+        axes=tuple(axes),
+        cases=tuple(cases),
+        changes=tuple(Change(key, a, b, is_declared(key, axes)) for key, (a, b) in changes.items()),
+        quantities=tuple(moved_quantities(baseline, candidate)),
+        model=named,
+        no_model=why_not,
+        datasheet=nominal.name if nominal is not None and named is not None else None,
+        n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
+    )
+
+
+def _catalogue(capture: Capture) -> HardwareProfile | None:
+    """The shipped profile of the GPU of a capture, null for CPUs and GPUs without one."""
+    name = profile_name(str(capture.manifest["machine"].get("gpu_name") or ""))
+    return None if name is None else hardware(name)
+
+
+def _judged(
+    baseline: Capture,
+    candidate: Capture,
+    model: LatencyModel,
+    datasheet: HardwareProfile | None,
+    verdicts: Sequence[Verdict],
+    margin_frac: float,
+) -> list[Case]:
+    """The verdicts with what the model says of each."""
+    only = [verdict.workload for verdict in verdicts if verdict.workload != OVERALL]
+    found = {one.workload: one for one in against_model(candidate, model, None, only)}
+    nominal = [] if datasheet is None else against_model(candidate, model, datasheet, only)
+    by_datasheet = {one.workload: one for one in nominal}
+    rows = judged_rows(candidate, model, only)
+    ratios = expected_ratio(model, rows, profile_of(baseline), profile_of(candidate))
+    expected = dict(zip(rows["workload"], map(float, ratios), strict=True))
+    inside = [found[key].verdict != OUTSIDE_MODEL for key in expected]
+    logs = [math.log(ratio) for ratio, is_in in zip(expected.values(), inside, strict=True) if is_in or not any(inside)]
+    expected[OVERALL] = math.exp(math.fsum(logs) / len(logs))
+    cases = []
+    for verdict in verdicts:
+        key = verdict.workload
+        case = Case(verdict, found.get(key), expected.get(key), by_datasheet.get(key), NOT_JUDGED)
+        cases.append(replace(case, cell=cell_of(case, margin_frac)))
+    if 2 * sum(map(_is_judged, cases[1:])) < len(only):  # a minority says nothing of the whole
+        cases[0] = replace(cases[0], cell=NOT_JUDGED)
+    return cases
+
+
+def _is_judged(case: Case) -> bool:
+    return case.expectation is not None and case.expectation.verdict != OUTSIDE_MODEL
+
+
+def cell_of(case: Case, margin_frac: float) -> str:
+    """Where a workload stands when both questions are crossed.
+
+    A slower one is explained only where the measurement lies within the model's interval and the calibrated rates of
+    both machines account for it: the model's ratio, with the margin, reaches the measured interval.
+    """
+    expectation, expected = case.expectation, case.expected_ratio
+    if expectation is None or expected is None or not _is_judged(case):
+        return NOT_JUDGED
+    if case.verdict.verdict == "inconclusive":
+        return UNDECIDED
+    is_above = expectation.verdict == SLOWER_THAN_MODEL
+    if case.verdict.verdict not in SLOWER:
+        return ON_THE_TABLE if is_above else FINE
+    accounts = case.verdict.ratio_low <= expected * (1 + margin_frac)
+    return EXPLAINED if accounts and not is_above else CHASE
+
+
+def moved_quantities(baseline: Capture, candidate: Capture) -> list[Moved]:
+    """The calibrated quantities of both machines and by how much each moved, in the order of the vocabulary."""
+    sides = [capture.manifest["calibration"] for capture in (baseline, candidate)]
+    keys = [key for key in QUANTITIES if any(key in side for side in sides)]
+    return [_moved(key, *(side.get(key) for side in sides)) for key in keys]
+
+
+def _moved(key: str, first: dict[str, Any] | None, other: dict[str, Any] | None) -> Moved:
+    values = [None if entry is None else float(entry["value"]) for entry in (first, other)]
+    how = [None if entry is None else entry.get("how") for entry in (first, other)]
+    if first is None or other is None or not values[0] or not values[1]:
+        return Moved(key, QUANTITIES[key], values[0], values[1], None, None, how[0], how[1])
+    ratio, moved = values[1] / values[0], None
+    if key.endswith(("_per_s", "_ns")):
+        spread = sum(float(entry.get("spread_frac") or 0.0) for entry in (first, other))
+        gain = math.log(ratio) * (-1 if key.endswith("_ns") else 1)
+        moved = "same" if abs(gain) <= spread + LEAST_MOVED_FRAC else "faster" if gain > 0 else "slower"
+    return Moved(key, QUANTITIES[key], values[0], values[1], ratio, moved, how[0], how[1])

@@ -1,0 +1,45 @@
+"""Capture folders that come in a zip archive, as people hand them over."""
+
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from perfmodel.capture_lines import CALIBRATION, LEFT_OUT, MANIFEST, OBSERVATIONS_FILE, WORKLOADS
+from perfmodel.errors import InputError
+
+FILES = (MANIFEST, WORKLOADS, OBSERVATIONS_FILE, CALIBRATION, LEFT_OUT)  # all that a comparison reads
+MAX_UNPACKED_BYTES = 256 * 2**20
+
+
+def unpack_captures(archive: str | Path, into: str | Path) -> list[Path]:
+    """The capture folders of a zip archive, unpacked below `into`, by name; other files of the archive stay packed.
+
+    A capture at the top of the archive takes the archive's name. Raises InputError for what is no zip archive, is
+    damaged or locked, holds no capture, or unpacks to more than MAX_UNPACKED_BYTES.
+    """
+    archive = Path(archive)
+    left, folders = MAX_UNPACKED_BYTES, []
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            members = [PurePosixPath(name.replace("\\", "/")) for name in packed.namelist()]
+            stored = dict(zip(members, packed.infolist(), strict=True))
+            for i, manifest in enumerate(sorted(member for member in members if member.name == MANIFEST)):
+                name = manifest.parent.name
+                folder = Path(into) / str(i) / (archive.stem if name in ("", "..") else name)
+                folder.mkdir(parents=True)
+                folders.append(folder)
+                for file in FILES:
+                    if manifest.parent / file in stored:
+                        with packed.open(stored[manifest.parent / file]) as member:
+                            content = member.read(left + 1)
+                        left -= len(content)
+                        if left < 0:
+                            limit = MAX_UNPACKED_BYTES // 2**20
+                            raise InputError(f"{archive.name} unpacks to more than {limit} MiB; use the command line")
+                        (folder / file).write_bytes(content)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{archive.name} is no zip archive that can be read: {type(error).__name__}") from None
+    if not folders:
+        raise InputError(f"{archive.name} holds no capture: found no {MANIFEST} in it")
+    return sorted(folders, key=lambda folder: folder.name)

@@ -1,0 +1,166 @@
+"""The Regression view: verdicts of shipped and uploaded captures, without a browser and in one."""
+
+import io
+import shlex
+import xml.etree.ElementTree as ET
+import zipfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from perfmodel.cli.main import app
+from tests.app_pages import figure, numbers, opened, ran, shown, titles
+from tests.captures_made import write_synthetic_capture
+from tests.conftest import ROOT
+
+
+def zipped(folder: Path) -> tuple[str, bytes, str]:
+    """A capture folder as somebody hands it over."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as packed:
+        for file in folder.iterdir():
+            packed.write(file, f"{folder.name}/{file.name}")
+    return f"{folder.name}.zip", content.getvalue(), "application/zip"
+
+
+def test_it_opens_with_a_slower_machine_that_the_model_mostly_explains() -> None:
+    view = opened("regression")
+    assert numbers(view) == {
+        "Time against the baseline": "1.33x",
+        "Model expects": "1.41x",
+        "Time against the model": "0.95x",
+        "Workloads compared": "120",
+    }
+    assert [box.value for box in view.warning] == [
+        "Slower than the baseline. The calibrated rates of the machine account for it over all, not for each workload: "
+        "some are regressions to chase."
+    ]
+    assert titles(view)[1] == "Both questions crossed (beside: 89 undecided)"
+    assert "perfmodel check traces/epyc-zen5-2c-fp32 traces/epyc-zen4-2c-fp32 --margin 3%" in shown(view)
+
+
+def test_a_pair_that_differs_is_explained_and_declared_with_one_click() -> None:
+    view = opened("regression")
+    view.selectbox(key="baseline").set_value("epyc-zen4-2c-fp32")
+    view.selectbox(key="candidate").set_value("epyc-zen5-2c-fp32")
+    assert ran(view).multiselect(key="axes").value == []
+    assert "not comparable: the captures differ in machine.cpu_family" in shown(view)
+    assert "They differ in machine and software." in shown(view)
+    view.button[0].click()
+    assert numbers(ran(view))["Time against the baseline"] == "0.75x"
+    assert [box.value for box in view.success] == ["Faster than the baseline."]
+
+
+def test_captures_without_a_common_workload_offer_nothing_to_declare() -> None:
+    for axes in ("settings", "machine"):
+        view = opened("regression", baseline="epyc-zen5-2c-bf16", candidate="epyc-zen5-2c-fp32", axes=axes)
+        assert "No workload was measured in both" in shown(view)
+        assert not view.button
+
+
+def test_a_link_holds_the_controls() -> None:
+    view = opened("regression", baseline="epyc-zen4-2c-fp32", candidate="epyc-zen4-2c-fp32", margin="20", model="none")
+    assert view.number_input(key="margin").value == 20
+    assert "margin 20 %" in titles(view)[0] and len(titles(view)) == 1
+    assert "no model was asked for" in shown(view)
+
+
+def test_uploaded_captures_are_compared_in_their_session(tmp_path: Path) -> None:
+    """A capture 1.4 times slower than another, with the same calibrated rates; its workloads have room for their names
+    once three shapes are left."""
+    a = write_synthetic_capture(tmp_path / "before")
+    slow = write_synthetic_capture(tmp_path / "after<b>", noise=lambda: 1.4)
+    view = opened("regression")
+    view.file_uploader(key="capture-zip").set_value([zipped(a), zipped(slow)])
+    ran(view)
+    names = view.selectbox(key="baseline").options
+    assert names[-2:] == ["uploaded: before", "uploaded: after<b>"]
+    view.selectbox(key="baseline").set_value(names[-2])
+    view.selectbox(key="candidate").set_value(names[-1])
+    ran(view)
+    assert [box.value for box in view.error] == [
+        "Slower than the baseline, and no calibrated rate accounts for it: a regression to chase."
+    ]
+    marks = [trace for trace in figure(view, 0)["data"] if trace["name"].startswith("regressed")]
+    assert marks[0]["name"] == "regressed (32)"
+    assert "perfmodel check before 'after<b>' --margin 3%" in shown(view)
+    again = opened("regression")
+    assert "uploaded: before" not in again.selectbox(key="baseline").options
+
+
+def test_two_uploads_of_one_name_stay_two(tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "one" / "capture")
+    b = write_synthetic_capture(tmp_path / "two" / "capture", noise=lambda: 1.4)
+    view = opened("regression")
+    view.file_uploader(key="capture-zip").set_value([zipped(a), zipped(b)])
+    first, second = ran(view).selectbox(key="baseline").options[-2:]
+    assert first == "uploaded: capture" and second.startswith("uploaded: capture (")
+    view.selectbox(key="baseline").set_value(second)
+    view.selectbox(key="candidate").set_value(first)
+    assert numbers(ran(view))["Time against the baseline"] == "0.71x"
+    assert ran(view).selectbox(key="baseline").options[-2:] == [first, second]
+
+
+def test_the_command_below_gives_the_same_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    view = opened("regression", margin="10", axes="machine.cpu_family", model="epyc-zen4-2c-fp32")
+    view.multiselect(key="axes").set_value(["machine", "software"])
+    command, page = (block.value for block in ran(view).code)
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 1 and page in done.stdout
+    assert "--margin 10% --axis machine --axis software --model epyc-zen4-2c-fp32" in command
+
+
+def test_what_is_no_capture_is_refused_in_words(tmp_path: Path) -> None:
+    view = opened("regression")
+    broken = write_synthetic_capture(tmp_path / "broken")
+    (broken / "observations.jsonl").write_text("{}\n")
+    view.file_uploader(key="capture-zip").set_value(
+        [("notes.zip", b"PK no zip", "application/zip"), zipped(broken), ("notes.txt", b"text", "text/plain")]
+    )
+    said = shown(ran(view))
+    assert "notes.zip is no zip archive that can be read" in said and "found no capture.json" in said
+    assert "observations.jsonl" in said and "/tmp" not in said
+    assert numbers(view)["Workloads compared"] == "120"
+
+
+def choose(page, label: str, wanted: str) -> None:
+    """Choose an option, which may stand in the list only once an upload was read."""
+    from playwright.sync_api import TimeoutError
+
+    for _ in range(20):
+        page.get_by_role("combobox", name=label).click()
+        try:
+            page.get_by_role("option", name=wanted).click(timeout=1500)
+            return
+        except TimeoutError:
+            page.keyboard.press("Escape")
+    raise AssertionError(f"{wanted} never stood under {label}")
+
+
+@pytest.mark.browser
+def test_a_new_machine_is_checked_and_its_report_taken_along(page, server, tmp_path: Path) -> None:
+    """The journey: upload two captures, one as a folder, choose them, read the verdict, download the JUnit report."""
+    a = write_synthetic_capture(tmp_path / "before")
+    slow = write_synthetic_capture(tmp_path / "after", noise=lambda: 1.4)
+    name, content, mime = zipped(slow)
+    page.goto(f"{server}/regression?model=none")
+    page.get_by_text("Both questions crossed").or_(page.get_by_text("stays open")).first.wait_for(timeout=60_000)
+    page.get_by_role("button", name="Upload").first.click()
+    inputs = page.get_by_test_id("stFileUploader").locator("input[type=file]")
+    inputs.nth(0).set_input_files(a)
+    page.get_by_text("before/capture.json").wait_for()
+    inputs.nth(1).set_input_files({"name": name, "mimeType": mime, "buffer": content})
+    page.get_by_text(name).wait_for()
+    page.keyboard.press("Escape")
+    choose(page, "Baseline", "uploaded: before")
+    page.get_by_text("These captures are not compared").wait_for()
+    choose(page, "Candidate", "uploaded: after")
+    page.get_by_text("Slower than the baseline").wait_for(timeout=30_000)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download JUNIT.XML").click()
+    report = ET.parse(download.value.path()).getroot()
+    assert download.value.suggested_filename == "check.junit.xml"
+    assert (report.attrib["tests"], report.attrib["failures"]) == ("33", "33")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
