@@ -11,7 +11,7 @@ from perfmodel.report.placing import placing_json, placing_page
 from perfmodel.report.ranks import ranks_page
 from perfmodel.report.routing import MOST_LAYERS, routing_page
 from perfmodel.report.schedule import schedule_head, schedule_json, schedule_page
-from perfmodel.report.traces import findings_text, trace_page
+from perfmodel.report.traces import coverage_text, findings_text, trace_page
 from perfmodel.report.trimoe import trimoe_page
 from perfmodel.report.words import N_TOP, WIDTH, table
 
@@ -24,6 +24,7 @@ __all__ = [
     "capture_page",
     "captures_page",
     "check_page",
+    "coverage_text",
     "diff_page",
     "efficiency_page",
     "evaluation_page",
