@@ -24,6 +24,7 @@ from perfmodel.readers.sweeps import PUBLISHED, read_sweeps
 from perfmodel.timeline import Timeline, step_windows, timeline, typical_step, whole_window
 from perfmodel.waits import MEMBER, collectives, matched_waits, waits_of_steps
 
+WIDTH = 140  # letters of a line of words on the page
 N_KEPT = 16  # results of one kind that a session keeps
 METRICS = {
     "tklqt_ns": "TKLQT",
@@ -104,26 +105,29 @@ def compared(digest_a: str, digest_b: str, _a: Analysis, _b: Analysis) -> TraceD
 def summary(one: Loaded, traces: list[Loaded]) -> None:
     """What was read, what was found, the numbers that matter, and where device time (or the host's) goes."""
     found, metrics = one.analysis, one.analysis.metrics
-    frame.literal(report.coverage_text(found, one.name))
+    frame.literal(report.coverage_text(found, one.name, WIDTH))
     if metrics.n_kernels:
         _device_numbers(found)
     else:
         _host_numbers(one)
     if found.findings:
-        frame.literal(report.findings_text(found.findings[:3]))
-    if not metrics.devices:
-        frame.chart(figures.host_time(found), "The operators that take most time of the host themselves")
-    else:
-        left, right = st.columns(2)
-        with left:
+        frame.literal(report.findings_text(found.findings[:3], WIDTH))
+    left, right = st.columns(2)
+    with left:
+        if metrics.devices:
             frame.chart(figures.busy(metrics), "Busy and idle time of each device", key="busy")
-        with right:
-            if metrics.n_kernels:
-                title = "Kernel time by class"
-                frame.chart(figures.shares(found.classes, "class", "time_ns", title), title, key="classes")
+        else:
+            frame.chart(figures.host_time(found), "The operators that take most time of the host themselves")
+    with right:
+        if metrics.n_kernels:
+            title = "Kernel time by class"
+            frame.chart(figures.shares(found.classes, "class", "time_ns", title), title, key="classes")
+        else:
+            title = "Host time by range, with what it contains"
+            frame.chart(figures.shares(found.ranges, "name", "time_ns", title), title, key="ranges")
     if len(found.findings) > 3:
         with st.expander("More findings"):
-            frame.literal(report.findings_text(found.findings[3:]))
+            frame.literal(report.findings_text(found.findings[3:], WIDTH))
     _ends("summary", ["perfmodel", "analyze", one.name], report.trace_page(found, one.name), found.steps)
 
 
@@ -163,7 +167,16 @@ def _host_numbers(one: Loaded) -> None:
             "Median MoE layer pass": median,
         }
     )
-    st.caption("No device work was recorded: times are those of the host, and there are no launch delays.")
+    st.caption("No kernels were recorded: times are those of the host, and there are no launch delays.")
+    if not isinstance(of_layers, str):
+        frame.literal(report.pass_words(of_layers, width=WIDTH))
+    by_step, _ = waited(one.digest, found)
+    late = by_step.group_by(MEMBER).agg(pl.sum("wait_ns", "caused_ns")).sort("caused_ns", descending=True)
+    if late.height > 1 and late["caused_ns"][0]:
+        frame.literal(
+            f"The others wait for rank {late['rank'][0]} in collectives: it costs them "
+            f"{text.ns(late['caused_ns'][0])} of {text.ns(late['wait_ns'].sum())} waited in all."
+        )
 
 
 def step(one: Loaded, traces: list[Loaded]) -> None:
@@ -212,8 +225,8 @@ def step(one: Loaded, traces: list[Loaded]) -> None:
     frame.literal("\n".join(shown.notes) or "Every event of the window is a bar of its own.")
     if found.metrics.n_kernels_joined:
         st.caption(
-            "Arrows run from the start of a launch call to the start of its kernel: the longest delay in each twelfth of "
-            "the window. Steep: the kernel began at once. Flat: it queued behind others."
+            "Arrows run from the start of a launch call to the start of its kernel: the longest delay in each twelfth "
+            "of the window. Steep: the kernel began at once. Flat: it queued behind others."
         )
     _ends("bars", ["perfmodel", "analyze", one.name, "--html", "report.html"], "", shown.bars)
 
@@ -226,9 +239,7 @@ def launches(one: Loaded, traces: list[Loaded]) -> None:
         return
     left, right = st.columns(2)
     by = left.selectbox("Group by", GROUPINGS, index=GROUPINGS.index("stream"), key="by", bind="query-params")
-    metric = right.selectbox(
-        "Show", list(METRICS), format_func=METRICS.get, key="metric", bind="query-params"
-    )
+    metric = right.selectbox("Show", list(METRICS), format_func=METRICS.get, key="metric", bind="query-params")
     table = grouped(one.digest, by, found)
     words = METRICS[metric]
     left, right = st.columns(2)
@@ -350,6 +361,7 @@ def ranks_and_layers(one: Loaded, traces: list[Loaded]) -> None:
     if isinstance(of_layers, str):
         frame.literal(f"Passes of MoE layers: {of_layers}.")
     else:
+        frame.literal(report.pass_words(of_layers, width=WIDTH))
         frame.chart(figures.pass_parts(of_layers), "What the passes of MoE layers are made of")
         frame.literal("\n".join(of_layers.notes))
         frame.rows(of_layers.passes, "Passes of MoE layers; times in nanoseconds")
@@ -419,7 +431,7 @@ def batches(one: Loaded, traces: list[Loaded]) -> None:
 
 def whole(one: Loaded) -> None:
     """Downloads of the whole trace: everything as JSON, a report, and a file for a viewer of traces."""
-    st.caption("All of this trace: every table, a report that works offline, and a file for ui.perfetto.dev.")
+    st.caption("All of this trace: every table, a report that works offline, and a file for ui.perfetto.dev:")
     frame.downloads(
         "trace",
         json=lambda: _json(one.analysis),
@@ -449,10 +461,11 @@ def _perfetto(found: Analysis) -> bytes:
 def _ends(name: str, command: list[object], words: str, table: pl.DataFrame) -> None:
     """How a part was computed, and its table to download."""
     frame.computed(command, words)
+    st.caption("The table of this part:")
     plain = table.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
-    contents = {"json": lambda: plain.write_json()}
+    contents = {"json": plain.write_json}
     if not any(dtype.is_nested() for dtype in plain.schema.values()):
-        contents["csv"] = lambda: plain.write_csv()
+        contents["csv"] = plain.write_csv
     frame.downloads(f"trace-{name}", **contents)
 
 

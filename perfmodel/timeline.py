@@ -15,7 +15,7 @@ from perfmodel.errors import InputError
 from perfmodel.groups import steps
 from perfmodel.intervals import PROCESS, THREAD, holders, parents
 from perfmodel.launch import call_starts, joined_work
-from perfmodel.trace import DEVICE_KINDS, plain_name
+from perfmodel.trace import BACKEND_PREFIX, DEVICE_KINDS, plain_name
 
 MAX_BARS = 2000
 MAX_DEPTH = 5  # of ranges and operators within one another
@@ -117,7 +117,7 @@ def timeline(
     notes: list[str] = []
     seen = _in_window(events, start_ns, end_ns)
     seen = pl.concat([_on_threads(seen, notes), _on_streams(seen, notes)])
-    lines = seen.select(LINE).unique().sort("rank", "owner", "line", "lane").sort(_order(), maintain_order=True)
+    lines = seen.select(LINE).unique().sort(pl.col("family") == "stream", "rank", "owner", "line", "family", "lane")
     lines = lines.with_row_index("row")
     seen = seen.join(lines, on=LINE, nulls_equal=True).drop(LINE)
     bars, grain_ns = _bars(seen, start_ns, max_bars)
@@ -129,11 +129,6 @@ def timeline(
     work = joined_work(events) if work is None else work
     delays = _delays(work, lines, start_ns, end_ns)
     return Timeline(start_ns, end_ns, lines.drop("row"), bars, delays, grain_ns, tuple(notes))
-
-
-def _order() -> pl.Expr:
-    """Threads from the top, each with its calls below it, then the streams."""
-    return pl.col("family") == "stream"
 
 
 def _in_window(events: pl.DataFrame, start_ns: int, end_ns: int) -> pl.DataFrame:
@@ -163,6 +158,8 @@ def _on_threads(seen: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
     if kept.height > MAX_THREADS:
         notes.append(f"{MAX_THREADS} of {text.count(kept.height)} threads are drawn: those that launch or do most")
     is_call = pl.col("kind").is_in(["launch", "sync"])
+    communicates = plain_name().str.contains(BACKEND_PREFIX)
+    kind = pl.col("kind").cast(pl.String).replace_strict(_WHAT, return_dtype=pl.String)
     return shown.join(kept.head(MAX_THREADS), on=THREAD, how="semi", nulls_equal=True).select(
         "rank",
         pl.when(is_call).then(pl.lit("calls", FAMILIES)).otherwise(pl.lit("host", FAMILIES)).alias("family"),
@@ -171,7 +168,7 @@ def _on_threads(seen: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
         "dur_ns",
         owner="process",
         line="thread",
-        what=pl.col("kind").cast(pl.String).replace_strict(_WHAT, return_dtype=pl.String),
+        what=pl.when(communicates).then(pl.lit("communication of the host")).otherwise(kind),
         name=plain_name(),
     )
 

@@ -5,7 +5,9 @@ import streamlit as st
 import trace_parts
 import uploads
 
-frame.header("Where does my time go?", "Open a profile: what could be joined, what the device waited for, what cost most.")
+frame.header(
+    "Where does my time go?", "Open a profile: what could be joined, what the device waited for, what cost most."
+)
 traces = uploads.choose("trace-upload") or [trace_parts.example()]
 one = traces[-1]
 if len(traces) > 1:

@@ -9,7 +9,7 @@ from perfmodel import text
 from perfmodel.bound import PLATEAU_FLOOR_NS, Sweep
 from perfmodel.diff import TraceDiff
 from perfmodel.intervals import DEVICE
-from perfmodel.passes import Passes, bare_name
+from perfmodel.passes import Passes
 from perfmodel.ranks import RankSummary, straggler
 from perfmodel.report.traces import place
 
@@ -102,7 +102,11 @@ def changes(table: pl.DataFrame, key: str, title: str) -> go.Figure:
             orientation="h",
             marker={
                 "color": [PALETTE[1] if value > 0 else PALETTE[0] for value in values],
-                "pattern": {"shape": ["/" if value > 0 else "" for value in values]},
+                "pattern": {
+                    "shape": ["/" if value > 0 else "" for value in values],
+                    "fillmode": "overlay",
+                    "fgcolor": "white",
+                },
             },
             text=[f"{'+' if value > 0 else ''}{text.ns(value)}" for value in values],
             textposition="outside",
@@ -173,7 +177,7 @@ def pass_parts(found: Passes) -> go.Figure:
     series: dict[str, Sequence[float]] = {}
     for part in kept:
         of_pass: Mapping[int, int] = dict(sums.filter(pl.col(key) == part).select("pass", "time_ns").iter_rows())
-        series[bare_name(part) if on_host else part.replace("_", " ")] = [of_pass.get(n, 0) for n in shown["pass"]]
+        series[part if on_host else part.replace("_", " ")] = [of_pass.get(n, 0) for n in shown["pass"]]
     if rest:
         others = sums.filter(pl.col(key).is_in(rest)).group_by("pass").agg(pl.sum("time_ns"))
         of_pass = dict(others.iter_rows())

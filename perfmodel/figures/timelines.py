@@ -16,8 +16,9 @@ LEAST_LABEL_FRAC = 0.03  # of the window; on shorter bars no name could be read
 
 # Colour and pattern of what bars show, in the order of the legend: the host's, then kernels by class, then the others.
 LOOKS = {
-    "range": ("#BBBBBB", ""),
-    "operator": ("#999999", "."),
+    "range": ("#B4BFCC", ""),
+    "operator": ("#8494A8", ""),
+    "communication of the host": (PALETTE[1], "x"),
     "launch call": (PALETTE[4], "\\"),
     "call that waits": (PALETTE[1], "\\"),
     "grouped_gemm": (PALETTE[0], ""),
@@ -33,6 +34,7 @@ LOOKS = {
     "copy or set": (PALETTE[3], ""),
     "graph replay": (PALETTE[0], "x"),
 }
+_DARK = PALETTE[:3]
 
 
 def lines_and_bars(drawn: Timeline, title: str) -> go.Figure:
@@ -78,13 +80,14 @@ def _bars(bars: pl.DataFrame, drawn: Timeline, what: str, colour: str, pattern: 
         name=what.replace("_", " "),
         marker={
             "color": colour,
-            "pattern": {"shape": pattern, "size": 5, "solidity": 0.25},
+            "pattern": {"shape": pattern, "fillmode": "overlay", "size": 6, "solidity": 0.25, "fgcolor": "white"},
             "line": {"width": 0},
             "opacity": [1.0 if row["n_events"] == 1 else 0.6 for row in rows],
         },
         text=[_name(row, 40) if row["end_ns"] - row["start_ns"] >= least_ns else "" for row in rows],
         textposition="inside",
         insidetextanchor="start",
+        insidetextfont={"color": "white" if colour in _DARK else "#1A1A1A"},  # on the bar, whatever the theme
         textangle=0,
         hovertext=[_hover(row, drawn.start_ns) for row in rows],
         hoverinfo="text",

@@ -42,6 +42,7 @@ def stacked(
     round_time_ticks(figure.layout.xaxis, max(totals, default=0) or 1)
     labels = [literal(short(str(name))) for name in names]
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels, autorange="reversed", automargin=True)
+    figure.update_layout(legend={"traceorder": "normal"})
     return figure.update_layout(barmode="stack", height=190 + 34 * max(len(names), 1), margin={"b": 90})
 
 
@@ -107,10 +108,10 @@ def shares(table: pl.DataFrame, label: str, value: str, title: str) -> go.Figure
     figure.update_yaxes(
         tickvals=list(range(ranked.height)),
         ticktext=[literal(text.shortened(str(name).removeprefix("void "), 48)) for name in ranked[label]],
-        autorange="reversed",
+        range=[max(ranked.height, 3) - 0.5, -0.5],
         automargin=True,
     )
-    return figure.update_layout(height=100 + 26 * max(ranked.height, 2), showlegend=False, margin={"b": 20})
+    return figure.update_layout(height=100 + 26 * max(ranked.height, 3), showlegend=False, margin={"b": 20})
 
 
 def groups(table: pl.DataFrame, by: str, value: str, words: str) -> go.Figure:
@@ -138,7 +139,7 @@ def delays(table: pl.DataFrame) -> go.Figure:
             y=table[column],
             width=(table["to_ns"] - table["from_ns"]) * 0.94,
             name=word,
-            marker={"color": colour, "pattern": {"shape": pattern}},
+            marker={"color": colour, "pattern": {"shape": pattern, "fillmode": "overlay", "fgcolor": "white"}},
             hovertext=[
                 f"{text.count(n)} kernels, {text.ns(low)} to {text.ns(high)}<br>{word}"
                 for n, low, high in table.select(column, "from_ns", "to_ns").iter_rows()
