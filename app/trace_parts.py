@@ -5,6 +5,7 @@ What is computed of a trace is kept for its session under the digest of its cont
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import frame
 import polars as pl
@@ -186,22 +187,9 @@ def step(one: Loaded, traces: list[Loaded]) -> None:
         st.info("This trace has no events, so there is nothing to draw.")
         return
     steps = windows(one.digest, found)
-    names = [
-        f"{'' if row['rank'] is None else 'rank {} '.format(row['rank'])}{row['name']} "
-        f"({text.ns(row['end_ns'] - row['start_ns'])})"
-        for row in steps.iter_rows(named=True)
-    ]
     left, right = st.columns([2, 3])
-    chosen = left.selectbox(
-        "Step",
-        [*range(steps.height), -1],
-        index=typical_step(steps) if steps.height else 0,
-        format_func=lambda i: "the whole trace" if i < 0 else f"{i}: {names[i]}",
-        key="step",
-        bind="query-params",
-        help="Steps are ProfilerStep ranges, else the outermost range that repeats. "
-        "The step of median length comes first.",
-    )
+    with left:
+        row = _chosen_step(steps)
     start, end = right.slider(
         "Part of it, in per cent",
         0.0,
@@ -212,11 +200,12 @@ def step(one: Loaded, traces: list[Loaded]) -> None:
         bind="query-params",
         help="A shorter part shows short events one by one.",
     )
-    if chosen is None or chosen < 0 or chosen >= steps.height:
+    if row is None:
         title, (first_ns, last_ns) = "The whole trace", whole_window(found.trace.events)
     else:
-        row = steps.row(chosen, named=True)
-        title, first_ns, last_ns = names[chosen], row["start_ns"], row["end_ns"]
+        rank = "" if row["rank"] is None else f"rank {row['rank']} "
+        first_ns, last_ns = row["start_ns"], row["end_ns"]
+        title = f"{rank}{row['name']} ({text.ns(last_ns - first_ns)})"
     length_ns = last_ns - first_ns
     start_ns = first_ns + int(length_ns * min(start, 99.5) / 100)
     end_ns = max(first_ns + int(length_ns * end / 100), start_ns + 1)
@@ -229,6 +218,28 @@ def step(one: Loaded, traces: list[Loaded]) -> None:
             "of the window. Steep: the kernel began at once. Flat: it queued behind others."
         )
     _ends("bars", ["perfmodel", "analyze", one.name, "--html", "report.html"], "", shown.bars)
+
+
+def _chosen_step(steps: pl.DataFrame) -> dict[str, Any] | None:
+    """The step that the user chose, by its number; null for the whole trace."""
+    if steps.is_empty():
+        st.caption("No steps: a trace has them where the profiler marks them, or where an outermost range repeats.")
+        return None
+    if st.session_state.get("step", 0) >= steps.height:  # of a trace that had more of them
+        del st.session_state["step"]
+    number, every = st.columns([2, 1], vertical_alignment="bottom")
+    chosen = number.number_input(
+        "Step, counted from 0",
+        0,
+        steps.height - 1,
+        typical_step(steps),
+        key="step",
+        bind="query-params",
+        help="Steps are ProfilerStep ranges, else the outermost range that repeats. "
+        "The step of median length comes first.",
+    )
+    whole_trace = every.toggle("Whole trace", key="whole", bind="query-params")
+    return None if whole_trace else steps.row(int(chosen), named=True)
 
 
 def launches(one: Loaded, traces: list[Loaded]) -> None:
