@@ -4,11 +4,16 @@ import pytest
 
 pytest.importorskip("plotly", reason="plotly is not installed")
 
+from pathlib import Path
+
 import polars as pl
+from typer.testing import CliRunner
 
 from perfmodel import bound, figures, fusion
 from perfmodel.analysis import analyse
+from perfmodel.cli.main import app
 from perfmodel.diff import diff
+from perfmodel.errors import InputError
 from perfmodel.groups import launch_metrics_by
 from perfmodel.launch import delay_counts, joined_kernels
 from perfmodel.overlap import exposed_time, launch_gaps
@@ -17,7 +22,7 @@ from perfmodel.ranks import RANKS
 from perfmodel.timeline import MAX_BARS, timeline
 from perfmodel.trace import Trace
 from perfmodel.waits import waits_of_steps
-from tests.traces_made import events, kernel, launch
+from tests.traces_made import complete, events, kernel, launch, write_json
 
 HOSTILE = "<b onclick=x>gemm<bf16></b> & co"
 SHOWN = "&lt;b onclick=x&gt;gemm&lt;bf16&gt;&lt;/b&gt; &amp; co"
@@ -176,3 +181,34 @@ def test_a_report_has_the_figures_that_its_trace_can_fill() -> None:
     titles = [figure.layout.title.text for figure, _ in figures.trace_figures(analyse(on_host))]
     assert titles == ["Host time by operator, without what it calls", "The whole trace"]
     assert len(figures.trace_figures(analyse(on_host.__class__(on_host.events.clear(), "kineto", 0)))) == 1
+
+
+def run(*words: str) -> str:
+    done = CliRunner().invoke(app, words, catch_exceptions=False, standalone_mode=False)
+    if done.exception:
+        raise done.exception
+    return done.stdout
+
+
+def test_the_four_commands_write_the_page_that_they_print_with_its_figures(tmp_path: Path) -> None:
+    rows = [complete("cuda_runtime", "cudaLaunchKernel", 10 * i, 2, correlation=i) for i in range(1, 9)]
+    place = {"device": 0, "stream": 7}
+    rows += [complete("kernel", HOSTILE, 10 * i + 4, 5, 0, 7, correlation=i, **place) for i in range(1, 9)]
+    trace = str(write_json(tmp_path / "one.json", {"traceEvents": rows}))
+    table = tmp_path / "sweep.csv"
+    table.write_text("batch,tklqt_us\n1,900\n64,90000\n")
+    page = str(tmp_path / "page.html")
+    for words, said in (
+        (("analyze", trace, "--by", "stream"), "How long kernels waited for their launch"),
+        (("diff", trace, trace), "Operators, kernel time: b minus a"),
+        (("fusion", trace), "Ideal speed-up of fusing chains of kernels"),
+        (("sweep", str(table)), "device-bound from batch 64 on"),
+    ):
+        printed = run(*words, "--html", page)
+        written = Path(page).read_text(encoding="utf-8")
+        assert said in written and "Plotly.newPlot" in written
+        assert "<b onclick" not in written.replace("\\u003cb onclick", "")
+        assert figures.literal(printed.strip().splitlines()[-1].strip()) in written
+        with pytest.raises(InputError, match=r"expected an \.html file"):
+            run(*words, "--html", str(tmp_path / "page.pdf"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "page.html", "sweep.csv"]
