@@ -120,7 +120,7 @@ def timeline(
     lines = seen.select(LINE).unique().sort(pl.col("family") == "stream", "rank", "owner", "line", "family", "lane")
     lines = lines.with_row_index("row")
     seen = seen.join(lines, on=LINE, nulls_equal=True).drop(LINE)
-    bars, grain_ns = _bars(seen, start_ns, max_bars)
+    bars, grain_ns = _bars(seen, start_ns, end_ns, max_bars)
     if grain_ns:
         notes.append(
             f"{text.count(seen.height)} events are drawn as {text.count(bars.height)} bars: neighbours shorter than "
@@ -205,7 +205,7 @@ def _on_streams(seen: pl.DataFrame, notes: list[str]) -> pl.DataFrame:
     )
 
 
-def _bars(seen: pl.DataFrame, start_ns: int, max_bars: int) -> tuple[pl.DataFrame, int]:
+def _bars(seen: pl.DataFrame, start_ns: int, end_ns: int, max_bars: int) -> tuple[pl.DataFrame, int]:
     """At most `max_bars` bars, and below which length events were taken together: those that begin on one line in the
     same stretch of that length. The next longer event begins behind them, so bars cover each other only where events
     do."""
@@ -219,7 +219,7 @@ def _bars(seen: pl.DataFrame, start_ns: int, max_bars: int) -> tuple[pl.DataFram
     )
     grain_ns, bar = 0, pl.col("event")
     if seen.height > max_bars:
-        grain_ns = 1
+        grain_ns = max((end_ns - start_ns) // (8 * max_bars), 1)  # shorter ones could not be seen
         while True:
             is_short = pl.col("dur_ns") < grain_ns
             stretch = -1 - (pl.col("start_ns") - start_ns) // grain_ns  # negative: no event has such a number
