@@ -2,13 +2,14 @@
 
 import frame
 import streamlit as st
+import trace_cache
 import trace_parts
 import uploads
 
 frame.header(
     "Where does my time go?", "Open a profile: what could be joined, what the device waited for, what cost most."
 )
-traces = uploads.choose("trace-upload") or [trace_parts.example()]
+traces = uploads.choose("trace-upload") or [trace_cache.example()]
 one = traces[-1]
 if len(traces) > 1:
     chosen = st.selectbox(

@@ -116,7 +116,7 @@ def changes(table: pl.DataFrame, key: str, title: str) -> go.Figure:
         )
     )
     layout(figure, title, "", "")
-    reach = max((abs(value) for value in values), default=1) * 1.35
+    reach = max((abs(value) for value in values), default=1) * 1.6  # room for the words beside the longest
     figure.update_xaxes(showticklabels=False, showgrid=False, range=[-reach, reach], zeroline=True)
     figure.update_yaxes(
         tickvals=list(range(most.height)),
@@ -191,7 +191,7 @@ def pass_parts(found: Passes) -> go.Figure:
         title += f": the first {MOST_PASSES} of {text.count(order.height)}"
     colours = [*PALETTE[: len(kept)], IDLE][: len(series)]
     return stacked(names, series, colours, title, "time of the host" if on_host else "kernel time").update_layout(
-        height=230 + 22 * max(shown.height, 2), margin={"b": 120}
+        height=230 + 18 * max(shown.height, 3), margin={"b": 120}
     )
 
 

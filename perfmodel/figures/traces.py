@@ -127,11 +127,11 @@ def groups(table: pl.DataFrame, by: str, value: str, words: str) -> go.Figure:
 
 
 def delays(table: pl.DataFrame) -> go.Figure:
-    """How long kernels waited for their launch, from `launch.delay_counts`: prompt ones, and those that queued."""
+    """How long kernels waited for their launch, from `launch.delay_counts`: while the call went on, and after it."""
     figure = go.Figure()
     words = {
         "began before the launch call had returned": ("n_prompt", PALETTE[0], ""),
-        "began after it: queued": ("n_queued", PALETTE[1], "/"),
+        "began after it had returned": ("n_queued", PALETTE[1], "/"),
     }
     for word, (column, colour, pattern) in words.items():
         figure.add_bar(
