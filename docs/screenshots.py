@@ -1,7 +1,5 @@
-"""Take the pictures of the dashboard that the documents show: `python docs/screenshots.py` (playwright, Chromium).
-
-Each view at 1280 x 800 in the light theme; the first page is the README's picture.
-"""
+"""Take the pictures of the dashboard that the documents show: `python docs/screenshots.py [VIEW ...]` (playwright,
+Chromium), each view at 1280 x 800, light and dark, into docs/pictures."""
 
 import shutil
 import sys
@@ -14,21 +12,25 @@ sys.path.insert(0, str(ROOT))
 
 from tests.served import ARGUMENTS, served  # noqa: E402
 
-VIEWS = {"": "dashboard", "offload": "offload"}
+VIEWS = ("overview", "trace", "roofline", "accuracy", "placement", "schedules", "regression")
+THEMES = ("light", "dark")
 
 
-def main(folder: Path) -> None:
-    """Write one PNG per view into the folder."""
+def main(folder: Path, views: list[str]) -> None:
+    """Write one PNG for each view and theme into the folder."""
+    folder.mkdir(exist_ok=True)
     with served() as url, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        for path, name in VIEWS.items():
-            page.goto(f"{url}/{path}")
-            page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 2", timeout=60_000)
-            page.wait_for_timeout(1500)
-            page.screenshot(path=folder / f"{name}.png")
+        for theme in THEMES:
+            page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=theme)
+            for view in views:
+                page.goto(f"{url}/{'' if view == 'overview' else view}")
+                page.wait_for_selector(".js-plotly-plot .main-svg", timeout=120_000)
+                page.wait_for_selector("[data-testid=stStatusWidget]", state="detached", timeout=120_000)
+                page.wait_for_timeout(1500)  # figures are drawn after the page
+                page.screenshot(path=folder / f"{view}-{theme}.png")
         browser.close()
 
 
 if __name__ == "__main__":
-    main(ROOT / "docs")
+    main(ROOT / "docs" / "pictures", sys.argv[1:] or list(VIEWS))

@@ -61,11 +61,15 @@ def show_capture(
     as_json: Json = False,
 ) -> None:
     """What a capture holds: machine, calibrated numbers, points by study and access, what was left out, profiles."""
-    from perfmodel.capture import load_capture
+    from perfmodel.capture import load_capture, shipped_captures
+    from perfmodel.latency import load_model, shipped_models
     from perfmodel.plausible import summary
 
     capture = load_capture(folder)
     found = summary.summary(capture)
+    is_shipped = capture.path.resolve() in [path.resolve() for path in shipped_captures()]
+    if is_shipped and capture.name in shipped_models():
+        found["headlines"] = report.capture_headlines(capture, load_model(capture.name))
     if as_json:
         print_json(found)
     else:

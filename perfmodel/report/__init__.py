@@ -4,6 +4,7 @@ from perfmodel.report.balance import balance_json, balance_page
 from perfmodel.report.captures import check_page
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import evaluation_page, fit_page
+from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, pass_words, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import efficiency_page, phases_json, phases_page, workload_head, workload_page
@@ -21,6 +22,7 @@ __all__ = [
     "WIDTH",
     "balance_json",
     "balance_page",
+    "capture_headlines",
     "capture_page",
     "captures_page",
     "check_page",

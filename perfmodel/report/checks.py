@@ -47,7 +47,8 @@ def _line(finding: "Finding", width: int) -> str:
 
 
 def capture_page(found: Mapping[str, Any], machine: Sequence[str], width: int) -> str:
-    """What a capture holds: machine, calibration, points by study and access, what was left out, profiles."""
+    """What a capture holds: machine, calibration, points by study and access, what was left out, profiles, and
+    what it says in short where a shipped model was fitted on it."""
     calibration = [
         [
             row["quantity"],
@@ -83,6 +84,8 @@ def capture_page(found: Mapping[str, Any], machine: Sequence[str], width: int) -
     if found["profiles"]:
         rows = [f"  {row['name']} ({text.n_bytes(row['size_bytes'])})" for row in found["profiles"]]
         blocks.append("\n".join(["profiles", *_first(rows)]))
+    if "headlines" in found:
+        blocks.append("\n".join(["in short", *(wrapped(line, width, "  ", "  ") for line in found["headlines"])]))
     return "\n\n".join(blocks)
 
 
