@@ -17,7 +17,7 @@ if len(traces) > 1:
         "Trace", range(len(traces)), index=len(traces) - 1, format_func=lambda i: traces[i].name, key="which"
     )
     one = traces[chosen or 0]
-if getattr(one, "is_example", not opened):
+if not opened or getattr(one, "is_example", False):
     st.caption("This is an example that comes with the project; open a trace of your own to see where its time goes.")
 part = st.segmented_control(
     "Part",
