@@ -4,6 +4,7 @@ The rules and their constants are argued in docs/decisions/0009-host-or-device-b
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,8 @@ QUEUED_FRAC = 0.5  # of launches; real traces lie below 0.3 or above 0.75, the f
 IDLE_FRAC = 0.2  # of the device's span; published sweeps have 0.38 and more before the transition, 0.06 and less after
 COPIES_FRAC = 0.5  # of busy time; beyond, the link is the bound and no question of launches
 MIN_LAUNCHES = 10
+
+_BATCH = re.compile(r"(?<![a-z0-9])(?:b|bs|bsz|batch|batch[-_ ]?size)[-_ =]?(\d{1,9})(?![0-9a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,13 @@ def copies_frac(work: pl.DataFrame, gpu_busy_ns: int) -> float | None:
 def is_device_bound(tklqt_ns: float, plateau_ns: float, rule_factor: float = RULE_FACTOR) -> bool:
     """Do kernels queue behind a busy device: is TKLQT above `rule_factor` times its host-bound plateau (with floor)."""
     return tklqt_ns > rule_factor * max(plateau_ns, PLATEAU_FLOOR_NS)
+
+
+def batch_in_name(name: str) -> int | None:
+    """Which batch size does the name of a file tell, as `bert-b8.json`, `bs_16` or `batch=32` do; null where it tells
+    none, or several."""
+    found = {int(digits) for digits in _BATCH.findall(name)} - {0}
+    return found.pop() if len(found) == 1 else None
 
 
 def transition_batch(batches: Sequence[int], tklqt_ns: Sequence[float], rule_factor: float = RULE_FACTOR) -> int | None:

@@ -284,6 +284,33 @@ def by_kernel(events: pl.DataFrame, work: pl.DataFrame | None = None, sort_by: s
     return table.sort(sort_by, pl.col("name").cast(pl.String), descending=[True, False], nulls_last=True)
 
 
+def delay_counts(work: pl.DataFrame) -> pl.DataFrame:
+    """How are launch delays distributed: one row for each eighth of a decade from the shortest to the longest.
+
+    Columns `from_ns`, `to_ns` (beyond the last of them), `n_prompt`, kernels that began before their launch call had
+    returned, and `n_queued`, those that began after it. `work` is `joined_work` of a trace; delays that are not above
+    0, of clocks that disagree, are left out.
+    """
+    delays = work.filter((pl.col("kind") == "kernel") & (pl.col("delay_ns") > 0))
+    eighth = (pl.col("delay_ns").log10() * 8).floor().cast(pl.Int64)
+    is_queued = pl.col("delay_ns") >= pl.col("launch_dur_ns")
+    counts = delays.group_by(eighth.alias("eighth")).agg(
+        n_prompt=(~is_queued).sum().cast(pl.Int64), n_queued=is_queued.sum().cast(pl.Int64)
+    )
+    low, high = counts.select(pl.min("eighth"), high=pl.max("eighth")).row(0)
+    every = pl.DataFrame({"eighth": range(low, high + 1) if counts.height else []}, schema={"eighth": pl.Int64})
+    return (
+        every.join(counts, on="eighth", how="left", maintain_order="left")
+        .with_columns(pl.col("n_prompt", "n_queued").fill_null(0))
+        .select(
+            pl.lit(10.0).pow(pl.col("eighth") / 8).alias("from_ns"),
+            pl.lit(10.0).pow((pl.col("eighth") + 1) / 8).alias("to_ns"),
+            "n_prompt",
+            "n_queued",
+        )
+    )
+
+
 def by_launch_call(events: pl.DataFrame, work: pl.DataFrame | None = None) -> pl.DataFrame:
     """Which API calls launch device work, and what do they cost the host: one row for each name of a `launch` call.
 

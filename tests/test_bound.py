@@ -9,6 +9,7 @@ from perfmodel.bound import (
     IDLE_FRAC,
     LOWEST_LAUNCH_NS,
     PLATEAU_FLOOR_NS,
+    batch_in_name,
     bound,
     sweep,
     transition_batch,
@@ -207,3 +208,23 @@ def test_tables_that_hold_no_sweep_are_refused(content: str, said: str, tmp_path
     with pytest.raises(InputError, match=said) as refused:
         read_sweeps(table)
     assert str(refused.value).startswith(f"{table}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        ("bert-b8.json.gz", 8),
+        ("BS_16.sqlite", 16),
+        ("run.batch=32.json", 32),
+        ("batch_size-64-seq512.json", 64),
+        ("b1-b2.json", None),
+        ("b200.eager.json", 200),  # a GPU has such a name too: what is guessed can be corrected
+        ("web8.json", None),
+        ("mb8.json", None),
+        ("b8x7.json", None),
+        ("b0.json", None),
+        ("trace.json", None),
+    ],
+)
+def test_a_name_tells_the_batch_size_where_it_tells_one(name: str, batch: int | None) -> None:
+    assert batch_in_name(name) == batch

@@ -20,7 +20,7 @@ LEVELS = (
     {"readers", "classify", "placement", "physics", "capture", "capture_lines", "ep_capture", "intervals", "lanes"},
     {"launch", "moe_perf", "tile_rules"},
     {"attribution", "groups", "bound", "overlap", "overhead", "fusion", "tracks", "ep_steps"},
-    {"copies", "matmuls", "findings", "diff"},
+    {"copies", "matmuls", "findings", "diff", "timeline"},
     {"analysis", "ranks", "perfetto", "passes", "waits"},
     {"latency"},
     {"baselines", "roofline", "regression", "plausible", "transfer"},

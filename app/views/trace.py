@@ -1,25 +1,32 @@
-"""Trace: upload a profile, see coverage, launch metrics, busy time and kernel classes."""
+"""Trace: where the time of a profile goes, part by part."""
 
 import frame
+import streamlit as st
+import trace_cache
+import trace_parts
 import uploads
 
-from perfmodel import figures, report, text
-
-frame.header("Trace", "Where does the time of a trace go, and what could not be joined?")
-for one in uploads.choose("trace-upload"):
-    metrics = one.analysis.metrics
-    frame.literal(f"{one.name}: {metrics.source} trace, {text.count(metrics.n_events)} events")
-    frame.numbers(
-        {
-            "TKLQT": text.ns(metrics.tklqt_ns),
-            "Average kernel": text.ns(metrics.akd_ns),
-            "GPU idle": text.frac(metrics.gpu_idle_frac),
-            "Kernels": text.count(metrics.n_kernels),
-        },
-        {"TKLQT": "Sum of kernel start minus launch-call start; not wall time."},
+frame.header(
+    "Where does my time go?", "Open a profile: what could be joined, what the device waited for, what cost most."
+)
+opened = uploads.choose("trace-upload")
+traces = opened or [trace_cache.example()]
+one = traces[-1]
+if len(traces) > 1:
+    chosen = st.selectbox(
+        "Trace", range(len(traces)), index=len(traces) - 1, format_func=lambda i: traces[i].name, key="which"
     )
-    frame.literal(report.findings_text(one.analysis.findings))
-    if metrics.n_kernels:
-        frame.chart(figures.busy(metrics), "Busy and idle time of each device")
-        frame.rows(one.analysis.kernels, "Kernels, costliest first")
-    frame.computed(["perfmodel", "analyze", one.name], report.trace_page(one.analysis, one.name))
+    one = traces[chosen or 0]
+if not opened or getattr(one, "is_example", False):
+    st.caption("This is an example that comes with the project; open a trace of your own to see where its time goes.")
+part = st.segmented_control(
+    "Part",
+    list(trace_parts.PARTS),
+    default="Summary",
+    required=True,
+    key="part",
+    bind="query-params",
+    label_visibility="collapsed",
+)
+trace_parts.PARTS[part or "Summary"](one, traces)
+trace_parts.whole(one)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from perfmodel import bound, fusion, hardware, report, text
 from perfmodel.analysis import analyse
 from perfmodel.classify import rules_before_shipped
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.shell import (
     Cache,
     Json,
@@ -61,8 +63,10 @@ def analyze(
     workers: Annotated[str | None, typer.Option(help="Workers that read a folder of ranks.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of the Dask scheduler, with --backend dask.")] = None,
     as_json: Json = False,
+    html: Html = None,
 ) -> None:
     """Where does the time of a trace go: coverage, findings in words, launch metrics, classes, kernels, operators."""
+    check_html(html)
     n_top = whole(top, "--top") if top else None
     if by is not None and by not in GROUPINGS:
         raise InputError(f"--by is {by!r}, expected one of {', '.join(GROUPINGS)}")
@@ -76,6 +80,8 @@ def analyze(
         summary = summarise_ranks(trace, cache, backend, n_workers, scheduler, progress, rules_text)
         progress("")
         hint_at_cache(time.monotonic_ns() - began_ns, cache)
+        page = report.ranks_page(summary, n_top or report.N_TOP)
+        write_html(html, f"Ranks: {Path(trace).name}", page, lambda: _figures().ranks_figures(summary))
         if as_json:
             print_json(summary.to_json())
         else:
@@ -86,6 +92,8 @@ def analyze(
     rules = rules_before_shipped(rules_text) if rules_text else None
     loaded = read(trace, cache, backend, n_workers, scheduler)
     found = analyse(loaded, hardware=profile, by=by, counted=counted, rules=rules)
+    page = report.trace_page(found, Path(trace).name, n_top or report.N_TOP)
+    write_html(html, f"Trace: {Path(trace).name}", page, lambda: _figures().trace_figures(found))
     if as_json:
         print_json(found.to_json(n_top))
     else:
@@ -110,14 +118,19 @@ def diff_command(
     top: Top = None,
     cache: Cache = None,
     as_json: Json = False,
+    html: Html = None,
 ) -> None:
     """What differs between two traces: launch metrics, kernel classes and operators, not kernel names."""
+    check_html(html)
     n_top = whole(top, "--top") if top else None
     found = diff(read(a, cache), read(b, cache))
+    names = Path(a).name, Path(b).name
+    page = report.diff_page(found, names, n_top or report.N_TOP)
+    write_html(html, f"From {names[0]} to {names[1]}", page, lambda: _figures().diff_figures(found))
     if as_json:
         print_json(found.to_json(n_top))
     else:
-        print_words(report.diff_page(found, (Path(a).name, Path(b).name), n_top or report.N_TOP, width()))
+        print_words(report.diff_page(found, names, n_top or report.N_TOP, width()))
 
 
 @app.command(name="fusion")
@@ -129,14 +142,18 @@ def fusion_command(
     threshold: Annotated[float, typer.Option(help="Lowest proximity score to list, 0 to 1.")] = 1.0,
     cache: Cache = None,
     as_json: Json = False,
+    html: Html = None,
 ) -> None:
     """Which chains of kernels always follow one another, and what fusing them would save at best."""
+    check_html(html)
     wanted = [whole(word, "--lengths") for word in lengths.split(",")]
     if not 0 <= threshold <= 1:
         raise InputError(f"--threshold is {threshold:g}, expected 0 to 1")
     loaded = read(trace, cache)
     by_length = fusion.fusion_table(loaded.events, wanted)
     chains = fusion.chains(loaded.events, min(wanted), threshold)
+    page = report.fusion_page(by_length, chains, Path(trace).name)
+    write_html(html, f"Chains of kernels: {Path(trace).name}", page, lambda: _figures().fusion_figures(by_length))
     if as_json:
         print_json({"lengths": by_length.to_dicts(), "chains": chains.to_dicts()})
     else:
@@ -154,8 +171,10 @@ def sweep(
     ] = f"{bound.RULE_FACTOR:g}",
     cache: Cache = None,
     as_json: Json = False,
+    html: Html = None,
 ) -> None:
     """From which batch size on is the device the bound, and no longer the host: TKLQT over a sweep of batch sizes."""
+    check_html(html)
     rule_factor = number(factor, "--factor")
     if len(traces) == 1 and traces[0].endswith(".csv"):
         given = read_sweeps(traces[0])
@@ -164,12 +183,20 @@ def sweep(
         pairs = [_batch_and_trace(word) for word in traces]
         metrics = [launch_metrics(read(path, cache)) for _, path in pairs]
         found = {"": bound.sweep([batch for batch, _ in pairs], metrics, rule_factor)}
+    pages = [(f"{name}\n\n" if name else "") + report.sweep_page(one) for name, one in found.items()]
+    write_html(html, "TKLQT against batch size", "\n\n".join(pages), lambda: _figures().sweep_figures(found))
     if as_json:
         rows = [{"name": name, **asdict(one), "table": one.table.to_dicts()} for name, one in found.items()]
         print_json(rows[0] if len(rows) == 1 else {"sweeps": rows})
     else:
-        pages = [(f"{name}\n\n" if name else "") + report.sweep_page(one) for name, one in found.items()]
         print_words("\n\n".join(pages))
+
+
+def _figures() -> ModuleType:
+    """The package of figures, which is loaded only where one is drawn: it needs Plotly."""
+    from perfmodel import figures
+
+    return figures
 
 
 def _batch_and_trace(word: str) -> tuple[int, str]:

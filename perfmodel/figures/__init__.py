@@ -2,6 +2,18 @@
 
 from .balancing import balance_figures, trimoe_figures
 from .checks import check_figures, crossed, forest
+from .comparisons import (
+    changes,
+    diff_figures,
+    fusion,
+    fusion_figures,
+    pass_parts,
+    ranks,
+    ranks_figures,
+    sweep,
+    sweep_figures,
+    waits,
+)
 from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
 from .latency import BAND_FRAC, accuracy_figures, held_coverage, parity, residuals
 from .page import html_page
@@ -10,7 +22,8 @@ from .placing import parts, placing_figures, policies, prediction_figures, slowd
 from .rooflines import roofline, roofline_figures
 from .routing import coverage, routing_figures, routing_map
 from .schedules import MAX_GPUS, beside, gantt, phase_figures, schedule_figures, speedup, stacked
-from .traces import busy, shares
+from .timelines import lines_and_bars
+from .traces import busy, delays, exposed, groups, host_time, idle_reasons, shares, trace_figures
 
 __all__ = [
     "BAND_FRAC",
@@ -22,22 +35,35 @@ __all__ = [
     "balance_figures",
     "beside",
     "busy",
+    "changes",
     "check_figures",
     "coverage",
     "crossed",
+    "delays",
+    "diff_figures",
+    "exposed",
     "forest",
+    "fusion",
+    "fusion_figures",
     "gantt",
+    "groups",
     "held_coverage",
+    "host_time",
     "html_page",
+    "idle_reasons",
+    "lines_and_bars",
     "literal",
     "parity",
     "parts",
     "pass_figures",
+    "pass_parts",
     "phase_figures",
     "placing_figures",
     "policies",
     "prediction_figures",
     "rank_figures",
+    "ranks",
+    "ranks_figures",
     "residuals",
     "roofline",
     "roofline_figures",
@@ -49,7 +75,11 @@ __all__ = [
     "slowdown",
     "speedup",
     "stacked",
+    "sweep",
+    "sweep_figures",
+    "trace_figures",
     "trade_off",
     "trade_off_of",
     "trimoe_figures",
+    "waits",
 ]

@@ -60,3 +60,10 @@ def time_ticks(axis: Any, top_ns: float, n: int = 4) -> None:
     """Ticks of a linear axis of times from 0 to `top_ns`, in words."""
     values = [top_ns * i / n for i in range(n + 1)]
     axis.update(tickvals=values, ticktext=[text.ns(value) for value in values])
+
+
+def round_time_ticks(axis: Any, top_ns: float) -> None:
+    """Ticks of a linear axis of times from 0 to `top_ns` at round times, in words; at most ten."""
+    step = next(10.0**p * m for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top_ns / 10)
+    values = [step * i for i in range(int(top_ns / step) + 1)]
+    axis.update(tickvals=values, ticktext=[text.ns(value) for value in values])

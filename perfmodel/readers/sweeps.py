@@ -7,6 +7,7 @@ import polars as pl
 from perfmodel import text
 from perfmodel.errors import InputError, about
 
+PUBLISHED = Path(__file__).parents[1] / "data" / "published" / "bert_gh200_sweep.csv"
 _TKLQT = "tklqt_"
 _EXPECTED = "expected the columns batch and tklqt_ns (or _us, _ms, _s), numbers"
 

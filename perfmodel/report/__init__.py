@@ -16,7 +16,7 @@ from perfmodel.report.fits import (
     shape_rows,
 )
 from perfmodel.report.headlines import capture_headlines
-from perfmodel.report.layers import layer_ranks_page, passes_page, scaling_page
+from perfmodel.report.layers import layer_ranks_page, pass_words, passes_page, scaling_page
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import (
     efficiency_page,
@@ -51,7 +51,7 @@ from perfmodel.report.roofline import (
 )
 from perfmodel.report.routing import MOST_LAYERS, routing_page
 from perfmodel.report.schedule import schedule_head, schedule_json, schedule_page
-from perfmodel.report.traces import findings_text, trace_page
+from perfmodel.report.traces import coverage_text, findings_text, trace_page
 from perfmodel.report.trimoe import trimoe_page
 from perfmodel.report.words import N_TOP, WIDTH, table
 
@@ -78,6 +78,7 @@ __all__ = [
     "check_page",
     "conclusion",
     "costliest_rows",
+    "coverage_text",
     "diff_page",
     "efficiency_page",
     "error_rows",
@@ -96,6 +97,7 @@ __all__ = [
     "miss_words",
     "model_line",
     "models_rows",
+    "pass_words",
     "passes_page",
     "phase_pairs",
     "phases_json",

@@ -51,7 +51,7 @@ def passes_page(
     """How passes were told, the median pass in words, passes, then kernel classes or the parts of a pass on a host."""
     sections = [
         "\n".join([text.shortened(name, width), *_notes(found.notes, width)]),
-        _median(found, tokens_per_s, width),
+        pass_words(found, tokens_per_s, width),
     ]
     columns = [column for column in _PASS if found.how != "host" or column not in _ON_DEVICES]
     rows = [
@@ -132,7 +132,8 @@ def _throughput(tokens_per_s: float | None, n_gpus: int) -> str:
     return f": {text.count(tokens_per_s)} tokens/s on {text.counted(n_gpus, 'GPU')}"
 
 
-def _median(found: Passes, tokens_per_s: float | None, width: int) -> str:
+def pass_words(found: Passes, tokens_per_s: float | None = None, width: int = WIDTH) -> str:
+    """The median pass of MoE layers in a sentence."""
     one = found.medians()
     words = [f"The median pass takes {text.ns(one['dur_ns'])}"]
     if found.how == "host":

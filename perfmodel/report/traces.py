@@ -24,7 +24,7 @@ _BESIDE_COMPUTING = (
 
 def trace_page(found: Analysis, name: str, n_top: int = N_TOP, width: int = WIDTH) -> str:
     """Coverage first, then findings with what to do, launch metrics, and tables of what cost most."""
-    sections = [_coverage(found, name, width)]
+    sections = [coverage_text(found, name, width)]
     if found.metrics.n_kernels == 0:
         sections.append("No kernels were recorded, so there are no launch metrics.")
     if found.findings:
@@ -51,7 +51,8 @@ def findings_text(findings: Sequence[Finding], width: int = WIDTH) -> str:
     return "\n".join(lines)
 
 
-def _coverage(found: Analysis, name: str, width: int) -> str:
+def coverage_text(found: Analysis, name: str, width: int = WIDTH) -> str:
+    """What was read and what could be joined, repaired, dropped; then what a reader of the numbers must know."""
     trace, m = found.trace, found.metrics
     joined = m.n_kernels_joined / m.n_kernels if m.n_kernels else None
     lines = [
@@ -92,7 +93,7 @@ def _launch_metrics(found: Analysis, width: int) -> str:
 def _devices(found: Analysis, width: int) -> str:
     each = [asdict(device) for device in found.metrics.devices]
     numbers = [name for name in each[0] if name not in DEVICE]
-    rows = [[_place(DEVICE, device), *(text.figure(name, device[name]) for name in numbers)] for device in each]
+    rows = [[place(DEVICE, device), *(text.figure(name, device[name]) for name in numbers)] for device in each]
     return table(rows, ["devices", *(HEADERS[name] for name in numbers)], width)
 
 
@@ -100,7 +101,7 @@ def _overlap(found: Analysis, width: int) -> str:
     """What each device did beside computing, how much of it showed, and what the host did in its gaps."""
     both = found.exposed.join(found.gaps, on=DEVICE, how="full", nulls_equal=True, coalesce=True)
     rows = [
-        [_place(DEVICE, row), *(text.figure(name, row[name]) for name in _BESIDE_COMPUTING)]
+        [place(DEVICE, row), *(text.figure(name, row[name]) for name in _BESIDE_COMPUTING)]
         for row in both.sort(DEVICE).iter_rows(named=True)
     ]
     return table(rows, ["beside computing", *(HEADERS[name] for name in _BESIDE_COMPUTING)], width)
@@ -110,14 +111,14 @@ def _groups(groups: pl.DataFrame, title: str, n_top: int, width: int) -> str:
     """Launch metrics of groups, in their own order; what belongs to none of them is a row that says so."""
     keys = [key for key in groups.columns[: groups.columns.index("n_launches")] if key not in _NO_KEYS]
     rows = [
-        [_place(keys, row), *(text.figure(n, row[n]) for n in _GROUP_NUMBERS)]
+        [place(keys, row), *(text.figure(n, row[n]) for n in _GROUP_NUMBERS)]
         for row in groups.head(n_top).iter_rows(named=True)
     ]
     more = f"\n... and {text.count(groups.height - n_top)} more" if groups.height > n_top else ""
     return table(rows, [title, *(HEADERS[n] for n in _GROUP_NUMBERS)], width) + more
 
 
-def _place(keys: Sequence[str], row: Mapping[str, object]) -> str:
+def place(keys: Sequence[str], row: Mapping[str, object]) -> str:
     """The keys of a group in words: the name of a range or step alone, else every number with its kind."""
     if "name" in keys:
         rank = "" if row["rank"] is None else f"rank {row['rank']} "
