@@ -25,6 +25,7 @@ from perfmodel.readers.kineto_events import (
     mended,
     whole,
 )
+from perfmodel.readers.limits import Limits
 from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, MODULE_PREFIX, Trace, filtered, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
@@ -60,11 +61,11 @@ _MATRIX_PRODUCT = re.compile(r"mm\b|mm_|gemm|matmul|linear|einsum|moe|expert", r
 _US = pl.Decimal(38, 3)  # microseconds with three decimals: whole nanoseconds underneath
 
 
-def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
+def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES, limits: Limits | None = None) -> Trace:
     """The trace in a stream of Kineto JSON; times are those of the file, from `baseTimeNanoseconds` where it is given.
 
     A damaged document is read as far as it is sound, and `notes` and counts say what is missing. Raises InputError
-    when the stream is not a profiler trace.
+    when the stream is not a profiler trace, TooLargeError when it has more events than `limits` allow.
     """
     frames: list[pl.DataFrame] = []
     host, device = _Kept(), _Kept()
@@ -84,6 +85,8 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
     def take(events: list[Event]) -> None:
         nonlocal n_events
         n_events += len(events)
+        if limits is not None:
+            limits.refuse_events(n_events)
         kept: list[Event] = []
         if _PYTHON not in kind_of:
             kept = [e for e in events if kind_of[e.cat] and e.ph == "X"]
