@@ -103,10 +103,12 @@ def choose(key: str) -> list[Loaded]:
     Until something else is open, that is an example. Shows why a trace could not be read.
     """
     at_server, from_user = st.columns(2)
-    with from_user, st.popover("Upload traces", icon=":material/upload:", width="stretch"):
-        _upload(key)
+    n_before = st.session_state.setdefault("n_uploads", 0)
+    suffix = f"-{n_before}" if n_before else ""  # a box of another key is empty, and closed
+    with from_user, st.popover("Upload traces", icon=":material/upload:", width="stretch", key=f"upload{suffix}"):
+        _upload(key, suffix)
     with at_server:
-        _open(_offered())
+        _open(offered())
     for one in _uploaded():
         with st.container(horizontal=True, vertical_alignment="center"):
             if st.button("Remove", key=f"remove-{one.digest[:16]}", icon=":material/close:"):
@@ -123,10 +125,8 @@ def _uploaded() -> list[Loaded]:
     return found
 
 
-def _upload(key: str) -> None:
+def _upload(key: str, suffix: str) -> None:
     """The boxes for files and for a folder of ranks; what was read leaves them, and the server's memory."""
-    n_before = st.session_state.setdefault("n_uploads", 0)
-    suffix = f"-{n_before}" if n_before else ""  # a box of another key is empty
     files = st.file_uploader(
         "PyTorch profiler .json or Nsight Systems .sqlite, plain or packed (gzip, zip, Zstandard, bzip2, xz)",
         key=f"{key}{suffix}",
@@ -153,7 +153,7 @@ def _upload(key: str) -> None:
     if context is not None:
         for file in (*files, *ranks):
             context.uploaded_file_mgr.remove_file(context.session_id, file.file_id)
-    st.session_state["n_uploads"] = n_before + 1
+    st.session_state["n_uploads"] += 1
     if _uploaded():
         st.session_state["open"] = [name for name in st.session_state.get("open", ()) if not _is_example(name)]
     st.rerun()
@@ -226,7 +226,7 @@ def _shown_on(bar: Any) -> Callable[[int, int], None]:
 
 
 @st.cache_data(ttl=60, show_spinner=False)
-def _offered() -> dict[str, Path]:
+def offered() -> dict[str, Path]:
     """What the server offers to open, files and folders of ranks, by name: its trace folder's first, then examples."""
     found = {}
     if root := os.environ.get(ROOT_VARIABLE):
@@ -252,18 +252,18 @@ def _traces_below(root: Path) -> list[Path]:
 
 
 def _is_example(name: str) -> bool:
-    return _offered().get(name, Path()).parent.name == "profiles" and name.startswith("traces/")
+    return offered().get(name, Path()).parent.name == "profiles" and name.startswith("traces/")
 
 
-def _open(offered: dict[str, Path]) -> None:
+def _open(offers: dict[str, Path]) -> None:
     """The box of what the server offers; what is chosen there stands in the link."""
     opened: dict[str, Loaded] = st.session_state.setdefault("opened", {})
     if "open" not in st.session_state and "open" not in st.query_params:  # a view's first run, not from a link
-        first = [name for name in offered if _is_example(name)][:1]
-        st.session_state["open"] = [name for name in st.session_state.get("was_open", first) if name in offered]
+        first = [name for name in offers if _is_example(name)][:1]
+        st.session_state["open"] = [name for name in st.session_state.get("was_open", first) if name in offers]
     chosen = st.multiselect(
         "Open traces of this server",
-        list(offered),
+        list(offers),
         key="open",
         bind="query-params",
         max_selections=MAX_OPEN,
@@ -278,7 +278,7 @@ def _open(offered: dict[str, Path]) -> None:
         if name not in opened:
             try:
                 read = _example if _is_example(name) else _of_server
-                opened[name] = read(name, offered[name])
+                opened[name] = read(name, offers[name])
             except InputError as error:
                 frame.refused("This cannot be read as a trace:", error)
 

@@ -133,6 +133,7 @@ class _Watched(io.FileIO):
         self._progress, self._size_bytes = progress, path.stat().st_size
 
     def readinto(self, target: memoryview) -> int:  # type: ignore[override]
+        """How many bytes were read into `target`; 0 at the end."""
         n_bytes = super().readinto(target)
         self._progress(self.tell(), self._size_bytes)
         return n_bytes
