@@ -71,6 +71,7 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES, limits: Limits |
     host, device = _Kept(), _Kept()
     kind_of, is_product = _Looked(_kind), _Looked(_is_product)
     n_events = n_timed = n_negative = 0
+    refuse_late = limits.clock() if limits is not None else lambda: None
 
     def flush(kept: _Kept, rows: Callable[[_Kept], pl.DataFrame]) -> None:
         nonlocal n_timed, n_negative
@@ -86,6 +87,7 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES, limits: Limits |
         nonlocal n_events
         n_events += len(events)
         if limits is not None:
+            refuse_late()
             limits.refuse_events(n_events)
         kept: list[Event] = []
         if _PYTHON not in kind_of:
@@ -105,7 +107,11 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES, limits: Limits |
         if len(device.kinds) >= BATCH_ROWS:
             flush(device, _device_rows)
 
-    rest = read_array(stream, decode_events, mended, take, block_bytes)
+    def mend(event: str) -> Event | None:
+        refuse_late()
+        return mended(event)
+
+    rest = read_array(stream, decode_events, mend, take, block_bytes)
     flush(host, _host_rows)
     flush(device, _device_rows)
     if not n_timed:

@@ -1,5 +1,6 @@
 """How much may a file of somebody unknown take to read, as on a server that many use; checked while it is read."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ VARIABLES = {
     "PERFMODEL_MAX_UNPACKED_BYTES": "unpacked_bytes",
     "PERFMODEL_MAX_UNPACKED_RATIO": "unpacked_ratio",
     "PERFMODEL_MAX_EVENTS": "n_events",
+    "PERFMODEL_MAX_READ_SECONDS": "seconds",
 }
 
 
@@ -22,13 +24,14 @@ class Limits:
 
     `unpacked_bytes` bounds the content of a file, `unpacked_ratio` the same as a multiple of the file's own size (from
     256 MiB on: traces pack 15 to 100 times, bombs a thousand times and more), `n_events` the events or rows that are
-    read. `progress` hears how many bytes of a file were read and how many it has. Within limits nothing is read that
+    read, `seconds` the time for one file (mending damaged events is slow). `progress` hears how many bytes of a file were read and how many it has. Within limits nothing is read that
     could not be checked: Parquet files, reports that another program must open, views in databases.
     """
 
     unpacked_bytes: int = 4 * 2**30
     unpacked_ratio: int = 200
-    n_events: int = 20_000_000
+    n_events: int = 10_000_000
+    seconds: int = 300
     progress: Callable[[int, int], None] = lambda n_bytes, size_bytes: None
 
     def of_content(self, size_bytes: int) -> tuple[int, str]:
@@ -43,6 +46,16 @@ class Limits:
         most, words = self.of_content(size_bytes)
         if n_bytes > most:
             raise TooLargeError(f"holds {words}, the most that is unpacked here; {_INSTEAD}")
+
+    def clock(self) -> Callable[[], None]:
+        """A function that raises TooLargeError when the time for one file, from now on, is over."""
+        end = time.monotonic() + self.seconds
+
+        def refuse_late() -> None:
+            if time.monotonic() > end:
+                raise TooLargeError(f"takes more than {text.count(self.seconds)} s to read, the most here; {_INSTEAD}")
+
+        return refuse_late
 
     def refuse_events(self, n_events: int) -> None:
         """Raise TooLargeError where there are too many events or rows."""

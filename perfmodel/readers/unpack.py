@@ -149,9 +149,11 @@ def unpacked(path: Path, limits: Limits | None = None) -> Iterator[tuple[io.Buff
 
     def refuse(n_bytes: int) -> None:
         if limits is not None:
+            refuse_late()
             limits.refuse_bytes(n_bytes, size_bytes)
 
     size_bytes = path.stat().st_size
+    refuse_late = limits.clock() if limits is not None else lambda: None
     refuse(size_bytes)
     raw = io.FileIO(path) if limits is None else _Watched(path, limits.progress)
     with io.BufferedReader(raw) as file:
