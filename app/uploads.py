@@ -189,7 +189,8 @@ def _read(path: Path, name: str) -> tuple[Analysis, RankSummary | None]:
             else:
                 with tempfile.TemporaryDirectory(prefix="perfmodel-") as parts:  # what is read once is compared too
                     trace = read_trace(path, parts, limits)
-                    ranks = summarise_ranks(path, parts, "sequential")
+                    ranks = replace(summarise_ranks(path, parts, "sequential"), folder=name)
+                trace = replace(trace, meta={**trace.meta, "folder": name})
             bar.progress(1.0, text="Analysing")
             return analyse(trace), ranks
         except InputError:

@@ -24,8 +24,9 @@ class Limits:
 
     `unpacked_bytes` bounds the content of a file, `unpacked_ratio` the same as a multiple of the file's own size (from
     256 MiB on: traces pack 15 to 100 times, bombs a thousand times and more), `n_events` the events or rows that are
-    read, `seconds` the time for one file (mending damaged events is slow). `progress` hears how many bytes of a file were read and how many it has. Within limits nothing is read that
-    could not be checked: Parquet files, reports that another program must open, views in databases.
+    read, `seconds` the time for one file (mending damaged events is slow). `progress` hears how many bytes of a file
+    were read and how many it has. Within limits nothing is read that could not be checked: Parquet files, reports that
+    another program must open, views in databases.
     """
 
     unpacked_bytes: int = 4 * 2**30
