@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import loading
 import streamlit as st
-import uploads  # a limit in the environment that is no number ends the server here, with a sentence
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -99,8 +97,8 @@ async def _warmed(_: Any) -> AsyncIterator[None]:
 def _warm() -> None:
     """Load what first pages need while the first browser still loads its scripts."""
     import_module("perfmodel.figures")  # and with it Plotly
-    loading.shipped()
-    uploads.offered()
+    import_module("loading").shipped()
+    import_module("uploads").offered()
 
 
 app = st.App(Path(__file__).parent / "main.py", lifespan=_warmed, middleware=[Middleware(Guard)])

@@ -27,7 +27,7 @@ from perfmodel.capture import shipped_captures
 from perfmodel.errors import InputError
 from perfmodel.ranks import RankSummary, summarise_ranks
 from perfmodel.readers import read_trace
-from perfmodel.readers.limits import limits_from, whole_number
+from perfmodel.readers.limits import limits_from, n_reads_from
 
 LIMITS = limits_from(os.environ)
 MAX_OPEN = 8  # traces that one session may have uploaded; each is in memory with its tables
@@ -37,7 +37,7 @@ _MAX_PARTS, _MAX_NAME_BYTES = 8, 100
 _PROGRESS_S = 0.2
 PARQUET = b"PAR1"  # at the start and at the end
 _TRACE_NAME = re.compile(r".+\.(?:json|sqlite)(?:\.(?:gz|zip|zst|bz2|xz))?", re.IGNORECASE)
-_READS = threading.BoundedSemaphore(whole_number(os.environ, "PERFMODEL_MAX_READS", 2))
+_READS = threading.BoundedSemaphore(n_reads_from(os.environ))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from perfmodel.cli.main import app
+from perfmodel.errors import InputError
 from tests.conftest import ROOT
 from tests.served import _free_port, _wait_until_healthy
 from tests.test_browser import PATHS
@@ -130,15 +131,14 @@ def test_ten_sessions_see_their_own_uploads_alone_and_another_stays_responsive(s
         session.close()
 
 
-def test_a_number_in_the_environment_that_is_none_is_said_at_once() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import uploads"],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'app'}", "PERFMODEL_MAX_READS": "two"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "PERFMODEL_MAX_READS is 'two', expected a whole number above 0" in done.stderr
+@pytest.mark.parametrize("variable", ["PERFMODEL_MAX_READS", "PERFMODEL_MAX_EVENTS"])
+def test_a_limit_in_the_environment_that_is_no_number_starts_no_server(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setattr(subprocess, "call", lambda command: pytest.fail("it was started"))
+    monkeypatch.setenv(variable, "two")
+    with pytest.raises(InputError, match=f"{variable} is 'two', expected a whole number above 0"):
+        CliRunner().invoke(app, ["app"], catch_exceptions=False)
 
 
 @pytest.mark.browser

@@ -92,12 +92,15 @@ def dashboard(
     max_upload: Annotated[int, typer.Option(help="Largest file to upload, in MB.", min=1)] = 500,
 ) -> None:
     """Open the dashboard in the browser, with the shipped captures loaded; unless told, it listens on loopback only."""
+    from perfmodel.readers.limits import limits_from, n_reads_from
+
     if importlib.util.find_spec("streamlit") is None:
         raise MissingExtraError('the dashboard needs streamlit, which is not installed: pip install "perfmodel[app]"')
     spec = importlib.util.find_spec(_sibling("app"))
     if spec is None or not spec.submodule_search_locations:
         raise InputError("the dashboard's files are missing from this installation")
     script = Path(next(iter(spec.submodule_search_locations))) / "serve.py"
+    limits_from(os.environ), n_reads_from(os.environ)  # one that is no number is refused here, in a sentence
     if address not in _LOOPBACK:
         note(
             f"listening on {address}: whoever reaches port {port} can use the dashboard, for it knows no users; put it "

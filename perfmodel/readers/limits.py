@@ -67,11 +67,16 @@ class Limits:
 def limits_from(environment: Mapping[str, str]) -> Limits:
     """The limits that environment variables (VARIABLES) set, in whole numbers; defaults where they are not set."""
     plain = Limits()
-    fields = {name: whole_number(environment, variable, getattr(plain, name)) for variable, name in VARIABLES.items()}
+    fields = {name: _whole_number(environment, variable, getattr(plain, name)) for variable, name in VARIABLES.items()}
     return replace(plain, **fields)  # type: ignore[arg-type]
 
 
-def whole_number(environment: Mapping[str, str], variable: str, default: int) -> int:
+def n_reads_from(environment: Mapping[str, str]) -> int:
+    """How many traces a server reads at the same time."""
+    return _whole_number(environment, "PERFMODEL_MAX_READS", 2)
+
+
+def _whole_number(environment: Mapping[str, str], variable: str, default: int) -> int:
     """The number above 0 in an environment variable, a default where it is not set; raises InputError for others."""
     words = environment.get(variable) or str(default)
     if not words.isdecimal() or int(words) == 0:
