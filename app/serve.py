@@ -1,14 +1,20 @@
 """The dashboard as an ASGI application: Streamlit's pages with the headers that browsers guard them by.
 
-`perfmodel app` runs it with `streamlit run`; any ASGI server may serve `app` as well.
+`perfmodel app` runs it with `streamlit run`, which docs/deployment.md says how to put before others.
 """
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import streamlit as st
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -22,7 +28,7 @@ _POLICY = "; ".join(
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
         "font-src 'self' data:",
-        "connect-src 'self' ws: wss: data: blob:",
+        "connect-src 'self' data: blob:",
         "worker-src 'self' blob:",
         "frame-src 'none'",
         "object-src 'none'",
@@ -39,17 +45,37 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+# What the server tells of itself: names of caches, numbers of sessions and bytes. Health is still open.
+CLOSED = ("/_stcore/metrics",)
 
 
-class SecurityHeaders:
-    """Adds HEADERS to every response."""
+class Guard:
+    """Adds HEADERS to every response, closes CLOSED, and refuses sockets that pages of other sites open.
+
+    Streamlit would allow pages that come from the machine's own address, and asks a server on the internet which that
+    is; nothing here asks anything outside.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Send) -> None:
         """Answer one request."""
-        await self.app(scope, receive, _with_headers(send) if scope["type"] == "http" else send)
+        if scope["type"] == "websocket" and not _is_own_page(Headers(scope=scope)):
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif scope["path"].endswith(CLOSED):
+            await PlainTextResponse("Not here", 404)(scope, receive, _with_headers(send))
+        else:
+            await self.app(scope, receive, _with_headers(send))
+
+
+def _is_own_page(headers: Headers) -> bool:
+    """Whether a page of this server opens a socket, under a name that is allowed; programs name no page."""
+    origin = urlsplit(headers.get("origin", ""))
+    is_allowed = origin.hostname in st.config.get_option("server.allowedHosts")
+    return not origin.netloc or origin.netloc == headers.get("host") or is_allowed
 
 
 def _with_headers(send: Send) -> Send:
@@ -62,4 +88,17 @@ def _with_headers(send: Send) -> Send:
     return sent
 
 
-app = st.App(Path(__file__).parent / "main.py", middleware=[Middleware(SecurityHeaders)])
+@asynccontextmanager
+async def _warmed(_: Any) -> AsyncIterator[None]:
+    threading.Thread(target=_warm, name="warm", daemon=True).start()
+    yield
+
+
+def _warm() -> None:
+    """Load what first pages need while the first browser still loads its scripts."""
+    import_module("perfmodel.figures")  # and with it Plotly
+    import_module("loading").shipped()
+    import_module("uploads").offered()
+
+
+app = st.App(Path(__file__).parent / "main.py", lifespan=_warmed, middleware=[Middleware(Guard)])

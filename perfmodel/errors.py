@@ -17,6 +17,10 @@ class NotComparableError(InputError):
     exit_code = 3
 
 
+class TooLargeError(InputError):
+    """A file takes more to read than the limits that were set allow (`readers.limits`)."""
+
+
 class MissingExtraError(InputError):
     """A command needs an optional package that is not installed; the message names the install command."""
 

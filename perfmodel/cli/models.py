@@ -45,23 +45,54 @@ def collect(context: typer.Context) -> None:
     raise typer.Exit(subprocess.call([sys.executable, "-m", _sibling("collectors"), *context.args]))
 
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 @app.command(name="app")
 def dashboard(
-    port: Annotated[int, typer.Option(help="Port on loopback.")] = 8501,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8501,
     headless: Annotated[bool, typer.Option("--headless", help="Do not open a browser window.")] = False,
+    address: Annotated[str, typer.Option(help="Address to listen on; other than loopback, others can use it.")] = (
+        _LOOPBACK[0]
+    ),
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Name by which browsers may reach it, beside localhost; may be repeated.")
+    ] = None,
+    base_path: Annotated[str, typer.Option(help="Path below which a proxy serves it, such as /perfmodel.")] = "",
+    max_upload: Annotated[int, typer.Option(help="Largest file to upload, in MB.", min=1)] = 500,
 ) -> None:
-    """Open the dashboard in the browser, with the shipped captures loaded; it listens on loopback only."""
+    """Open the dashboard in the browser, with the shipped captures loaded; unless told, it listens on loopback only."""
+    from perfmodel.readers.limits import limits_from, n_reads_from
+
     if importlib.util.find_spec("streamlit") is None:
         raise MissingExtraError('the dashboard needs streamlit, which is not installed: pip install "perfmodel[app]"')
     spec = importlib.util.find_spec(_sibling("app"))
     if spec is None or not spec.submodule_search_locations:
         raise InputError("the dashboard's files are missing from this installation")
     script = Path(next(iter(spec.submodule_search_locations))) / "serve.py"
+    limits_from(os.environ), n_reads_from(os.environ)  # one that is no number is refused here, in a sentence
+    if address not in _LOOPBACK:
+        note(
+            f"listening on {address}: whoever reaches port {port} can use the dashboard, for it knows no users; put it "
+            "behind a proxy that does (docs/deployment.md)"
+        )
+    hosts = [*_LOOPBACK, *(allow_host or ())]
     # Everything else is in app/.streamlit/config.toml, which Streamlit reads beside the script; what guards privacy is
-    # said here again, because environment variables outrank that file.
-    options = [f"--server.port={port}", f"--server.headless={str(headless).lower()}"]
-    options += ["--server.address=127.0.0.1", "--browser.gatherUsageStats=false"]
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(script), *options]))
+    # said here again, because environment variables outrank that file. Without the name of the server Streamlit would
+    # ask one on the internet for it.
+    options = {
+        "server.port": port,
+        "server.headless": str(headless).lower(),
+        "server.address": address,
+        "server.baseUrlPath": base_path.strip("/"),
+        "server.maxUploadSize": max_upload,
+        "server.enableXsrfProtection": "true",
+        "browser.serverAddress": allow_host[0] if allow_host else "localhost",
+        "browser.gatherUsageStats": "false",
+        "client.showErrorDetails": "type",
+    }
+    words = [f"--{name}={value}" for name, value in options.items()] + [f"--server.allowedHosts={h}" for h in hosts]
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(script), *words]))
 
 
 def _sibling(name: str) -> str:

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from codecs import BOM_UTF8
 from dataclasses import replace
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from perfmodel.cache import read_cached
 from perfmodel.errors import InputError, about
 from perfmodel.readers.folder import read_ranks
 from perfmodel.readers.kineto import read_kineto
+from perfmodel.readers.limits import Limits
 from perfmodel.readers.unpack import is_cut_off, is_packed, unpacked
 from perfmodel.trace import Trace
 
@@ -39,19 +41,21 @@ _OTHER_SUFFIXES = {
 }
 
 
-def read_trace(path: str | Path, cache: str | Path | None = None) -> Trace:
+def read_trace(path: str | Path, cache: str | Path | None = None, limits: Limits | None = None) -> Trace:
     """The trace in a file: PyTorch profiler JSON or an Nsight Systems .sqlite, plain or packed, whatever its suffix.
 
     A folder of Parquet files that `nsys` exported is read too, and a report (.nsys-rep) where `nsys` is installed.
     Any other folder holds the files of ranks and is one trace with `rank` set (`folder.read_ranks` has options).
     With `cache`, "beside" or a folder, it is kept there as Parquet and taken from there while the file is unchanged.
-    Raises InputError, one sentence that says what was found and what was expected, for anything else.
+    Raises InputError, one sentence that says what was found and what was expected, for anything else, and its subclass
+    TooLargeError for what takes more than `limits` allow; a folder of ranks is then read by this process alone.
     """
     path = Path(path)
     with about(path):
         if not is_folder_of_ranks(path):
-            return _read(path) if cache is None else read_cached(path, cache, _read)
-    return read_ranks(path, cache)
+            read = partial(_read, limits=limits)
+            return read(path) if cache is None else read_cached(path, cache, read)
+    return read_ranks(path, cache, limits=limits)
 
 
 def is_folder_of_ranks(path: Path) -> bool:
@@ -59,26 +63,30 @@ def is_folder_of_ranks(path: Path) -> bool:
     return path.is_dir() and not _is_nsys_folder(path)
 
 
-def _read(path: Path) -> Trace:
+def _read(path: Path, limits: Limits | None = None) -> Trace:
+    is_report = path.suffix in NSYS_REPORTS and not path.is_dir() and not _begins_with(path, SQLITE_MAGIC)
+    if limits is not None and (is_report or path.is_dir()):
+        what = "an Nsight Systems report" if is_report else "a folder of Parquet files"
+        raise InputError(f"{what}, which is not read here; export it with `nsys export --type sqlite`")
     if _is_nsys_folder(path):
         from perfmodel.readers.nsys import read_nsys_parquet
 
         return read_nsys_parquet(path)
-    if path.suffix in NSYS_REPORTS and not _begins_with(path, SQLITE_MAGIC):
+    if is_report:
         from perfmodel.readers.nsys import read_nsys_report
 
         return read_nsys_report(path)
-    with unpacked(path) as (stream, magic):
+    with unpacked(path, limits) as (stream, magic):
         _refuse_other_files(path, magic)
         if not magic.startswith(SQLITE_MAGIC):
-            trace = read_kineto(stream)
+            trace = read_kineto(stream, limits=limits)
             note = "the packed file lacks its last part, so what was read of it could not be checked"
             return replace(trace, notes=(*trace.notes, note)) if is_cut_off(stream) else trace
         if is_packed(stream):
-            return _read_unpacked_copy(stream)
+            return _read_unpacked_copy(stream, limits)
         from perfmodel.readers.nsys import read_nsys
 
-        return read_nsys(path)
+        return read_nsys(path, limits)
 
 
 def _is_nsys_folder(path: Path) -> bool:
@@ -104,7 +112,7 @@ def _refuse_other_files(path: Path, magic: bytes) -> None:
         raise InputError(f"a file that begins with {magic[:16]!r}; {_EXPECTED}")
 
 
-def _read_unpacked_copy(stream: BufferedReader) -> Trace:
+def _read_unpacked_copy(stream: BufferedReader, limits: Limits | None) -> Trace:
     """The trace in a packed SQLite file, which can only be read from a disk."""
     from perfmodel.readers.nsys import read_nsys
 
@@ -112,4 +120,4 @@ def _read_unpacked_copy(stream: BufferedReader) -> Trace:
         copy = Path(folder) / "unpacked.sqlite"
         with copy.open("wb") as file:
             shutil.copyfileobj(stream, file)
-        return read_nsys(copy)
+        return read_nsys(copy, limits)

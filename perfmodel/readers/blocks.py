@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from perfmodel.errors import InputError
+
 T = TypeVar("T")
 Decode = Callable[[bytes | memoryview], list[T]]
 Mend = Callable[[str], T | None]
@@ -27,7 +29,7 @@ MAX_ELEMENT_BYTES = 64 * 2**20  # an element that does not end within this is br
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _BOUNDARY = re.compile(rb'}\s*(,)\s*{\s*"(?:ph|name|cat|pid)"\s*:')
-_ANY_BOUNDARY = re.compile(rb'}\s*(,)\s*{\s*"')  # for writers that sort keys; more often a nested array
+_ANY_BOUNDARY = re.compile(rb'}\s*(,)\s*{\s*["}]')  # for writers that sort keys; more often a nested array
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)  # a string may reach beyond what is in memory
 _OUTSIDE = re.compile(rb"[\s,:+\-.0-9eEtruefalsnNIity]*")  # true, false, null, NaN, Infinity, 1e9
 _BETWEEN = re.compile(rb"[\s,]*")
@@ -176,6 +178,7 @@ def _one_by_one(window: Window, decode: Decode[T], mend: Mend[T], until: int) ->
     """The complete elements that begin before `until`, each decoded alone, and whether the array ended."""
     buffer, used = window.buffer, window.used
     elements: list[T] = []
+    boundary = _BOUNDARY.search(buffer, window.start, used)
     while window.start < until:
         if not _at_element(window):
             return elements, False
@@ -193,7 +196,9 @@ def _one_by_one(window: Window, decode: Decode[T], mend: Mend[T], until: int) ->
             window.damaged_bytes += no_element.end() - at
             window.start, window.behind_element = no_element.end(), True
             continue
-        for end in _possible_ends(buffer, at, used):
+        if boundary and boundary.start() < at:  # else it is still the next one: not searched again for every element
+            boundary = _BOUNDARY.search(buffer, at, used)
+        for end in _possible_ends(buffer, at, used, boundary):
             found = _decode_alone(bytes(buffer[at:end]), decode, mend)
             if found is not None:
                 break
@@ -212,6 +217,8 @@ def _at_element(window: Window) -> bool:
     between = _BETWEEN.match(window.buffer, window.start, window.used)
     at = between.end() if between else window.start
     if at == window.used and not window.eof:
+        if at - window.start > MAX_ELEMENT_BYTES:
+            raise InputError(f"found {at - window.start} bytes of blanks or commas among events; expected events")
         return False
     commas = window.buffer.count(b",", window.start, at)
     is_end = at == window.used or window.buffer[at] == ord("]")
@@ -242,12 +249,11 @@ def _ended(window: Window) -> bool | None:
     return None if _left_out(window, at) else window.eof
 
 
-def _possible_ends(buffer: bytearray, at: int, used: int) -> Iterator[int]:
-    """Where may the element that begins at `at` end: at the next boundary, or where its brackets close.
+def _possible_ends(buffer: bytearray, at: int, used: int, boundary: re.Match[bytes] | None) -> Iterator[int]:
+    """Where may the element that begins at `at` end: at the next `boundary`, or where its brackets close.
 
     Quotes that are not escaped hide brackets; then at one of the boundaries behind, or before a `]`.
     """
-    boundary = _BOUNDARY.search(buffer, at, used)
     if boundary:
         yield boundary.start() + 1
     closing = _closing(buffer, at, used)

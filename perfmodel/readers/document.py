@@ -5,6 +5,7 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from perfmodel.errors import InputError
@@ -22,6 +23,7 @@ from perfmodel.readers.blocks import (
 )
 
 _ARRAY_KEY = re.compile(rb'"traceEvents"\s*:\s*\[')
+_MAX_KEYS = 16  # other documents may hold that key too, below others; each is tried, which takes a look at all before
 _START = re.compile(rb"(?:%b)?\s*([{\[])" % BOM_UTF8)
 _EXPECTED = "expected a PyTorch profiler trace, a JSON document with `traceEvents`"
 
@@ -77,7 +79,7 @@ def _find_array(window: Window) -> bytes:
     if opening is None:
         raise InputError("found text that is not JSON; expected a PyTorch profiler trace (JSON, or JSON in gzip)")
     while True:
-        keys = list(_ARRAY_KEY.finditer(window.buffer, 0, window.used))
+        keys = list(islice(_ARRAY_KEY.finditer(window.buffer, 0, window.used), _MAX_KEYS))
         for found in keys:
             head = bytes(window.buffer[opening.start(1) : found.end()])
             if _is_head(head):

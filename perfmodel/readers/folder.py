@@ -12,7 +12,8 @@ from typing import Any
 import polars as pl
 
 from perfmodel.cache import SUFFIX
-from perfmodel.errors import InputError, about
+from perfmodel.errors import InputError, TooLargeError, about
+from perfmodel.readers.limits import Limits
 from perfmodel.trace import EVENTS, MAX_RANK, Trace
 from perfmodel.workers import ON_THIS_MACHINE, PROCESSES, Lost, Progress, run_on_all
 
@@ -145,6 +146,7 @@ def read_ranks(
     n_workers: int | None = None,
     scheduler: str | None = None,
     progress: Progress = lambda _: None,
+    limits: Limits | None = None,
 ) -> Trace:
     """The ranks of a folder as one Trace: `rank` set, links unique, times from one origin, coverage summed.
 
@@ -152,7 +154,8 @@ def read_ranks(
     all see; without one, parts lie in a temporary folder, which workers elsewhere could not see. A file that cannot be
     read is left out with a note. `meta` has `folder`, `time_origin_ns` (ns since 1970; null where ranks share no clock:
     then times are those of the files), `ranks` (`rank`, `file`, `time_base_ns`, `meta` of each) and whatever else all
-    ranks agree on. Raises InputError where no file can be read, and on a cluster without `cache`.
+    ranks agree on. Raises InputError where no file can be read, and on a cluster without `cache`. With `limits` this
+    process reads one file after the other, and raises TooLargeError where they hold too much together.
     """
     folder = Path(folder)
     with about(folder):
@@ -161,19 +164,21 @@ def read_ranks(
                 f"reading on {backend} needs a cache folder that all its workers see, to pass on what they read"
             )
         files, ignored = find_ranks(folder)
-        n_workers = n_workers_for(files, backend, n_workers)
+        n_workers = 1 if limits is not None else n_workers_for(files, backend, n_workers)
         with _parts(cache, n_workers) as parts:
             outcomes: list[Any] = [None] * len(files)
             if n_workers != 1:
                 calls = [(str(file), str(parts)) for file in files]
                 outcomes = run_on_all(_TASK, calls, backend, n_workers, scheduler, progress)
-            traces = {}
+            traces: dict[str, Trace] = {}
             failures = {}
             for file, outcome in zip(files, outcomes, strict=True):
                 name = str(file.relative_to(folder))
-                trace = read_or_why(file, parts) if outcome is None else outcome
+                trace = read_or_why(file, parts, limits) if outcome is None else outcome
                 if isinstance(trace, Trace):
                     traces[name] = trace
+                    if limits is not None:
+                        limits.refuse_events(sum(one.n_events for one in traces.values()))
                 else:
                     failures[name] = why_not(trace)
                 if n_workers == 1:
@@ -189,12 +194,17 @@ def write_part(file: str, parts: str) -> str | None:
     return outcome if isinstance(outcome, str) else None
 
 
-def read_or_why(file: Path, cache: str | Path | None) -> Trace | str:
-    """The trace in one file of many, or the sentence that says why there is none, without the file's name."""
+def read_or_why(file: Path, cache: str | Path | None, limits: Limits | None = None) -> Trace | str:
+    """The trace in one file of many, or the sentence that says why there is none, without the file's name.
+
+    Raises TooLargeError where it takes more than `limits` allow.
+    """
     from perfmodel.readers import read_trace  # which reads folders with this module
 
     try:
-        return read_trace(file, cache)
+        return read_trace(file, cache, limits)
+    except TooLargeError:
+        raise
     except InputError as error:
         return str(error).removeprefix(f"{file}: ")
     except Exception as error:  # a defect of ours in one rank must not cost the others

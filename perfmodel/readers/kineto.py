@@ -25,6 +25,7 @@ from perfmodel.readers.kineto_events import (
     mended,
     whole,
 )
+from perfmodel.readers.limits import Limits
 from perfmodel.trace import DEVICE_KINDS, EVENTS, MAX_DUR_NS, MAX_RANK, MODULE_PREFIX, Trace, filtered, repeated
 
 # Kineto's categories, today's and those written before torch 1.12. `gpu_user_annotation` is a copy of a host range.
@@ -60,16 +61,17 @@ _MATRIX_PRODUCT = re.compile(r"mm\b|mm_|gemm|matmul|linear|einsum|moe|expert", r
 _US = pl.Decimal(38, 3)  # microseconds with three decimals: whole nanoseconds underneath
 
 
-def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
+def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES, limits: Limits | None = None) -> Trace:
     """The trace in a stream of Kineto JSON; times are those of the file, from `baseTimeNanoseconds` where it is given.
 
     A damaged document is read as far as it is sound, and `notes` and counts say what is missing. Raises InputError
-    when the stream is not a profiler trace.
+    when the stream is not a profiler trace, TooLargeError when it has more events than `limits` allow.
     """
     frames: list[pl.DataFrame] = []
     host, device = _Kept(), _Kept()
     kind_of, is_product = _Looked(_kind), _Looked(_is_product)
     n_events = n_timed = n_negative = 0
+    refuse_late = limits.clock() if limits is not None else lambda: None
 
     def flush(kept: _Kept, rows: Callable[[_Kept], pl.DataFrame]) -> None:
         nonlocal n_timed, n_negative
@@ -84,6 +86,9 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
     def take(events: list[Event]) -> None:
         nonlocal n_events
         n_events += len(events)
+        if limits is not None:
+            refuse_late()
+            limits.refuse_events(n_events)
         kept: list[Event] = []
         if _PYTHON not in kind_of:
             kept = [e for e in events if kind_of[e.cat] and e.ph == "X"]
@@ -102,7 +107,11 @@ def read_kineto(stream: Stream, block_bytes: int = BLOCK_BYTES) -> Trace:
         if len(device.kinds) >= BATCH_ROWS:
             flush(device, _device_rows)
 
-    rest = read_array(stream, decode_events, mended, take, block_bytes)
+    def mend(event: str) -> Event | None:
+        refuse_late()
+        return mended(event)
+
+    rest = read_array(stream, decode_events, mend, take, block_bytes)
     flush(host, _host_rows)
     flush(device, _device_rows)
     if not n_timed:

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from perfmodel.errors import InputError
+from perfmodel.readers.limits import Limits
 from perfmodel.readers.nsys_processes import PROCESS, Processes
 from perfmodel.readers.nsys_tables import Tables, parquet_tables, sqlite_tables
 from perfmodel.readers.nsys_words import column, named, strings_of
@@ -64,14 +65,15 @@ _NAMED_BY = ("name_id", "copy_kind", "from_memory", "to_memory", "text")
 _Rows = dict[str, list[pl.DataFrame]]
 
 
-def read_nsys(path: Path) -> Trace:
+def read_nsys(path: Path, limits: Limits | None = None) -> Trace:
     """The trace in an Nsight Systems SQLite export, opened read-only; times in ns from the start of its session.
 
     A replay of a CUDA graph recorded as a whole is an event of kind `replay`; a range that never ended lasts until
     the last event. `meta["session_start_ns"]` is the start of the session since 1970, where the export tells it.
-    Raises InputError when the file is no database, is damaged, or holds no CUDA activity.
+    Raises InputError when the file is no database, is damaged, or holds no CUDA activity, TooLargeError when its tables
+    have more rows than `limits` allow.
     """
-    with sqlite_tables(path) as tables:
+    with sqlite_tables(path, limits) as tables:
         return _trace(tables)
 
 

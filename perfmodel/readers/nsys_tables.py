@@ -12,9 +12,12 @@ import adbc_driver_sqlite
 import polars as pl
 
 from perfmodel.errors import InputError
+from perfmodel.readers.limits import Limits
 
 # Up to this size a file is checked as a whole; of a larger one, which may hold much else, the tables that are read.
 CHECK_WHOLE_BYTES = 2**29
+_IS_TABLE = "m.sql LIKE 'CREATE TABLE%'"
+_DEFAULT_CHARACTERS = 1000
 PIECE_ROWS = 2**17  # rows of a table that are in memory as the database gives them
 
 # Text in a number's place is no number: SQLite's own cast would make it 0.
@@ -45,27 +48,39 @@ class Tables:
 
 
 @contextmanager
-def sqlite_tables(path: Path) -> Iterator[Tables]:
-    """The tables of an SQLite export, opened read-only; raises InputError when SQLite cannot read what was asked."""
+def sqlite_tables(path: Path, limits: Limits | None = None) -> Iterator[Tables]:
+    """The tables of an SQLite export, opened read-only; raises InputError when SQLite cannot read what was asked.
+
+    Within `limits` views and virtual tables do not count, for they may compute without end; tables that compute are
+    refused, and TooLargeError is raised before tables are read that have more rows altogether than is allowed.
+    """
     with _refusing(adbc.Error):
         database = adbc_driver_sqlite.connect(f"file:{quote(str(path.absolute()))}?mode=ro")
         connection = adbc.AdbcConnection(database)
     with database, connection:
         is_small = path.stat().st_size <= CHECK_WHOLE_BYTES
+        if limits is not None:
+            _refuse_computing(connection)
         if is_small:
             _refuse_damage(connection)
+        which = "m.type IN ('table', 'view')" if limits is None else _IS_TABLE
         names = _query(
             connection,
             "SELECT CAST(m.name AS BLOB), CAST(c.name AS BLOB) FROM sqlite_master m, pragma_table_info(m.name) c "
-            "WHERE m.type IN ('table', 'view')",
+            f"WHERE {which}",
         )
+        n_rows = 0
         columns: dict[str, set[str]] = {}
         for table, column in zip(*map(_text, names.iter_columns()), strict=True):
             columns.setdefault(table, set()).add(column)
 
         def read(table: str, numbers: Sequence[str], texts: Sequence[str]) -> Iterator[pl.DataFrame]:
+            nonlocal n_rows
             if not is_small:
                 _refuse_damage(connection, table)
+            if limits is not None:
+                n_rows += _query(connection, f'SELECT count(*) FROM "{table}"').item()
+                limits.refuse_events(n_rows)
             at = None if _ROW in {column.lower() for column in columns[table]} else _first_row(connection, table)
             if at is None:
                 yield _sqlite_rows(connection, table, numbers, texts)
@@ -101,6 +116,19 @@ def _query(connection: Any, sql: str) -> pl.DataFrame:
         stream, _ = statement.execute_query()
         # Joined, and so copied: one column of the driver's batches would keep all others of its batch in memory.
         return pl.DataFrame(stream).rechunk()
+
+
+def _refuse_computing(connection: Any) -> None:
+    """Raise InputError where tables hold more than stands in the file: columns or checks that are computed, or long
+    defaults of columns that rows lack. Exports have none; checking or reading them could take all time and memory."""
+    found = _query(
+        connection,
+        "SELECT count(*) FROM sqlite_master m, pragma_table_xinfo(m.name) c "
+        f"WHERE {_IS_TABLE} AND (c.hidden > 1 OR length(c.dflt_value) > {_DEFAULT_CHARACTERS} "
+        "OR m.sql LIKE '%CHECK%(%')",
+    )
+    if found.item():
+        raise InputError("a database with columns that are computed or checked, as no Nsight Systems export has them")
 
 
 def _first_row(connection: Any, table: str, which: str = "") -> int | None:
