@@ -2,29 +2,17 @@
 
 import polars as pl
 import streamlit as st
-from uploads import Loaded
 
 from perfmodel import fusion, launch
-from perfmodel.analysis import Analysis, analyse
+from perfmodel.analysis import Analysis
 from perfmodel.diff import TraceDiff, diff
-from perfmodel.ep_capture import load_ep_capture, shipped_ep_captures
 from perfmodel.errors import InputError
 from perfmodel.groups import launch_metrics_by
 from perfmodel.passes import Passes, moe_passes
-from perfmodel.readers import read_trace
 from perfmodel.timeline import Timeline, step_windows, timeline
 from perfmodel.waits import MEMBER, collectives, matched_waits, waits_of_steps
 
 N_KEPT = 16  # results of one kind that a session keeps
-
-
-@st.cache_resource(show_spinner="Reading the example")
-def example() -> Loaded:
-    """A profile that comes with the project: an expert-parallel MoE layer on two processes of a CPU."""
-    capture = load_ep_capture(shipped_ep_captures()[0])
-    folder = capture.traces[0]
-    name = "Example: a MoE layer on two processes of a CPU"
-    return Loaded(name, f"shipped {capture.path.name} {folder.name}", analyse(read_trace(folder)))
 
 
 # What follows is kept by digest: `_found` and the like take no part in the key.

@@ -282,7 +282,7 @@ def ranks_and_layers(one: Loaded, traces: list[Loaded]) -> None:
     """How ranks compare, who waits for whom, and what passes of MoE layers are made of."""
     found = one.analysis
     words = []
-    of_ranks = getattr(one, "ranks", None)
+    of_ranks = one.ranks
     if of_ranks is not None:
         for figure, alt in figures.ranks_figures(of_ranks):
             frame.chart(figure, alt, key="ranks")

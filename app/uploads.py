@@ -24,6 +24,7 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 from perfmodel import text
 from perfmodel.analysis import Analysis, analyse
 from perfmodel.capture import shipped_captures
+from perfmodel.ep_capture import shipped_ep_captures
 from perfmodel.errors import InputError
 from perfmodel.ranks import RankSummary, summarise_ranks
 from perfmodel.readers import read_trace
@@ -232,7 +233,7 @@ def offered() -> dict[str, Path]:
     found = {}
     if root := os.environ.get(ROOT_VARIABLE):
         found = {str(path.relative_to(root)): path for path in _traces_below(Path(root))}
-    for capture in shipped_captures():
+    for capture in (*shipped_ep_captures(), *shipped_captures()):  # ranks of a MoE layer have more to show
         for path in sorted((capture / "profiles").glob("*")):
             found[f"traces/{capture.name}/profiles/{path.name}"] = path
     return found

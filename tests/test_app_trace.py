@@ -58,14 +58,18 @@ def test_every_part_opens_with_the_example_from_its_link(part: str) -> None:
     assert "perfmodel " in shown(test) or test.info
 
 
-def test_the_example_shows_who_waits_and_what_a_pass_costs(load) -> None:
-    load()  # nothing is open
+def test_the_example_shows_who_waits_and_what_a_pass_costs() -> None:
     test = opened("trace")
     assert numbers(test)["Ranks"] == "2"
     assert numbers(test)["Median MoE layer pass"].endswith(" ms")
     assert "The others wait for rank" in shown(test)
-    assert "Example: a MoE layer on two processes of a CPU" in shown(test)
     assert any("example" in caption.value for caption in test.caption)
+
+
+def test_without_a_trace_the_view_says_how_to_open_one(load) -> None:
+    load()
+    test = opened("trace")
+    assert "Upload one" in test.info[0].value and not test.metric
 
 
 def test_a_trace_of_a_gpu_shows_coverage_findings_and_the_numbers_of_the_library(load, tmp_path: Path) -> None:

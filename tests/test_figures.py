@@ -164,10 +164,11 @@ def test_busy_and_idle_make_up_the_span() -> None:
 def test_shares_are_ranked_with_short_labels_and_names_escaped() -> None:
     table = pl.DataFrame({"name": [HOSTILE, "x" * 99], "time_ns": [5, 9]})
     figure = figures.shares(table, "name", "time_ns", "Time")
-    assert list(figure.data[0].x) == [5, 9]
+    assert list(figure.data[0].x) == [9, 5]
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]  # the first is on top
     labels = figure.layout.yaxis.ticktext
     assert "<" not in "".join(labels)
-    assert len(labels[1]) <= 48
+    assert len(labels[0]) <= 48
 
 
 def test_coverage_runs_from_nothing_to_all() -> None:

@@ -16,10 +16,11 @@ OFFLOADED, OF_TOKENS = 20, 65_536  # the point of that study which is told in wo
 def time_card() -> None:
     """The traces that this session has open, each with its most telling finding."""
     st.page_link("views/trace.py", label="Where does my time go?", icon=":material/timeline:")
-    for one in uploads.loaded():
+    own = [one for one in uploads.loaded() if not one.is_example]
+    for one in own:
         findings = one.analysis.findings
         frame.literal(f"{one.name}: {findings[0].words if findings else 'nothing stands out'}")
-    if not uploads.loaded():
+    if not own:
         st.caption("No trace is loaded. Drop one of the PyTorch profiler or Nsight Systems on the Trace page.")
 
 
