@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -124,8 +123,7 @@ def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
 def _model(config_digest: str, shape: str, _files: Files) -> tuple[MoEShape, ModelMemory]:
     if not config_digest:
         return hf_config.resolve(shape), model_memory(shape)
-    file = SimpleNamespace(name="uploaded model/config.json", getvalue=_files[config_digest].getvalue)
-    with uploads.saved([file]) as folder:
+    with uploads.saved([_files[config_digest]], ["uploaded model/config.json"]) as folder:
         path = str(next(folder.rglob("config.json")))
         found = hf_config.resolve(path)
         if found.n_layers * found.n_experts > MOST_EXPERTS:
@@ -142,9 +140,9 @@ def _recording(routing_digest: str, name: str, config_digest: str, shape: str, _
     if not routing_digest:
         return recording_of(f"{routing.SHIPPED}#{name}" if is_shipped(name) else name, hints)
     file = _files[routing_digest]
-    plain = SimpleNamespace(name=Path(file.name).name.replace("#", "_").replace("@", "_"), getvalue=file.getvalue)
-    refuse_unsafe(plain.name, file.getvalue())
-    with uploads.saved([plain]) as folder:
+    plain = Path(file.name).name.replace("#", "_").replace("@", "_")
+    refuse_unsafe(plain, file.getvalue())
+    with uploads.saved([file], [plain]) as folder:
         path = next(path for path in folder.rglob("*") if path.is_file())
         return recording_of(f"{path}{name.removeprefix(file.name)}", hints)
 

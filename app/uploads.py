@@ -57,15 +57,15 @@ class Loaded:
 
 
 @contextmanager
-def saved(files: Sequence[Any]) -> Iterator[Path]:
-    """A private folder with uploaded files under their own names, removed on leaving.
+def saved(files: Sequence[Any], names: Sequence[str] | None = None) -> Iterator[Path]:
+    """A private folder with uploaded files under their own names, or `names`, removed on leaving.
 
     What no path may have in it is left out of names. An InputError that leaves the block says the names that users
     know, not where the server keeps the files. Raises InputError for Parquet: damaged files can end the process.
     """
     with tempfile.TemporaryDirectory(prefix="perfmodel-") as folder, _hidden(Path(folder)):
         for i, file in enumerate(files):
-            path = Path(folder).joinpath(*_parts(str(file.name)) or [f"file-{i}"])
+            path = Path(folder).joinpath(*_parts(str(names[i] if names else file.name)) or [f"file-{i}"])
             if path.exists() or any(parent.is_file() for parent in path.parents):
                 path = Path(folder) / f"{i}-{path.name}"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -48,6 +50,7 @@ def served() -> Iterator[str]:
             process = subprocess.Popen(
                 [sys.executable, "-m", "perfmodel", "app", "--headless", "--port", str(port)],
                 cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},  # this checkout, whichever one is installed
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from perfmodel import hardware
-from perfmodel.cli.shell import app, print_words
+from perfmodel.cli.shell import app, note, print_words
 from perfmodel.errors import InputError, MissingExtraError
 
 
