@@ -31,6 +31,8 @@ COMMUNICATION = ("moe_all_to_all", "collective")  # the classes whose work is to
 
 Rules = Sequence[tuple[str, re.Pattern[str]]]
 
+MAX_LETTERS = 2**13  # of a name that rules look at, its beginning; the longest of templates have some thousands
+
 
 def read_rules(text: str) -> Rules:
     """The rules of a TOML text, in order: `[[rule]]` with `class` and `pattern`, a regular expression, case ignored.
@@ -72,7 +74,7 @@ def _shipped_class(name: str) -> str:
 
 
 def _first_match(name: str, rules: Rules) -> str:
-    return next((found for found, pattern in rules if pattern.search(name)), "other")
+    return next((found for found, pattern in rules if pattern.search(name, 0, MAX_LETTERS)), "other")
 
 
 def classify(names: pl.Series, rules: Rules | None = None) -> pl.Series:

@@ -50,6 +50,7 @@ _DTYPES = {
     "c10::Float4_e2m1fn_x2": ("fp4", 1, 2),
     "signed char": ("int8", 1, 1),
 }
+_MOST_SIZE, _MOST_DIMS, _MOST = 2**31, 16, 2**63  # of a dim, of dims, of a product's work: more is damage
 _RESULT_BYTES = {"fp8": 2, "fp4": 2, "int8": 4}  # of an element of the result, where it is wider than the factors
 
 Dims = list[int]
@@ -152,14 +153,19 @@ def product_of(op: str, inputs: str) -> Product | None:
     bytes_of = (size / packed, _RESULT_BYTES.get(dtype or "", size))
     if "grouped" in name:
         offsets = _matrix(dims, 4 if "scaled" in name else 2)
-        return _grouped(a, b, offsets, dtype, bytes_of)
-    return _dense(a, b, prod(summand) if summand else 0, dtype, bytes_of)
+        found = _grouped(a, b, offsets, dtype, bytes_of)
+    else:
+        found = _dense(a, b, prod(summand) if summand else 0, dtype, bytes_of)
+    if found is None or max(found.n_flops, found.fixed_bytes or 0, found.expert_bytes or 0) >= _MOST:
+        return None
+    return found
 
 
 def _matrix(dims: Sequence[object], place: int) -> Dims | None:
     """The dims of one tensor operand; None for a scalar, a list of tensors, or an operand that is not there."""
     found = dims[place] if place < len(dims) else None
-    return found if isinstance(found, list) and found and all(type(size) is int for size in found) else None
+    is_matrix = isinstance(found, list) and 0 < len(found) <= _MOST_DIMS
+    return found if is_matrix and all(type(size) is int and 0 <= size < _MOST_SIZE for size in found) else None
 
 
 def _dense(a: Dims, b: Dims, n_summed: int, dtype: str | None, bytes_of: tuple[float, float]) -> Product | None:
@@ -205,10 +211,11 @@ def _outermost_work(products: pl.DataFrame) -> pl.DataFrame:
     is_grouped = products["n_experts"].is_not_null().to_numpy()
     is_inner = np.ones(len(parent), dtype=bool)
     is_inner[parent[parent >= 0]] = False
-    holder, above = np.full(len(parent), -1), parent
+    # The outermost grouped product above each one: every turn looks twice as far up.
+    above, holder = parent, np.where((parent >= 0) & is_grouped[parent], parent, -1)
     while (above >= 0).any():
-        holder = np.where((above >= 0) & is_grouped[above], above, holder)
-        above = np.where(above >= 0, parent[above], -1)
+        farther = np.where(above >= 0, holder[above], -1)
+        holder, above = np.where(farther >= 0, farther, holder), np.where(above >= 0, above[above], -1)
     inside = products.select("flops", place=pl.Series(holder)).filter(pl.Series(is_inner & (holder >= 0)))
     counts = inside.group_by("place").agg(n_inside=pl.len(), n_inside_working=(pl.col("flops") > 0).sum())
     return (

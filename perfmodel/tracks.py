@@ -217,13 +217,17 @@ def counters(events: pl.DataFrame) -> pl.DataFrame:
     queued = kernels.filter(pl.col("start_ns") > returned).select(
         *DEVICE, since_ns=returned, until_ns="start_ns", amount=pl.lit(1, pl.Int64), name=pl.lit("kernels in queue")
     )
-    copies = events.filter((pl.col("kind") == "copy") & (pl.col("bytes") > 0) & (pl.col("dur_ns") > 0)).select(
-        *DEVICE,
-        since_ns="start_ns",
-        until_ns=pl.col("start_ns") + pl.col("dur_ns"),
-        amount=(pl.col("bytes") * NS_PER_S / pl.col("dur_ns")).round().cast(pl.Int64),
-        name=pl.lit("copies in bytes per second"),
-    )
+    copies = (
+        events.filter((pl.col("kind") == "copy") & (pl.col("bytes") > 0) & (pl.col("dur_ns") > 0))
+        .select(
+            *DEVICE,
+            since_ns="start_ns",
+            until_ns=pl.col("start_ns") + pl.col("dur_ns"),
+            amount=(pl.col("bytes") * NS_PER_S / pl.col("dur_ns")).round().cast(pl.Int64, strict=False),
+            name=pl.lit("copies in bytes per second"),
+        )
+        .drop_nulls("amount")
+    )  # no copy is faster than a counter can say
     steps = pl.concat([queued, copies])
     keys = (*DEVICE, "name", "at_ns")
     return (

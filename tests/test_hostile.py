@@ -7,6 +7,7 @@ import json
 import lzma
 import sqlite3
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,17 @@ from typing import Any
 
 import pytest
 
+from perfmodel.classify import kernel_class
 from perfmodel.errors import InputError, TooLargeError
+from perfmodel.matmuls import matmuls
+from perfmodel.perfetto import export_perfetto
+from perfmodel.readers import document as document_reader
 from perfmodel.readers import read_trace
+from perfmodel.readers.kineto import read_kineto
 from perfmodel.readers.limits import Limits, limits_from
 from perfmodel.readers.unpack import zstd
+from perfmodel.trace import Trace
+from tests.traces_made import events
 
 LIMITS = Limits(unpacked_bytes=2**20, n_events=1000, seconds=60)
 KERNEL = '{"ph":"X","cat":"kernel","name":"k","ts":1,"dur":1,"pid":0,"tid":7,"args":{"device":0,"stream":7}}'
@@ -126,6 +134,46 @@ def test_documents_that_would_take_all_time_or_memory_are_refused(tmp_path: Path
     path.write_bytes(content)
     with pytest.raises(InputError):
         read_trace(path, limits=Limits())
+
+
+def test_every_key_that_might_open_the_events_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    is_head = document_reader._is_head
+    monkeypatch.setattr(document_reader, "_is_head", lambda head: tried.append(len(head)) or is_head(head))
+    content = b'{"x":[' + b'{"traceEvents":[]},' * 2000 + b"1]}"
+    with pytest.raises(InputError, match="JSON with x"):
+        read_kineto(io.BufferedReader(io.BytesIO(content)), block_bytes=64)  # type: ignore[arg-type]
+    assert tried == sorted(set(tried))
+    assert len(tried) == document_reader._MAX_KEYS
+
+
+def test_names_without_end_take_no_longer_than_their_beginning() -> None:
+    began = time.monotonic()
+    assert kernel_class("cutlass::Kernel<" * 300_000 + "::reduction") == kernel_class("cutlass::Kernel<" * 512)
+    assert time.monotonic() - began < 2
+
+
+def test_products_inside_each_other_without_end_take_seconds() -> None:
+    n = 40_000
+    operands = json.dumps([[[4, 8], [8, 2]], ["float", "float"]])
+    nested = [
+        {"kind": "op", "name": "aten::mm", "start_ns": i, "dur_ns": 2 * (n - i), "inputs": operands} for i in range(n)
+    ]
+    began = time.monotonic()
+    found = matmuls(Trace(events(*nested), "kineto", n))
+    assert found.height == 1
+    assert time.monotonic() - began < 5  # turn by turn it takes a minute
+
+
+def test_copies_faster_than_any_counter_are_drawn_without_a_rate(tmp_path: Path) -> None:
+    copies = [
+        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": i, "dur": 5, "pid": 0, "tid": 1}
+        | {"args": {"device": 0, "stream": 1, "bytes": size}}
+        for i, size in ((0, 10**18), (100, 10**6))
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"traceEvents": copies}))
+    export_perfetto(read_trace(tmp_path / "a.json"), tmp_path / "out.json.gz")
+    assert gzip.decompress((tmp_path / "out.json.gz").read_bytes()).count(b"bytes per second") >= 2
 
 
 def test_a_zip_archive_may_not_list_files_without_end(tmp_path: Path) -> None:

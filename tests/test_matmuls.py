@@ -40,6 +40,12 @@ def only(table: pl.DataFrame) -> dict[str, Any]:
 
 # --- what a product is -----------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("dims", [[10**18, 8], [2**30] * 20, [-4, 8], [2**30, 8, 2**30, 8]])
+def test_dims_beyond_any_tensor_are_no_product(dims: list[int]) -> None:
+    assert product_of("aten::matmul", inputs(dims, [8, 2**30])) is None
+
+
 DENSE = [
     ("aten::mm", inputs([4, 8], [8, 2]), (4, 2, 8, 1), 2 * (32 + 16 + 8)),
     ("aten::mm", inputs([4, 8], [8, 2], [4, 2]), (4, 2, 8, 1), 2 * (32 + 16 + 8)),

@@ -24,6 +24,7 @@ from perfmodel.readers.blocks import (
 
 _ARRAY_KEY = re.compile(rb'"traceEvents"\s*:\s*\[')
 _MAX_KEYS = 16  # other documents may hold that key too, below others; each is tried, which takes a look at all before
+_MAX_TRIED_BYTES = 2 * MAX_ELEMENT_BYTES  # so much is looked at in all
 _START = re.compile(rb"(?:%b)?\s*([{\[])" % BOM_UTF8)
 _EXPECTED = "expected a PyTorch profiler trace, a JSON document with `traceEvents`"
 
@@ -78,11 +79,13 @@ def _find_array(window: Window) -> bytes:
         return b""
     if opening is None:
         raise InputError("found text that is not JSON; expected a PyTorch profiler trace (JSON, or JSON in gzip)")
+    n_tried = tried_bytes = 0  # a key that was tried is no other when more of the document is in memory
     while True:
         keys = list(islice(_ARRAY_KEY.finditer(window.buffer, 0, window.used), _MAX_KEYS))
-        for found in keys:
+        for found in keys[n_tried:]:
             head = bytes(window.buffer[opening.start(1) : found.end()])
-            if _is_head(head):
+            n_tried, tried_bytes = n_tried + 1, tried_bytes + len(head)
+            if tried_bytes <= _MAX_TRIED_BYTES and _is_head(head):
                 window.start = found.end()
                 return head
         _refuse_other_documents(bytes(window.buffer[: window.used]), window.eof)
