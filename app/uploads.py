@@ -5,6 +5,7 @@ read, while the session holds what it says. Reading is bounded (`readers.limits`
 """
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -61,9 +62,10 @@ def saved(files: Sequence[Any], names: Sequence[str] | None = None) -> Iterator[
     """A private folder with uploaded files under their own names, or `names`, removed on leaving.
 
     What no path may have in it is left out of names. An InputError that leaves the block says the names that users
-    know, not where the server keeps the files. Raises InputError for Parquet: damaged files can end the process.
+    know, not where the server keeps the files, and every other error is one (see `guarded`). Raises InputError for
+    Parquet: damaged files can end the process.
     """
-    with tempfile.TemporaryDirectory(prefix="perfmodel-") as folder, _hidden(Path(folder)):
+    with tempfile.TemporaryDirectory(prefix="perfmodel-") as folder, _hidden(Path(folder)), guarded():
         for i, file in enumerate(files):
             path = Path(folder).joinpath(*_parts(str(names[i] if names else file.name)) or [f"file-{i}"])
             if path.exists() or any(parent.is_file() for parent in path.parents):
@@ -91,6 +93,21 @@ def _hidden(folder: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise type(error)(str(error).replace(f"{folder}/", "").replace(str(folder), "the folder")) from None
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """What files break where nobody foresaw it is an InputError that tells its kind; the server's log has all of it.
+
+    It goes around what is computed of uploads: words of libraries might tell of the server.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, pl.exceptions.PanicException) as error:
+        logging.getLogger(__name__).exception("what a user brought failed")
+        raise InputError(f"this failed ({type(error).__name__}), which is damage that nobody foresaw") from None
 
 
 def loaded() -> list[Loaded]:
@@ -181,7 +198,7 @@ def _read(path: Path, name: str) -> tuple[Analysis, RankSummary | None]:
     Raises InputError, for defects of readers too: what they say might tell of the server.
     """
     box = st.empty()
-    with _turn(box):
+    with _turn(box), guarded():
         bar = box.progress(0.0, text="Reading")
         limits = replace(LIMITS, progress=_shown_on(bar))
         try:
@@ -194,10 +211,6 @@ def _read(path: Path, name: str) -> tuple[Analysis, RankSummary | None]:
                 trace = replace(trace, meta={**trace.meta, "folder": name})
             bar.progress(1.0, text="Analysing")
             return analyse(trace), ranks
-        except InputError:
-            raise
-        except (Exception, pl.exceptions.PanicException) as error:
-            raise InputError(f"the reader failed ({type(error).__name__}), which is a defect") from None
         finally:
             box.empty()
 
@@ -241,20 +254,26 @@ def offered() -> dict[str, Path]:
 
 def _traces_below(root: Path) -> list[Path]:
     """Traces and folders of several in a folder of the server; nothing that links lead out of it to."""
-    inside = root.resolve()
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = [Path(folder) / name for name in sorted(names) if _TRACE_NAME.fullmatch(name)]
-        files = [path for path in here if path.resolve().is_relative_to(inside) and path.is_file()]
-        found += [*([Path(folder)] if len(files) > 1 and files == here and folder != str(root) else ()), *files]
+        files = [path for path in here if path.is_file() and _is_inside(path, root)]
+        is_ranks = len(files) > 1 and files == here and folder != str(root) and _is_inside(Path(folder), root)
+        found += [*([Path(folder)] if is_ranks else ()), *files]
         if len(found) > _MAX_OFFERED:
             break
     return found[:_MAX_OFFERED]
 
 
+def _is_inside(path: Path, root: Path) -> bool:
+    """Whether neither a path nor what lies in that folder is a link that leads out of another folder."""
+    inside = [path, *(path.iterdir() if path.is_dir() else ())]
+    return all(one.resolve().is_relative_to(root.resolve()) for one in inside)
+
+
 def _is_example(name: str) -> bool:
-    return offered().get(name, Path()).parent.name == "profiles" and name.startswith("traces/")
+    return offered().get(name, Path()).parent.parent in (*shipped_ep_captures(), *shipped_captures())
 
 
 def _open(offers: dict[str, Path]) -> None:
@@ -279,8 +298,12 @@ def _open(offers: dict[str, Path]) -> None:
     for name in chosen:
         if name not in opened:
             try:
-                read = _example if _is_example(name) else _of_server
-                opened[name] = read(name, offers[name])
+                if _is_example(name):
+                    opened[name] = _example(name, offers[name])
+                elif _is_inside(offers[name], Path(os.environ[ROOT_VARIABLE])):  # still, for the list is a minute old
+                    opened[name] = _of_server(name, offers[name])
+                else:
+                    raise InputError(f"{name} leads out of the folder of traces")
             except InputError as error:
                 frame.refused("This cannot be read as a trace:", error)
 
@@ -292,8 +315,9 @@ def _example(name: str, _path: Path) -> Loaded:
 
 def _of_server(name: str, path: Path) -> Loaded:
     digest = hashlib.sha256()
-    with _hidden(path.parent):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    with _hidden(path.parent), guarded():
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file():  # a pipe would never end
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
         return Loaded(name, digest.hexdigest(), *_read(path, name))

@@ -1,6 +1,7 @@
 """Files that users bring to the dashboard: what is opened, how it is named, what stays in a session and what goes."""
 
 import gzip
+import os
 import stat
 import sys
 import threading
@@ -157,6 +158,30 @@ def test_the_servers_folder_offers_traces_and_ranks_but_nothing_outside(uploads,
         *("inside.json", "linked/rank-0.json", "linked/rank-1.json"),
         *("ranks", "ranks/rank-0.json", "ranks/rank-1.json"),
     ]
+
+
+def test_pipes_and_links_beside_ranks_are_neither_read_nor_waited_for(
+    uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, secret = tmp_path / "root", tmp_path / "secret"
+    (root / "ranks" / "more").mkdir(parents=True)
+    secret.write_bytes(gzip.compress(document(KERNEL)))
+    for rank in range(2):
+        (root / "ranks" / f"rank-{rank}.json").write_bytes(document(KERNEL))
+    os.mkfifo(root / "ranks" / "pipe.json")
+    monkeypatch.setenv("PERFMODEL_TRACE_ROOT", str(root))
+    uploads.offered.clear()
+    try:
+        assert "ranks" not in uploads.offered()  # not all that looks like a rank is a file
+        (root / "ranks" / "pipe.json").rename(root / "ranks" / "pipe")
+        uploads.offered.clear()
+        assert "ranks: kineto trace" in shown(opened("trace", open="ranks"))
+        (root / "ranks" / "rank-2.gz").symlink_to(secret)  # after the list was made
+        assert "leads out of the folder" in shown(opened("trace", open="ranks"))
+        uploads.offered.clear()
+        assert "ranks" not in uploads.offered()
+    finally:
+        uploads.offered.clear()
 
 
 def test_a_trace_of_the_servers_folder_opens_from_a_link_and_no_path_does(

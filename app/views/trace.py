@@ -5,6 +5,8 @@ import streamlit as st
 import trace_parts
 import uploads
 
+from perfmodel.errors import InputError
+
 frame.header(
     "Where does my time go?", "Open a profile: what could be joined, what the device waited for, what cost most."
 )
@@ -29,5 +31,9 @@ part = st.segmented_control(
     bind="query-params",
     label_visibility="collapsed",
 )
-trace_parts.PARTS[part or "Summary"](one, traces)
+try:
+    with uploads.guarded():
+        trace_parts.PARTS[part or "Summary"](one, traces)
+except InputError as error:
+    frame.refused("This part cannot be shown:", error)
 trace_parts.whole(one)
