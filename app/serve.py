@@ -72,10 +72,18 @@ class Guard:
 
 
 def _is_own_page(headers: Headers) -> bool:
-    """Whether a page of this server opens a socket, under a name that is allowed; programs name no page."""
-    origin = urlsplit(headers.get("origin", ""))
+    """Whether a page of this server opens a socket, under a name that is allowed; programs name no page.
+
+    A page that hides where it is from (`null`, as in a frame that others made) is no page of this server.
+    """
+    if "origin" not in headers:
+        return True
+    try:
+        origin = urlsplit(headers["origin"])
+    except ValueError:
+        return False
     is_allowed = origin.hostname in st.config.get_option("server.allowedHosts")
-    return not origin.netloc or origin.netloc == headers.get("host") or is_allowed
+    return origin.scheme in ("http", "https") and (origin.netloc == headers.get("host") or is_allowed)
 
 
 def _with_headers(send: Send) -> Send:

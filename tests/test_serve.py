@@ -39,7 +39,9 @@ def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[str]
 def test_without_options_the_server_is_for_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     options, said = started(monkeypatch)
     assert "--server.address=127.0.0.1" in options
-    assert "--browser.gatherUsageStats=false" in options
+    # Environment variables of Streamlit outrank the file of settings, and arguments outrank those.
+    for option in ("browser.gatherUsageStats=false", "server.enableAgentApi=false", "server.enableCORS=true"):
+        assert f"--{option}" in options
     assert [o for o in options if "allowedHosts" in o] == [
         f"--server.allowedHosts={host}" for host in ("127.0.0.1", "localhost", "::1")
     ]
@@ -82,8 +84,10 @@ def test_every_answer_has_the_headers_and_what_the_server_tells_of_itself_is_clo
         (None, "http://localhost:1", True),
         (None, "https://evil.example.org", False),
         ("evil.example.org", "http://evil.example.org", False),
+        (None, "null", False),
+        (None, "http://[::1", False),
     ],
-    ids=["program", "own name", "other site", "other name for this machine"],
+    ids=["program", "own name", "other site", "other name for this machine", "hidden page", "no address"],
 )
 def test_pages_of_other_sites_open_no_socket(
     server: str, host: str | None, origin: str | None, is_let_in: bool
@@ -96,8 +100,9 @@ def test_pages_of_other_sites_open_no_socket(
     try:
         with connect(url, additional_headers=headers, proxy=None, open_timeout=5):
             assert is_let_in
-    except InvalidStatus:
+    except InvalidStatus as error:
         assert not is_let_in
+        assert error.response.status_code == 403
 
 
 def test_ten_sessions_see_their_own_uploads_alone_and_another_stays_responsive(server: str) -> None:
