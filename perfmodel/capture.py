@@ -104,6 +104,7 @@ LEFT_OUT_TABLE = pl.Schema(
 
 # What was seen of a machine while it was measured (clocks, power, temperature): of the occasion, not of the machine.
 SEEN_ONCE = ("under_load",)
+MAX_COUNTS = 2**26  # experts of all observations together: a hundred times what a large capture has
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ def load_capture(path: str | Path) -> Capture:
         raise InputError(
             f"capture {path.name!r}: observations name a workload that is not planned: {sorted(unknown)[0]}"
         )
+    if sum(len(workloads[row.workload].tokens_per_expert) for row in observed) > MAX_COUNTS:
+        raise InputError(f"capture {path.name!r}: its observations have more than {MAX_COUNTS} experts in all")
     planned = {key: msgspec.structs.asdict(workload) for key, workload in workloads.items()}
     rows = [
         {**planned[row.workload], "run": row.run, "times_ns": row.times_ns, "capture": path.name} for row in observed

@@ -29,6 +29,8 @@ LATER = ("offloaded", "order", "residency", "launch")
 NOT_CONTENT = ("workload", "study")
 
 Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**62)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+Physical = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]  # a number of a machine; neither infinite nor none
 
 
 class Settings(msgspec.Struct):
@@ -44,7 +46,7 @@ class Settings(msgspec.Struct):
 class Calibrated(msgspec.Struct):
     """One calibrated number of the manifest, in the base unit its name says."""
 
-    value: float
+    value: Physical
     spread_frac: float | None = None
     n: float | None = None
     how: str | None = None
@@ -83,21 +85,21 @@ class WorkloadLine(msgspec.Struct, frozen=True):
     workload: str
     op: str
     shape: str
-    n_experts: int
-    top_k: int
-    hidden: int
-    inter: int
-    n_gemms: int
-    gemm_k: int | None
-    gemm_n: int | None
+    n_experts: Count
+    top_k: Count
+    hidden: Count
+    inter: Count
+    n_gemms: Count
+    gemm_k: Count | None
+    gemm_n: Count | None
     dtype: str
     device: str
-    n_tokens: int
+    n_tokens: Count
     routing: str
-    tokens_per_expert: list[int]
+    tokens_per_expert: list[Count]
     access: str
     offload_frac: float
-    offloaded: list[int] | None = None
+    offloaded: list[Count] | None = None
     order: str | None = None
     residency: str | None = None
     launch: str | None = None
@@ -108,7 +110,7 @@ class ObservationLine(msgspec.Struct, frozen=True):
     """One workload measured in one run: the mean ns per call of each repeat."""
 
     workload: str
-    run: int
+    run: Count
     times_ns: list[Positive]
     started: float | None = None
     facts: dict[str, Any] | None = None
@@ -119,12 +121,12 @@ class CalibrationLine(msgspec.Struct, frozen=True):
 
     probe: str
     params: dict[str, Any]
-    run: int
+    run: Count
     value: float
     unit: str
     quantity: str | None = None
     spread_frac: float | None = None
-    n: int | None = None
+    n: Count | None = None
     how: str = ""
     times_ns: list[float] = []
     took_s: float | None = None
@@ -139,7 +141,7 @@ class LeftOutLine(msgspec.Struct, frozen=True):
     profile: str | None = None
     stage: str | None = None
     params: dict[str, Any] | None = None
-    run: int | str | None = None  # a word for what is no run, such as profiling
+    run: Count | str | None = None  # a word for what is no run, such as profiling
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{file.parent.name}/{file.name} is not a capture manifest: no JSON object with a schema"
         ) from None

@@ -164,8 +164,9 @@ def product_of(op: str, inputs: str) -> Product | None:
 def _matrix(dims: Sequence[object], place: int) -> Dims | None:
     """The dims of one tensor operand; None for a scalar, a list of tensors, or an operand that is not there."""
     found = dims[place] if place < len(dims) else None
-    is_matrix = isinstance(found, list) and 0 < len(found) <= _MOST_DIMS
-    return found if is_matrix and all(type(size) is int and 0 <= size < _MOST_SIZE for size in found) else None
+    if not isinstance(found, list) or not 0 < len(found) <= _MOST_DIMS:
+        return None
+    return found if all(type(size) is int and 0 <= size < _MOST_SIZE for size in found) else None
 
 
 def _dense(a: Dims, b: Dims, n_summed: int, dtype: str | None, bytes_of: tuple[float, float]) -> Product | None:

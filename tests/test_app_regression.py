@@ -1,15 +1,18 @@
 """The Regression view: verdicts of shipped and uploaded captures, without a browser and in one."""
 
 import io
+import json
 import shlex
 import xml.etree.ElementTree as ET
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from perfmodel.cli.main import app
+from perfmodel.regression import packed
 from tests.app_pages import figure, numbers, opened, ran, shown, titles
 from tests.captures_made import write_synthetic_capture
 from tests.conftest import ROOT
@@ -123,6 +126,73 @@ def test_what_is_no_capture_is_refused_in_words(tmp_path: Path) -> None:
     assert "notes.zip is no zip archive that can be read" in said and "found no capture.json" in said
     assert "observations.jsonl" in said and "/tmp" not in said
     assert numbers(view)["Workloads compared"] == "120"
+
+
+def hostile(folder: Path, **facts: object) -> Path:
+    """A capture whose manifest says something else."""
+    manifest = json.loads((folder / "capture.json").read_text())
+    for key, value in facts.items():
+        manifest[key] = value(manifest[key])
+    (folder / "capture.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def brought(view: Any, folder: Path, **chosen: str) -> Any:
+    """The view after a capture was uploaded and chosen as the candidate."""
+    view.file_uploader[1].upload(*zipped(folder))
+    ran(view)
+    view.selectbox(key="candidate").select(f"uploaded: {folder.name}")
+    return ran(view)
+
+
+def test_calibrations_no_machine_can_have_are_refused(tmp_path: Path) -> None:
+    for i, value in enumerate((-1.0, 1e308, float("inf"))):
+        folder = hostile(
+            write_synthetic_capture(tmp_path / f"made_{i}"),
+            calibration=lambda entries, value=value: {k: e | {"value": value} for k, e in entries.items()},
+        )
+        view = opened("regression")
+        view.file_uploader[1].upload(*zipped(folder))
+        assert "capture.json is damaged" in shown(ran(view))
+
+
+def test_a_capture_nested_without_end_or_with_numbers_without_end_is_refused(tmp_path: Path) -> None:
+    folder = write_synthetic_capture(tmp_path / "made")
+    (folder / "capture.json").write_text('{"schema":1,"a":' * 100_000)
+    view = opened("regression")
+    view.file_uploader[1].upload(*zipped(folder))
+    assert "not a capture manifest" in shown(ran(view))
+    folder = write_synthetic_capture(tmp_path / "large")
+    first, _, rest = (folder / "workloads.jsonl").read_text().partition("\n")
+    line = json.dumps(json.loads(first) | {"hidden": 2**63})
+    (folder / "workloads.jsonl").write_text(f"{line}\n{rest}")
+    view.file_uploader[1].upload(*zipped(folder))
+    assert "workloads.jsonl is damaged: line 1" in shown(ran(view))
+
+
+def test_a_capture_without_end_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "MAX_LINES", 100)
+    folder = write_synthetic_capture(tmp_path / "made")
+    n_lines = len((folder / "observations.jsonl").read_text().splitlines())
+    view = opened("regression")
+    view.file_uploader[1].upload(*zipped(folder))
+    assert n_lines > 100
+    assert "made/observations.jsonl has more than 100 lines" in shown(ran(view))
+    monkeypatch.setattr(packed, "MAX_CAPTURES", 0)
+    view.file_uploader[1].upload(*zipped(write_synthetic_capture(tmp_path / "other")))
+    assert "holds 1 captures, expected at most 0" in shown(ran(view))
+
+
+def test_what_a_comparison_breaks_on_is_said_and_tells_nothing_of_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("/srv/secret")
+
+    monkeypatch.setattr("perfmodel.regression.compare", broken)
+    view = brought(opened("regression", model="none"), write_synthetic_capture(tmp_path / "made"))
+    assert "ZeroDivisionError" in shown(view)
+    assert "secret" not in shown(view)
 
 
 def choose(page, label: str, wanted: str) -> None:

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from perfmodel import moe
 from perfmodel import routing as rt
 from perfmodel.errors import InputError
+from perfmodel.routing.named import Hints, recording_of
 
 names = st.sampled_from(
     [*rt.PATTERNS, "power-law:0", "power-law:2.5", "zipf:0.6", "pareto:1.01/3", "coverage:0.8/0.25", "one-hot:3"]
@@ -573,3 +575,16 @@ def test_coverage_curve_bends_upwards_only(name: str, size: tuple[int, int, int]
     assert assignments[-1] == pytest.approx(1)
     assert (np.diff(np.diff(assignments)) <= 1e-12).all()
     assert (assignments >= experts - 1e-12).all()
+
+
+@pytest.mark.parametrize("name", ["power-law:" + "9" * 5000, "x" * 5000, "power-law:1#" + "k" * 5000])
+def test_names_longer_than_files_may_have_are_refused(name: str) -> None:
+    with pytest.raises(InputError):
+        recording_of(name, Hints(moe.shape("poster")))
+
+
+def test_a_table_of_more_columns_than_experts_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "wide_made.csv"
+    path.write_text(",".join(f"e{i}" for i in range(200_000)) + "\n")
+    with pytest.raises(InputError, match="more columns than 16384 experts"):
+        rt.read_recording(str(path))

@@ -42,6 +42,10 @@ def bring() -> None:
         if not files or any(known.startswith(digest) for known, _ in brought().values()):
             continue
         try:
+            if len(brought()) >= uploads.MAX_OPEN:
+                raise InputError(
+                    f"{uploads.MAX_OPEN} captures are open, the most of one session; reload the page to begin anew"
+                )
             with st.spinner("Reading the capture"), uploads.saved(files) as place:
                 for capture in read(place):
                     name = f"{UPLOADED}{capture.name}"
@@ -59,13 +63,16 @@ def read(place: Path) -> list[Capture]:
         folders += regression.unpack_captures(archive, place / f"unpacked-{i}")
     if not folders:
         raise InputError(f"found no {MANIFEST}; upload the capture folder with all its files, or a zip archive of it")
+    for folder in folders:
+        regression.refuse_large(folder)
     return [load_capture(folder) for folder in folders]
 
 
 @st.cache_resource(scope="session", max_entries=8, show_spinner="Fitting a model to the baseline")
 def own_model(digest: str, _capture: Capture) -> LatencyModel:
     """The model of a baseline, fitted once a session where none is shipped."""
-    return regression.model_for(_capture)
+    with uploads.guarded():
+        return regression.model_for(_capture)
 
 
 @st.cache_resource(show_spinner=False)
@@ -80,14 +87,15 @@ def compared(
 ) -> Comparison:
     """The comparison that the controls ask for."""
     used = None
-    if model == OWN:
-        try:
-            used = own_model(digests[0], _sides[0])
-        except InputError:
-            used = None  # then the comparison says why there is none
-    elif model != NO_MODEL:
-        used = shipped_model(model)
-    return regression.compare(*_sides, margin_frac, axes, used, with_model=model != NO_MODEL)
+    with uploads.guarded():
+        if model == OWN:
+            try:
+                used = own_model(digests[0], _sides[0])
+            except InputError:
+                used = None  # then the comparison says why there is none
+        elif model != NO_MODEL:
+            used = shipped_model(model)
+        return regression.compare(*_sides, margin_frac, axes, used, with_model=model != NO_MODEL)
 
 
 def declare(axes: list[str]) -> None:

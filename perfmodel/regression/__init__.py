@@ -28,7 +28,7 @@ from .compared import (
     compare,
     moved_quantities,
 )
-from .packed import unpack_captures
+from .packed import refuse_large, unpack_captures
 from .verdicts import (
     AXES,
     CONFIDENCE,
@@ -74,6 +74,7 @@ __all__ = [
     "model_for",
     "moved_quantities",
     "n_missing",
+    "refuse_large",
     "require_comparable",
     "unpack_captures",
 ]

@@ -39,19 +39,22 @@ def split_source(source: str) -> tuple[str, str, int | None]:
 
     A file or folder that exists under the whole name is that one, whatever signs are in its name.
     """
-    if _is_there(source):
+    if is_there(source):
         return source, "", None
     found = re.fullmatch(r"(?P<rest>.+)@(?P<layer>\d{1,9})", source, re.DOTALL)
     rest, layer = (found["rest"], int(found["layer"])) if found else (source, None)
-    if _is_there(rest):
+    if is_there(rest):
         return rest, "", layer
     file, _, key = rest.partition("#")
     return file, key, layer
 
 
-def _is_there(name: str) -> bool:
+def is_there(name: str) -> bool:
     """Whether there is a file or folder of that name; nothing else can be read."""
-    return bool(name) and (Path(name).is_file() or Path(name).is_dir())
+    try:
+        return bool(name) and (Path(name).is_file() or Path(name).is_dir())
+    except OSError:  # longer than any name may be
+        return False
 
 
 def read_recording(
@@ -159,7 +162,7 @@ def _read(source: str, hints: Hints, is_lenient: bool) -> tuple[str, Draft]:
     """The name of the file of a source and what is in it: of one layer, where the source names it."""
     file, key, layer = split_source(source)
     path = Path(file)
-    if not _is_there(file):
+    if not is_there(file):
         known = ", ".join(pattern_usages())
         raise InputError(f"no routing file {file!r}, and no pattern of that name; patterns: {known}")
     draft = _draft(path, key, hints, is_lenient)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 
 from .batches import MAX_DRAWN, drawn_counts, expected_counts
-from .files import Counts, split_source
+from .files import Counts, is_there, split_source
 from .patterns import (
     DEFAULT_EXPONENT,
     Argument,
@@ -49,9 +49,10 @@ def is_drawn(source: str, *more: str) -> bool:
     A file is preferred to a name, a name to a folder. Raises InputError where it is neither; `more` are further names
     that are listed then.
     """
-    if not Path(source).is_file() and (source.partition(":")[0] in FAMILIES or is_pattern(source)):
+    is_file = is_there(source) and Path(source).is_file()
+    if not is_file and (source.partition(":")[0] in FAMILIES or is_pattern(source)):
         return True
-    if not Path(split_source(source)[0]).exists():
+    if not is_there(split_source(source)[0]):
         known = ", ".join([*more, *family_usages(), *pattern_usages()])
         raise InputError(f"no routing file {source!r}, and no routing of that name; known: {known}")
     return False

@@ -39,6 +39,8 @@ def draft_of_csv(path: Path, hints: Hints, is_lenient: bool) -> Draft | None:
     """
     first = _first_row(path)
     sign = _separator(first)
+    if first.count(sign or " ") > MAX_EXPERTS:
+        raise InputError(f"{path.name} has more columns than {MAX_EXPERTS} experts")
     n_columns, has_header = len(first.split(sign)), not _are_numbers(first.split(sign))
     kind = hints.kind or ("ids" if has_header else _kind_of_rows(path, sign, n_columns, hints))
     if kind is None and not is_lenient:
