@@ -3,6 +3,9 @@
 `perfmodel app` runs it with `streamlit run`, which docs/deployment.md says how to put before others.
 """
 
+import base64
+import hashlib
+import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -19,12 +22,21 @@ from starlette.responses import PlainTextResponse
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
-# Scripts: Streamlit's own files, and what Plotly compiles in WebGL charts; images: what figures draw. Nothing from
-# anywhere else, so that a name in an uploaded trace can make no browser ask for anything.
+
+def _inline_scripts() -> list[str]:
+    """The scripts in Streamlit's own page, each by its digest as a policy names it: no other inline script runs."""
+    page = (Path(st.__file__).parent / "static" / "index.html").read_bytes()
+    found = re.findall(rb"<script(?![^>]*\ssrc)[^>]*>(.*?)</script>", page, re.DOTALL)
+    return [f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in found]
+
+
+# Scripts: Streamlit's own files, one of which has WebAssembly in it; none is made from words: no figure may be of
+# WebGL, which Plotly compiles. Images: what figures draw. Nothing from anywhere else, so that a name in an uploaded
+# trace can make no browser ask for anything.
 _POLICY = "; ".join(
     [
         "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
+        " ".join(["script-src 'self' 'wasm-unsafe-eval'", *_inline_scripts()]),
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
         "font-src 'self' data:",
