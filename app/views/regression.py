@@ -49,6 +49,11 @@ def bring() -> None:
                     brought()[name] = (f"{digest}-{capture.digest}", capture)
         except InputError as error:
             frame.refused("This cannot be read as a capture:", error)
+    # A box that closes while the browser still sends a file loses it without a word.
+    if brought():
+        frame.literal("\n".join(["Read:", *(name.removeprefix(UPLOADED) for name in brought())]))
+    else:
+        st.caption("Leave this open until it says what was read.")
 
 
 def read(place: Path) -> list[Capture]:

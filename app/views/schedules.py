@@ -187,7 +187,7 @@ def show_picture(ask: Ask, found: Picture) -> Any:
         frame.chart(figures.stacked(found), f"Where the time goes. {report.fastest_words(found)}", key="bars")
     with right:
         head = ["", *(one.schedule for one in found.timelines)]
-        frame.words_table(head, report.facts(found), "Schedules beside each other")
+        frame.words_table(head, report.schedule_facts(found), "Schedules beside each other")
     between = st.container()
     has_all = ask.n_gpus <= N_DRAWN or st.toggle("Draw all GPUs", key="all", bind="query-params")
     panels = [scheduled(one) for one in found.timelines]
