@@ -17,6 +17,7 @@ from perfmodel import text
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&^=@/'\"])")
 N_ROWS = 500  # of a table that is shown; downloads have all
 NOT_KNOWN = "n/a"
+_CONFIG = {"displaylogo": False}  # of Plotly
 
 
 def header(title: str, question: str) -> None:
@@ -43,7 +44,21 @@ def numbers(values: Mapping[str, str | None], helps: Mapping[str, str] | None = 
 
 def chart(figure: Any, alt: str, key: str | None = None) -> None:
     """Show a figure of `perfmodel.figures` at full width, with words for those who cannot see it."""
-    st.plotly_chart(figure, width="stretch", alt=alt, key=key, config={"displaylogo": False})
+    st.plotly_chart(figure, width="stretch", alt=alt, key=key, config=_CONFIG)
+
+
+def chosen(figure: Any, alt: str, key: str) -> set[Any]:
+    """Show a figure in which points can be clicked or boxed; returns the `customdata` of those that are."""
+    shown = st.plotly_chart(
+        figure.update_layout(dragmode="select"),
+        width="stretch",
+        alt=alt,
+        key=key,
+        on_select="rerun",
+        selection_mode=("points", "box"),
+        config=_CONFIG,
+    )
+    return {point.get("customdata") for point in shown["selection"]["points"]}
 
 
 def rows(table: pl.DataFrame, alt: str, height: int | None = None) -> None:

@@ -389,7 +389,7 @@ def _routing(shape: str, files: dict[str, Any]) -> tuple[str, str, str]:
         st.caption("What is uploaded stays in this session; a link cannot hold it.")
         config_digest = _uploaded(config, files, CONFIG_MB)
         routing_digest = _uploaded(file, files, ROUTING_MB)
-    if routing_digest:
+    if file is not None and routing_digest:
         part = key.strip()
         name = f"{file.name}{part}" if not part or part.startswith("@") else f"{file.name}#{part}"
     return config_digest, name, routing_digest

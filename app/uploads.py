@@ -152,8 +152,9 @@ def _upload(key: str, suffix: str) -> None:
             refused.append((name, str(error)))
     context = get_script_run_ctx()
     if context is not None:
+        manager: Any = context.uploaded_file_mgr
         for file in (*files, *ranks):
-            context.uploaded_file_mgr.remove_file(context.session_id, file.file_id)
+            manager.remove_file(context.session_id, file.file_id)
     st.session_state["n_uploads"] += 1
     if _uploaded():
         st.session_state["open"] = [name for name in st.session_state.get("open", ()) if not _is_example(name)]

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import frame
 import loading
@@ -172,7 +174,7 @@ shipped = {name: (f"shipped-{name}", capture) for name, (capture, _) in loading.
 captures = shipped | brought()
 names = list(captures)
 opens = [names.index(name) if name in names else 0 for name in OPENS_WITH]
-chosen = {"bind": "query-params", "on_change": declare, "args": ([],)}  # of another pair nothing is declared yet
+chosen: dict[str, Any] = {"bind": "query-params", "on_change": declare, "args": ([],)}  # none yet of another pair
 baseline = first.selectbox("Baseline", names, opens[0], key="baseline", **chosen)
 candidate = second.selectbox("Candidate", names, opens[1], key="candidate", **chosen)
 margin = third.number_input("Margin, %", 0.1, 100.0, 3.0, 0.5, key="margin", bind="query-params")
@@ -186,7 +188,8 @@ axes = fourth.multiselect(
     help="Declared axes of change: what you mean to test. Captures that differ in anything else are not compared.",
 )
 model = fifth.selectbox("Model", [OWN, NO_MODEL, *shipped_models()], key="model", bind="query-params")
-digests, sides = zip(captures[baseline], captures[candidate], strict=True)
+digests = captures[baseline][0], captures[candidate][0]
+sides = captures[baseline][1], captures[candidate][1]
 try:
     result = compared(digests, margin / 100, tuple(axes), model, sides)
 except NotComparableError as error:
@@ -216,15 +219,13 @@ options = [word for axis in axes for word in ("--axis", axis)]
 options += [] if model == OWN else ["--model", model]
 frame.computed(["perfmodel", "check", *folders, "--margin", f"{margin:g}%", *options], report.check_page(result))
 failures = regression.DEFAULT_FAILURES
-frame.downloads(
-    "check",
-    **{
-        "junit.xml": report.check_junit(result, failures),
-        "md": report.check_markdown(result, failures),
-        "json": json.dumps(result.to_json(), indent=2),
-        "csv": table.write_csv(),
-        "html": lambda: figures.html_page(
-            f"{result.candidate} against {result.baseline}", report.check_page(result), figures.check_figures(result)
-        ),
-    },
-)
+reports: dict[str, Callable[[], str]] = {
+    "junit.xml": lambda: report.check_junit(result, failures),
+    "md": lambda: report.check_markdown(result, failures),
+    "json": lambda: json.dumps(result.to_json(), indent=2),
+    "csv": table.write_csv,
+    "html": lambda: figures.html_page(
+        f"{result.candidate} against {result.baseline}", report.check_page(result), figures.check_figures(result)
+    ),
+}
+frame.downloads("check", **reports)
