@@ -17,7 +17,6 @@ from perfmodel import text
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&^=@/'\"])")
 N_ROWS = 500  # of a table that is shown; downloads have all
 NOT_KNOWN = "n/a"
-_CONFIG = {"displaylogo": False}  # of Plotly
 
 
 def header(title: str, question: str) -> None:
@@ -42,23 +41,10 @@ def numbers(values: Mapping[str, str | None], helps: Mapping[str, str] | None = 
         column.metric(escaped(label), escaped(NOT_KNOWN if value is None else value), help=(helps or {}).get(label))
 
 
-def chart(figure: Any, alt: str, key: str | None = None) -> None:
-    """Show a figure of `perfmodel.figures` at full width, with words for those who cannot see it."""
-    st.plotly_chart(figure, width="stretch", alt=alt, key=key, config=_CONFIG)
-
-
-def chosen(figure: Any, alt: str, key: str) -> set[Any]:
-    """Show a figure in which points can be clicked or boxed; returns the `customdata` of those that are."""
-    shown = st.plotly_chart(
-        figure.update_layout(dragmode="select"),
-        width="stretch",
-        alt=alt,
-        key=key,
-        on_select="rerun",
-        selection_mode=("points", "box"),
-        config=_CONFIG,
-    )
-    return {point.get("customdata") for point in shown["selection"]["points"]}
+def chart(figure: Any, alt: str, key: str | None = None, **more: Any) -> Any:
+    """Show a figure of `perfmodel.figures` at full width, with words for those who cannot see it; `more` is for
+    `st.plotly_chart`, of which the answer is given back."""
+    return st.plotly_chart(figure, width="stretch", alt=alt, key=key, config={"displaylogo": False}, **more)
 
 
 def rows(table: pl.DataFrame, alt: str, height: int | None = None) -> None:

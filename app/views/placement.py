@@ -8,7 +8,6 @@ from dataclasses import replace
 import frame
 import placement_controls as controls
 import placement_parts as parts
-import polars as pl
 import streamlit as st
 from placement_controls import Choice, Files
 
@@ -16,7 +15,7 @@ from perfmodel import figures, hardware, report, text
 from perfmodel.errors import InputError
 from perfmodel.offload import usable_modes
 from perfmodel.placing.ask import AUTO, modes, passes_in_words
-from perfmodel.placing.curves import FREE_FRAC, most_free
+from perfmodel.placing.curves import FREE_FRAC, curve_rows, most_free
 from perfmodel.predict import Prediction
 
 OPENING = Choice(
@@ -150,23 +149,6 @@ page = "" if answer is None else f"\n\n{report.placing_page(answer, report.WIDTH
 frame.computed(command, f"{chosen}\n\nPolicies, and what follows from them:\n\n{place_command}{page}")
 
 
-def table() -> str:
-    """The curves as CSV."""
-    rows = [
-        {
-            "line": label,
-            "n_offloaded": p.n_offloaded,
-            "slowdown": p.slowdown,
-            "latency_ns": p.latency_ns,
-            "bottleneck": p.bottleneck,
-            "basis": p.basis,
-        }
-        for label, curve in curves.items()
-        for p in curve
-    ]
-    return pl.DataFrame(rows).write_csv()
-
-
 def record() -> str:
     """The prediction, and the answer where there is one, as JSON."""
     return json.dumps({"prediction": chosen.to_json(), "placing": answer and report.placing_json(answer)}, indent=2)
@@ -179,4 +161,4 @@ def page_of() -> str:
     return figures.html_page(f"Where the experts of {shape.name} should live", words, drawn)
 
 
-frame.downloads("placement", csv=table, json=record, html=page_of)
+frame.downloads("placement", csv=lambda: curve_rows(curves).write_csv(), json=record, html=page_of)

@@ -131,26 +131,6 @@ def verdict(found: Comparison) -> None:
         frame.literal(f"The second question stays open: {found.no_model}")
 
 
-def workloads(found: Comparison) -> pl.DataFrame:
-    """One row a workload, slowest against the baseline first."""
-    rows = [
-        {
-            "workload": case.verdict.label,
-            "cell": case.cell,
-            "verdict": case.verdict.verdict,
-            "ratio": case.verdict.ratio,
-            "ratio_low": case.verdict.ratio_low,
-            "ratio_high": case.verdict.ratio_high,
-            "expected_ratio": case.expected_ratio,
-            "measured_over_model": None if case.expectation is None else case.expectation.ratio,
-            "against_model": None if case.expectation is None else case.expectation.verdict,
-            "n_more_runs": case.verdict.n_more_runs,
-        }
-        for case in found.each
-    ]
-    return pl.DataFrame(rows, infer_schema_length=None)
-
-
 def changed(found: Comparison) -> None:
     """What differs between the sides, and which calibrated rate moved."""
     st.subheader("What changed", anchor=False)
@@ -205,7 +185,7 @@ except InputError as error:
     frame.refused("This cannot be judged:", error)
     st.stop()
 verdict(result)
-table = workloads(result)
+table = result.table()
 cell = st.pills("Workloads", regression.CELLS, key="cell", bind="query-params")
 shown = table if cell is None else table.filter(pl.col("cell") == cell)
 frame.rows(

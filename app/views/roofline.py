@@ -80,9 +80,14 @@ shape = box.selectbox(
 )
 one_shape = None if shape == ALL else shape
 [(figure, alt)] = figures.roofline_figures(found, one_shape)
-# Rows are those of one choice alone.
-key = f"chart {name} {trace.digest if trace else ''} {dtype} {op} {shape}"
-chosen = sorted(frame.chosen(figure, alt, key) & {*range(found.points.height)})
+selection = frame.chart(
+    figure.update_layout(dragmode="select"),
+    alt,
+    key=f"chart {name} {trace.digest if trace else ''} {dtype} {op} {shape}",  # rows are those of one choice alone
+    on_select="rerun",
+    selection_mode=("points", "box"),
+)["selection"]["points"]
+chosen = sorted({point.get("customdata") for point in selection} & {*range(found.points.height)})
 if found.nominal is None:
     frame.literal(f"{report.NO_DATASHEET}.".capitalize())
 asked = only(found, shape=one_shape)
