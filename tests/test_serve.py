@@ -18,7 +18,6 @@ from perfmodel.cli.main import app
 from perfmodel.errors import InputError
 from tests.conftest import ROOT
 from tests.served import _free_port, _wait_until_healthy
-from tests.test_browser import PATHS
 from tests.test_hostile import KERNEL, document
 
 pytest.importorskip("streamlit", reason="streamlit is not installed")
@@ -139,20 +138,6 @@ def test_a_limit_in_the_environment_that_is_no_number_starts_no_server(
     monkeypatch.setenv(variable, "two")
     with pytest.raises(InputError, match=f"{variable} is 'two', expected a whole number above 0"):
         CliRunner().invoke(app, ["app"], catch_exceptions=False)
-
-
-@pytest.mark.browser
-def test_no_view_asks_for_what_the_policy_forbids(page: Any, server: str) -> None:
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.add_init_script(
-        "document.addEventListener('securitypolicyviolation', e => console.error('forbidden: ' + e.violatedDirective))"
-    )
-    for path in PATHS:
-        page.goto(f"{server}/{path}")
-        page.get_by_test_id("stHeading").first.wait_for(timeout=60_000)
-        page.wait_for_timeout(500)
-    assert not [words for words in said if "forbidden: " in words or "Content Security Policy" in words]
 
 
 @pytest.mark.browser
