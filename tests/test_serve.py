@@ -29,7 +29,12 @@ N_SESSIONS = 10
 def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[str], str]:
     """The options with which `perfmodel app` starts Streamlit, and what it notes."""
     calls: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda command: calls.append(command) or 0)
+
+    def become(program: str, command: list[str]) -> None:
+        calls.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", become)
     result = CliRunner().invoke(app, ["app", *arguments])
     assert result.exit_code == 0, result.output
     return calls[0], result.stderr
@@ -134,7 +139,7 @@ def test_ten_sessions_see_their_own_uploads_alone_and_another_stays_responsive(s
 def test_a_limit_in_the_environment_that_is_no_number_starts_no_server(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    monkeypatch.setattr(subprocess, "call", lambda command: pytest.fail("it was started"))
+    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail("it was started"))
     monkeypatch.setenv(variable, "two")
     with pytest.raises(InputError, match=f"{variable} is 'two', expected a whole number above 0"):
         CliRunner().invoke(app, ["app"], catch_exceptions=False)
