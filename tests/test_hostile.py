@@ -363,6 +363,7 @@ def test_names_in_captures_are_shown_letter_by_letter(page: Any, server: str, tm
     box.set_input_files(packed)
     for name in ("before.zip", "after.zip"):
         page.get_by_text(name).wait_for()
+    page.wait_for_timeout(3000)  # until both were read: the popover takes its boxes along
     page.keyboard.press("Escape")
     choose(page, "Baseline", "uploaded: before")
     page.get_by_text("These captures are not compared").wait_for()
@@ -371,7 +372,7 @@ def test_names_in_captures_are_shown_letter_by_letter(page: Any, server: str, tm
     page.get_by_text("Slower than the baseline").wait_for(timeout=30_000)
     plot = page.locator(".js-plotly-plot .nsewdrag").first.bounding_box()
     page.mouse.move(plot["x"] + plot["width"] / 2, plot["y"] + plot["height"] / 2)  # hover words have names too
-    page.get_by_text("What changed").wait_for()
+    page.get_by_text("What changed", exact=True).wait_for()
     assert page.evaluate("window.__pwned") is None
     assert not page.locator("a[href^='javascript'], a[href*='192.0.2.1'], img[src*='192.0.2.1'], .katex").count()
     assert page.get_by_test_id("stException").count() == 0
