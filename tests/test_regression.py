@@ -39,6 +39,7 @@ from perfmodel.regression import (
     is_slower,
     model_for,
     unpack_captures,
+    verdicts,
 )
 from perfmodel.regression.verdicts import Side
 from tests import captures_made
@@ -74,6 +75,16 @@ def test_a_wide_margin_forgives(tmp_path: Path) -> None:
 
 def test_noise_that_hides_the_answer_is_inconclusive(tmp_path: Path) -> None:
     assert "inconclusive" in verdict(tmp_path, 1.03, n_runs=3, sd=0.15)[1:]
+
+
+def test_two_runs_beside_a_single_one_have_the_degrees_of_freedom_of_the_two() -> None:
+    two, one = Side(np.array([0.0, 0.2]), 0.0), Side(np.array([0.5]), 0.0)
+    # The mean of two has a variance of 0.02 / 2 on one degree of freedom, the single run 0.05 squared as assumed.
+    degrees = (0.01 + 0.0025) ** 2 / 0.01**2
+    half = stats.t.ppf(0.95, degrees) * np.sqrt(0.0125)
+    found, _ = verdicts._compare("workload", "label", two, one, 0.03)
+    assert np.log([found.ratio_low, found.ratio_high]) == pytest.approx([0.4 - half, 0.4 + half])
+    assert found.verdict == "inconclusive"
 
 
 def test_a_single_run_is_at_most_suspect(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_delays_are_counted_once_each_prompt_or_queued() -> None:
     assert delay_counts(joined_kernels(events(kernel(0)))).is_empty()
 
 
+def test_a_delay_at_the_edge_of_a_part_counts_in_the_part_that_begins_there() -> None:
+    powers = [10**power for power in range(9)]
+    table = events(*(launch(0, i) for i in range(9)), *(kernel(at, link=i) for i, at in enumerate(powers)))
+    counts = delay_counts(joined_kernels(table)).filter(pl.col("n_prompt") + pl.col("n_queued") > 0)
+    assert counts["from_ns"].to_list() == pytest.approx(powers)
+
+
 def test_exposed_and_hidden_time_are_those_of_the_table() -> None:
     table = events(
         kernel(0, 100, name="sgemm"),
