@@ -412,6 +412,13 @@ def test_the_conclusion_in_words(
         assert mixed.startswith("Single workloads are slower")
 
 
+def test_what_may_be_much_faster_is_not_said_to_be_as_fast(steady: Comparison) -> None:
+    assert report.conclusion(steady)[1] == "As fast as the baseline, within the margin."
+    wide = replace(steady.overall.verdict, ratio=0.9, ratio_low=0.8, ratio_high=1.02)
+    found = replace(steady, cases=(replace(steady.overall, verdict=wide), *steady.each))
+    assert report.conclusion(found) == ("good", "Not slower than the baseline by more than the margin.")
+
+
 def test_options_of_the_command_and_what_it_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = write_synthetic_capture(tmp_path / "a")
     slow = write_synthetic_capture(tmp_path / "slow", noise=lambda: 1.4)
