@@ -50,6 +50,7 @@ POINTS = pl.Schema(
     {
         "op": pl.String(),
         "shape": pl.String(),
+        "gemm": pl.String(),
         "n_tokens": pl.Int64(),
         "routing": pl.String(),
         "access": pl.String(),
@@ -212,6 +213,7 @@ def points(observations: pl.DataFrame, profile: HardwareProfile, model: LatencyM
     table = rows.select(
         pl.col("op").cast(pl.String),
         *("shape", "n_tokens", "routing", "access"),
+        gemm=pl.format("{} x {}", "gemm_k", "gemm_n"),
         rows_per_active_expert=pl.Series(work.mean(work.n_rows / work.n_active)),
         tier=pl.Series([names_[i] for i in lowest]),
         flops_per_byte=pl.Series(np.stack([intensity[name] for name in names_])[lowest, np.arange(len(lowest))]),

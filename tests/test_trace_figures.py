@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("plotly", reason="plotly is not installed")
 
+import math
 from pathlib import Path
 
 import polars as pl
@@ -123,6 +124,9 @@ def test_a_sweep_shows_its_transition_and_a_log_axis_only_where_no_time_is_0() -
     assert any(shape.x0 == 32 for shape in figure.layout.shapes)
     flat = figures.sweep(bound.sweep([1, 8], [1e6, 1.1e6]), HOSTILE)
     assert flat.layout.yaxis.type == "log"
+    limit_ns = 3 * 1e6
+    assert flat.layout.shapes[0].y0 == limit_ns and flat.layout.annotations[0].y == pytest.approx(math.log10(limit_ns))
+    assert figure.layout.annotations[0].y == figure.layout.shapes[0].y0
     assert flat.layout.title.text == f"{SHOWN}: no batch size is device-bound"
 
 

@@ -1,5 +1,6 @@
 """Several traces, ranks, chain lengths or passes side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -43,8 +44,7 @@ def sweep(found: Sweep, name: str = "") -> go.Figure:
             hoverinfo="text",
         )
     limit_ns = found.rule_factor * max(found.plateau_ns, PLATEAU_FLOOR_NS)
-    words = f"limit of the rule: {text.ns(limit_ns)}"
-    figure.add_hline(y=limit_ns, line={"color": "#999999", "dash": "dash", "width": 1}, annotation_text=words)
+    figure.add_hline(y=limit_ns, line={"color": "#999999", "dash": "dash", "width": 1})
     if found.transition_batch is not None:
         figure.add_vline(x=found.transition_batch, line={"color": PALETTE[1], "dash": "dot", "width": 2})
     where = "no batch size is device-bound"
@@ -53,10 +53,14 @@ def sweep(found: Sweep, name: str = "") -> go.Figure:
     title = f"{literal(name)}: {where}" if name else f"TKLQT against batch size: {where}"
     layout(figure, title, "batch size", "TKLQT")
     figure.update_xaxes(type="log", tickvals=batches, ticktext=[text.count(batch) for batch in batches])
+    words, at = f"limit of the rule: {text.ns(limit_ns)}", limit_ns
     if min(times) > 0:
         decades(figure.layout.yaxis, TIME_DECADES_NS)
+        at = math.log10(limit_ns)  # where words stand on such an axis; lines are at the value itself
     else:  # a logarithm has no place for the 0 that published plots are read as
         round_time_ticks(figure.layout.yaxis, max(*times, limit_ns))
+    place_of = {"xref": "x domain", "x": 0, "xanchor": "left", "y": at, "yanchor": "bottom"}
+    figure.add_annotation(text=words, showarrow=False, **place_of)
     return figure.update_layout(height=400, margin={"l": 80, "b": 100})
 
 

@@ -38,7 +38,7 @@ def slowdown(
     The fractions are shaded that are free: where the slowdown stays `within_frac`, of that line among `free_of` (null:
     all) that has most of them.
     The axis is that of the first line, on which `chosen` is marked; others may leave it, and then say how far they go.
-    `measured` are fractions and slowdowns that somebody measured, by source.
+    `measured` are fractions and slowdowns that somebody measured, by source; all of them are on the axis.
     """
     figure = go.Figure()
     for i, (label, predictions) in enumerate(curves.items()):
@@ -107,6 +107,7 @@ def slowdown(
     tops = {label: max(p.slowdown for p in predictions) for label, predictions in curves.items()}
     first = next(iter(tops.values()))
     highest = max(top for top in tops.values() if top <= BEYOND * first)
+    highest = max([highest, *(value for points in (measured or {}).values() for _, value in points)])
     for line in figure.data:
         if line.name in tops and tops[line.name] > highest:
             line.name = f"{line.name} (to {tops[line.name]:.0f}x)"
