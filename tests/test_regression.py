@@ -369,6 +369,8 @@ def test_junit_skips_what_is_open_and_survives_any_name(tmp_path: Path) -> None:
 def test_markdown_is_one_line_a_short_table_and_folds(tmp_path: Path) -> None:
     page = report.check_markdown(renamed(compared(tmp_path, 1.4), 5000), DEFAULT_FAILURES)
     assert len(page.encode()) < 1_000_000
+    slower = compared(tmp_path / "again", 1.4)
+    assert report.check_markdown(slower, []).startswith("⚠️ **regressed: ")  # nothing fails by it, yet it is no tick
     head, _, folded = page.partition("<details>")
     assert head.splitlines()[0].startswith("❌ **regressed: candidate takes 1.")
     assert sum(line.startswith("| `") for line in head.splitlines()) == 20
@@ -435,7 +437,7 @@ def test_options_of_the_command_and_what_it_ends_with(tmp_path: Path, monkeypatc
     assert "❌" in files["md"].read_text() and "Both questions crossed" in files["html"].read_text()
     assert summary.read_text() == "before\n"  # nobody asked
     assert ends("--summary", "--fail-on", "none") == 0
-    assert summary.read_text().startswith("before\n✅")
+    assert summary.read_text().startswith("before\n⚠️")
     assert ends("--fail-on", "explained", "--model", "none") == 0
     assert ends("--model", "none", "--margin", "60%", "--inconclusive", "fail") == 0
     for wrong in (("--fail-on", "weather"), ("--inconclusive", "maybe"), ("--junit", "x.txt"), ("--model", "nowhere")):
