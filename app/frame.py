@@ -41,9 +41,10 @@ def numbers(values: Mapping[str, str | None], helps: Mapping[str, str] | None = 
         column.metric(escaped(label), escaped(NOT_KNOWN if value is None else value), help=(helps or {}).get(label))
 
 
-def chart(figure: Any, alt: str, key: str | None = None) -> None:
-    """Show a figure of `perfmodel.figures` at full width, with words for those who cannot see it."""
-    st.plotly_chart(figure, width="stretch", alt=alt, key=key, config={"displaylogo": False})
+def chart(figure: Any, alt: str, key: str | None = None, **more: Any) -> Any:
+    """Show a figure of `perfmodel.figures` at full width, with words for those who cannot see it; `more` is for
+    `st.plotly_chart`, of which the answer is given back."""
+    return st.plotly_chart(figure, width="stretch", alt=alt, key=key, config={"displaylogo": False}, **more)
 
 
 def rows(table: pl.DataFrame, alt: str, height: int | None = None) -> None:

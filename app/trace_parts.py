@@ -1,6 +1,8 @@
 """The parts of the Trace view: each shows one side of a trace, and computes what it needs when it is opened."""
 
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def _host_numbers(one: Loaded) -> None:
     if late.height > 1 and late["caused_ns"][0]:
         frame.literal(
             f"The others wait for rank {late['rank'][0]} in collectives: it costs them "
-            f"{text.ns(late['caused_ns'][0])} of {text.ns(late['wait_ns'].sum())} waited in all."
+            f"{text.ns(late['caused_ns'][0])} of {text.ns(int(late['wait_ns'].sum()))} waited in all."
         )
 
 
@@ -177,7 +179,7 @@ def launches(one: Loaded, traces: list[Loaded]) -> None:
         return
     left, right = st.columns(2)
     by = left.selectbox("Group by", GROUPINGS, index=GROUPINGS.index("stream"), key="by", bind="query-params")
-    metric = right.selectbox("Show", list(METRICS), format_func=METRICS.get, key="metric", bind="query-params")
+    metric = right.selectbox("Show", list(METRICS), format_func=METRICS.__getitem__, key="metric", bind="query-params")
     table = grouped(one.digest, by, found)
     words = METRICS[metric]
     left, right = st.columns(2)
@@ -372,16 +374,10 @@ def whole(one: Loaded) -> None:
     st.caption("All of this trace: every table, a report that works offline, and a file for ui.perfetto.dev:")
     frame.downloads(
         "trace",
-        json=lambda: _json(one.analysis),
+        json=lambda: json.dumps(one.analysis.to_json(), indent=1, allow_nan=False),
         html=lambda: _page(one),
         **{"perfetto.json.gz": lambda: _perfetto(one.analysis)},
     )
-
-
-def _json(found: Analysis) -> str:
-    import json
-
-    return json.dumps(found.to_json(), indent=1, allow_nan=False)
 
 
 def _page(one: Loaded) -> str:
@@ -401,7 +397,7 @@ def _ends(name: str, command: list[object], words: str, table: pl.DataFrame) -> 
     frame.computed(command, words)
     st.caption("The table of this part:")
     plain = table.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
-    contents = {"json": plain.write_json}
+    contents: dict[str, Callable[[], str]] = {"json": plain.write_json}
     if not any(dtype.is_nested() for dtype in plain.schema.values()):
         contents["csv"] = plain.write_csv
     frame.downloads(f"trace-{name}", **contents)

@@ -36,7 +36,7 @@ ROOT_VARIABLE = "PERFMODEL_TRACE_ROOT"
 _MAX_OFFERED = 1000
 _MAX_PARTS, _MAX_NAME_BYTES = 8, 100
 _PROGRESS_S = 0.2
-PARQUET = b"PAR1"  # at the start and at the end
+_PARQUET = b"PAR1"  # at the start and at the end; readers skip a byte order mark and blanks before it
 _TRACE_NAME = re.compile(r".+\.(?:json|sqlite)(?:\.(?:gz|zip|zst|bz2|xz))?", re.IGNORECASE)
 _READS = threading.BoundedSemaphore(n_reads_from(os.environ))
 
@@ -70,8 +70,12 @@ def saved(files: Sequence[Any], names: Sequence[str] | None = None) -> Iterator[
                 path = Path(folder) / f"{i}-{path.name}"
             path.parent.mkdir(parents=True, exist_ok=True)
             content = file.getbuffer()
-            if PARQUET in (content[: len(PARQUET)], content[-len(PARQUET) :]):
-                raise InputError(f"{path.name}: a Parquet file, which is not read from uploads; export JSON or SQLite")
+            begin = bytes(content[:64]).removeprefix(b"\xef\xbb\xbf").lstrip()
+            if begin.startswith(_PARQUET) or content[-len(_PARQUET) :] == _PARQUET:
+                raise InputError(
+                    f"{path.name}: a Parquet file, which is not read from uploads; bring another format, or use the "
+                    "command line on your own machine"
+                )
             path.write_bytes(content)
         yield Path(folder)
 
@@ -152,8 +156,9 @@ def _upload(key: str, suffix: str) -> None:
             refused.append((name, str(error)))
     context = get_script_run_ctx()
     if context is not None:
+        manager: Any = context.uploaded_file_mgr
         for file in (*files, *ranks):
-            context.uploaded_file_mgr.remove_file(context.session_id, file.file_id)
+            manager.remove_file(context.session_id, file.file_id)
     st.session_state["n_uploads"] += 1
     if _uploaded():
         st.session_state["open"] = [name for name in st.session_state.get("open", ()) if not _is_example(name)]

@@ -192,6 +192,9 @@ def test_slower_with_the_same_rates_is_a_regression_to_chase(tmp_path: Path) -> 
     assert found.overall.expected_ratio == 1.0
     assert found.overall.expectation is not None and found.overall.expectation.verdict == SLOWER_THAN_MODEL
     assert found.cells()[CHASE] == len(found.each) == 32
+    table = found.table()
+    assert table["workload"].to_list() == [case.verdict.label for case in found.each]
+    assert table["ratio"].is_sorted(descending=True) and set(table["cell"]) == {CHASE}
     assert (found.failures(), found.exit_code()) == (["regressed", SLOWER_THAN_MODEL], 1)
 
 

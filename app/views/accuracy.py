@@ -1,6 +1,7 @@
 """Predicted vs measured: held-out points only, whether intervals hold, and where the model must not be trusted."""
 
 import json
+from collections.abc import Callable
 
 import frame
 import loading
@@ -45,7 +46,7 @@ model, table = models()[name], held_out(name)
 errors = model.errors_["model"]["all"]
 by_level = coverage_by_level(table)
 stated = by_level.filter(pl.col("stated_frac") == COVERAGE)
-covered = stated["n_covered"].sum() / stated["n"].sum() if stated.height else None
+covered = stated.select(pl.sum("n_covered") / pl.sum("n")).item() if stated.height else None
 frame.numbers(
     {
         "Median error": text.frac(errors["median_ape_frac"]),
@@ -79,7 +80,7 @@ with for_machines:
 st.subheader("Where not to trust it", anchor=False)
 frame.words_table(report.LIMITS_HEADER, report.limits(model), "Where this model must not be trusted")
 
-rows = {"csv": table.write_csv, "json": lambda: json.dumps(table.to_dicts())}
+rows: dict[str, Callable[[], str]] = {"csv": table.write_csv, "json": lambda: json.dumps(table.to_dicts())}
 page = f"{report.fit_page(model)}\n\n{report.limits_page(model)}"
 if name in loading.shipped():
     frame.computed(["perfmodel", "fit", f"traces/{name}", "--out", "model.json", "--html", "model.html"], page)

@@ -27,7 +27,6 @@ MARKS = {  # colour and symbol of each verdict, and of slower workloads that are
 }
 TICKS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 20, 50)
 MAX_TICKS = 12
-NEUTRAL = "rgba(128,128,128,0.20)"
 # The cells of the two questions crossed: column, row, colour, what it means.
 SQUARES = {
     "explained": (0, 1, PALETTE[4], "slower, and the calibrated<br>rates account for it"),
