@@ -14,7 +14,7 @@ from .comparisons import (
     sweep_figures,
     waits,
 )
-from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
+from .drawing import MAX_POINTS, PALETTE, SYMBOLS, inked, literal
 from .latency import BAND_FRAC, accuracy_figures, held_coverage, parity, residuals
 from .page import html_page
 from .passes import pass_figures, rank_figures, scaling_figures
@@ -51,6 +51,7 @@ __all__ = [
     "host_time",
     "html_page",
     "idle_reasons",
+    "inked",
     "lines_and_bars",
     "literal",
     "parity",

@@ -13,7 +13,7 @@ from perfmodel.passes import Passes
 from perfmodel.ranks import RankSummary, straggler
 from perfmodel.report.traces import place
 
-from .drawing import PALETTE, TIME_DECADES_NS, decades, layout, literal, round_time_ticks
+from .drawing import PALETTE, TIME_DECADES_NS, decades, layout, literal, time_ticks
 from .traces import IDLE, Figures, stacked
 
 MOST_CHANGES = 12
@@ -56,7 +56,7 @@ def sweep(found: Sweep, name: str = "") -> go.Figure:
     if min(times) > 0:
         decades(figure.layout.yaxis, TIME_DECADES_NS)
     else:  # a logarithm has no place for the 0 that published plots are read as
-        round_time_ticks(figure.layout.yaxis, max(*times, limit_ns))
+        time_ticks(figure.layout.yaxis, max(*times, limit_ns))
     return figure.update_layout(height=400, margin={"l": 80, "b": 100})
 
 
@@ -159,7 +159,7 @@ def waits(by_step: pl.DataFrame) -> go.Figure:
         names, series, (PALETTE[4], PALETTE[1]), "Who waits for whom in collectives", "time in collectives"
     )
     top = max([*series["waits for others"], *series["others wait for it"], 1])
-    round_time_ticks(figure.layout.xaxis, top)
+    time_ticks(figure.layout.xaxis, top)
     return figure.update_layout(barmode="group", height=200 + 44 * max(both.height, 2))
 
 

@@ -146,7 +146,7 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
                 hoverinfo="text",
             )
     layout(figure, "What the time consists of", "latency of a layer", "")
-    time_ticks(figure.layout.xaxis, top_ns, 2)
+    time_ticks(figure.layout.xaxis, top_ns, 4)
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure.update_layout(
         barmode="stack",
