@@ -17,6 +17,8 @@ from perfmodel import figures, text
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&^=@/'\"])")
 N_ROWS = 500  # of a table that is shown; downloads have all
 NOT_KNOWN = "n/a"
+NUMBER = r"^(?:[-+]?[\d,]*\.?\d+(?: ?[^\d.,;]{1,9})?|-|n/a)$"  # with a unit, or what stands for none
+MOSTLY = 0.7  # of the cells of a column that are numbers, from where on it stands on the right
 INK = "#545969"  # of words in figures on white
 UNITS = {  # ends of a column's name: what its head says instead, how its numbers are shown
     "_bytes_per_s": (" rate, B/s", "compact"),
@@ -45,8 +47,10 @@ def escaped(words: object) -> str:
 
 def numbers(values: Mapping[str, str | None], helps: Mapping[str, str] | None = None) -> None:
     """The numbers that matter, side by side: label, value in words; None is shown as not known."""
-    for column, (label, value) in zip(st.columns(len(values)), values.items(), strict=True):
-        column.metric(escaped(label), escaped(NOT_KNOWN if value is None else value), help=(helps or {}).get(label))
+    with st.container(horizontal=True, gap="medium"):  # numbers that have no room go to the next line, whole
+        for label, value in values.items():
+            words = escaped(NOT_KNOWN if value is None else value)
+            st.metric(escaped(label), words, help=(helps or {}).get(label), width="content")
 
 
 def chart(figure: Any, alt: str, key: str | None = None, **more: Any) -> Any:
@@ -79,9 +83,7 @@ def rows(table: pl.DataFrame, alt: str, height: int | None = None) -> None:
 def words_table(header_words: Sequence[str], body: Sequence[Sequence[str]], alt: str) -> None:
     """Show a small table of words, such as numbers with units."""
     table = pl.DataFrame(list(body), schema=dict.fromkeys(header_words, pl.String), orient="row")
-    numeric = [
-        c.name for c in table if c.len() and c.str.contains(r"^(?:[-+]?[\d,]*\.?\d+(?: ?[^\d.,;]{1,9})?|-|n/a)$").all()
-    ]
+    numeric = [column.name for column in table if column.str.contains(NUMBER).sum() > MOSTLY * column.len()]
     right = {name: st.column_config.TextColumn(alignment="right") for name in numeric}
     st.dataframe(table, width="stretch", hide_index=True, alt=alt, column_config=right)
 

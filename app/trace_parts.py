@@ -20,6 +20,7 @@ from perfmodel.timeline import typical_step, whole_window
 from perfmodel.waits import MEMBER
 
 WIDTH = 140  # letters of a line of words on the page
+UNBROKEN = 4000  # of sentences, whose lines the page breaks
 METRICS = {
     "tklqt_ns": "TKLQT",
     "kernel_time_ns": "Kernel time",
@@ -39,7 +40,7 @@ def summary(one: Loaded, traces: list[Loaded]) -> None:
     else:
         _host_numbers(one)
     if found.findings:
-        frame.literal(report.findings_text(found.findings[:3], WIDTH))
+        frame.literal(report.findings_text(found.findings[:3], UNBROKEN))
     left, right = st.columns(2)
     with left:
         if metrics.devices:
@@ -58,7 +59,7 @@ def summary(one: Loaded, traces: list[Loaded]) -> None:
     frame.literal(report.coverage_text(found, one.name, WIDTH))
     if len(found.findings) > 3:
         with st.expander("More findings"):
-            frame.literal(report.findings_text(found.findings[3:], WIDTH))
+            frame.literal(report.findings_text(found.findings[3:], UNBROKEN))
     _ends("summary", ["perfmodel", "analyze", one.name], report.trace_page(found, one.name), found.steps)
 
 
@@ -100,7 +101,7 @@ def _host_numbers(one: Loaded) -> None:
     )
     st.caption("No kernels were recorded: times are those of the host, and there are no launch delays.")
     if not isinstance(of_layers, str):
-        frame.literal(report.pass_words(of_layers, width=WIDTH))
+        frame.literal(report.pass_words(of_layers, width=UNBROKEN))
     by_step, _ = waited(one.digest, found)
     late = by_step.group_by(MEMBER).agg(pl.sum("wait_ns", "caused_ns")).sort("caused_ns", descending=True)
     if late.height > 1 and late["caused_ns"][0]:
@@ -302,7 +303,7 @@ def ranks_and_layers(one: Loaded, traces: list[Loaded]) -> None:
     if isinstance(of_layers, str):
         frame.literal(f"Passes of MoE layers: {of_layers}.")
     else:
-        frame.literal(report.pass_words(of_layers, width=WIDTH))
+        frame.literal(report.pass_words(of_layers, width=UNBROKEN))
         frame.chart(figures.pass_parts(of_layers), "What the passes of MoE layers are made of")
         frame.literal("\n".join(of_layers.notes))
         frame.rows(of_layers.passes, "Passes of MoE layers; times in microseconds")

@@ -174,10 +174,14 @@ def pass_parts(found: Passes) -> go.Figure:
     sums = table.group_by("pass", key).agg(pl.sum("time_ns"))
     parts = sums.group_by(key).agg(pl.sum("time_ns")).sort("time_ns", descending=True)[key].to_list()
     kept, rest = parts[: len(PALETTE) - 1], parts[len(PALETTE) - 1 :]
+    spaces = {str(part).partition("::")[0] for part in parts}  # one that all share says nothing in a legend
+    prefix = f"{spaces.pop()}::" if len(spaces) == 1 else ""
     series: dict[str, Sequence[float]] = {}
     for part in kept:
         of_pass: Mapping[int, int] = dict(sums.filter(pl.col(key) == part).select("pass", "time_ns").iter_rows())
-        series[part if on_host else part.replace("_", " ")] = [of_pass.get(n, 0) for n in shown["pass"]]
+        series[part.removeprefix(prefix) if on_host else part.replace("_", " ")] = [
+            of_pass.get(n, 0) for n in shown["pass"]
+        ]
     if rest:
         others = sums.filter(pl.col(key).is_in(rest)).group_by("pass").agg(pl.sum("time_ns"))
         of_pass = dict(others.iter_rows())
@@ -191,7 +195,7 @@ def pass_parts(found: Passes) -> go.Figure:
         title += f": the first {MOST_PASSES} of {text.count(order.height)}"
     colours = [*PALETTE[: len(kept)], IDLE][: len(series)]
     return stacked(names, series, colours, title, "time of the host" if on_host else "kernel time").update_layout(
-        height=230 + 18 * max(shown.height, 3), margin={"b": 120}
+        height=270 + 20 * max(shown.height, 3), margin={"b": 150}
     )
 
 

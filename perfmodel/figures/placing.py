@@ -152,7 +152,7 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
         barmode="stack",
         height=210 + 55 * len(predictions),
         margin={"b": 130, "l": 10, "r": 30},
-        legend={"entrywidthmode": "fraction", "entrywidth": 0.5, "traceorder": "normal", "font": {"size": 11}},
+        legend={"traceorder": "normal", "font": {"size": 11}},
     )
 
 

@@ -71,7 +71,7 @@ def gantt(
     figure.update_xaxes(range=[0, top * 1.02], tickvals=ticks.tickvals, ticktext=ticks.ticktext, showticklabels=True)
     figure.update_xaxes(title="time since the layer began", row=len(panels), col=1)
     lines = [literal(line) for words in head for line in textwrap.wrap(words, 130)]
-    above = 110 + 20 * len(lines)
+    above = 130 + 20 * len(lines)
     whole = height + above + 60
     return figure.update_layout(
         title={
@@ -83,7 +83,7 @@ def gantt(
             "yanchor": "top",
             "pad": {"t": 12},
         },
-        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 1 - (above - 65) / whole, "x": 0},
+        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 1 - (above - 85) / whole, "x": 0},
         barmode="overlay",
         height=whole,
         margin={"l": 160, "r": 20, "t": above, "b": 60},
@@ -177,7 +177,7 @@ def stacked(found: Picture) -> go.Figure:
         figure.add_annotation(x=one.latency_ns, y=one.schedule, text=said, showarrow=False, xanchor="left", xshift=6)
     layout(figure, "Where the time of the slowest GPU goes", "", "")
     time_ticks(figure.layout.xaxis, top)
-    figure.update_xaxes(range=[0, top * 1.2])
+    figure.update_xaxes(range=[0, top * 1.35])
     height = 150 + 64 * len(rows)
     return figure.update_layout(
         barmode="stack", height=height, margin={"l": 70, "r": 10, "t": 40, "b": 100}, legend={"traceorder": "normal"}
