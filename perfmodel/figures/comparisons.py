@@ -116,8 +116,10 @@ def changes(table: pl.DataFrame, key: str, title: str) -> go.Figure:
         )
     )
     layout(figure, title, "", "")
-    reach = max((abs(value) for value in values), default=1) * 1.6  # room for the words beside the longest
-    figure.update_xaxes(showticklabels=False, showgrid=False, range=[-reach, reach], zeroline=True)
+    low, high = min([*values, 0]), max([*values, 0])
+    room = 0.25 * max(high - low, 1)  # for the words beside the longest
+    ends = [low - room if low else 0, high + room if high else 0]
+    figure.update_xaxes(showticklabels=False, showgrid=False, range=ends, zeroline=True)
     figure.update_yaxes(
         tickvals=list(range(most.height)),
         ticktext=[literal(text.shortened(str(name).removeprefix("void "), 44)) for name in most[key]],
