@@ -147,13 +147,13 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
                 hoverinfo="text",
             )
     layout(figure, "What the time consists of", "latency of a layer", "")
-    time_ticks(figure.layout.xaxis, top_ns, 2)
+    time_ticks(figure.layout.xaxis, top_ns, 4)
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure.update_layout(
         barmode="stack",
         height=210 + 55 * len(predictions),
         margin={"b": 130, "l": 10, "r": 30},
-        legend={"entrywidthmode": "fraction", "entrywidth": 0.5, "traceorder": "normal", "font": {"size": 11}},
+        legend={"traceorder": "normal", "font": {"size": 11}},
     )
 
 
