@@ -5,8 +5,9 @@ These caches are shared by all sessions, for what they hold is the same for all 
 
 import streamlit as st
 
-from perfmodel import hardware, hf_config
+from perfmodel import hardware, hf_config, text
 from perfmodel.capture import Capture, load_capture, shipped_captures
+from perfmodel.ep_capture import load_ep_capture, shipped_ep_captures
 from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.predict import Prediction, slowdown_curve
 from perfmodel.routing import routing
@@ -19,6 +20,18 @@ def shipped() -> dict[str, tuple[Capture, LatencyModel]]:
         path.name: (load_capture(path), load_model(path.name))
         for path in shipped_captures()
         if path.name in shipped_models()
+    }
+
+
+@st.cache_data(show_spinner=False)
+def example_words() -> dict[str, str]:
+    """What the workloads of expert-parallel captures are, by the path of a profile, whose own name is a digest."""
+    captures = [load_ep_capture(path) for path in shipped_ep_captures()]
+    return {
+        f"traces/{capture.name}/profiles/{one.workload}": f"{capture.n_ranks} ranks: {one.shape}, "
+        f"{text.counted(one.tokens_per_gpu, 'token')} on each, {one.routing}, {one.way}"
+        for capture in captures
+        for one in capture.workloads
     }
 
 

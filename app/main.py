@@ -2,8 +2,7 @@
 
 import streamlit as st
 
-st.set_page_config(page_title="perfmodel", layout="wide")
-st.navigation(
+page = st.navigation(
     [
         st.Page("views/overview.py", title="Overview", default=True),
         st.Page("views/trace.py", title="Trace", url_path="trace"),
@@ -14,4 +13,6 @@ st.navigation(
         st.Page("views/regression.py", title="Regression", url_path="regression"),
     ],
     position="top",
-).run()
+)
+st.set_page_config(page_title=f"{page.title} - perfmodel", layout="wide")
+page.run()

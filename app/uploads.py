@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import frame
+import loading
 import polars as pl
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
@@ -277,6 +278,12 @@ def _is_inside(path: Path, root: Path) -> bool:
     return all(one.resolve().is_relative_to(root.resolve()) for one in inside)
 
 
+def _said(name: str) -> str:
+    """What an offer is called: an example by its workload, all others by their path."""
+    words = name.removeprefix("traces/").replace("/profiles/", ": ").removesuffix(".trace.json.gz")
+    return loading.example_words().get(name, words) if _is_example(name) else name
+
+
 def _is_example(name: str) -> bool:
     return offered().get(name, Path()).parent.parent in (*shipped_ep_captures(), *shipped_captures())
 
@@ -295,7 +302,7 @@ def _open(offers: dict[str, Path]) -> None:
         max_selections=MAX_OPEN,
         label_visibility="collapsed",
         placeholder="Open examples and traces of this server",
-        format_func=lambda name: name.removeprefix("traces/").replace("/profiles/", ": "),
+        format_func=_said,
     )
     st.session_state["was_open"] = chosen
     for name in set(opened) - set(chosen):

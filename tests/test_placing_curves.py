@@ -230,6 +230,8 @@ def test_lines_that_leave_the_axis_say_how_far_they_go_and_the_free_part_is_name
         "published &lt;b&gt;",
     ]
     assert figure.layout.yaxis.range[1] == pytest.approx(1.15 * curves["zero-copy"][-1].slowdown)
+    slower = figures.slowdown(curves, measured={"published": [(0.5, 1.4 * curves["zero-copy"][-1].slowdown)]})
+    assert slower.layout.yaxis.range[1] > 1.4 * curves["zero-copy"][-1].slowdown
     assert figure.layout.annotations[0].text == "free with copy-overlap: 42 experts"
     assert figure.layout.shapes[-1].x1 == n_free(curves["copy-overlap"]) / 64
 

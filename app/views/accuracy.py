@@ -77,7 +77,7 @@ with for_shapes:
 with for_machines:
     frame.words_table(report.MODELS_HEADER, report.models_rows(models()), "Held-out errors of every shipped model")
     st.caption("Kernels, types and machines are never pooled. docs/accuracy.md holds out routings and batches as well.")
-st.subheader("Where not to trust it", anchor=False)
+st.header("Where not to trust it", anchor=False)
 frame.words_table(report.LIMITS_HEADER, report.limits(model), "Where this model must not be trusted")
 
 rows: dict[str, Callable[[], str]] = {"csv": table.write_csv, "json": lambda: json.dumps(table.to_dicts())}

@@ -29,7 +29,7 @@ def time_card() -> None:
 
 def cost_card(curves: dict[str, list[Prediction]]) -> None:
     """One point of the offloading curve in words."""
-    st.page_link("views/placement.py", label="What does moving experts off the GPU cost?", icon=":material/move_down:")
+    st.page_link("views/placement.py", label="What does offloading cost?", icon=":material/move_down:")
     point = curves[f"{text.count(OF_TOKENS)} tokens"][OFFLOADED]
     frame.literal(
         f"{point.slowdown:.2f}x on GH200 with {OFFLOADED} of {point.n_experts} experts read in place, "
@@ -39,9 +39,7 @@ def cost_card(curves: dict[str, list[Prediction]]) -> None:
 
 def regression_card() -> None:
     """What is there to compare."""
-    st.page_link(
-        "views/regression.py", label="Is this machine or build as fast as it should be?", icon=":material/speed:"
-    )
+    st.page_link("views/regression.py", label="Is it as fast as it should be?", icon=":material/speed:")
     frame.literal(f"{text.counted(len(loading.shipped()), 'capture')} to compare with, or bring your own")
 
 

@@ -141,7 +141,7 @@ def verdict(found: Comparison) -> None:
 
 def changed(found: Comparison) -> None:
     """What differs between the sides, and which calibrated rate moved."""
-    st.subheader("What changed", anchor=False)
+    st.header("What changed", anchor=False)
     rates = [report.quantity_cells(moved) for moved in found.quantities if moved.moved is not None]
     frame.words_table(report.QUANTITY_HEADER, rates, "Calibrated rates and overheads of both sides")
     facts = [

@@ -98,7 +98,7 @@ if below.points.is_empty():
         "(record_shapes=True) in the Trace view."
     )
 else:
-    st.subheader("What is lost below the roof, costliest first", anchor=False)
+    st.header("What is lost below the roof, costliest first", anchor=False)
     st.caption(
         "Of the points chosen in the figure; a double click there shows all."
         if chosen

@@ -14,7 +14,7 @@ from .comparisons import (
     sweep_figures,
     waits,
 )
-from .drawing import MAX_POINTS, literal
+from .drawing import MAX_POINTS, inked, literal
 from .latency import accuracy_figures, held_coverage, parity, residuals
 from .page import html_page
 from .passes import pass_figures, rank_figures, scaling_figures
@@ -48,6 +48,7 @@ __all__ = [
     "host_time",
     "html_page",
     "idle_reasons",
+    "inked",
     "lines_and_bars",
     "literal",
     "parity",
