@@ -22,6 +22,13 @@ def shipped() -> dict[str, tuple[Capture, LatencyModel]]:
     }
 
 
+@st.cache_resource(show_spinner="Reading the shipped models")
+def models() -> dict[str, LatencyModel]:
+    """Every model that comes with the project, of its own captures first, then of published tables."""
+    own = {name: model for name, (_, model) in shipped().items()}
+    return own | {name: load_model(name) for name in shipped_models() if name not in own}
+
+
 @st.cache_data(max_entries=256, show_spinner=False)
 def curve(
     hardware_name: str, shape_name: str, routing_name: str, n_tokens: int, access: str, op: str

@@ -18,7 +18,7 @@ import uploads
 
 from perfmodel import hardware, hf_config, moe, routing
 from perfmodel.errors import InputError
-from perfmodel.latency import LatencyModel, load_model, shipped_models
+from perfmodel.latency import LatencyModel
 from perfmodel.model_memory import ModelMemory, model_memory
 from perfmodel.moe import MoEShape
 from perfmodel.offload import study, usable_modes
@@ -165,7 +165,7 @@ def refuse_unsafe(name: str, content: bytes) -> None:
 
 
 def _fitted(choice: Choice) -> LatencyModel | None:
-    return None if choice.model is None else load_model(choice.model)
+    return None if choice.model is None else loading.models()[choice.model]
 
 
 def recording(choice: Choice, files: Files) -> Recording:
@@ -313,7 +313,7 @@ def choose() -> tuple[Choice, dict[str, Any]]:
         with st.expander("More"):
             fitted = st.selectbox(
                 "Fitted latency model",
-                [NO_MODEL, *(name for name in shipped_models() if load_model(name).profile.device == "gpu")],
+                [NO_MODEL, *(name for name, one in loading.models().items() if one.profile.device == "gpu")],
                 key="model",
                 bind="query-params",
                 help="Gives intervals where it can vouch for them.",

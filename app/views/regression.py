@@ -14,7 +14,7 @@ from perfmodel import figures, regression, report
 from perfmodel.capture import Capture, fingerprint_differences, load_capture
 from perfmodel.capture_lines import MANIFEST
 from perfmodel.errors import InputError, NotComparableError
-from perfmodel.latency import LatencyModel, load_model, shipped_models
+from perfmodel.latency import LatencyModel, shipped_models
 from perfmodel.regression import Comparison
 
 OWN, NO_MODEL = "the baseline's own", "none"
@@ -68,12 +68,6 @@ def own_model(digest: str, _capture: Capture) -> LatencyModel:
     return regression.model_for(_capture)
 
 
-@st.cache_resource(show_spinner=False)
-def shipped_model(name: str) -> LatencyModel:
-    """A model that comes with the project."""
-    return load_model(name)
-
-
 @st.cache_data(scope="session", max_entries=32, show_spinner="Comparing")
 def compared(
     digests: tuple[str, str], margin_frac: float, axes: tuple[str, ...], model: str, _sides: tuple[Capture, Capture]
@@ -86,7 +80,7 @@ def compared(
         except InputError:
             used = None  # then the comparison says why there is none
     elif model != NO_MODEL:
-        used = shipped_model(model)
+        used = loading.models()[model]
     return regression.compare(*_sides, margin_frac, axes, used, with_model=model != NO_MODEL)
 
 
@@ -214,10 +208,10 @@ failures = regression.DEFAULT_FAILURES
 frame.downloads(
     "check",
     **{
-        "junit.xml": report.check_junit(result, failures),
-        "md": report.check_markdown(result, failures),
-        "json": json.dumps(result.to_json(), indent=2),
-        "csv": table.write_csv(),
+        "junit.xml": lambda: report.check_junit(result, failures),
+        "md": lambda: report.check_markdown(result, failures),
+        "json": lambda: json.dumps(result.to_json(), indent=2),
+        "csv": table.write_csv,
         "html": lambda: figures.html_page(
             f"{result.candidate} against {result.baseline}", report.check_page(result), figures.check_figures(result)
         ),
