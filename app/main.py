@@ -1,9 +1,10 @@
 """The dashboard's pages and their order; `serve.py` serves it, `perfmodel app` starts that."""
 
+import link
 import streamlit as st
 
 st.set_page_config(page_title="perfmodel", layout="wide")
-st.navigation(
+view = st.navigation(
     [
         st.Page("views/overview.py", title="Overview", default=True),
         st.Page("views/trace.py", title="Trace", url_path="trace"),
@@ -14,4 +15,6 @@ st.navigation(
         st.Page("views/regression.py", title="Regression", url_path="regression"),
     ],
     position="top",
-).run()
+)
+with link.honoured():
+    view.run()

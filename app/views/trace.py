@@ -15,7 +15,12 @@ if not traces:
 one = traces[-1]
 if len(traces) > 1:
     chosen = st.selectbox(
-        "Trace", range(len(traces)), index=len(traces) - 1, format_func=lambda i: traces[i].name, key="which"
+        "Trace",
+        range(len(traces)),
+        index=len(traces) - 1,
+        format_func=lambda i: traces[i].name,
+        key="which",
+        bind="query-params",
     )
     one = traces[chosen or 0]
 if one.is_example:
