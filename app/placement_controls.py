@@ -12,6 +12,7 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import frame
+import link
 import loading
 import streamlit as st
 import uploads
@@ -422,4 +423,4 @@ def _routing(shape: str, files: dict[str, Any]) -> tuple[str, str, str]:
 def offered(error: InputError) -> None:
     """Say why these settings cannot be computed, and end the page."""
     frame.refused("These settings cannot be computed:", error)
-    st.stop()
+    link.end()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import frame
+import link
 import loading
 import polars as pl
 import streamlit as st
@@ -186,10 +187,10 @@ except NotComparableError as error:
     elif differing:
         frame.literal(f"They differ in {' and '.join(differing)}. If that is what you mean to test, declare it.")
         st.button("Declare what differs", on_click=declare, args=([*axes, *differing],), type="primary")
-    st.stop()
+    link.end()
 except InputError as error:
     frame.refused("This cannot be judged:", error)
-    st.stop()
+    link.end()
 verdict(result)
 table = workloads(result)
 cell = st.pills("Workloads", regression.CELLS, key="cell", bind="query-params")

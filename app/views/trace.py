@@ -1,6 +1,7 @@
 """Trace: where the time of a profile goes, part by part."""
 
 import frame
+import link
 import streamlit as st
 import trace_parts
 import uploads
@@ -11,7 +12,7 @@ frame.header(
 traces = uploads.choose("trace-upload")
 if not traces:
     st.info("No trace is open. Upload one, or choose an example on the left.")
-    st.stop()
+    link.end()
 one = traces[-1]
 if len(traces) > 1:
     chosen = st.selectbox(
