@@ -12,16 +12,26 @@ from typing import Any
 import polars as pl
 import streamlit as st
 
-from perfmodel import text
+from perfmodel import figures, text
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&^=@/'\"])")
 N_ROWS = 500  # of a table that is shown; downloads have all
 NOT_KNOWN = "n/a"
+NUMBER = r"^(?:[-+]?[\d,]*\.?\d+(?: ?[^\d.,;]{1,9})?|-|n/a)$"  # with a unit, or what stands for none
+MOSTLY = 0.7  # of the cells of a column that are numbers, from where on it stands on the right
+INK = "#545969"  # of words in figures on white
+UNITS = {  # ends of a column's name: what its head says instead, how its numbers are shown
+    "_bytes_per_s": (" rate, B/s", "compact"),
+    "bytes_per_s": ("rate, B/s", "compact"),
+    "bytes": ("bytes", "bytes"),
+    "_ns": (", µs", "localized"),
+    "_frac": (" share", "percent"),
+}
 
 
 def header(title: str, question: str) -> None:
     """The head of a view: its title and the question it answers, in words of the project."""
-    st.header(title, anchor=False)
+    st.title(title, anchor=False)
     st.caption(question)
 
 
@@ -37,19 +47,35 @@ def escaped(words: object) -> str:
 
 def numbers(values: Mapping[str, str | None], helps: Mapping[str, str] | None = None) -> None:
     """The numbers that matter, side by side: label, value in words; None is shown as not known."""
-    for column, (label, value) in zip(st.columns(len(values)), values.items(), strict=True):
-        column.metric(escaped(label), escaped(NOT_KNOWN if value is None else value), help=(helps or {}).get(label))
+    with st.container(horizontal=True, gap="medium"):  # numbers that have no room go to the next line, whole
+        for label, value in values.items():
+            words = escaped(NOT_KNOWN if value is None else value)
+            st.metric(escaped(label), words, help=(helps or {}).get(label), width="content")
 
 
-def chart(figure: Any, alt: str, key: str | None = None) -> None:
-    """Show a figure of `perfmodel.figures` at full width, with words for those who cannot see it."""
-    st.plotly_chart(figure, width="stretch", alt=alt, key=key, config={"displaylogo": False})
+def chart(figure: Any, alt: str, key: str | None = None, **more: Any) -> Any:
+    """Show a figure of `perfmodel.figures` at full width, with words for those who cannot see it; `more` is for
+    `st.plotly_chart`, of which the answer is given back."""
+    if st.context.theme.type == "light":  # the grey that Streamlit gives to ticks has too little contrast on white
+        figure = figures.inked(figure, INK)
+    return st.plotly_chart(figure, width="stretch", alt=alt, key=key, config={"displaylogo": False}, **more)
 
 
 def rows(table: pl.DataFrame, alt: str, height: int | None = None) -> None:
-    """Show the first rows of a table, its columns as they are, with words for those who cannot see it."""
+    """Show the first rows of a table with words for those who cannot see it: columns that are known of no row are left
+    out, heads are words with a unit, times are microseconds. Downloads have all columns as they are."""
     shown = table.head(N_ROWS).with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
-    st.dataframe(shown, width="stretch", height="auto" if height is None else height, hide_index=True, alt=alt)
+    shown = shown.select(column for column in shown if not shown.height or column.null_count() < shown.height)
+    times = [name for name in shown.columns if name.endswith("_ns") and shown[name].dtype.is_numeric()]
+    st.dataframe(
+        shown.with_columns(pl.col(times) / 1000),
+        width="stretch",
+        height="auto" if height is None else height,
+        hide_index=True,
+        alt=alt,
+        placeholder="-",
+        column_config={column.name: _column(column) for column in shown},
+    )
     if table.height > N_ROWS:
         literal(f"{text.count(N_ROWS)} of {text.count(table.height)} rows are shown; the download has all.")
 
@@ -57,7 +83,23 @@ def rows(table: pl.DataFrame, alt: str, height: int | None = None) -> None:
 def words_table(header_words: Sequence[str], body: Sequence[Sequence[str]], alt: str) -> None:
     """Show a small table of words, such as numbers with units."""
     table = pl.DataFrame(list(body), schema=dict.fromkeys(header_words, pl.String), orient="row")
-    st.dataframe(table, width="stretch", hide_index=True, alt=alt)
+    numeric = [column.name for column in table if column.str.contains(NUMBER).sum() > MOSTLY * column.len()]
+    right = {name: st.column_config.TextColumn(alignment="right") for name in numeric}
+    st.dataframe(table, width="stretch", hide_index=True, alt=alt, column_config=right)
+
+
+def _column(column: pl.Series) -> Any:
+    """How a column of a table is shown, by the unit in its name."""
+    words, unit, form = column.name.removeprefix("n_"), "", "localized"
+    if not column.dtype.is_numeric():
+        return st.column_config.Column(words.replace("_", " "))
+    for suffix, (said, shape) in UNITS.items():
+        if column.name.endswith(suffix):
+            words, unit, form = words.removesuffix(suffix), said, shape
+            break
+    return st.column_config.NumberColumn(
+        words.replace("_", " ").replace("tklqt", "TKLQT").replace("gpu", "GPU") + unit, format=form
+    )
 
 
 def refused(what: str, error: object) -> None:

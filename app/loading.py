@@ -5,8 +5,9 @@ These caches are shared by all sessions, for what they hold is the same for all 
 
 import streamlit as st
 
-from perfmodel import hardware, hf_config
+from perfmodel import hardware, hf_config, text
 from perfmodel.capture import Capture, load_capture, shipped_captures
+from perfmodel.ep_capture import load_ep_capture, shipped_ep_captures
 from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.predict import Prediction, slowdown_curve
 from perfmodel.routing import routing
@@ -27,6 +28,18 @@ def models() -> dict[str, LatencyModel]:
     """Every model that comes with the project, of its own captures first, then of published tables."""
     own = {name: model for name, (_, model) in shipped().items()}
     return own | {name: load_model(name) for name in shipped_models() if name not in own}
+
+
+@st.cache_data(show_spinner=False)
+def example_words() -> dict[str, str]:
+    """What the workloads of expert-parallel captures are, by the path of a profile, whose own name is a digest."""
+    captures = [load_ep_capture(path) for path in shipped_ep_captures()]
+    return {
+        f"traces/{capture.name}/profiles/{one.workload}": f"{capture.n_ranks} ranks: {one.shape}, "
+        f"{text.counted(one.tokens_per_gpu, 'token')} on each, {one.routing}, {one.way}"
+        for capture in captures
+        for one in capture.workloads
+    }
 
 
 @st.cache_data(max_entries=256, show_spinner=False)

@@ -3,8 +3,7 @@
 import link
 import streamlit as st
 
-st.set_page_config(page_title="perfmodel", layout="wide")
-view = st.navigation(
+page = st.navigation(
     [
         st.Page("views/overview.py", title="Overview", default=True),
         st.Page("views/trace.py", title="Trace", url_path="trace"),
@@ -16,5 +15,6 @@ view = st.navigation(
     ],
     position="top",
 )
+st.set_page_config(page_title=f"{page.title} - perfmodel", layout="wide")
 with link.honoured():
-    view.run()
+    page.run()

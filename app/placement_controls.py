@@ -142,27 +142,23 @@ def _recording(routing_digest: str, name: str, config_digest: str, shape: str, _
         return recording_of(f"{routing.SHIPPED}#{name}" if is_shipped(name) else name, hints)
     file = _files[routing_digest]
     plain = Path(file.name).name.replace("#", "_").replace("@", "_")
-    refuse_unsafe(plain, file.getvalue())
+    refuse_bomb(plain, file.getvalue())
     with uploads.saved([file], [plain]) as folder:
         path = next(path for path in folder.rglob("*") if path.is_file())
         return recording_of(f"{path}{name.removeprefix(file.name)}", hints)
 
 
-def refuse_unsafe(name: str, content: bytes) -> None:
-    """Raise InputError for what is not read from an upload: Parquet, of which a damaged file may end the process, and
-    archives that unpack to more than memory should take."""
-    if content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"PAR1") or content[-4:] == b"PAR1":
-        raise InputError(
-            f"{name} is a Parquet file, which is not read from an upload; write it as .npz, .csv or .jsonl "
-            "(polars: read_parquet(...).write_csv(...)), or use `perfmodel place` on the command line"
-        )
+def refuse_bomb(name: str, content: bytes) -> None:
+    """Raise InputError for an archive (.npz, .pt) that is damaged or unpacks to more than memory should take."""
     if content.startswith(b"PK"):
         try:
             n_bytes = sum(one.file_size for one in ZipFile(BytesIO(content)).infolist())
         except (BadZipFile, ValueError, NotImplementedError):
             raise InputError(f"{name} is a damaged archive") from None
         if n_bytes > UNPACKED_BYTES:
-            raise InputError(f"{name} unpacks to {n_bytes / 2**30:,.1f} GiB, expected at most 2")
+            raise InputError(
+                f"{name} unpacks to {n_bytes / 2**30:,.1f} GiB, expected at most {UNPACKED_BYTES / 2**30:g}"
+            )
 
 
 def _fitted(choice: Choice) -> LatencyModel | None:

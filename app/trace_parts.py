@@ -1,7 +1,9 @@
 """The parts of the Trace view: each shows one side of a trace, and computes what it needs when it is opened."""
 
+import json
 import shlex
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from perfmodel.timeline import typical_step, whole_window
 from perfmodel.waits import MEMBER
 
 WIDTH = 140  # letters of a line of words on the page
+UNBROKEN = 4000  # of sentences, whose lines the page breaks
 METRICS = {
     "tklqt_ns": "TKLQT",
     "kernel_time_ns": "Kernel time",
@@ -34,29 +37,32 @@ METRICS = {
 def summary(one: Loaded, traces: list[Loaded]) -> None:
     """What was read, what was found, the numbers that matter, and where device time (or the host's) goes."""
     found, metrics = one.analysis, one.analysis.metrics
-    frame.literal(report.coverage_text(found, one.name, WIDTH))
+    of_layers = passes(one.digest, found)
     if metrics.n_kernels:
         _device_numbers(found)
     else:
         _host_numbers(one)
     if found.findings:
-        frame.literal(report.findings_text(found.findings[:3], WIDTH))
+        frame.literal(report.findings_text(found.findings[:3], UNBROKEN))
     left, right = st.columns(2)
     with left:
         if metrics.devices:
             frame.chart(figures.busy(metrics), "Busy and idle time of each device", key="busy")
+        elif not isinstance(of_layers, str):
+            frame.chart(figures.pass_parts(of_layers), "What the passes of MoE layers are made of", key="passes")
         else:
-            frame.chart(figures.host_time(found), "The operators that take most time of the host themselves")
+            title = "Host time by range, with what it contains"
+            frame.chart(figures.shares(found.ranges, "name", "time_ns", title), title, key="ranges")
     with right:
         if metrics.n_kernels:
             title = "Kernel time by class"
             frame.chart(figures.shares(found.classes, "class", "time_ns", title), title, key="classes")
         else:
-            title = "Host time by range, with what it contains"
-            frame.chart(figures.shares(found.ranges, "name", "time_ns", title), title, key="ranges")
+            frame.chart(figures.host_time(found), "The operators that take most time of the host themselves")
+    frame.literal(report.coverage_text(found, one.name, WIDTH))
     if len(found.findings) > 3:
         with st.expander("More findings"):
-            frame.literal(report.findings_text(found.findings[3:], WIDTH))
+            frame.literal(report.findings_text(found.findings[3:], UNBROKEN))
     _ends("summary", _analyze(one), report.trace_page(found, one.name), found.steps)
 
 
@@ -98,13 +104,13 @@ def _host_numbers(one: Loaded) -> None:
     )
     st.caption("No kernels were recorded: times are those of the host, and there are no launch delays.")
     if not isinstance(of_layers, str):
-        frame.literal(report.pass_words(of_layers, width=WIDTH))
+        frame.literal(report.pass_words(of_layers, width=UNBROKEN))
     by_step, _ = waited(one.digest, found)
     late = by_step.group_by(MEMBER).agg(pl.sum("wait_ns", "caused_ns")).sort("caused_ns", descending=True)
     if late.height > 1 and late["caused_ns"][0]:
         frame.literal(
             f"The others wait for rank {late['rank'][0]} in collectives: it costs them "
-            f"{text.ns(late['caused_ns'][0])} of {text.ns(late['wait_ns'].sum())} waited in all."
+            f"{text.ns(late['caused_ns'][0])} of {text.ns(int(late['wait_ns'].sum()))} waited in all."
         )
 
 
@@ -178,7 +184,7 @@ def launches(one: Loaded, traces: list[Loaded]) -> None:
         return
     left, right = st.columns(2)
     by = left.selectbox("Group by", GROUPINGS, index=GROUPINGS.index("stream"), key="by", bind="query-params")
-    metric = right.selectbox("Show", list(METRICS), format_func=METRICS.get, key="metric", bind="query-params")
+    metric = right.selectbox("Show", list(METRICS), format_func=METRICS.__getitem__, key="metric", bind="query-params")
     table = grouped(one.digest, by, found)
     words = METRICS[metric]
     left, right = st.columns(2)
@@ -187,7 +193,7 @@ def launches(one: Loaded, traces: list[Loaded]) -> None:
     with right:
         counts = launch.delay_counts(joined(one.digest, found))
         frame.chart(figures.delays(counts), "The distribution of launch delays", key="delays")
-    frame.rows(table, "Launch metrics of each group; times in nanoseconds")
+    frame.rows(table, "Launch metrics of each group; times in microseconds")
     left, right = st.columns(2)
     with left:
         if found.gaps["launch_ns"].count():
@@ -213,7 +219,7 @@ def kernels(one: Loaded, traces: list[Loaded]) -> None:
             else:
                 st.info("No kernel could be joined to its launch call, so no launch tax is known.")
         st.caption("Kernels, costliest first")
-        frame.rows(found.kernels, "Kernels, costliest first; times in nanoseconds", height=300)
+        frame.rows(found.kernels, "Kernels, costliest first; times in microseconds", height=300)
         st.caption("Operators, by time of the kernels that they launched")
     else:
         with left:
@@ -222,7 +228,7 @@ def kernels(one: Loaded, traces: list[Loaded]) -> None:
             title = "Host time by range, with what it contains"
             frame.chart(figures.shares(found.ranges, "name", "time_ns", title), title, key="ranges")
         st.caption("Operators, by time of the host without what they call")
-    frame.rows(found.operators, "Operators; times in nanoseconds", height=300)
+    frame.rows(found.operators, "Operators; times in microseconds", height=300)
     table = found.kernels if found.metrics.n_kernels else found.operators
     _ends("kernels", _analyze(one, "--json"), "", table)
 
@@ -272,10 +278,10 @@ def copies(one: Loaded, traces: list[Loaded]) -> None:
         frame.chart(figures.exposed(found.exposed), "Copies and communication, hidden under compute and exposed")
     else:
         st.info("The devices neither copied nor communicated.")
-    frame.rows(found.exposed, "Copies and communication of each device; times in nanoseconds")
+    frame.rows(found.exposed, "Copies and communication of each device; times in microseconds")
     if found.copies.height:
         st.caption("Copies and sets by direction and kind of memory")
-        frame.rows(found.copies, "Copies and sets; times in nanoseconds, rates in bytes per second")
+        frame.rows(found.copies, "Copies and sets; times in microseconds, rates in bytes per second")
     _ends("copies", _analyze(one, "--json"), "", found.copies)
 
 
@@ -284,12 +290,12 @@ def ranks_and_layers(one: Loaded, traces: list[Loaded]) -> None:
     found = one.analysis
     words = []
     of_ranks = one.ranks
-    if of_ranks is not None:
+    if of_ranks is not None and of_ranks.ranks["n_kernels"].sum():
         for figure, alt in figures.ranks_figures(of_ranks):
             frame.chart(figure, alt, key="ranks")
         page = report.ranks_page(of_ranks)
         frame.literal(page.split("\n\n")[1])
-        frame.rows(of_ranks.ranks, "Figures of each rank; times in nanoseconds")
+        frame.rows(of_ranks.ranks, "Figures of each rank; times in microseconds")
         words.append(f"{shlex.join(['perfmodel', 'analyze', one.name])}\n\n{page}")
     by_step, notes = waited(one.digest, found)
     of_layers = passes(one.digest, found)
@@ -300,10 +306,10 @@ def ranks_and_layers(one: Loaded, traces: list[Loaded]) -> None:
     if isinstance(of_layers, str):
         frame.literal(f"Passes of MoE layers: {of_layers}.")
     else:
-        frame.literal(report.pass_words(of_layers, width=WIDTH))
+        frame.literal(report.pass_words(of_layers, width=UNBROKEN))
         frame.chart(figures.pass_parts(of_layers), "What the passes of MoE layers are made of")
         frame.literal("\n".join(of_layers.notes))
-        frame.rows(of_layers.passes, "Passes of MoE layers; times in nanoseconds")
+        frame.rows(of_layers.passes, "Passes of MoE layers; times in microseconds")
         words.append(report.passes_page(of_layers, one.name))
     table = by_step if isinstance(of_layers, str) else of_layers.passes
     _ends("layers", ["perfmodel", "layers", one.name], "\n\n".join(reversed(words)), table)
@@ -325,7 +331,7 @@ def pairs(one: Loaded, traces: list[Loaded]) -> None:
         with column:
             frame.chart(figure, alt)
     page = report.diff_page(found, (one.name, other.name))
-    frame.rows(found.metrics, "Launch metrics of both; times in nanoseconds")
+    frame.rows(found.metrics, "Launch metrics of both; times in microseconds")
     _ends("diff", ["perfmodel", "diff", one.name, other.name], page, found.operators)
 
 
@@ -375,16 +381,10 @@ def whole(one: Loaded) -> None:
     st.caption("All of this trace: every table, a report that works offline, and a file for ui.perfetto.dev:")
     frame.downloads(
         "trace",
-        json=lambda: _json(one.analysis),
+        json=lambda: json.dumps(one.analysis.to_json(), indent=1, allow_nan=False),
         html=lambda: _page(one),
         **{"perfetto.json.gz": lambda: _perfetto(one.analysis)},
     )
-
-
-def _json(found: Analysis) -> str:
-    import json
-
-    return json.dumps(found.to_json(), indent=1, allow_nan=False)
 
 
 def _page(one: Loaded) -> str:
@@ -410,7 +410,7 @@ def _ends(name: str, command: list[object], words: str, table: pl.DataFrame) -> 
     frame.computed(command, words)
     st.caption("The table of this part:")
     plain = table.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
-    contents = {"json": plain.write_json}
+    contents: dict[str, Callable[[], str]] = {"json": plain.write_json}
     if not any(dtype.is_nested() for dtype in plain.schema.values()):
         contents["csv"] = plain.write_csv
     frame.downloads(f"trace-{name}", **contents)

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import frame
+import loading
 import polars as pl
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
@@ -36,7 +37,7 @@ ROOT_VARIABLE = "PERFMODEL_TRACE_ROOT"
 _MAX_OFFERED = 1000
 _MAX_PARTS, _MAX_NAME_BYTES = 8, 100
 _PROGRESS_S = 0.2
-PARQUET = b"PAR1"  # at the start and at the end
+_PARQUET = b"PAR1"  # at the start and at the end; readers skip a byte order mark and blanks before it
 _TRACE_NAME = re.compile(r".+\.(?:json|sqlite)(?:\.(?:gz|zip|zst|bz2|xz))?", re.IGNORECASE)
 _READS = threading.BoundedSemaphore(n_reads_from(os.environ))
 
@@ -70,8 +71,12 @@ def saved(files: Sequence[Any], names: Sequence[str] | None = None) -> Iterator[
                 path = Path(folder) / f"{i}-{path.name}"
             path.parent.mkdir(parents=True, exist_ok=True)
             content = file.getbuffer()
-            if PARQUET in (content[: len(PARQUET)], content[-len(PARQUET) :]):
-                raise InputError(f"{path.name}: a Parquet file, which is not read from uploads; export JSON or SQLite")
+            begin = bytes(content[:64]).removeprefix(b"\xef\xbb\xbf").lstrip()
+            if begin.startswith(_PARQUET) or content[-len(_PARQUET) :] == _PARQUET:
+                raise InputError(
+                    f"{path.name}: a Parquet file, which is not read from uploads; bring another format, or use the "
+                    "command line on your own machine"
+                )
             path.write_bytes(content)
         yield Path(folder)
 
@@ -152,8 +157,9 @@ def _upload(key: str, suffix: str) -> None:
             refused.append((name, str(error)))
     context = get_script_run_ctx()
     if context is not None:
+        manager: Any = context.uploaded_file_mgr
         for file in (*files, *ranks):
-            context.uploaded_file_mgr.remove_file(context.session_id, file.file_id)
+            manager.remove_file(context.session_id, file.file_id)
     st.session_state["n_uploads"] += 1
     if _uploaded():
         st.session_state["open"] = [name for name in st.session_state.get("open", ()) if not _is_example(name)]
@@ -253,6 +259,12 @@ def _traces_below(root: Path) -> list[Path]:
     return found[:_MAX_OFFERED]
 
 
+def _said(name: str) -> str:
+    """What an offer is called: an example by its workload, all others by their path."""
+    words = name.removeprefix("traces/").replace("/profiles/", ": ").removesuffix(".trace.json.gz")
+    return loading.example_words().get(name, words) if _is_example(name) else name
+
+
 def _is_example(name: str) -> bool:
     return offered().get(name, Path()).parent.name == "profiles" and name.startswith("traces/")
 
@@ -271,7 +283,7 @@ def _open(offers: dict[str, Path]) -> None:
         max_selections=MAX_OPEN,
         label_visibility="collapsed",
         placeholder="Open examples and traces of this server",
-        format_func=lambda name: name.removeprefix("traces/").replace("/profiles/", ": "),
+        format_func=_said,
     )
     st.session_state["was_open"] = chosen
     for name in set(opened) - set(chosen):

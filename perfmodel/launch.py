@@ -292,9 +292,11 @@ def delay_counts(work: pl.DataFrame) -> pl.DataFrame:
     0, of clocks that disagree, are left out.
     """
     delays = work.filter((pl.col("kind") == "kernel") & (pl.col("delay_ns") > 0))
-    eighth = (pl.col("delay_ns").log10() * 8).floor().cast(pl.Int64)
+    # Edges rounded up are the first whole ns of each part; a floor of a logarithm would miss them, as log10(1000) does.
+    edges = np.ceil(10.0 ** (np.arange(8 * 19) / 8)).astype(np.int64)
+    eighth = pl.Series("eighth", np.searchsorted(edges, delays["delay_ns"].to_numpy(), side="right") - 1)
     is_queued = pl.col("delay_ns") >= pl.col("launch_dur_ns")
-    counts = delays.group_by(eighth.alias("eighth")).agg(
+    counts = delays.group_by(eighth).agg(
         n_prompt=(~is_queued).sum().cast(pl.Int64), n_queued=is_queued.sum().cast(pl.Int64)
     )
     low, high = counts.select(pl.min("eighth"), high=pl.max("eighth")).row(0)

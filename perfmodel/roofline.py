@@ -50,6 +50,7 @@ POINTS = pl.Schema(
     {
         "op": pl.String(),
         "shape": pl.String(),
+        "gemm": pl.String(),
         "n_tokens": pl.Int64(),
         "routing": pl.String(),
         "access": pl.String(),
@@ -179,7 +180,8 @@ def roofline(
 def points(observations: pl.DataFrame, profile: HardwareProfile, model: LatencyModel | None = None) -> pl.DataFrame:
     """Where each observation stands (POINTS): its intensity in FLOP per byte of the `tier` whose roof is lowest for it,
     achieved rate, share of the lowest roof above it, whether that is compute or memory, its share of the time of all,
-    and `lost_ns`, the time above what the roof allows; with a `model` also what took it (LOST_TO), most of it `why`.
+    and `lost_ns`, the time above what the roof allows; with a `model` also what took it (LOST_TO, which sum to it where
+    they are known), most of it `why`.
 
     Device memory moves active resident weights and activations (copied weights too, which are read again there), the
     link and host memory the weights of active offloaded experts. FLOPs and bytes are those of the grouped GEMMs; the
@@ -211,6 +213,7 @@ def points(observations: pl.DataFrame, profile: HardwareProfile, model: LatencyM
     table = rows.select(
         pl.col("op").cast(pl.String),
         *("shape", "n_tokens", "routing", "access"),
+        gemm=pl.format("{} x {}", "gemm_k", "gemm_n"),
         rows_per_active_expert=pl.Series(work.mean(work.n_rows / work.n_active)),
         tier=pl.Series([names_[i] for i in lowest]),
         flops_per_byte=pl.Series(np.stack([intensity[name] for name in names_])[lowest, np.arange(len(lowest))]),
@@ -254,12 +257,17 @@ def _above(
         return work.mean(np.add.reduce([none, *(parts[name] for name in which if name in parts)]))
 
     time_ns = rows["time_ns"].to_numpy()
-    columns = (
-        part("overhead", "launch"),
-        part("permute", "combine", "router"),
-        np.maximum(part("compute", "memory") - least_ns, 0.0),
-        np.maximum(time_ns - part(*parts), 0.0),
+    columns = np.stack(
+        [
+            part("overhead", "launch"),
+            part("permute", "combine", "router"),
+            np.maximum(part("compute", "memory") - least_ns, 0.0),
+            np.maximum(time_ns - part(*parts), 0.0),
+        ]
     )
+    # Where the model expects more time than was measured its parts are more than what was lost: their shares stand.
+    lost_ns = np.maximum(time_ns - least_ns, 0.0)
+    columns *= np.minimum(lost_ns / np.maximum(columns.sum(axis=0), 1e-12), 1.0)
     is_resident = (rows["access"] == RESIDENT).to_numpy()
     return {
         name: pl.Series(np.where(is_resident, values, np.nan)).fill_nan(None)

@@ -243,9 +243,9 @@ def _bars(seen: pl.DataFrame, start_ns: int, end_ns: int, max_bars: int) -> tupl
 
 def _delays(work: pl.DataFrame, lines: pl.DataFrame, start_ns: int, end_ns: int) -> pl.DataFrame:
     """The longest delay of each of N_DELAYS equal parts of the window, of launches whose first kernel began in it."""
-    inside = pl.col("launch_start_ns") >= start_ns, pl.col("start_ns") < end_ns, pl.col("delay_ns") > 0
-    launches = work.filter(pl.col("kind").is_in(["kernel", "replay"]), *inside).sort("delay_ns", "start_ns")
-    first = launches.unique("launch_row", keep="first", maintain_order=True)
+    launches = work.filter(pl.col("kind").is_in(["kernel", "replay"]), pl.col("launch_start_ns") >= start_ns)
+    first = launches.sort("delay_ns", "start_ns").unique("launch_row", keep="first", maintain_order=True)
+    first = first.filter(pl.col("start_ns") < end_ns, pl.col("delay_ns") > 0)
     part = (first["launch_start_ns"] - start_ns).to_numpy() * N_DELAYS // (end_ns - start_ns)
     longest = first.with_columns(part=pl.Series(part, dtype=pl.Int64)).unique("part", keep="last", maintain_order=True)
     callers = lines.filter(pl.col("family") == "calls").select(

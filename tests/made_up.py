@@ -1,7 +1,6 @@
 """Observations and models made up for tests: times are those of the physical model under known constants, with noise
 that depends on the seed alone; nothing here was measured."""
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -74,8 +73,3 @@ def made_up_model() -> LatencyModel:
 def spoiled(observations: pl.DataFrame, is_spoiled: pl.Expr) -> pl.DataFrame:
     """The observations with some times a hundred times what they were."""
     return observations.with_columns(time_ns=pl.when(is_spoiled).then(100 * pl.col("time_ns")).otherwise("time_ns"))
-
-
-def with_constants(model: LatencyModel, **changes: float) -> Any:
-    """The constants of a model, some changed."""
-    return replace(model.constants_, **changes)

@@ -60,8 +60,10 @@ def served() -> Iterator[str]:
                 _wait_until_healthy(f"http://127.0.0.1:{port}", process, log)
                 yield f"http://127.0.0.1:{port}"
             finally:
-                os.killpg(process.pid, signal.SIGTERM)
+                process.terminate()
                 try:
                     process.wait(timeout=10)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
+                with socket.socket() as probe:  # whoever stops the command stops the server
+                    assert probe.connect_ex(("127.0.0.1", port)) != 0

@@ -14,7 +14,7 @@ def test_it_opens_with_held_out_points_and_every_number_is_that_of_the_model() -
     test = opened("accuracy")
     model = load_model("epyc-zen4-2c-fp32")
     assert titles(test) == [
-        "Predicted vs measured: median error 4.5 %, p90 12.1 %",
+        "Predicted vs measured: median error 4.5 %",
         "Predicted over measured, by batch size",
         "Do intervals hold on shapes they were not made from?",
     ]

@@ -152,8 +152,8 @@ def test_an_archive_that_unpacks_to_too_much_is_refused_before_it_is_unpacked() 
     at = content.index(b"PK\x01\x02") + 24  # of the directory entry: the size that it unpacks to
     huge = content[:at] + struct.pack("<I", 2**31 + 2**30) + content[at + 4 :]
     with pytest.raises(InputError, match=r"unpacks to 3\.0 GiB"):
-        controls.refuse_unsafe("counts.npz", huge)
-    controls.refuse_unsafe("counts.npz", content)
+        controls.refuse_bomb("counts.npz", huge)
+    controls.refuse_bomb("counts.npz", content)
 
 
 def test_a_placement_from_a_file_is_priced_against_the_one_before_and_one_too_many_is_refused() -> None:

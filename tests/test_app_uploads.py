@@ -77,7 +77,7 @@ def test_the_folder_is_private_and_gone_afterwards_and_no_error_names_it(uploads
 
 
 def test_parquet_reaches_no_reader(uploads) -> None:
-    for content in (b"PAR1....", b"....PAR1"):
+    for content in (b"PAR1....", b"....PAR1", b"\xef\xbb\xbf  PAR1...."):
         with pytest.raises(uploads.InputError, match="Parquet"), uploads.saved([file("capture/x.json", content)]):
             pytest.fail("it was written")
 

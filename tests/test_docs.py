@@ -191,8 +191,11 @@ def test_the_nomenclature_knows_the_keys_of_predictions_evaluations_designs_and_
 BY_NAME = {
     "accesses",
     "bottleneck_frac",
+    "cells",
     "covering_frac",
+    "curves",
     "factors",
+    "pictured",
     "speedup_over",
     "systems",
     "tier_bytes",
@@ -222,6 +225,15 @@ def without_names_of_data(value: object) -> object:
         (
             "schedule --shape made-up --hardware h100-sxm --gpus 2 --tokens 64 --compare 1,2 --gpu-price 2",
             {"schedules", "gemm2_ns", "dominating_skew", "tokens_per_s_per_price", "dispatch_ns"},
+        ),
+        (
+            "schedule --shape made-up --hardware h100-sxm --gpus 2 --tokens 64 --curves",
+            {"pictured", "slowest_gpu", "overlap_efficiency", "exponent", "padding_frac"},
+        ),
+        (
+            f"check {ROOT / 'traces' / 'epyc-zen5-2c-fp32'} {ROOT / 'traces' / 'epyc-zen4-2c-fp32'} --axis machine "
+            "--axis software",
+            {"verdicts", "against_model", "measured_over_model", "is_declared", "moved", "n_missing_workloads"},
         ),
         (
             "place --shape made-up --routing temporal:4 --steps 4 --step-tokens 64 --hardware gh200 --hbm-budget 50% "

@@ -107,6 +107,9 @@ def test_points_of_a_roofline_have_the_area_of_their_time_and_batches_of_one_sha
     faint, own = (trace for trace in chosen.data if trace.mode == "markers")
     assert (len(faint.x), len(own.x)) == (1, 3) and faint.marker.opacity < own.marker.opacity
     assert not faint.showlegend and own.showlegend
+    two = pl.concat([roofline_points().with_columns(gemm=pl.lit(size)) for size in ("64 x 32", "16 x 64")])
+    lines = [t for t in figures.roofline(replace(found, points=two), "made-up").data if t.name and " x " in t.name]
+    assert [list(line.x) for line in lines] == [[1.0, 8.0, 300.0]] * 2  # never from one GEMM to the other
 
 
 def test_residuals_have_the_median_of_each_batch_size_and_coverage_the_share_of_each_level() -> None:

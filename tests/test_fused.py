@@ -16,6 +16,7 @@ from perfmodel.predict import basis_of
 from perfmodel.schedule import Fabric, Layer, Link, Overheads, Traffic, fabric_of, layer_timeline, traffic_of
 from perfmodel.schedule.costs import EXPERTS
 from perfmodel.schedule.events import GEMM1, GEMM2, REDUCE, Run, simulate
+from perfmodel.schedule.fused import _shared
 from perfmodel.schedule.tiles import Blocks, Plan, blocks_of, busy_ns, plan_of
 from tests.fused_oracle import Oracle
 
@@ -146,12 +147,43 @@ def assert_as_one_task_after_another(plan: Plan, ran: Run) -> None:
         assert all(len(slow.starts[g, b]) == n_tasks for b in blocks)  # what came in was done
     worked = np.array([gpu.worked for gpu in slow.gpus]) / plan.n_processors
     assert sum(busy_ns(plan).values()) == pytest.approx(worked)
+    idle = [np.diff(gaps).sum() / plan.n_processors for gaps in ran.idle]
+    assert idle + worked == pytest.approx(ran.end_ns.max() - plan.begin_ns)
 
 
 @settings(max_examples=150, deadline=None)
 @given(plans_made())
 def test_the_simulation_is_that_of_one_task_after_another(plan: Plan) -> None:
     assert_as_one_task_after_another(plan, simulate(plan))
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans_made())
+def test_what_moves_while_processors_are_idle_is_that_of_every_moment(plan: Plan) -> None:
+    plan = replace(plan, hold_ns=np.zeros(len(plan.hold_ns)))
+    ran, slow, blocks = simulate(plan), Oracle(plan), plan.blocks
+    at = np.arange(ran.end_ns.max()) + 0.5  # all times are whole
+
+    def n_on(spans: list[tuple[float, float]]) -> np.ndarray:
+        return sum((np.where((start < at) & (at < end), 1.0, 0.0) for start, end in spans), np.zeros(len(at)))
+
+    for gpu, begin in enumerate(plan.begin_ns):
+        tasks = []
+        for (stage, block), starts in slow.starts.items():
+            if gpu == (blocks.source if stage == REDUCE else blocks.gpu)[block]:
+                dur = slow.ends[stage, block] - max(starts)
+                tasks += [(start, start + dur) for start in starts]
+        idle = np.where(at < begin, 0.0, 1 - n_on(tasks) / plan.n_processors)
+        moving = []
+        for way, (sender, taker) in enumerate(((blocks.source, blocks.gpu), (blocks.gpu, blocks.source))):
+            sends = [span for (w, block), span in slow.sends.items() if w == way and sender[block] == gpu]
+            takes = [span for (w, block), span in slow.takes.items() if w == way and taker[block] == gpu]
+            moving.append(n_on(sends + takes) > 0)
+        both = np.maximum(np.sum(moving, axis=0), 1)
+        found = _shared(plan, ran, {"gemm1": np.arange(9.0)}, gpu)
+        assert found.work == {"gemm1": gpu}
+        assert list(found.exposed_ns.values()) == pytest.approx([(idle * one / both).sum() for one in moving])
+        assert found.hidden_ns == pytest.approx(((1 - idle) * np.any(moving, axis=0)).sum())
 
 
 @settings(max_examples=8, deadline=None)

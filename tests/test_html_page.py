@@ -10,13 +10,16 @@ from perfmodel import figures
 from perfmodel.cli.drawing import check_html, write_html
 from perfmodel.errors import InputError
 from perfmodel.hardware import hardware
+from perfmodel.roofline import roofline
 
 HOSTILE = "<script>window.__pwned=1</script><img src=http://192.0.2.1/x.png onerror='window.__pwned=1'>"
 
 
 def written(folder: Path) -> Path:
     path = folder / "report.html"
-    figure = figures.roofline(hardware("gh200"), "bf16").update_layout(title={"text": figures.literal(HOSTILE)})
+    figure = figures.roofline(roofline(hardware("gh200"), "bf16")).update_layout(
+        title={"text": figures.literal(HOSTILE)}
+    )
     write_html(str(path), HOSTILE, f"a table\n{HOSTILE}", lambda: [(figure, HOSTILE), (figure, "the same again")])
     return path
 

@@ -16,6 +16,7 @@ from perfmodel.schedule import SCHEDULES, LayerTimeline, Span
 from perfmodel.schedule.asked import memory_notes, possible_schedules, question_of
 from perfmodel.schedule.curves import BATCHES, EXPONENT, EXPONENTS, TOKENS, Curve, Stretch, curve_of, curves, point
 from perfmodel.schedule.pictured import breakdown, picture
+from perfmodel.schedule.timeline import PHASES, TRANSFERS, Shared
 from perfmodel.schedule.what_if import skewed
 
 H100 = hardware("h100-sxm")
@@ -53,8 +54,24 @@ def test_what_computing_hides_is_no_exposed_communication_and_the_parts_sum_to_t
 
 def test_phases_that_share_processors_count_for_their_work() -> None:
     spans = (Span(0, "compute", "gemm1", 0.0, 80.0), Span(0, "compute", "gemm2", 20.0, 80.0))
-    found = breakdown(made(spans, (90.0,), 100.0, {"launch": 0.0, "gemm1": 60.0, "gemm2": 30.0, "dispatch": 7.0}))
-    assert found.parts == pytest.approx({"gemm1": 60.0, "gemm2": 30.0, "waiting": 10.0})
+    one = made(spans, (90.0,), 100.0, {"launch": 0.0, "gemm1": 60.0, "gemm2": 30.0, "dispatch": 7.0})
+    shared = Shared({"gemm1": 55.0, "gemm2": 25.0}, {"dispatch": 2.0, "combine": 6.0}, 32.0)
+    found = breakdown(replace(one, shared=(shared,)))
+    assert found.parts == pytest.approx(
+        {"gemm1": 55.0, "gemm2": 25.0, "dispatch": 2.0, "combine": 6.0, "waiting": 12.0}
+    )
+    assert (found.hidden_ns, found.hidden_frac) == (32.0, 0.8)
+
+
+def test_of_a_fused_kernel_each_gpu_has_its_own_phases() -> None:
+    one = asked(4, 256, "power-law:1").timeline("fused")
+    for gpu, busy_ns in enumerate(one.busy_ns):
+        parts = breakdown(one, gpu).parts
+        assert sum(ns for name, ns in parts.items() if name in PHASES and name not in TRANSFERS) == (
+            pytest.approx(busy_ns)
+        )
+        assert sum(parts.values()) == pytest.approx(one.latency_ns)
+    assert breakdown(one, 0).parts["gemm1"] > breakdown(one, 3).parts["gemm1"]
 
 
 @pytest.mark.parametrize("routing", ["uniform", "power-law"])

@@ -28,7 +28,7 @@ from perfmodel.placement.export import FORMATS, archive, export
 from perfmodel.placement.files import PlacedModel, placement_csv, read_placement_csv
 from perfmodel.placing.ask import ask, handed_over, option_of, passes_in_words, sizes_of
 from perfmodel.placing.compare import evaluated
-from perfmodel.placing.curves import frontier, knee, measured_slowdowns, most_free, n_free
+from perfmodel.placing.curves import curve_rows, frontier, knee, measured_slowdowns, most_free, n_free
 from perfmodel.placing.room import Engine
 from perfmodel.predict import Prediction, predict, slowdown_curve
 from perfmodel.routing import batch_of, pattern_shares, routing
@@ -52,6 +52,13 @@ def test_experts_are_free_up_to_the_first_that_costs_more_than_is_allowed() -> N
     assert n_free(curve_of(1.0, 1.01, 1.02, 1.2), within_frac=0.005) == 0
     assert n_free(curve_of(1.0, 0.9, 0.9)) == 2
     assert most_free({"a": curve_of(1.0, 1.5, 2.0), "b": curve_of(1.0, 1.0, 1.1)}) == ("b", 1, 2)
+
+
+def test_curves_become_one_table() -> None:
+    table = curve_rows({"a": curve_of(1.0, 1.5), "b": curve_of(1.0, 1.1)})
+    assert table["line"].to_list() == ["a", "a", "b", "b"]
+    assert table["n_offloaded"].to_list() == [0, 1, 0, 1]
+    assert table["slowdown"].to_list() == [1.0, 1.5, 1.0, 1.1]
 
 
 def test_the_frontier_holds_what_no_other_point_beats_in_both() -> None:
@@ -223,6 +230,8 @@ def test_lines_that_leave_the_axis_say_how_far_they_go_and_the_free_part_is_name
         "published &lt;b&gt;",
     ]
     assert figure.layout.yaxis.range[1] == pytest.approx(1.15 * curves["zero-copy"][-1].slowdown)
+    slower = figures.slowdown(curves, measured={"published": [(0.5, 1.4 * curves["zero-copy"][-1].slowdown)]})
+    assert slower.layout.yaxis.range[1] > 1.4 * curves["zero-copy"][-1].slowdown
     assert figure.layout.annotations[0].text == "free with copy-overlap: 42 experts"
     assert figure.layout.shapes[-1].x1 == n_free(curves["copy-overlap"]) / 64
 

@@ -39,6 +39,7 @@ from perfmodel.regression import (
     is_slower,
     model_for,
     unpack_captures,
+    verdicts,
 )
 from perfmodel.regression.verdicts import Side
 from tests import captures_made
@@ -74,6 +75,16 @@ def test_a_wide_margin_forgives(tmp_path: Path) -> None:
 
 def test_noise_that_hides_the_answer_is_inconclusive(tmp_path: Path) -> None:
     assert "inconclusive" in verdict(tmp_path, 1.03, n_runs=3, sd=0.15)[1:]
+
+
+def test_two_runs_beside_a_single_one_have_the_degrees_of_freedom_of_the_two() -> None:
+    two, one = Side(np.array([0.0, 0.2]), 0.0), Side(np.array([0.5]), 0.0)
+    # The mean of two has a variance of 0.02 / 2 on one degree of freedom, the single run 0.05 squared as assumed.
+    degrees = (0.01 + 0.0025) ** 2 / 0.01**2
+    half = stats.t.ppf(0.95, degrees) * np.sqrt(0.0125)
+    found, _ = verdicts._compare("workload", "label", two, one, 0.03)
+    assert np.log([found.ratio_low, found.ratio_high]) == pytest.approx([0.4 - half, 0.4 + half])
+    assert found.verdict == "inconclusive"
 
 
 def test_a_single_run_is_at_most_suspect(tmp_path: Path) -> None:
@@ -181,6 +192,9 @@ def test_slower_with_the_same_rates_is_a_regression_to_chase(tmp_path: Path) -> 
     assert found.overall.expected_ratio == 1.0
     assert found.overall.expectation is not None and found.overall.expectation.verdict == SLOWER_THAN_MODEL
     assert found.cells()[CHASE] == len(found.each) == 32
+    table = found.table()
+    assert table["workload"].to_list() == [case.verdict.label for case in found.each]
+    assert table["ratio"].is_sorted(descending=True) and set(table["cell"]) == {CHASE}
     assert (found.failures(), found.exit_code()) == (["regressed", SLOWER_THAN_MODEL], 1)
 
 
@@ -358,6 +372,8 @@ def test_junit_skips_what_is_open_and_survives_any_name(tmp_path: Path) -> None:
 def test_markdown_is_one_line_a_short_table_and_folds(tmp_path: Path) -> None:
     page = report.check_markdown(renamed(compared(tmp_path, 1.4), 5000), DEFAULT_FAILURES)
     assert len(page.encode()) < 1_000_000
+    slower = compared(tmp_path / "again", 1.4)
+    assert report.check_markdown(slower, []).startswith("⚠️ **regressed: ")  # nothing fails by it, yet it is no tick
     head, _, folded = page.partition("<details>")
     assert head.splitlines()[0].startswith("❌ **regressed: candidate takes 1.")
     assert sum(line.startswith("| `") for line in head.splitlines()) == 20
@@ -401,6 +417,13 @@ def test_the_conclusion_in_words(
         assert mixed.startswith("Single workloads are slower")
 
 
+def test_what_may_be_much_faster_is_not_said_to_be_as_fast(steady: Comparison) -> None:
+    assert report.conclusion(steady)[1] == "As fast as the baseline, within the margin."
+    wide = replace(steady.overall.verdict, ratio=0.9, ratio_low=0.8, ratio_high=1.02)
+    found = replace(steady, cases=(replace(steady.overall, verdict=wide), *steady.each))
+    assert report.conclusion(found) == ("good", "Not slower than the baseline by more than the margin.")
+
+
 def test_options_of_the_command_and_what_it_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = write_synthetic_capture(tmp_path / "a")
     slow = write_synthetic_capture(tmp_path / "slow", noise=lambda: 1.4)
@@ -417,7 +440,7 @@ def test_options_of_the_command_and_what_it_ends_with(tmp_path: Path, monkeypatc
     assert "❌" in files["md"].read_text() and "Both questions crossed" in files["html"].read_text()
     assert summary.read_text() == "before\n"  # nobody asked
     assert ends("--summary", "--fail-on", "none") == 0
-    assert summary.read_text().startswith("before\n✅")
+    assert summary.read_text().startswith("before\n⚠️")
     assert ends("--fail-on", "explained", "--model", "none") == 0
     assert ends("--model", "none", "--margin", "60%", "--inconclusive", "fail") == 0
     for wrong in (("--fail-on", "weather"), ("--inconclusive", "maybe"), ("--junit", "x.txt"), ("--model", "nowhere")):

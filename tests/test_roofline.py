@@ -152,6 +152,11 @@ def test_the_parts_of_a_model_that_is_right_explain_all_that_is_lost(tmp_path: P
     assert first == ("synthetic-a", 1, pytest.approx(2 * (15_000 + 8 * 1_500 + 2 * 3_000) + 120_000))
     slower = points(rows.with_columns(pl.col("time_ns") * 10), profile_of(capture), model)
     assert set(slower["why"]) == {"unexplained_ns"}
+    # A model that expects more than was measured, or more than the roof leaves at all, explains no more than was lost.
+    for share in (0.9, 0.3, 0.01):
+        faster = points(rows.with_columns(pl.col("time_ns") * share), profile_of(capture), model)
+        assert faster.select(list(LOST_TO)).to_numpy().sum(axis=1) == pytest.approx(faster["lost_ns"].to_numpy())
+    assert faster["lost_ns"].to_list() == [0.0] * faster.height == faster["unexplained_ns"].to_list()
 
 
 def product(**columns: object) -> pl.DataFrame:

@@ -167,3 +167,10 @@ def test_real_traces_keep_the_busy_time_of_their_streams(shared, name: str) -> N
     union = busy_ns(work, ["rank", "device", "stream"])["busy_ns"].sum()
     streams = found.lines.with_row_index("row").filter(pl.col("family") == "stream").select("row")
     assert found.bars.join(streams, on="row")["busy_ns"].sum() == union
+
+
+def test_a_graph_whose_first_kernel_began_before_its_call_has_no_delay_to_draw() -> None:
+    table = events(
+        launch(100, 1), kernel(90, 5, link=1), kernel(400, 5, link=1), launch(150, 2), kernel(160, 5, link=2)
+    )
+    assert timeline(table, 0, 1000).delays.select("from_ns", "delay_ns").rows() == [(150, 10)]

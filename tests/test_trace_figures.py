@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("plotly", reason="plotly is not installed")
 
+import math
 from pathlib import Path
 
 import polars as pl
@@ -74,6 +75,13 @@ def test_delays_are_counted_once_each_prompt_or_queued() -> None:
     assert delay_counts(joined_kernels(events(kernel(0)))).is_empty()
 
 
+def test_a_delay_at_the_edge_of_a_part_counts_in_the_part_that_begins_there() -> None:
+    powers = [10**power for power in range(9)]
+    table = events(*(launch(0, i) for i in range(9)), *(kernel(at, link=i) for i, at in enumerate(powers)))
+    counts = delay_counts(joined_kernels(table)).filter(pl.col("n_prompt") + pl.col("n_queued") > 0)
+    assert counts["from_ns"].to_list() == pytest.approx(powers)
+
+
 def test_exposed_and_hidden_time_are_those_of_the_table() -> None:
     table = events(
         kernel(0, 100, name="sgemm"),
@@ -116,6 +124,9 @@ def test_a_sweep_shows_its_transition_and_a_log_axis_only_where_no_time_is_0() -
     assert any(shape.x0 == 32 for shape in figure.layout.shapes)
     flat = figures.sweep(bound.sweep([1, 8], [1e6, 1.1e6]), HOSTILE)
     assert flat.layout.yaxis.type == "log"
+    limit_ns = 3 * 1e6
+    assert flat.layout.shapes[0].y0 == limit_ns and flat.layout.annotations[0].y == pytest.approx(math.log10(limit_ns))
+    assert figure.layout.annotations[0].y == figure.layout.shapes[0].y0
     assert flat.layout.title.text == f"{SHOWN}: no batch size is device-bound"
 
 

@@ -1,6 +1,7 @@
 """Predicted vs measured: held-out points only, whether intervals hold, and where the model must not be trusted."""
 
 import json
+from collections.abc import Callable
 
 import frame
 import loading
@@ -38,7 +39,7 @@ model, table = loading.models()[name], held_out(name)
 errors = model.errors_["model"]["all"]
 by_level = coverage_by_level(table)
 stated = by_level.filter(pl.col("stated_frac") == COVERAGE)
-covered = stated["n_covered"].sum() / stated["n"].sum() if stated.height else None
+covered = stated.select(pl.sum("n_covered") / pl.sum("n")).item() if stated.height else None
 frame.numbers(
     {
         "Median error": text.frac(errors["median_ape_frac"]),
@@ -71,10 +72,10 @@ with for_machines:
         report.MODELS_HEADER, report.models_rows(loading.models()), "Held-out errors of every shipped model"
     )
     st.caption("Kernels, types and machines are never pooled. docs/accuracy.md holds out routings and batches as well.")
-st.subheader("Where not to trust it", anchor=False)
+st.header("Where not to trust it", anchor=False)
 frame.words_table(report.LIMITS_HEADER, report.limits(model), "Where this model must not be trusted")
 
-rows = {"csv": table.write_csv, "json": lambda: json.dumps(table.to_dicts())}
+rows: dict[str, Callable[[], str]] = {"csv": table.write_csv, "json": lambda: json.dumps(table.to_dicts())}
 page = f"{report.fit_page(model)}\n\n{report.limits_page(model)}"
 if name in loading.shipped():
     frame.computed(["perfmodel", "fit", f"traces/{name}", "--out", "model.json", "--html", "model.html"], page)

@@ -1,5 +1,7 @@
 """Overview: what is loaded, what offloading costs, whether to believe it, and what the shipped measurements say."""
 
+from collections.abc import Callable
+
 import frame
 import loading
 import streamlit as st
@@ -7,6 +9,7 @@ import uploads
 
 from perfmodel import figures, report, text
 from perfmodel.plausible.summary import machine_words
+from perfmodel.predict import Prediction
 
 STUDY = ("gh200", "poster", "mmlu-like")  # the GH200 study's setting: machine, model shape, routing
 TOKENS = (64, 4096, 65_536, 524_288)
@@ -24,9 +27,9 @@ def time_card() -> None:
         st.caption("No trace is loaded. Drop one of the PyTorch profiler or Nsight Systems on the Trace page.")
 
 
-def cost_card(curves: dict[str, list]) -> None:
+def cost_card(curves: dict[str, list[Prediction]]) -> None:
     """One point of the offloading curve in words."""
-    st.page_link("views/placement.py", label="What does moving experts off the GPU cost?", icon=":material/move_down:")
+    st.page_link("views/placement.py", label="What does offloading cost?", icon=":material/move_down:")
     point = curves[f"{text.count(OF_TOKENS)} tokens"][OFFLOADED]
     frame.literal(
         f"{point.slowdown:.2f}x on GH200 with {OFFLOADED} of {point.n_experts} experts read in place, "
@@ -36,9 +39,7 @@ def cost_card(curves: dict[str, list]) -> None:
 
 def regression_card() -> None:
     """What is there to compare."""
-    st.page_link(
-        "views/regression.py", label="Is this machine or build as fast as it should be?", icon=":material/speed:"
-    )
+    st.page_link("views/regression.py", label="Is it as fast as it should be?", icon=":material/speed:")
     frame.literal(f"{text.counted(len(loading.shipped()), 'capture')} to compare with, or bring your own")
 
 
@@ -63,7 +64,7 @@ def measurements() -> str:
 
 frame.header("perfmodel", "Where MoE time goes, what moving experts off the GPU costs, and whether to believe it.")
 study = {f"{text.count(n)} tokens": loading.curve(*STUDY, n, "zero-copy", "grouped-gemm") for n in TOKENS}
-cards = (time_card, lambda: cost_card(study), regression_card)
+cards: tuple[Callable[[], None], ...] = (time_card, lambda: cost_card(study), regression_card)
 for column, card in zip(st.columns(len(cards)), cards, strict=True):
     with column.container(border=True, height="stretch"):
         card()

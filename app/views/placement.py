@@ -2,13 +2,12 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import frame
 import placement_controls as controls
 import placement_parts as parts
-import polars as pl
 import streamlit as st
 from placement_controls import Choice, Files
 
@@ -16,7 +15,7 @@ from perfmodel import figures, hardware, report, text
 from perfmodel.errors import InputError
 from perfmodel.offload import usable_modes
 from perfmodel.placing.ask import AUTO, modes, passes_in_words
-from perfmodel.placing.curves import FREE_FRAC, most_free
+from perfmodel.placing.curves import FREE_FRAC, curve_rows, most_free
 from perfmodel.predict import Prediction
 
 OPENING = Choice(
@@ -35,7 +34,8 @@ def curves_of(
     by_mode = {mode: controls.curve(replaced(choice), mode, n_tokens, files=files) for mode in usable}
 
     def at(mode: str) -> float:
-        return min(by_mode[mode], key=lambda p: abs(p.n_offloaded / p.n_experts - frac)).slowdown
+        nearest: Prediction = min(by_mode[mode], key=lambda p: abs(p.n_offloaded / p.n_experts - frac))
+        return nearest.slowdown
 
     mode = min(able, key=at) if able else choice.access
     if by == LINES[0]:
@@ -49,8 +49,14 @@ def replaced(choice: Choice) -> Choice:
     """The choice without what no curve depends on, so that curves are found again when that changes."""
     return replace(
         choice,
-        **{"batch": "64", "n_sequences": 1, "budget": "100%", "access": AUTO, "host_gib": None},
-        **{"is_per_layer": False, "n_context_tokens": 0, "seed": 1},
+        batch="64",
+        n_sequences=1,
+        budget="100%",
+        access=AUTO,
+        host_gib=None,
+        is_per_layer=False,
+        n_context_tokens=0,
+        seed=1,
     )
 
 
@@ -90,7 +96,7 @@ except InputError as error:
 
 first = next(iter(curves.values()))
 free_of = [label for label in curves if label != "paged"] if by == LINES[0] else [next(iter(curves))]
-best, free, _ = most_free({label: curves[label] for label in free_of})
+best, free = most_free({label: curves[label] for label in free_of})[:2]
 free_label = f"Free with {best}" if free and by == LINES[0] else "Free to leave"
 with head:
     frame.numbers(
@@ -123,7 +129,7 @@ with st.expander("What these numbers rest on"):
 asked = (choice, n_asked)
 answer = parts.answer_of(asked, choice == OPENING)
 tabs = st.tabs(["Policies", "Memory", "Routing", "Edit & export"], key="tab", bind="query-params")
-drawn = (
+drawn: tuple[Callable[[], None], ...] = (
     lambda: parts.policies(asked, answer, files),
     lambda: parts.memory(asked, answer, list(room.notes)),
     lambda: parts.routing(choice, files),
@@ -137,29 +143,12 @@ for tab, draw in zip(tabs, drawn, strict=True):
             except InputError as error:
                 frame.refused("This cannot be computed:", error)
 
-command = ["perfmodel", "predict", "--hardware", choice.hardware, "--shape", choice.shape]
+command: list[object] = ["perfmodel", "predict", "--hardware", choice.hardware, "--shape", choice.shape]
 command += ["--routing", choice.routing_name, "--tokens", n_tokens, "--offload", f"{frac:g}", "--access", mode]
 command += ["--op", choice.op, *(["--model", choice.model] if choice.model else [])]
 place_command = shlex.join(["perfmodel", "place", *choice.options(), "--pareto"])
 page = "" if answer is None else f"\n\n{report.placing_page(answer, report.WIDTH)}"
 frame.computed(command, f"{chosen}\n\nPolicies, and what follows from them:\n\n{place_command}{page}")
-
-
-def table() -> str:
-    """The curves as CSV."""
-    rows = [
-        {
-            "line": label,
-            "n_offloaded": p.n_offloaded,
-            "slowdown": p.slowdown,
-            "latency_ns": p.latency_ns,
-            "bottleneck": p.bottleneck,
-            "basis": p.basis,
-        }
-        for label, curve in curves.items()
-        for p in curve
-    ]
-    return pl.DataFrame(rows).write_csv()
 
 
 def record() -> str:
@@ -174,4 +163,4 @@ def page_of() -> str:
     return figures.html_page(f"Where the experts of {shape.name} should live", words, drawn)
 
 
-frame.downloads("placement", csv=table, json=record, html=page_of)
+frame.downloads("placement", csv=lambda: curve_rows(curves).write_csv(), json=record, html=page_of)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import frame
 import link
@@ -50,6 +52,11 @@ def bring() -> None:
                     brought()[name] = (f"{digest}-{capture.digest}", capture)
         except InputError as error:
             frame.refused("This cannot be read as a capture:", error)
+    # A box that closes while the browser still sends a file loses it without a word.
+    if brought():
+        frame.literal("\n".join(["Read:", *(name.removeprefix(UPLOADED) for name in brought())]))
+    else:
+        st.caption("Leave this open until it says what was read.")
 
 
 def read(place: Path) -> list[Capture]:
@@ -119,29 +126,9 @@ def verdict(found: Comparison) -> None:
         frame.literal(f"The second question stays open: {found.no_model}")
 
 
-def workloads(found: Comparison) -> pl.DataFrame:
-    """One row a workload, slowest against the baseline first."""
-    rows = [
-        {
-            "workload": case.verdict.label,
-            "cell": case.cell,
-            "verdict": case.verdict.verdict,
-            "ratio": case.verdict.ratio,
-            "ratio_low": case.verdict.ratio_low,
-            "ratio_high": case.verdict.ratio_high,
-            "expected_ratio": case.expected_ratio,
-            "measured_over_model": None if case.expectation is None else case.expectation.ratio,
-            "against_model": None if case.expectation is None else case.expectation.verdict,
-            "n_more_runs": case.verdict.n_more_runs,
-        }
-        for case in found.each
-    ]
-    return pl.DataFrame(rows, infer_schema_length=None)
-
-
 def changed(found: Comparison) -> None:
     """What differs between the sides, and which calibrated rate moved."""
-    st.subheader("What changed", anchor=False)
+    st.header("What changed", anchor=False)
     rates = [report.quantity_cells(moved) for moved in found.quantities if moved.moved is not None]
     frame.words_table(report.QUANTITY_HEADER, rates, "Calibrated rates and overheads of both sides")
     facts = [
@@ -162,7 +149,7 @@ shipped = {name: (f"shipped-{name}", capture) for name, (capture, _) in loading.
 captures = shipped | brought()
 names = list(captures)
 opens = [names.index(name) if name in names else 0 for name in OPENS_WITH]
-chosen = {"bind": "query-params", "on_change": declare, "args": ([],)}  # of another pair nothing is declared yet
+chosen: dict[str, Any] = {"bind": "query-params", "on_change": declare, "args": ([],)}  # none yet of another pair
 baseline = first.selectbox("Baseline", names, opens[0], key="baseline", **chosen)
 candidate = second.selectbox("Candidate", names, opens[1], key="candidate", **chosen)
 margin = third.number_input("Margin, %", 0.1, 100.0, 3.0, 0.5, key="margin", bind="query-params")
@@ -176,7 +163,8 @@ axes = fourth.multiselect(
     help="Declared axes of change: what you mean to test. Captures that differ in anything else are not compared.",
 )
 model = fifth.selectbox("Model", [OWN, NO_MODEL, *shipped_models()], key="model", bind="query-params")
-digests, sides = zip(captures[baseline], captures[candidate], strict=True)
+digests = captures[baseline][0], captures[candidate][0]
+sides = captures[baseline][1], captures[candidate][1]
 try:
     result = compared(digests, margin / 100, tuple(axes), model, sides)
 except NotComparableError as error:
@@ -192,7 +180,7 @@ except InputError as error:
     frame.refused("This cannot be judged:", error)
     link.end()
 verdict(result)
-table = workloads(result)
+table = result.table()
 cell = st.pills("Workloads", regression.CELLS, key="cell", bind="query-params")
 shown = table if cell is None else table.filter(pl.col("cell") == cell)
 frame.rows(
@@ -206,15 +194,13 @@ options = [word for axis in axes for word in ("--axis", axis)]
 options += [] if model == OWN else ["--model", model]
 frame.computed(["perfmodel", "check", *folders, "--margin", f"{margin:g}%", *options], report.check_page(result))
 failures = regression.DEFAULT_FAILURES
-frame.downloads(
-    "check",
-    **{
-        "junit.xml": lambda: report.check_junit(result, failures),
-        "md": lambda: report.check_markdown(result, failures),
-        "json": lambda: json.dumps(result.to_json(), indent=2),
-        "csv": table.write_csv,
-        "html": lambda: figures.html_page(
-            f"{result.candidate} against {result.baseline}", report.check_page(result), figures.check_figures(result)
-        ),
-    },
-)
+reports: dict[str, Callable[[], str]] = {
+    "junit.xml": lambda: report.check_junit(result, failures),
+    "md": lambda: report.check_markdown(result, failures),
+    "json": lambda: json.dumps(result.to_json(), indent=2),
+    "csv": table.write_csv,
+    "html": lambda: figures.html_page(
+        f"{result.candidate} against {result.baseline}", report.check_page(result), figures.check_figures(result)
+    ),
+}
+frame.downloads("check", **reports)

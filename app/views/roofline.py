@@ -81,14 +81,12 @@ shape = box.selectbox(
 )
 one_shape = None if shape == ALL else shape
 [(figure, alt)] = figures.roofline_figures(found, one_shape)
-selection = st.plotly_chart(
+selection = frame.chart(
     figure.update_layout(dragmode="select"),
-    width="stretch",
-    alt=alt,
+    alt,
     key=f"chart {name} {trace.digest if trace else ''} {dtype} {op} {shape}",  # rows are those of one choice alone
     on_select="rerun",
     selection_mode=("points", "box"),
-    config={"displaylogo": False},
 )["selection"]["points"]
 chosen = sorted({point.get("customdata") for point in selection} & {*range(found.points.height)})
 if found.nominal is None:
@@ -101,7 +99,7 @@ if below.points.is_empty():
         "(record_shapes=True) in the Trace view."
     )
 else:
-    st.subheader("What is lost below the roof, costliest first", anchor=False)
+    st.header("What is lost below the roof, costliest first", anchor=False)
     st.caption(
         "Of the points chosen in the figure; a double click there shows all."
         if chosen

@@ -187,7 +187,7 @@ def show_picture(ask: Ask, found: Picture) -> Any:
         frame.chart(figures.stacked(found), f"Where the time goes. {report.fastest_words(found)}", key="bars")
     with right:
         head = ["", *(one.schedule for one in found.timelines)]
-        frame.words_table(head, report.facts(found), "Schedules beside each other")
+        frame.words_table(head, report.schedule_facts(found), "Schedules beside each other")
     between = st.container()
     has_all = ask.n_gpus <= N_DRAWN or st.toggle("Draw all GPUs", key="all", bind="query-params")
     panels = [scheduled(one) for one in found.timelines]
@@ -270,15 +270,15 @@ def measured_tab() -> None:
     a, b, c, d, e = st.columns([3, 3, 2, 2, 2])
     name = a.selectbox("Capture", names, key="capture", bind="query-params")
     found = measured(name)
-    left = list(found.capture.measured)
-    shape = b.selectbox("Shape", list(dict.fromkeys(one.shape for one in left)), key="shape", bind="query-params")
-    left = [one for one in left if one.shape == shape]
-    known = list(dict.fromkeys(one.tokens_per_gpu for one in left))
-    n_tokens = c.selectbox("Tokens of a rank", known, key="rank-tokens", bind="query-params")
-    left = [one for one in left if one.tokens_per_gpu == n_tokens]
-    known = list(dict.fromkeys(one.routing for one in left))
-    routing = d.selectbox("Routing of tokens", known, key="rank-routing", bind="query-params")
-    ways = {one.way: one for one in left if one.routing == routing}
+    those = list(found.capture.measured)
+    shape = b.selectbox("Shape", list(dict.fromkeys(one.shape for one in those)), key="shape", bind="query-params")
+    those = [one for one in those if one.shape == shape]
+    sizes = list(dict.fromkeys(one.tokens_per_gpu for one in those))
+    n_tokens = c.selectbox("Tokens of a rank", sizes, key="rank-tokens", bind="query-params")
+    those = [one for one in those if one.tokens_per_gpu == n_tokens]
+    routings = list(dict.fromkeys(one.routing for one in those))
+    routing = d.selectbox("Routing of tokens", routings, key="rank-routing", bind="query-params")
+    ways = {one.way: one for one in those if one.routing == routing}
     one = ways[e.selectbox("Schedule", list(ways), key="way", bind="query-params")]
     number = found.capture.measured.index(one) + 1
     facts = summary(found).row(number - 1, named=True)

@@ -6,9 +6,7 @@ import streamlit as st
 import trace_parts
 import uploads
 
-frame.header(
-    "Where does my time go?", "Open a profile: what could be joined, what the device waited for, what cost most."
-)
+frame.header("Trace", "Where does my time go: what cost most, and what did the device or the others wait for?")
 traces = uploads.choose("trace-upload")
 if not traces:
     st.info("No trace is open. Upload one, or choose an example on the left.")

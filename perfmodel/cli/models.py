@@ -92,7 +92,16 @@ def dashboard(
         "client.showErrorDetails": "type",
     }
     words = [f"--{name}={value}" for name, value in options.items()] + [f"--server.allowedHosts={h}" for h in hosts]
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "streamlit", "run", str(script), *words]))
+    raise typer.Exit(_go_on_as([sys.executable, "-m", "streamlit", "run", str(script), *words]))
+
+
+def _go_on_as(command: list[str]) -> int:
+    """Become another program, so that what stops this one stops it; where there is no such thing, wait for it."""
+    if sys.platform == "win32":
+        return subprocess.call(command)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return os.execv(command[0], command)
 
 
 def _sibling(name: str) -> str:

@@ -14,8 +14,8 @@ from .comparisons import (
     sweep_figures,
     waits,
 )
-from .drawing import MAX_POINTS, PALETTE, SYMBOLS, literal
-from .latency import BAND_FRAC, accuracy_figures, held_coverage, parity, residuals
+from .drawing import MAX_POINTS, inked, literal
+from .latency import accuracy_figures, held_coverage, parity, residuals
 from .page import html_page
 from .passes import pass_figures, rank_figures, scaling_figures
 from .placing import parts, placing_figures, policies, prediction_figures, slowdown, trade_off, trade_off_of
@@ -26,11 +26,8 @@ from .timelines import lines_and_bars
 from .traces import busy, delays, exposed, groups, host_time, idle_reasons, shares, trace_figures
 
 __all__ = [
-    "BAND_FRAC",
     "MAX_GPUS",
     "MAX_POINTS",
-    "PALETTE",
-    "SYMBOLS",
     "accuracy_figures",
     "balance_figures",
     "beside",
@@ -51,6 +48,7 @@ __all__ = [
     "host_time",
     "html_page",
     "idle_reasons",
+    "inked",
     "lines_and_bars",
     "literal",
     "parity",

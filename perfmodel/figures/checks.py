@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other figures do 
     from perfmodel.regression import Case, Comparison
 
 HEIGHT = 400
+LONG = 12  # letters of a name
 MANY = 150  # workloads from which on marks are drawn thinner
 MAX_NAMED = 30  # workloads that have room for their names beside the axis
 EXPLAINED = "explained"
@@ -27,13 +28,12 @@ MARKS = {  # colour and symbol of each verdict, and of slower workloads that are
 }
 TICKS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 20, 50)
 MAX_TICKS = 12
-NEUTRAL = "rgba(128,128,128,0.20)"
 # The cells of the two questions crossed: column, row, colour, what it means.
 SQUARES = {
-    "explained": (0, 1, PALETTE[4], "slower, and the calibrated<br>rates account for it"),
-    "regression to chase": (1, 1, PALETTE[1], "slower, and no calibrated<br>rate accounts for it"),
-    "fine": (0, 0, PALETTE[2], "not slower, and what<br>the model expects"),
-    "left on the table": (1, 0, PALETTE[3], "not slower, yet above<br>what the model expects"),
+    "explained": (0, 1, PALETTE[4], "slower, and the<br>calibrated rates<br>account for it"),
+    "regression to chase": (1, 1, PALETTE[1], "slower, and no<br>calibrated rate<br>accounts for it"),
+    "fine": (0, 0, PALETTE[2], "not slower, and<br>what the model<br>expects"),
+    "left on the table": (1, 0, PALETTE[3], "not slower, yet<br>above what the<br>model expects"),
 }
 
 
@@ -180,15 +180,23 @@ def crossed(comparison: "Comparison") -> go.Figure:
         ends = {"x0": column + 0.015, "x1": column + 0.985, "y0": row + 0.02, "y1": row + 0.98}
         figure.add_shape(type="rect", **ends, fillcolor=fill, line={"color": colour, "width": 1.5})
         centre = {"x": column + 0.5, "showarrow": False}
-        figure.add_annotation(text=f"<b>{counts[name]}</b>", y=row + 0.74, font={"size": 28}, **centre)
-        figure.add_annotation(text=f"<b>{name}</b>", y=row + 0.46, font={"size": 14}, **centre)
-        figure.add_annotation(text=meaning, y=row + 0.22, font={"size": 11}, **centre)
+        figure.add_annotation(text=f"<b>{counts[name]}</b>", y=row + 0.8, font={"size": 26}, **centre)
+        figure.add_annotation(text=f"<b>{_two_lines(name)}</b>", y=row + 0.5, font={"size": 13}, **centre)
+        figure.add_annotation(text=meaning, y=row + 0.2, font={"size": 11}, **centre)
     others = [f"{counts[name]} {name}" for name in ("undecided", "not judged by the model") if counts[name]]
-    layout(figure, "Both questions crossed" + (f" (beside: {', '.join(others)})" if others else ""), "", "")
+    layout(figure, "Both questions crossed", " and ".join(others) + " besides" if others else "", "")
     figure.update_xaxes(
-        range=[0, 2], tickvals=[0.5, 1.5], ticktext=["as the model expects", "slower than expected"], showgrid=False
+        range=[0, 2],
+        tickvals=[0.5, 1.5],
+        ticktext=["as the model<br>expects", "slower than<br>expected"],
+        showgrid=False,
     )
     figure.update_yaxes(range=[0, 2], tickvals=[0.5, 1.5], ticktext=["not slower", "slower"], showgrid=False)
     figure.update_yaxes(tickangle=-90, zeroline=False)
-    figure.update_xaxes(zeroline=False)
-    return figure.update_layout(showlegend=False, height=HEIGHT, margin={"b": 40, "l": 40})
+    figure.update_xaxes(zeroline=False, tickangle=0)
+    return figure.update_layout(showlegend=False, height=HEIGHT, margin={"b": 70, "l": 40})
+
+
+def _two_lines(name: str) -> str:
+    """A name of some words, broken after the first, where the whole is too long for its square."""
+    return name.replace(" ", "<br>", 1) if len(name) > LONG else name

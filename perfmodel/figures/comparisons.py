@@ -1,5 +1,6 @@
 """Several traces, ranks, chain lengths or passes side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -13,7 +14,7 @@ from perfmodel.passes import Passes
 from perfmodel.ranks import RankSummary, straggler
 from perfmodel.report.traces import place
 
-from .drawing import PALETTE, TIME_DECADES_NS, decades, layout, literal, round_time_ticks
+from .drawing import PALETTE, TIME_DECADES_NS, decades, layout, literal, time_ticks
 from .traces import IDLE, Figures, stacked
 
 MOST_CHANGES = 12
@@ -43,8 +44,7 @@ def sweep(found: Sweep, name: str = "") -> go.Figure:
             hoverinfo="text",
         )
     limit_ns = found.rule_factor * max(found.plateau_ns, PLATEAU_FLOOR_NS)
-    words = f"limit of the rule: {text.ns(limit_ns)}"
-    figure.add_hline(y=limit_ns, line={"color": "#999999", "dash": "dash", "width": 1}, annotation_text=words)
+    figure.add_hline(y=limit_ns, line={"color": "#999999", "dash": "dash", "width": 1})
     if found.transition_batch is not None:
         figure.add_vline(x=found.transition_batch, line={"color": PALETTE[1], "dash": "dot", "width": 2})
     where = "no batch size is device-bound"
@@ -53,10 +53,14 @@ def sweep(found: Sweep, name: str = "") -> go.Figure:
     title = f"{literal(name)}: {where}" if name else f"TKLQT against batch size: {where}"
     layout(figure, title, "batch size", "TKLQT")
     figure.update_xaxes(type="log", tickvals=batches, ticktext=[text.count(batch) for batch in batches])
+    words, at = f"limit of the rule: {text.ns(limit_ns)}", limit_ns
     if min(times) > 0:
         decades(figure.layout.yaxis, TIME_DECADES_NS)
+        at = math.log10(limit_ns)  # where words stand on such an axis; lines are at the value itself
     else:  # a logarithm has no place for the 0 that published plots are read as
-        round_time_ticks(figure.layout.yaxis, max(*times, limit_ns))
+        time_ticks(figure.layout.yaxis, max(*times, limit_ns))
+    place_of = {"xref": "x domain", "x": 0, "xanchor": "left", "y": at, "yanchor": "bottom"}
+    figure.add_annotation(text=words, showarrow=False, **place_of)
     return figure.update_layout(height=400, margin={"l": 80, "b": 100})
 
 
@@ -116,8 +120,10 @@ def changes(table: pl.DataFrame, key: str, title: str) -> go.Figure:
         )
     )
     layout(figure, title, "", "")
-    reach = max((abs(value) for value in values), default=1) * 1.6  # room for the words beside the longest
-    figure.update_xaxes(showticklabels=False, showgrid=False, range=[-reach, reach], zeroline=True)
+    low, high = min([*values, 0]), max([*values, 0])
+    room = 0.25 * max(high - low, 1)  # for the words beside the longest
+    ends = [low - room if low else 0, high + room if high else 0]
+    figure.update_xaxes(showticklabels=False, showgrid=False, range=ends, zeroline=True)
     figure.update_yaxes(
         tickvals=list(range(most.height)),
         ticktext=[literal(text.shortened(str(name).removeprefix("void "), 44)) for name in most[key]],
@@ -159,7 +165,7 @@ def waits(by_step: pl.DataFrame) -> go.Figure:
         names, series, (PALETTE[4], PALETTE[1]), "Who waits for whom in collectives", "time in collectives"
     )
     top = max([*series["waits for others"], *series["others wait for it"], 1])
-    round_time_ticks(figure.layout.xaxis, top)
+    time_ticks(figure.layout.xaxis, top)
     return figure.update_layout(barmode="group", height=200 + 44 * max(both.height, 2))
 
 
@@ -174,10 +180,14 @@ def pass_parts(found: Passes) -> go.Figure:
     sums = table.group_by("pass", key).agg(pl.sum("time_ns"))
     parts = sums.group_by(key).agg(pl.sum("time_ns")).sort("time_ns", descending=True)[key].to_list()
     kept, rest = parts[: len(PALETTE) - 1], parts[len(PALETTE) - 1 :]
+    spaces = {str(part).partition("::")[0] for part in parts}  # one that all share says nothing in a legend
+    prefix = f"{spaces.pop()}::" if len(spaces) == 1 else ""
     series: dict[str, Sequence[float]] = {}
     for part in kept:
         of_pass: Mapping[int, int] = dict(sums.filter(pl.col(key) == part).select("pass", "time_ns").iter_rows())
-        series[part if on_host else part.replace("_", " ")] = [of_pass.get(n, 0) for n in shown["pass"]]
+        series[part.removeprefix(prefix) if on_host else part.replace("_", " ")] = [
+            of_pass.get(n, 0) for n in shown["pass"]
+        ]
     if rest:
         others = sums.filter(pl.col(key).is_in(rest)).group_by("pass").agg(pl.sum("time_ns"))
         of_pass = dict(others.iter_rows())
@@ -191,7 +201,7 @@ def pass_parts(found: Passes) -> go.Figure:
         title += f": the first {MOST_PASSES} of {text.count(order.height)}"
     colours = [*PALETTE[: len(kept)], IDLE][: len(series)]
     return stacked(names, series, colours, title, "time of the host" if on_host else "kernel time").update_layout(
-        height=230 + 18 * max(shown.height, 3), margin={"b": 120}
+        height=270 + 20 * max(shown.height, 3), margin={"b": 150}
     )
 
 

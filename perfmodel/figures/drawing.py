@@ -14,12 +14,19 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "
 DASHES = ("solid", "dash", "dot", "dashdot")
 MAX_POINTS = 5000  # drawn in one figure: browsers take seconds for more
 
+
+def _round(words: str) -> str:
+    """A round number with its unit, without the zeros that would tell how exact it is."""
+    number, unit = words.split(" ", 1)
+    return f"{float(number.replace(',', '')):,g} {unit}"
+
+
 TIME_DECADES_NS = tuple(
     (size * ns, f"{size} {unit}")
     for unit, ns in (("ns", 1), ("µs", 1e3), ("ms", 1e6), ("s", 1e9))
     for size in (1, 10, 100)
 )
-RATE_DECADES = tuple((10.0**e, text.flops_per_s(10.0**e)) for e in range(6, 17))
+RATE_DECADES = tuple((10.0**e, _round(text.flops_per_s(10.0**e))) for e in range(6, 17))
 
 
 def literal(words: object) -> str:
@@ -56,14 +63,15 @@ def short(name: str, limit: int = 48) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
-def time_ticks(axis: Any, top_ns: float, n: int = 4) -> None:
-    """Ticks of a linear axis of times from 0 to `top_ns`, in words."""
-    values = [top_ns * i / n for i in range(n + 1)]
-    axis.update(tickvals=values, ticktext=[text.ns(value) for value in values])
-
-
-def round_time_ticks(axis: Any, top_ns: float) -> None:
-    """Ticks of a linear axis of times from 0 to `top_ns` at round times, in words; at most ten."""
-    step = next(10.0**p * m for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top_ns / 10)
+def time_ticks(axis: Any, top_ns: float, n: int = 6) -> None:
+    """Ticks of a linear axis of times from 0 to `top_ns` at round times, in words; about `n` of them."""
+    step = next(round(10.0**p * m, 6) for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top_ns / n)
     values = [step * i for i in range(int(top_ns / step) + 1)]
-    axis.update(tickvals=values, ticktext=[text.ns(value) for value in values])
+    axis.update(tickvals=values, ticktext=[_round(text.ns(value)) if value else "0" for value in values])
+
+
+def inked(figure: go.Figure, ink: str) -> go.Figure:
+    """A copy of a figure whose words along axes and on its area have the colour `ink`."""
+    words = {"tickfont": {"color": ink}, "title": {"font": {"color": ink}}}
+    found = go.Figure(figure).update_layout(font={"color": ink})
+    return found.update_xaxes(words).update_yaxes(words)

@@ -63,8 +63,7 @@ def parity(held_out: Mapping[str, Sequence[Any]], errors: Mapping[str, Any]) -> 
         )
     layout(
         figure,
-        f"Predicted vs measured: median error {text.frac(errors['median_ape_frac'])}, "
-        f"p90 {text.frac(errors['p90_ape_frac'])}",
+        f"Predicted vs measured: median error {text.frac(errors['median_ape_frac'])}",
         "measured latency",
         "predicted latency",
     )
@@ -165,7 +164,7 @@ def held_coverage(coverage: pl.DataFrame) -> go.Figure:
         text=[f"stated {text.frac(x)}, achieved {text.frac(y)}" for x, y in all_.iter_rows()],
         hoverinfo="text",
     )
-    layout(figure, "Do intervals hold on shapes they were not made from?", "stated", "achieved")
+    layout(figure, "Do intervals hold on shapes they were not made from?", "stated coverage", "achieved coverage")
     figure.update_xaxes(tickformat=".0%", range=[0.45, 1.0])
     return figure.update_yaxes(tickformat=".0%", rangemode="tozero", range=[0, 1.03])
 

@@ -38,7 +38,7 @@ def slowdown(
     The fractions are shaded that are free: where the slowdown stays `within_frac`, of that line among `free_of` (null:
     all) that has most of them.
     The axis is that of the first line, on which `chosen` is marked; others may leave it, and then say how far they go.
-    `measured` are fractions and slowdowns that somebody measured, by source.
+    `measured` are fractions and slowdowns that somebody measured, by source; all of them are on the axis.
     """
     figure = go.Figure()
     for i, (label, predictions) in enumerate(curves.items()):
@@ -107,6 +107,7 @@ def slowdown(
     tops = {label: max(p.slowdown for p in predictions) for label, predictions in curves.items()}
     first = next(iter(tops.values()))
     highest = max(top for top in tops.values() if top <= BEYOND * first)
+    highest = max([highest, *(value for points in (measured or {}).values() for _, value in points)])
     for line in figure.data:
         if line.name in tops and tops[line.name] > highest:
             line.name = f"{line.name} (to {tops[line.name]:.0f}x)"
@@ -146,13 +147,13 @@ def parts(predictions: Mapping[str, Prediction]) -> go.Figure:
                 hoverinfo="text",
             )
     layout(figure, "What the time consists of", "latency of a layer", "")
-    time_ticks(figure.layout.xaxis, top_ns, 2)
+    time_ticks(figure.layout.xaxis, top_ns, 4)
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure.update_layout(
         barmode="stack",
         height=210 + 55 * len(predictions),
         margin={"b": 130, "l": 10, "r": 30},
-        legend={"entrywidthmode": "fraction", "entrywidth": 0.5, "traceorder": "normal", "font": {"size": 11}},
+        legend={"traceorder": "normal", "font": {"size": 11}},
     )
 
 

@@ -199,11 +199,12 @@ def _words(row: dict[str, object]) -> str:
     """What hovering over a point says."""
     n = row["n_tokens"]
     batch = "" if n is None else f", {n:,} tokens, {literal(row['routing'])}"
+    gemm = "" if row["gemm"] is None else f" {literal(row['gemm'])}"
     access = "" if row["access"] in (None, "resident") else f", {literal(row['access'])}"
     roof = "compute roof" if row["bound"] == "compute" else f"roof of {row['tier']}"
     why = "" if row["why"] is None else f"<br>most of it: {LOST_TO[str(row['why'])]}"
     return (
-        f"{literal(row['op'])}, {literal(row['shape'])}{batch}{access}<br>"
+        f"{literal(row['op'])}, {literal(row['shape'])}{gemm}{batch}{access}<br>"
         f"{text.flops_per_s(_number(row['flops_per_s']))}, {text.frac(_number(row['roof_frac']))} of the {roof}<br>"
         f"{text.frac(_number(row['time_frac']))} of the time, {text.ns(_number(row['lost_ns']))} above the roof{why}"
     )
@@ -214,10 +215,13 @@ def _number(value: object) -> float | None:
 
 
 def _trajectories(figure: go.Figure, rows: pl.DataFrame) -> None:
-    """Points of growing batches joined, a line for each operation, routing and access; both ends say their tokens."""
-    lines = rows.drop_nulls("n_tokens").group_by("op", "routing", "access", maintain_order=True)
+    """Points of growing batches joined, a line for each operation, size of its GEMM, routing and access, through the
+    medians of several points of one batch; both ends say their tokens."""
+    lines = rows.drop_nulls("n_tokens").group_by("op", "gemm", "routing", "access", maintain_order=True)
     drawn: list[tuple[Sequence[object], pl.DataFrame]] = [
-        (key, part.sort("n_tokens")) for key, part in lines if part["n_tokens"].n_unique() > 1
+        (key, part.group_by("n_tokens").agg(pl.median("flops_per_byte", "flops_per_s")).sort("n_tokens"))
+        for key, part in lines
+        if part["n_tokens"].n_unique() > 1
     ]
     drawn.sort(key=lambda one: -one[1].height)
     for i, (key, part) in enumerate(drawn[:MAX_LINES]):
@@ -232,6 +236,6 @@ def _trajectories(figure: go.Figure, rows: pl.DataFrame) -> None:
             textposition="bottom right",
             textfont={"size": LABEL},
             line={"color": "grey", "width": 1.5, "dash": ("solid", "dot", "dash", "dashdot")[i % 4]},
-            name=literal(short(", ".join(str(word) for word in key if word != "resident"))),
+            name=literal(short(", ".join(str(word) for word in key if word not in (None, "resident")))),
             hoverinfo="name",
         )

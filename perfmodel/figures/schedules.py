@@ -15,7 +15,7 @@ from perfmodel.schedule.drawn import DRAWN_LANES, DRAWN_PHASES, Panel, measured,
 from perfmodel.schedule.pictured import LAUNCH, PARTS, WAITING, Picture
 from perfmodel.schedule.timeline import TRANSFERS, Span
 
-from .drawing import DASHES, PALETTE, SYMBOLS, layout, literal
+from .drawing import DASHES, PALETTE, SYMBOLS, layout, literal, time_ticks
 
 MAX_GPUS = 16  # of more, a Gantt is too tall to be seen at once
 EDGE = {"width": 0.5, "color": "rgba(128,128,128,0.7)"}  # of bars, seen on light and on dark
@@ -64,17 +64,18 @@ def gantt(
         order = labels[panel - 1][::-1]
         figure.update_yaxes(categoryorder="array", categoryarray=order, dtick=1, row=panel, col=1)
         figure.add_vline(x=one.latency_ns, row=panel, col=1, line={"color": "grey", "dash": "dash", "width": 1})
+    figure.update_annotations(font={"size": 13}, x=0, xanchor="left")  # titles of panels, above their first bar
     top = max(one.latency_ns for one in panels)
-    _round_ticks(figure.layout.xaxis, top)
+    time_ticks(figure.layout.xaxis, top, 10)
     ticks = figure.layout.xaxis
     figure.update_xaxes(range=[0, top * 1.02], tickvals=ticks.tickvals, ticktext=ticks.ticktext, showticklabels=True)
     figure.update_xaxes(title="time since the layer began", row=len(panels), col=1)
     lines = [literal(line) for words in head for line in textwrap.wrap(words, 130)]
-    above = 110 + 20 * len(lines)
+    above = 130 + 20 * len(lines)
     whole = height + above + 60
     return figure.update_layout(
         title={
-            "text": "<br>".join([*lines, f"<span style='font-size:12px'>{HOW_TO_READ}</span>"]),
+            "text": "<br>".join([*lines, f"<span style='font-size:12px;font-weight:400'>{HOW_TO_READ}</span>"]),
             "font": {"size": 15},
             "x": 0.01,
             "yref": "container",
@@ -82,7 +83,7 @@ def gantt(
             "yanchor": "top",
             "pad": {"t": 12},
         },
-        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 1 - (above - 65) / whole, "x": 0},
+        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 1 - (above - 85) / whole, "x": 0},
         barmode="overlay",
         height=whole,
         margin={"l": 160, "r": 20, "t": above, "b": 60},
@@ -118,13 +119,6 @@ def _bars(spans: Sequence[Span], member: str) -> list[go.Bar]:
             )
         )
     return bars
-
-
-def _round_ticks(axis: Any, top_ns: float, n: int = 10) -> None:
-    """At most about `n` ticks at round times from 0 to `top_ns`, in words."""
-    step = next(round(10.0**p * m, 6) for p in range(-3, 20) for m in (1, 2, 5) if 10.0**p * m >= top_ns / n)
-    ticks = [step * i for i in range(int(top_ns / step) + 1)]
-    axis.update(tickvals=ticks, ticktext=[text.ns(tick) for tick in ticks])
 
 
 def _look(phase: str) -> dict[str, Any]:
@@ -182,8 +176,8 @@ def stacked(found: Picture) -> go.Figure:
         said = text.ns(one.latency_ns) + (f", {top / one.latency_ns:.2f}x" if len(rows) > 1 else "")
         figure.add_annotation(x=one.latency_ns, y=one.schedule, text=said, showarrow=False, xanchor="left", xshift=6)
     layout(figure, "Where the time of the slowest GPU goes", "", "")
-    _round_ticks(figure.layout.xaxis, top, 6)
-    figure.update_xaxes(range=[0, top * 1.2])
+    time_ticks(figure.layout.xaxis, top)
+    figure.update_xaxes(range=[0, top * 1.35])
     height = 150 + 64 * len(rows)
     return figure.update_layout(
         barmode="stack", height=height, margin={"l": 70, "r": 10, "t": 40, "b": 100}, legend={"traceorder": "normal"}
@@ -256,7 +250,7 @@ def beside(found: Beside, workload: EpWorkload) -> go.Figure:
             hoverinfo="text",
         )
     layout(figure, "Phases: the rank that takes longest, collectives, the whole step", "", "")
-    _round_ticks(figure.layout.yaxis, max(ns for _, *pair in rows for ns in pair if ns is not None), 5)
+    time_ticks(figure.layout.yaxis, max(ns for _, *pair in rows for ns in pair if ns is not None))
     return figure.update_layout(barmode="group", height=440, margin={"l": 70, "r": 10, "t": 40, "b": 80})
 
 

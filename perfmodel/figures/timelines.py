@@ -9,7 +9,7 @@ import polars as pl
 from perfmodel import text
 from perfmodel.timeline import Timeline
 
-from .drawing import PALETTE, layout, literal, round_time_ticks, short
+from .drawing import PALETTE, layout, literal, short, time_ticks
 
 ROW_PIXELS = 22
 LEAST_LABEL_FRAC = 0.03  # of the window; on shorter bars no name could be read
@@ -48,7 +48,7 @@ def lines_and_bars(drawn: Timeline, title: str) -> go.Figure:
     _add_delays(figure, drawn)
     length_ns = drawn.end_ns - drawn.start_ns
     layout(figure, literal(short(title, 100)), "time since the window began", "")
-    round_time_ticks(figure.layout.xaxis, length_ns)
+    time_ticks(figure.layout.xaxis, length_ns, 10)
     figure.update_xaxes(range=[0, length_ns], showgrid=True)
     several = drawn.lines["rank"].n_unique() > 1
     figure.update_yaxes(

@@ -12,10 +12,12 @@ from perfmodel.launch import LaunchMetrics, delay_counts, joined_kernels
 from perfmodel.report.traces import place
 from perfmodel.timeline import step_windows, timeline, typical_step, whole_window
 
-from .drawing import PALETTE, TIME_DECADES_NS, decades, layout, literal, round_time_ticks, short
+from .drawing import PALETTE, TIME_DECADES_NS, decades, layout, literal, short, time_ticks
 from .timelines import lines_and_bars
 
 IDLE = "#BBBBBB"
+FEW = 3  # parts of a bar; of more, hatching would be in the way
+HATCH = {"shape": "/", "fillmode": "overlay", "fgcolor": "white", "size": 7, "solidity": 0.25}
 MOST_BARS = 15
 MOST_MEMBERS = 16  # devices, say, with a bar or two each
 
@@ -27,19 +29,20 @@ def stacked(
 ) -> go.Figure:
     """Bars of times that add up, one for each name from the top, in words when pointed at."""
     figure = go.Figure()
-    for (what, values), colour in zip(series.items(), colours, strict=True):
+    for i, ((what, values), colour) in enumerate(zip(series.items(), colours, strict=True)):
+        is_hatched = i == 1 and len(series) <= FEW  # told apart without colours too
         figure.add_bar(
             y=list(range(len(names))),
             x=list(values),
             name=literal(what),
             orientation="h",
-            marker={"color": colour},
+            marker={"color": colour, "pattern": HATCH if is_hatched else {"shape": ""}},
             hovertext=[f"{literal(name)}: {literal(what)} {text.ns(v)}" for name, v in zip(names, values, strict=True)],
             hoverinfo="text",
         )
     layout(figure, title, x, "")
     totals = [sum(row) for row in zip(*series.values(), strict=True)]
-    round_time_ticks(figure.layout.xaxis, max(totals, default=0) or 1)
+    time_ticks(figure.layout.xaxis, max(totals, default=0) or 1)
     labels = [literal(short(str(name))) for name in names]
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=labels, autorange="reversed", automargin=True)
     figure.update_layout(legend={"traceorder": "normal"})
@@ -99,12 +102,15 @@ def shares(table: pl.DataFrame, label: str, value: str, title: str) -> go.Figure
             orientation="h",
             marker={"color": PALETTE[0]},
             text=[text.ns(v) for v in ranked[value]],
+            textposition="outside",
+            cliponaxis=False,
             hovertext=[f"{literal(name)}<br>{text.ns(v)}" for name, v in ranked.select(label, value).iter_rows()],
             hoverinfo="text",
         )
     )
     layout(figure, title, "", "")
-    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False)
+    longest = max([*ranked[value], 1])
+    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, range=[0, 1.2 * longest])
     figure.update_yaxes(
         tickvals=list(range(ranked.height)),
         ticktext=[literal(text.shortened(str(name).removeprefix("void "), 48)) for name in ranked[label]],

@@ -29,6 +29,23 @@ def most_free(curves: Mapping[str, Sequence[Prediction]], within_frac: float = F
     return label, n_free(curves[label], within_frac), curves[label][0].n_experts
 
 
+def curve_rows(curves: Mapping[str, Sequence[Prediction]]) -> pl.DataFrame:
+    """Curves as a table: a row for each point of each `line`, in order."""
+    rows = [
+        {
+            "line": label,
+            "n_offloaded": p.n_offloaded,
+            "slowdown": p.slowdown,
+            "latency_ns": p.latency_ns,
+            "bottleneck": p.bottleneck,
+            "basis": p.basis,
+        }
+        for label, curve in curves.items()
+        for p in curve
+    ]
+    return pl.DataFrame(rows)
+
+
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     """Which points (memory, slowdown) no other beats in both, by their place in `points`, the least memory first."""
     found: list[int] = []

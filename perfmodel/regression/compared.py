@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import polars as pl
+
 from perfmodel.capture import Capture, profile_of
 from perfmodel.errors import InputError
 from perfmodel.hardware import QUANTITIES, HardwareProfile, hardware, profile_name
@@ -157,6 +159,25 @@ class Comparison:
         if self.failures(fail_on):
             return 1
         return 4 if must_conclude and self.overall.verdict.verdict == "inconclusive" else 0
+
+    def table(self) -> pl.DataFrame:
+        """One row a workload, slowest against the baseline first; null where no model judged it."""
+        rows = [
+            {
+                "workload": case.verdict.label,
+                "cell": case.cell,
+                "verdict": case.verdict.verdict,
+                "ratio": case.verdict.ratio,
+                "ratio_low": case.verdict.ratio_low,
+                "ratio_high": case.verdict.ratio_high,
+                "expected_ratio": case.expected_ratio,
+                "measured_over_model": None if case.expectation is None else case.expectation.ratio,
+                "against_model": None if case.expectation is None else case.expectation.verdict,
+                "n_more_runs": case.verdict.n_more_runs,
+            }
+            for case in self.each
+        ]
+        return pl.DataFrame(rows, infer_schema_length=None)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values."""

@@ -117,7 +117,8 @@ def _compare(workload: str, label: str, a: Side, b: Side, margin: float) -> tupl
     single = min(n_a, n_b) < 2
     variance = a.variance + b.variance + a.drift_variance + b.drift_variance
     # Welch and Satterthwaite, with what is assumed taken as known.
-    df = math.inf if single else variance**2 / (a.variance**2 / (n_a - 1) + b.variance**2 / (n_b - 1))
+    estimated = sum(side.variance**2 / (len(side.log_ns) - 1) for side in (a, b) if len(side.log_ns) > 1)
+    df = variance**2 / estimated if estimated else math.inf
     se = math.sqrt(variance)
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, df))
     low, high, m = d - t * se, d + t * se, math.log1p(margin)

@@ -1,7 +1,7 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
 from perfmodel.report.balance import balance_json, balance_page
-from perfmodel.report.captures import QUANTITY_HEADER, check_page, conclusion, model_line, quantity_cells, verdict_line
+from perfmodel.report.captures import QUANTITY_HEADER, check_page, conclusion, quantity_cells
 from perfmodel.report.check_files import check_junit, check_markdown
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import (
@@ -28,7 +28,7 @@ from perfmodel.report.phases import (
     workload_head,
     workload_page,
 )
-from perfmodel.report.pictured import facts, fastest_words, pictured_page, stretch_words, why_words
+from perfmodel.report.pictured import fastest_words, pictured_page, schedule_facts, stretch_words, why_words
 from perfmodel.report.placing import (
     change_lines,
     labelled,
@@ -83,7 +83,6 @@ __all__ = [
     "efficiency_page",
     "error_rows",
     "evaluation_page",
-    "facts",
     "fastest_words",
     "findings_page",
     "findings_text",
@@ -95,7 +94,6 @@ __all__ = [
     "limits_page",
     "lost_words",
     "miss_words",
-    "model_line",
     "models_rows",
     "pass_words",
     "passes_page",
@@ -113,6 +111,7 @@ __all__ = [
     "roofline_page",
     "routing_page",
     "scaling_page",
+    "schedule_facts",
     "schedule_head",
     "schedule_json",
     "schedule_page",
@@ -122,7 +121,6 @@ __all__ = [
     "table",
     "trace_page",
     "trimoe_page",
-    "verdict_line",
     "verdict_lines",
     "why_words",
     "workload_head",

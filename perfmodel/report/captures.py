@@ -43,6 +43,8 @@ def conclusion(comparison: "Comparison") -> tuple[str, str]:
         )
     if overall.verdict.verdict == "improved":
         return "good", "Faster than the baseline."
+    if overall.verdict.ratio_low * (1 + comparison.margin_frac) < 1:
+        return "good", "Not slower than the baseline by more than the margin."
     return "good", "As fast as the baseline, within the margin."
 
 

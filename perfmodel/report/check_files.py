@@ -109,7 +109,9 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     """A comparison as Markdown for the summary of a job: the verdict in one line, at most N_FIRST workloads, the rest
     and what changed below folds. Names stand in code spans, so that nothing in them is interpreted."""
     failures = comparison.failures(fail_on)
-    symbol = "❌" if failures else "❔" if comparison.overall.verdict.verdict == "inconclusive" else "✅"
+    is_open = comparison.overall.verdict.verdict == "inconclusive"
+    # What is slower is not well only because nothing was to fail by it.
+    symbol = "❌" if failures else "❔" if is_open else "⚠️" if comparison.slower() else "✅"
     words = f"{symbol} **{verdict_line(comparison)}**"
     if failures:
         words += f" ({', '.join(failures)})"

@@ -48,7 +48,7 @@ def why_words(found: "Picture") -> str:
     return f"Shortening {first.bottleneck} would shorten it most. {would}"
 
 
-def facts(found: "Picture") -> list[list[str]]:
+def schedule_facts(found: "Picture") -> list[list[str]]:
     """What sets the schedules of a layer apart: rows of a name and a word for each schedule."""
     rows, waits = found.timelines, found.breakdowns
     saved = [found.skew_frac[one.schedule] for one in rows]
@@ -103,7 +103,7 @@ def pictured_page(found: "Picture", curves: "Sequence[Curve]", width: int = WIDT
         ]
         for name in names
     ]
-    body += facts(found)
+    body += schedule_facts(found)
     blocks = [
         wrapped(f"{fastest_words(found)} {why_words(found)}", width),
         "time of the GPU that computes longest; it sums to the latency\n"

@@ -54,14 +54,17 @@ def findings_text(findings: Sequence[Finding], width: int = WIDTH) -> str:
 def coverage_text(found: Analysis, name: str, width: int = WIDTH) -> str:
     """What was read and what could be joined, repaired, dropped; then what a reader of the numbers must know."""
     trace, m = found.trace, found.metrics
-    joined = m.n_kernels_joined / m.n_kernels if m.n_kernels else None
+    damage = f"{text.counted(trace.n_repaired, 'event')} repaired, {text.count(trace.n_dropped)} dropped"
     lines = [
         f"{text.shortened(name, width - 40)}: {trace.source} trace, {text.count(m.n_events)} events",
-        f"coverage: {text.count(m.n_kernels)} kernels, {text.count(m.n_kernels_joined)} joined to their launch "
-        f"({text.frac(joined)}), {text.count(m.n_kernels_orphan)} orphans, {text.count(m.n_kernels_graph)} graph; "
-        f"{trace.n_repaired} events repaired, {trace.n_dropped} dropped",
+        f"coverage: no kernels were recorded; {damage}",
     ]
     if m.n_kernels:
+        lines[-1] = (
+            f"coverage: {text.count(m.n_kernels)} kernels, {text.count(m.n_kernels_joined)} joined to their launch "
+            f"({text.frac(m.n_kernels_joined / m.n_kernels)}), {text.count(m.n_kernels_orphan)} orphans, "
+            f"{text.count(m.n_kernels_graph)} graph; {damage}"
+        )
         by = found.n_kernels_found_by
         unknown = m.n_kernels - sum(by.values())
         parts = [f"{text.count(n)} by {how}" for how, n in by.items()]

@@ -5,7 +5,7 @@ becomes the tasks of its weighted sum. A task that is ready goes to a processor 
 first that becomes free, in the order in which tasks became ready.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -19,17 +19,20 @@ from .tiles import Plan
 # Stages of a block. Of what happens at one moment, what is nearer to the end comes first, then the lower block.
 REDUCE, TAKE_BACK, SEND_BACK, GEMM2, TAKE, GEMM1 = range(6)
 Free = list[float]  # when each processor of a GPU is free, ascending
+Idle = list[tuple[float, Free]]  # until when processors of a GPU had nothing to do, and since when each of them
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """When what happened, ns: `tasks[block, (GEMM 1, GEMM 2, sum), (first start, last end)]`; `sends` and `takes[block,
-    way, (start, end)]` of links, zero for rows that stay; `end_ns[GPU]` when it has its tokens."""
+    way, (start, end)]` of links, zero for rows that stay; `end_ns[GPU]` when it has its tokens; `idle[GPU][gap, (start,
+    end)]` when a processor had nothing to do, from the GPU's first task to the end of the run."""
 
     tasks: Array
     sends: Array
     takes: Array
     end_ns: Array
+    idle: tuple[Array, ...]
 
 
 def simulate(plan: Plan) -> Run:
@@ -39,6 +42,7 @@ def simulate(plan: Plan) -> Run:
     gemm_ns, hold_ns, reduce_ns = plan.gemm_ns.tolist(), plan.hold_ns.tolist(), plan.reduce_ns.tolist()
     begin, stays = plan.begin_ns.tolist(), (plan.lane < 0).tolist()
     free: list[Free] = [[when] * plan.n_processors for when in begin]
+    idle: list[Idle] = [[] for _ in begin]
     end_ns, unread = list(begin), [[True] * len(hold_ns) for _ in range(2)]
     tasks: list[list[Interval]] = [[(0.0, 0.0)] * n_blocks for _ in plan.n_tiles]
     events: list[tuple[float, int]] = []
@@ -63,25 +67,35 @@ def simulate(plan: Plan) -> Run:
             reads = unread[g][where]
             unread[g][where] = False
             if reads and stage == GEMM1 and hold_ns[where]:
-                hold(free[there], now, hold_ns[where])
-            tasks[g][block] = ran = run(free[there], now, plan.n_tiles[g], gemm_ns[where][g][reads])
+                hold(free[there], now, hold_ns[where], idle[there])
+            tasks[g][block] = ran = run(free[there], now, plan.n_tiles[g], gemm_ns[where][g][reads], idle[there])
             at(ran[1], GEMM2 if stage == GEMM1 else REDUCE if stays[block] else SEND_BACK, block)
         elif stage == SEND_BACK:
             at(links.send(block, BACK, there, now), TAKE_BACK, block)
         elif stage == TAKE_BACK:
             at(links.take(block, BACK, here, now), REDUCE, block)
         else:
-            tasks[2][block] = ran = run(free[here], now, plan.n_tiles[2], reduce_ns[block])
+            tasks[2][block] = ran = run(free[here], now, plan.n_tiles[2], reduce_ns[block], idle[here])
             end_ns[here] = max(end_ns[here], ran[1])
-    return Run(np.stack(tasks, axis=1), *links.times(), np.array(end_ns))
+    for gpu_idle, gpu_free in zip(idle, free, strict=True):
+        gpu_idle.append((max(end_ns), gpu_free))
+    return Run(np.stack(tasks, axis=1), *links.times(), np.array(end_ns), tuple(_gaps(one) for one in idle))
 
 
-def run(free: Free, ready: float, n_tasks: int, dur: float) -> Interval:
+def _gaps(idle: Idle) -> Array:
+    """What is said of idle processors as a table, `[gap, (start, end)]`."""
+    until, since = zip(*idle, strict=True)
+    return np.stack([np.concatenate(since), np.repeat(until, [len(one) for one in since])], axis=1)
+
+
+def run(free: Free, ready: float, n_tasks: int, dur: float, idle: Idle) -> Interval:
     """Give equal tasks to the processors that are free first; when the first starts, when the last ends.
 
     All processors that are free before the first of them would be free again take one task each, in one step.
     """
     first, last = max(ready, free[0]), ready
+    if free[0] < ready:
+        idle.append((ready, free[: min(n_tasks, bisect_left(free, ready))]))
     while n_tasks:
         n = min(n_tasks, bisect_right(free, max(ready, free[0]) + dur))
         free[:n] = [(when if when > ready else ready) + dur for when in free[:n]]
@@ -91,6 +105,8 @@ def run(free: Free, ready: float, n_tasks: int, dur: float) -> Interval:
     return first, last
 
 
-def hold(free: Free, ready: float, dur: float) -> None:
+def hold(free: Free, ready: float, dur: float, idle: Idle) -> None:
     """Hold all processors up, each as soon as it is free."""
+    if free[0] < ready:
+        idle.append((ready, free[: bisect_left(free, ready)]))
     free[:] = [max(ready, when) + dur for when in free]

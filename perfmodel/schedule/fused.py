@@ -30,7 +30,7 @@ from .events import Run, simulate
 from .measures import TILE_ROWS
 from .overheads import Overheads
 from .tiles import Plan, busy_ns, plan_of
-from .timeline import TRANSFERS, LayerTimeline, Span
+from .timeline import TRANSFERS, LayerTimeline, Shared, Span
 
 # Spans of a phase closer than this share of the run are drawn as one: a few thousand for 8 GPUs, not one per task.
 SPAN_GAP_FRAC = 0.02
@@ -76,7 +76,42 @@ def fused_timeline(layer: Layer, overheads: Overheads) -> LayerTimeline:
         payload_bytes=sent,
         computed_padding_frac=float(1 - plan.blocks.rows.sum() / (len(plan.blocks.rows) * TILE_ROWS)),
         spans=tuple(_spans(plan, ran, begin, launch)),
+        shared=tuple(_shared(plan, ran, by_phase, gpu) for gpu in range(len(busy))),
     )
+
+
+def _shared(plan: Plan, ran: Run, by_phase: dict[str, Array], gpu: int) -> Shared:
+    """What a GPU works on by phase, and how long its links move rows while processors are idle, and while they are not.
+
+    Links count while they carry a block, not while its first byte is under way.
+    """
+    remote, source, at = plan.lane >= 0, plan.blocks.source, plan.blocks.gpu
+    ways = []
+    for way, (sender, taker) in enumerate(((source, at), (at, source))):
+        sent, taken = ran.sends[remote & (sender == gpu), way], ran.takes[remote & (taker == gpu), way]
+        ways.append(np.array(_joined(np.concatenate([sent, taken]), 0.0)).reshape(-1, 2))
+    edges = np.unique(np.concatenate([way.ravel() for way in ways]))
+    is_moving = np.array([_n_begun(way[:, 0], edges) > _n_begun(way[:, 1], edges) for way in ways])[:, :-1]
+    since, until = ran.idle[gpu].T
+    idle_ns = np.diff(_time_after(since, edges) - _time_after(until, edges)) / plan.n_processors
+    exposed = (is_moving / np.maximum(is_moving.sum(axis=0), 1)) @ idle_ns
+    return Shared(
+        {name: float(ns[gpu]) for name, ns in by_phase.items()},
+        dict(zip(TRANSFERS, exposed.tolist(), strict=True)),
+        float(np.diff(edges) @ is_moving.any(axis=0) - exposed.sum()),
+    )
+
+
+def _n_begun(moments: Array, at: Array) -> Index:
+    """How many of ascending `moments` have come `at` each of others."""
+    return np.searchsorted(moments, at, side="right")
+
+
+def _time_after(moments: Array, at: Array) -> Array:
+    """The time since each of `moments` that has come `at` each of others, summed."""
+    moments = np.sort(moments)
+    n = _n_begun(moments, at)
+    return np.asarray(n * at - np.append(0.0, np.cumsum(moments))[n])
 
 
 def _spans(plan: Plan, ran: Run, begin: dict[str, Array], launch: float) -> list[Span]:

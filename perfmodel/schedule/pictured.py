@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isclose
 from typing import Any
 
 import numpy as np
 
 from .measures import overlap_efficiency
 from .question import Question
-from .timeline import PHASES, TRANSFERS, LayerTimeline
+from .timeline import PHASES, TRANSFERS, LayerTimeline, Shared, Span
 from .what_if import max_over_mean, skew_frac, unpadded_bulk_ns
 
 LAUNCH, WAITING = "launch", "waiting"
@@ -51,40 +50,37 @@ def slowest_gpu(one: LayerTimeline) -> int:
 def breakdown(one: LayerTimeline, gpu: int | None = None) -> Breakdown:
     """What a GPU (null: the slowest) does in the time of a layer under a schedule.
 
-    Of phases that share processors, as in one fused kernel, only their work on the GPU that has most of each is known:
-    this GPU's time is divided like that, and where that is less than the time in which any is under way, processors are
-    taken to be without a task evenly over it.
+    Of phases that share processors, as in one fused kernel, each counts for its processor time over processors, and a
+    transfer for the share of processors that have no task while it is under way.
     """
     gpu = slowest_gpu(one) if gpu is None else gpu
     own = [span for span in one.spans if span.gpu == gpu]
-    start = np.array([span.start_ns for span in own])
-    end = start + np.array([span.dur_ns for span in own])
-    edges = np.unique(np.clip(np.concatenate([[0.0, one.latency_ns], start, end]), 0.0, one.latency_ns))
-    dur, middle = np.diff(edges), (edges[1:] + edges[:-1]) / 2
-    is_on = (start[:, None] <= middle) & (middle < end[:, None])
-    is_compute = np.array([span.lane == "compute" for span in own], dtype=bool)
-    is_computing, is_moving = is_on[is_compute].any(axis=0), is_on[~is_compute].any(axis=0)
-
-    work = {name: sum(s.dur_ns for s in own if s.lane == "compute" and s.phase == name) for name in PHASES}
-    if not isclose(sum(work.values()), one.busy_ns[gpu]):
-        most = {name: ns for name, ns in one.phases.items() if name not in (LAUNCH, *TRANSFERS)}
-        work = {name: ns * one.busy_ns[gpu] / sum(most.values()) for name, ns in most.items()}
-    moving = np.array(
-        [
-            is_on[[not c and s.phase == name for c, s in zip(is_compute, own, strict=True)]].any(axis=0)
-            for name in TRANSFERS
-        ]
-    )
-    idle = np.where(is_computing, max(1 - one.busy_ns[gpu] / max(float(dur[is_computing].sum()), 1e-9), 0.0), 1.0)
-    exposed = moving * idle / np.maximum(moving.sum(axis=0), 1) @ dur
-    before = float(dur[middle < start.min(initial=one.latency_ns)].sum())
-    # Experts outside device memory may hold processors of a fused kernel while its spans show nothing but transfers.
-    exposed *= min(1.0, max(one.latency_ns - before - sum(work.values()), 0.0) / max(exposed.sum(), 1e-9))
-    found = {**work, **dict(zip(TRANSFERS, exposed.tolist(), strict=True)), LAUNCH: before}
+    shared = one.shared[gpu] if one.shared else _by_spans(own, one.latency_ns)
+    before = min((span.start_ns for span in own), default=one.latency_ns)
+    found = {**shared.work, **shared.exposed_ns, LAUNCH: before}
     found[WAITING] = one.latency_ns - sum(found.values())
     least = END_FRAC * one.latency_ns
     parts = {name: found[name] for name in PARTS if found.get(name, 0.0) > least}
-    return Breakdown(one.schedule, gpu, parts, float((dur * (1 - idle))[is_moving].sum()))
+    return Breakdown(one.schedule, gpu, parts, shared.hidden_ns)
+
+
+def _by_spans(own: Sequence[Span], latency_ns: float) -> Shared:
+    """The same of a GPU that does one thing after another, by its spans."""
+    start = np.array([span.start_ns for span in own])
+    end = start + np.array([span.dur_ns for span in own])
+    edges = np.unique(np.clip(np.concatenate([[0.0, latency_ns], start, end]), 0.0, latency_ns))
+    dur, middle = np.diff(edges), (edges[1:] + edges[:-1]) / 2
+    is_on = (start[:, None] <= middle) & (middle < end[:, None])
+    is_compute = np.array([span.lane == "compute" for span in own], dtype=bool)
+    is_computing = is_on[is_compute].any(axis=0)
+    moves = [[span.lane != "compute" and span.phase == name for span in own] for name in TRANSFERS]
+    moving = np.array([is_on[np.array(of_it, dtype=bool)].any(axis=0) for of_it in moves])
+    exposed = moving / np.maximum(moving.sum(axis=0), 1) @ np.where(is_computing, 0.0, dur)
+    return Shared(
+        {name: sum(s.dur_ns for s in own if s.lane == "compute" and s.phase == name) for name in PHASES},
+        dict(zip(TRANSFERS, exposed.tolist(), strict=True)),
+        float(dur @ (moving.any(axis=0) & is_computing)),
+    )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,16 @@ class Span(NamedTuple):
     piece: int = 0
 
 
+class Shared(NamedTuple):
+    """What a GPU does whose phases share its processors, ns: `work` by phase, processor time over processors; of the
+    time in which its links move rows, `exposed_ns` by TRANSFERS in which processors had no task (the share of them that
+    had none; of both at once half for each), and `hidden_ns` in which they had."""
+
+    work: dict[str, float]
+    exposed_ns: dict[str, float]
+    hidden_ns: float
+
+
 @dataclass(frozen=True)
 class LayerTimeline:
     """One MoE layer on several GPUs under a schedule.
@@ -34,7 +44,7 @@ class LayerTimeline:
     shortened, would shorten the latency most. `sent_bytes` is what all GPUs send, padding and all; `payload_bytes` what
     of it is not padding; `computed_padding_frac` the share of the rows that experts compute that is padding, to a
     capacity or to the fused kernel's blocks; `dropped_frac` the share of rows that no expert computes because they
-    exceed its capacity.
+    exceed its capacity. `shared[gpu]` is there where phases share processors, and says what spans do not.
     """
 
     schedule: str
@@ -50,6 +60,7 @@ class LayerTimeline:
     dropped_frac: float = 0.0
     computed_padding_frac: float = 0.0
     spans: tuple[Span, ...] = ()
+    shared: tuple[Shared, ...] = ()
 
     @property
     def padding_frac(self) -> float:
