@@ -23,6 +23,13 @@ def shipped() -> dict[str, tuple[Capture, LatencyModel]]:
     }
 
 
+@st.cache_resource(show_spinner="Reading the shipped models")
+def models() -> dict[str, LatencyModel]:
+    """Every model that comes with the project, of its own captures first, then of published tables."""
+    own = {name: model for name, (_, model) in shipped().items()}
+    return own | {name: load_model(name) for name in shipped_models() if name not in own}
+
+
 @st.cache_data(show_spinner=False)
 def example_words() -> dict[str, str]:
     """What the workloads of expert-parallel captures are, by the path of a profile, whose own name is a digest."""

@@ -1,5 +1,6 @@
 """The dashboard's pages and their order; `serve.py` serves it, `perfmodel app` starts that."""
 
+import link
 import streamlit as st
 
 page = st.navigation(
@@ -15,4 +16,5 @@ page = st.navigation(
     position="top",
 )
 st.set_page_config(page_title=f"{page.title} - perfmodel", layout="wide")
-page.run()
+with link.honoured():
+    page.run()

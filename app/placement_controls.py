@@ -12,13 +12,14 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import frame
+import link
 import loading
 import streamlit as st
 import uploads
 
 from perfmodel import hardware, hf_config, moe, routing
 from perfmodel.errors import InputError
-from perfmodel.latency import LatencyModel, load_model, shipped_models
+from perfmodel.latency import LatencyModel
 from perfmodel.model_memory import ModelMemory, model_memory
 from perfmodel.moe import MoEShape
 from perfmodel.offload import study, usable_modes
@@ -161,7 +162,7 @@ def refuse_bomb(name: str, content: bytes) -> None:
 
 
 def _fitted(choice: Choice) -> LatencyModel | None:
-    return None if choice.model is None else load_model(choice.model)
+    return None if choice.model is None else loading.models()[choice.model]
 
 
 def recording(choice: Choice, files: Files) -> Recording:
@@ -236,10 +237,19 @@ def room(choice: Choice, files: Files) -> tuple[MoEShape, ModelMemory, Room]:
     return shape, memory, room_for(hardware.hardware(choice.hardware), shape, memory, choice.engine)
 
 
-def _uploaded(file: Any, files: dict[str, Any], n_most_mb: int) -> str:
-    """The digest of an uploaded file, which joins `files`; empty for none, or one that is too large."""
+def _uploaded(key: str, files: dict[str, Any], n_most_mb: int) -> str:
+    """The digest of what was uploaded in a box, which joins `files`; empty for nothing, or what is too large.
+
+    A box is empty again when its user comes back from another view: the session has what was in it until it is removed.
+    """
+    file = st.session_state.get(f"kept-{key}")
     if file is None:
         return ""
+    if st.session_state.get(key) is None:
+        frame.literal(file.name)
+        if st.button("Remove", key=f"remove-{key}", icon=":material/close:"):
+            del st.session_state[f"kept-{key}"]
+            st.rerun()
     if file.size > n_most_mb * 10**6:
         frame.refused(
             "This file is too large:", f"{file.name} has {file.size:,} bytes, expected at most {n_most_mb} MB"
@@ -248,6 +258,11 @@ def _uploaded(file: Any, files: dict[str, Any], n_most_mb: int) -> str:
     digest = hashlib.sha256(file.getvalue()).hexdigest()
     files[digest] = file
     return digest
+
+
+def _keep(key: str) -> None:
+    """What a box holds now is what its session has."""
+    st.session_state[f"kept-{key}"] = st.session_state[key]
 
 
 def choose() -> tuple[Choice, dict[str, Any]]:
@@ -309,7 +324,7 @@ def choose() -> tuple[Choice, dict[str, Any]]:
         with st.expander("More"):
             fitted = st.selectbox(
                 "Fitted latency model",
-                [NO_MODEL, *(name for name in shipped_models() if load_model(name).profile.device == "gpu")],
+                [NO_MODEL, *(name for name, one in loading.models().items() if one.profile.device == "gpu")],
                 key="model",
                 bind="query-params",
                 help="Gives intervals where it can vouch for them.",
@@ -372,26 +387,36 @@ def _routing(shape: str, files: dict[str, Any]) -> tuple[str, str, str]:
         ).strip()
         name = f"{name}:{argument}" if argument else name
     with st.expander("Your own model or routing"):
-        config = st.file_uploader(
-            "Model: a Hugging Face config.json", key="config-upload", max_upload_size=CONFIG_MB, type=["json"]
+        st.file_uploader(
+            "Model: a Hugging Face config.json",
+            key="config-upload",
+            max_upload_size=CONFIG_MB,
+            type=["json"],
+            on_change=_keep,
+            args=("config-upload",),
         )
-        file = st.file_uploader(
+        config_digest = _uploaded("config-upload", files, CONFIG_MB)
+        st.file_uploader(
             "Routing: .npz, .npy, .csv, .json, .jsonl or .pt of counts or expert ids",
             key="routing-upload",
             max_upload_size=ROUTING_MB,
             help="Not Parquet: write it as .npz, .csv or .jsonl. Nothing in a .pt file is run.",
+            on_change=_keep,
+            args=("routing-upload",),
         )
-        key = st.text_input("Key and layer of the file", key="part", placeholder="counts@0", disabled=file is None)
+        routing_digest = _uploaded("routing-upload", files, ROUTING_MB)
+        key = st.text_input(
+            "Key and layer of the file", key="part", placeholder="counts@0", disabled=not routing_digest
+        )
         st.caption("What is uploaded stays in this session; a link cannot hold it.")
-        config_digest = _uploaded(config, files, CONFIG_MB)
-        routing_digest = _uploaded(file, files, ROUTING_MB)
-    if file is not None and routing_digest:
+    if routing_digest:
         part = key.strip()
-        name = f"{file.name}{part}" if not part or part.startswith("@") else f"{file.name}#{part}"
+        own = files[routing_digest].name
+        name = f"{own}{part}" if not part or part.startswith("@") else f"{own}#{part}"
     return config_digest, name, routing_digest
 
 
 def offered(error: InputError) -> None:
     """Say why these settings cannot be computed, and end the page."""
     frame.refused("These settings cannot be computed:", error)
-    st.stop()
+    link.end()

@@ -207,7 +207,7 @@ def _editor(key: Any, question: Question, case: Any, base: Tiers, windows: str, 
     layers = [int(layer) for layer in case.recording.layers]
     left, right = st.columns([2, 3])
     with left:
-        layer = st.selectbox("Layer", layers, key="edit-layer") if len(layers) > 1 else layers[0]
+        layer = st.selectbox("Layer", layers, key="edit-layer", bind="query-params") if len(layers) > 1 else layers[0]
         row = layers.index(layer)
         if state["layer"] != row:  # the table begins with what the layer is now
             state.update(layer=row, turn=state["turn"] + 1, shown=state["tier"][row].copy())
@@ -277,7 +277,9 @@ def _positions(question: Question, tier: Tiers) -> Tiers:
 
 def _export(question: Question, case: Any, placed: PlacedModel) -> None:
     """The placement as files: our own, and those of serving engines with what to know of them."""
-    form = st.selectbox("Export for", list(FORMATS), index=list(FORMATS).index("sglang"), key="format")
+    form = st.selectbox(
+        "Export for", list(FORMATS), index=list(FORMATS).index("sglang"), key="format", bind="query-params"
+    )
     with st.container(horizontal=True):
         st.download_button(
             "Placement JSON", lambda: placement_json(placed), "placement.json", on_click="ignore", key="placement-json"

@@ -1,6 +1,7 @@
 """The parts of the Trace view: each shows one side of a trace, and computes what it needs when it is opened."""
 
 import json
+import shlex
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def summary(one: Loaded, traces: list[Loaded]) -> None:
     if len(found.findings) > 3:
         with st.expander("More findings"):
             frame.literal(report.findings_text(found.findings[3:], UNBROKEN))
-    _ends("summary", ["perfmodel", "analyze", one.name], report.trace_page(found, one.name), found.steps)
+    _ends("summary", _analyze(one), report.trace_page(found, one.name), found.steps)
 
 
 def _device_numbers(found: Analysis) -> None:
@@ -150,7 +151,7 @@ def step(one: Loaded, traces: list[Loaded]) -> None:
             "Arrows run from the start of a launch call to the start of its kernel: the longest delay in each twelfth "
             "of the window. Steep: the kernel began at once. Flat: it queued behind others."
         )
-    _ends("bars", ["perfmodel", "analyze", one.name, "--html", "report.html"], "", shown.bars)
+    _ends("bars", _analyze(one, "--html", "report.html"), "", shown.bars)
 
 
 def _chosen_step(steps: pl.DataFrame) -> dict[str, Any] | None:
@@ -200,7 +201,7 @@ def launches(one: Loaded, traces: list[Loaded]) -> None:
     with right:
         st.caption("Launch calls")
         frame.rows(found.launch_calls, "Launch calls and what they cost the host")
-    _ends("launches", ["perfmodel", "analyze", one.name, "--by", by], "", table)
+    _ends("launches", _analyze(one, "--by", by), "", table)
 
 
 def kernels(one: Loaded, traces: list[Loaded]) -> None:
@@ -229,7 +230,7 @@ def kernels(one: Loaded, traces: list[Loaded]) -> None:
         st.caption("Operators, by time of the host without what they call")
     frame.rows(found.operators, "Operators; times in microseconds", height=300)
     table = found.kernels if found.metrics.n_kernels else found.operators
-    _ends("kernels", ["perfmodel", "analyze", one.name, "--json"], "", table)
+    _ends("kernels", _analyze(one, "--json"), "", table)
 
 
 def chains(one: Loaded, traces: list[Loaded]) -> None:
@@ -281,7 +282,7 @@ def copies(one: Loaded, traces: list[Loaded]) -> None:
     if found.copies.height:
         st.caption("Copies and sets by direction and kind of memory")
         frame.rows(found.copies, "Copies and sets; times in microseconds, rates in bytes per second")
-    _ends("copies", ["perfmodel", "analyze", one.name, "--json"], "", found.copies)
+    _ends("copies", _analyze(one, "--json"), "", found.copies)
 
 
 def ranks_and_layers(one: Loaded, traces: list[Loaded]) -> None:
@@ -295,7 +296,7 @@ def ranks_and_layers(one: Loaded, traces: list[Loaded]) -> None:
         page = report.ranks_page(of_ranks)
         frame.literal(page.split("\n\n")[1])
         frame.rows(of_ranks.ranks, "Figures of each rank; times in microseconds")
-        words.append(page)
+        words.append(f"{shlex.join(['perfmodel', 'analyze', one.name])}\n\n{page}")
     by_step, notes = waited(one.digest, found)
     of_layers = passes(one.digest, found)
     if by_step.select(*MEMBER).unique().height > 1:
@@ -311,7 +312,7 @@ def ranks_and_layers(one: Loaded, traces: list[Loaded]) -> None:
         frame.rows(of_layers.passes, "Passes of MoE layers; times in microseconds")
         words.append(report.passes_page(of_layers, one.name))
     table = by_step if isinstance(of_layers, str) else of_layers.passes
-    _ends("layers", ["perfmodel", "layers", one.name], "\n\n".join(words), table)
+    _ends("layers", ["perfmodel", "layers", one.name], "\n\n".join(reversed(words)), table)
 
 
 def pairs(one: Loaded, traces: list[Loaded]) -> None:
@@ -320,7 +321,9 @@ def pairs(one: Loaded, traces: list[Loaded]) -> None:
     if not others:
         st.info("Open a second trace above to compare it with this one: before and after a change, say.")
         return
-    i = st.selectbox("Compare with", range(len(others)), format_func=lambda i: others[i].name, key="other")
+    i = st.selectbox(
+        "Compare with", range(len(others)), format_func=lambda i: others[i].name, key="other", bind="query-params"
+    )
     other = others[i or 0]
     found = compared(one.digest, other.digest, one.analysis, other.analysis)
     frame.literal(f"a: {one.name}\nb: {other.name}")
@@ -342,7 +345,7 @@ def batches(one: Loaded, traces: list[Loaded]) -> None:
         )
         batch_sizes, metrics = read_sweeps(PUBLISHED)[""]
         found = bound.sweep(batch_sizes, metrics)
-        command: list[object] = ["perfmodel", "sweep", "published.csv"]
+        command: list[object] = ["perfmodel", "sweep", f"perfmodel/data/published/{PUBLISHED.name}"]
     else:
         guessed = pl.DataFrame(
             {
@@ -394,6 +397,12 @@ def _perfetto(found: Analysis) -> bytes:
         path = Path(folder) / "trace.json.gz"
         export_perfetto(found.trace, path)
         return path.read_bytes()
+
+
+def _analyze(one: Loaded, *options: str) -> list[object]:
+    """The command that says the same of a trace; a folder of ranks is one trace only where groups are asked for."""
+    groups = ["--by", "rank"] if one.ranks is not None and "--by" not in options else []
+    return ["perfmodel", "analyze", one.name, *groups, *options]
 
 
 def _ends(name: str, command: list[object], words: str, table: pl.DataFrame) -> None:

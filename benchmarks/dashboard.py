@@ -7,7 +7,7 @@ made up: the largest shipped profile, repeated with shifted times and ids, its n
 hardly packs, until it has --packed-bytes.
 
     first paint   from the request of the default page to its first figure, in a browser with an empty cache
-    repaint       from a step of the first slider that a view has until the page is whole again; the slowest of 10 steps
+    repaint       from the event of a control until the data of a figure are others: median and most of six changes
     upload        from the first byte of the upload until the page with its metrics was sent (no browser)
     others read   how long an idle session waits for its page while all other sessions upload at once
     memory        resident memory of the server: after its start, with the upload open, with all sessions open
@@ -21,7 +21,8 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,7 +34,49 @@ from tests.served import ARGUMENTS, served  # noqa: E402
 from tests.sessions import Session  # noqa: E402
 
 GOALS_S = {"first paint": 3, "repaint": 0.5, "upload": 10}
-VIEWS = ("", "roofline", "accuracy", "placement", "schedules", "regression", "trace")
+N_STEPS = 6
+
+
+class Control(NamedTuple):
+    """A control of a view, and what is chosen there in turn: words, or keys that move a slider."""
+
+    view: str
+    role: str
+    name: str
+    values: tuple[str, ...]
+
+
+MOVES = ("ArrowLeft", "ArrowRight")
+CONTROLS = (
+    Control("", "combobox", "Measurements", ("epyc-zen5-2c-bf16", "epyc-zen5-2c-fp32", "epyc-zen4-2c-fp32")),
+    Control("roofline", "combobox", "Machine", ("h100-sxm", "epyc-zen5-2c-fp32", "epyc-zen4-2c-fp32")),
+    Control("accuracy", "combobox", "Model", ("epyc-zen5-2c-bf16", "epyc-zen5-2c-fp32", "epyc-zen4-2c-fp32")),
+    Control("placement", "slider", "Experts on the GPU, %", MOVES),
+    Control("placement?shape=deepseek-v3", "slider", "Experts on the GPU, %", MOVES),
+    Control("placement", "combobox", "Tokens of a pass", ("4096", "512", "65536")),
+    Control("schedules", "slider", "Tokens on each GPU", MOVES),
+    Control("schedules?gpus=16", "slider", "Tokens on each GPU", MOVES),
+    Control("schedules?tab=Measured", "combobox", "Tokens of a rank", ("16", "128")),
+    Control("schedules?tab=Expert+maps", "slider", "Fastest GPU faster by", ("ArrowRight", "ArrowRight")),
+    Control("regression", "spinbutton", "Margin, %", ("5", "8", "3")),
+    Control("trace?part=Timeline", "slider", "Part of it, in per cent", ("ArrowRight", "ArrowLeft")),
+)
+# From the event in the page until any figure has other data than before; both are times of the browser.
+WATCH = """() => {
+  const figures = () => [...document.querySelectorAll('.js-plotly-plot')].map(one => one.data);
+  const before = JSON.stringify(figures());
+  let last = figures(), began = 0;
+  window.__changed_ms = 0;
+  addEventListener('keydown', () => { began = began || performance.now() }, {capture: true, once: true});
+  const look = () => {
+    const now = figures();
+    const isNew = now.length !== last.length || now.some((one, i) => one !== last[i]);
+    last = now;
+    if (isNew && now.length && JSON.stringify(now) !== before) window.__changed_ms = performance.now() - began;
+    else requestAnimationFrame(look);
+  };
+  look();
+}"""
 
 
 def main() -> None:
@@ -41,27 +84,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packed-bytes", type=float, default=50e6)
     parser.add_argument("--sessions", type=int, default=10)
+    parser.add_argument("--waits-only", action="store_true", help="first paint and repaints, no uploads")
     options = parser.parse_args()
+    if options.waits_only:
+        with served() as url:
+            waits(url)
+        return
     content, n_events = made_up_trace(options.packed_bytes)
     small, n_small = made_up_trace(options.packed_bytes / 20)
     print(f"made-up upload: {len(content) / 1e6:.0f} MB packed, {n_events:,} events")
     with served() as url:
         process = server_process(url)
-        with sync_playwright() as driver:
-            if CHROMIUM is None:
-                raise SystemExit("no Chromium found: first paint and repaint cannot be measured")
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-            page = browser.new_page(viewport={"width": 1280, "height": 800})
-            say("first paint", first_paint(page, url))
-            say("first paint", first_paint(browser.new_page(), url), "a second user")
-            found = repaint(page, url)
-            view, waits_s = found or ("", [float("nan")])
-            say(
-                "repaint",
-                max(waits_s),
-                f"of view {view or 'overview'}, median {sorted(waits_s)[len(waits_s) // 2]:.2f} s",
-            )
-            browser.close()
+        waits(url)
         print(f"memory: {resident_mb(process):.0f} MB after that")
         session = Session(url, "trace")
         say("upload", session.upload("large_made.json.gz", content))
@@ -76,8 +110,21 @@ def main() -> None:
             f"upload {len(small) / 1e6:.1f} MB each; they are done after {done_s[0]:.1f} to {done_s[-1]:.1f} s"
         )
         print(f"memory: {resident_mb(process):.0f} MB with {options.sessions} more uploads open")
-    if found is None:
-        raise SystemExit("no view has a slider: repaint was not measured")
+
+
+def waits(url: str) -> None:
+    """Print what users of a browser wait for."""
+    with sync_playwright() as driver:
+        if CHROMIUM is None:
+            raise SystemExit("no Chromium found: first paint and repaint cannot be measured")
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        say("first paint", first_paint(page, url))
+        say("first paint", first_paint(browser.new_page(), url), "a second user")
+        for control in CONTROLS:
+            waits_s = repaint(page, url, control)
+            say("repaint", median(waits_s), f"{control.view or 'overview'}: {control.name}, most {max(waits_s):.2f} s")
+        browser.close()
 
 
 def say(what: str, seconds: float, more: str = "") -> None:
@@ -116,30 +163,31 @@ def first_paint(page: Page, url: str) -> float:
     return time.monotonic() - began
 
 
-def repaint(page: Page, url: str, n_steps: int = 10) -> tuple[str, list[float]] | None:
-    """The first view that has a slider, and how long each of some steps of it takes; null where none has."""
-    whole = "[data-testid=stApp][data-test-script-state=notRunning]"
-    for view in VIEWS:
-        page.goto(f"{url}/{view}")
-        page.wait_for_selector(whole, timeout=60_000)
-        page.wait_for_timeout(2000)
-        slider = page.get_by_role("slider").first
-        if slider.count():
-            break
-    else:
-        return None
+def repaint(page: Page, url: str, control: Control) -> list[float]:
+    """How long each of some changes of a control takes until the data of a figure are others."""
+    page.goto(f"{url}/{control.view}")
+    page.wait_for_selector(".js-plotly-plot .main-svg", timeout=60_000)
+    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=60_000)
+    page.wait_for_timeout(1500)
+    found = page.get_by_role(control.role, name=control.name).first  # type: ignore[arg-type]
     waits_s = []
-    for step in range(n_steps):
-        slider.focus()
-        began = time.monotonic()
-        slider.press("ArrowRight" if step % 2 else "ArrowLeft")
-        page.wait_for_selector(
-            "[data-testid=stApp]:not([data-test-script-state=notRunning])", timeout=10_000, state="attached"
-        )
-        page.wait_for_selector(whole, timeout=60_000)
-        waits_s.append(time.monotonic() - began)
-        page.wait_for_timeout(300)
-    return view, waits_s
+    for i in range(N_STEPS):
+        value = control.values[i % len(control.values)]
+        if control.role == "slider":
+            found.focus()
+        elif control.role == "combobox":
+            found.click()
+            found.fill(value)
+            page.wait_for_timeout(200)
+        else:
+            found.fill(value)
+        page.evaluate(WATCH)
+        found.press(value if control.role == "slider" else "Enter")
+        page.wait_for_function("window.__changed_ms", timeout=60_000)
+        waits_s.append(page.evaluate("window.__changed_ms") / 1000)
+        page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=60_000)
+        page.wait_for_timeout(400)
+    return waits_s
 
 
 def others_read(

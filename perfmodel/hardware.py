@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -204,4 +205,9 @@ def hardware(name: str) -> HardwareProfile:
         return load_profile(name)
     if name not in names():
         raise InputError(f"unknown hardware {name!r}; known: {', '.join(names())}, or the path of a .toml file")
-    return load_profile(PROFILE_DIR / f"{name}.toml")
+    return _shipped(PROFILE_DIR / f"{name}.toml")
+
+
+@cache
+def _shipped(path: Path) -> HardwareProfile:
+    return load_profile(path)  # once a process: the dashboard asks for profiles at every change of a control

@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,4 +117,9 @@ def config_of(source: str) -> dict[str, Any]:
 def _entry(source: str) -> dict[str, Any]:
     if source not in names():
         raise InputError(f"unknown shape {source!r}; known: {', '.join(names())}, or the path of a config.json")
-    return tomllib.loads((MODEL_DIR / f"{source}.toml").read_text(encoding="utf-8"))
+    return dict(_table(MODEL_DIR / f"{source}.toml"))
+
+
+@cache
+def _table(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))

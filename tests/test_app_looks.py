@@ -12,7 +12,7 @@ pytest.importorskip("plotly", reason="plotly is not installed")
 import plotly.graph_objects as go
 
 from perfmodel import figures
-from perfmodel.figures.drawing import RATE_DECADES, time_ticks
+from perfmodel.figures.drawing import PALETTE, RATE_DECADES, time_ticks
 from tests.app_pages import on_path, testing
 from tests.conftest import ROOT
 
@@ -57,7 +57,7 @@ def test_what_is_chosen_can_be_told_in_the_dark_theme() -> None:
     assert contrast(dark["primaryColor"], dark["backgroundColor"]) >= READABLE
     assert contrast(WHITE, dark["primaryColor"]) >= OF_CONTROLS  # words of what was chosen in a box
     # Lines and bars of the palette, from the one that is drawn most:
-    assert contrast(figures.PALETTE[0], dark["backgroundColor"]) >= OF_CONTROLS
+    assert contrast(PALETTE[0], dark["backgroundColor"]) >= OF_CONTROLS
 
 
 @pytest.mark.parametrize("path", sorted(APP.rglob("*.py")), ids=lambda path: path.stem)

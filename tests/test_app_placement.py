@@ -221,3 +221,25 @@ def test_what_is_shown_can_be_downloaded_as_table_record_and_report(page, server
     record = json.loads((tmp_path / "placement.json").read_text())
     assert f"{record['prediction']['slowdown']:.2f}" == "1.49" and record["placing"]["best"]["policy"] == "optimal"
     assert (tmp_path / "placement.html").read_text().count('<figure role="img"') == 6
+
+
+@pytest.mark.browser
+def test_an_uploaded_model_is_still_there_after_another_view_until_it_is_removed(page, server) -> None:
+    config = {
+        **{"model_type": "qwen3_moe", "hidden_size": 1536, "num_hidden_layers": 20, "num_experts": 48},
+        **{"num_experts_per_tok": 4, "moe_intermediate_size": 640, "intermediate_size": 4096, "vocab_size": 64000},
+        **{"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 96, "torch_dtype": "bfloat16"},
+    }
+    page.goto(f"{server}/placement")
+    page.get_by_text("Your own model or routing").click()
+    made = {"name": "config_made.json", "mimeType": "application/json", "buffer": json.dumps(config).encode()}
+    page.locator("[data-testid=stSidebar] input[type=file]").first.set_input_files(made)
+    experts = page.get_by_text("of 48", exact=False).first
+    experts.wait_for(timeout=30_000)
+    page.get_by_role("link", name="Overview", exact=True).click()
+    page.get_by_text("Measurements", exact=True).wait_for(timeout=30_000)
+    page.get_by_role("link", name="Placement", exact=True).click()
+    experts.wait_for(timeout=30_000)
+    page.get_by_text("Your own model or routing").click()
+    page.get_by_role("button", name="Remove").click()
+    page.get_by_text("of 64", exact=False).first.wait_for(timeout=30_000)

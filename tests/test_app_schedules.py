@@ -115,6 +115,17 @@ def test_maps_of_experts_are_what_the_shown_command_says() -> None:
     assert f"{found['best']} is best" in shown(test)
 
 
+def test_gpus_of_other_speeds_get_maps_from_the_same_drawn_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from perfmodel import balance
+
+    drawn, steps_of = [], balance.steps_of
+    monkeypatch.setattr(balance, "steps_of", lambda *asked: (drawn.append(asked), steps_of(*asked))[1])
+    query = {"map-model": "mixtral-8x7b", "map-tokens": "256", "map-routing": "layered"}
+    for spread in ("5", "10"):
+        opened("schedules", tab="Expert maps", **query, **{"map-spread": spread})
+    assert len(drawn) == 1
+
+
 @pytest.mark.browser
 def test_a_copied_link_opens_the_tab_and_a_control_writes_itself_into_it(page, server) -> None:
     page.goto(f"{server}/schedules?tab=Measured")

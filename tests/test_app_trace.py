@@ -3,14 +3,18 @@
 import gzip
 import importlib
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from perfmodel.analysis import analyse
+from perfmodel.cli.main import app
 from perfmodel.readers import read_trace
 from tests.app_pages import figure, numbers, on_path, opened, ran, shown, titles
+from tests.conftest import ROOT
 from tests.traces_made import complete
 
 PARTS = (
@@ -148,3 +152,13 @@ def test_parts_change_in_the_browser_without_sideways_scrolling_and_their_link_o
     page.goto(page.url)
     page.get_by_text("time since the window began").wait_for(timeout=60_000)
     assert page.get_by_test_id("stException").count() == 0
+
+
+@pytest.mark.parametrize("part", ["Summary", "Batch sizes"])
+def test_the_command_shown_of_a_folder_of_ranks_and_of_a_published_sweep_says_the_same(monkeypatch, part: str) -> None:
+    monkeypatch.chdir(ROOT)
+    command, page = (code.value for code in opened("trace", part=part).code[:2])
+    done = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
+    assert done.exit_code == 0
+    lines = [" ".join(line.split()) for line in page.splitlines()[1:]]  # the first may be broken
+    assert set(lines) <= {" ".join(line.split()) for line in done.stdout.splitlines()}

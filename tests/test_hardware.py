@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -285,3 +286,13 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(InputError, match=r"folder\.toml is not TOML"):
         hardware.hardware(str(tmp_path / "folder.toml"))
+
+
+def test_a_shipped_profile_is_read_once_and_a_file_every_time(tmp_path: Path) -> None:
+    name = hardware.names()[0]
+    assert hardware.hardware(name) is hardware.hardware(name)
+    path = tmp_path / "own_made.toml"
+    path.write_text(hardware.to_toml(hardware.hardware(name)))
+    first = hardware.hardware(str(path))
+    path.write_text(hardware.to_toml(replace(first, title="another")))
+    assert hardware.hardware(str(path)).title == "another"

@@ -11,24 +11,17 @@ import streamlit as st
 from perfmodel import figures, report, text
 from perfmodel.capture import fitted_rows, per_workload
 from perfmodel.evaluation import coverage_by_level, held_out_points
-from perfmodel.latency import COVERAGE, LatencyModel, load_model, shipped_models
+from perfmodel.latency import COVERAGE
 
 frame.header(
     "Predicted vs measured", "Can the model be believed? Every point was predicted by a model that never saw its shape."
 )
 
 
-@st.cache_resource(show_spinner="Reading the shipped models")
-def models() -> dict[str, LatencyModel]:
-    """Every model that comes with the project, of its own captures first, then of published tables."""
-    own = {name: model for name, (_, model) in loading.shipped().items()}
-    return own | {name: load_model(name) for name in shipped_models() if name not in own}
-
-
 @st.cache_data(max_entries=16, show_spinner=False)
 def held_out(name: str) -> pl.DataFrame:
     """The held-out points of a model, with the widths of its intervals where its measurements ship."""
-    model, rows = models()[name], None
+    model, rows = loading.models()[name], None
     if name in loading.shipped():
         rows, _ = fitted_rows(per_workload(loading.shipped()[name][0].observations), model.dtype)
     return held_out_points(model, rows)
@@ -36,13 +29,13 @@ def held_out(name: str) -> pl.DataFrame:
 
 name = st.selectbox(
     "Model",
-    list(models()),
+    list(loading.models()),
     key="model",
     bind="query-params",
     help="One model for each machine, kernel and type; those of H100 rest on published tables, the others on captures "
     "that ship.",
 )
-model, table = models()[name], held_out(name)
+model, table = loading.models()[name], held_out(name)
 errors = model.errors_["model"]["all"]
 by_level = coverage_by_level(table)
 stated = by_level.filter(pl.col("stated_frac") == COVERAGE)
@@ -75,7 +68,9 @@ for_shapes, for_machines = st.tabs(["Errors by shape", "All machines"])
 with for_shapes:
     frame.words_table(report.SHAPES_HEADER, report.shape_rows(model), "Held-out errors of each shape beside baselines")
 with for_machines:
-    frame.words_table(report.MODELS_HEADER, report.models_rows(models()), "Held-out errors of every shipped model")
+    frame.words_table(
+        report.MODELS_HEADER, report.models_rows(loading.models()), "Held-out errors of every shipped model"
+    )
     st.caption("Kernels, types and machines are never pooled. docs/accuracy.md holds out routings and batches as well.")
 st.header("Where not to trust it", anchor=False)
 frame.words_table(report.LIMITS_HEADER, report.limits(model), "Where this model must not be trusted")

@@ -77,7 +77,9 @@ try:
     n_asked = 0
     if len(questions) > 1:
         words = [passes_in_words(sizes) for sizes in questions]
-        shown = which.segmented_control("Batch", words, default=words[0], required=True, key="which")
+        shown = which.segmented_control(
+            "Batch", words, default=words[0], required=True, key="which", bind="query-params"
+        )
         n_asked = words.index(shown)
     n_tokens = max(questions[n_asked], key=lambda n: n * questions[n_asked][n])
     if len(questions[n_asked]) > 1:

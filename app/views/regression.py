@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import frame
+import link
 import loading
 import polars as pl
 import streamlit as st
@@ -16,7 +17,7 @@ from perfmodel import figures, regression, report
 from perfmodel.capture import Capture, fingerprint_differences, load_capture
 from perfmodel.capture_lines import MANIFEST
 from perfmodel.errors import InputError, NotComparableError
-from perfmodel.latency import LatencyModel, load_model, shipped_models
+from perfmodel.latency import LatencyModel, shipped_models
 from perfmodel.regression import Comparison
 
 OWN, NO_MODEL = "the baseline's own", "none"
@@ -82,12 +83,6 @@ def own_model(digest: str, _capture: Capture) -> LatencyModel:
         return regression.model_for(_capture)
 
 
-@st.cache_resource(show_spinner=False)
-def shipped_model(name: str) -> LatencyModel:
-    """A model that comes with the project."""
-    return load_model(name)
-
-
 @st.cache_data(scope="session", max_entries=32, show_spinner="Comparing")
 def compared(
     digests: tuple[str, str], margin_frac: float, axes: tuple[str, ...], model: str, _sides: tuple[Capture, Capture]
@@ -101,7 +96,7 @@ def compared(
             except InputError:
                 used = None  # then the comparison says why there is none
         elif model != NO_MODEL:
-            used = shipped_model(model)
+            used = loading.models()[model]
         return regression.compare(*_sides, margin_frac, axes, used, with_model=model != NO_MODEL)
 
 
@@ -188,10 +183,10 @@ except NotComparableError as error:
     elif differing:
         frame.literal(f"They differ in {' and '.join(differing)}. If that is what you mean to test, declare it.")
         st.button("Declare what differs", on_click=declare, args=([*axes, *differing],), type="primary")
-    st.stop()
+    link.end()
 except InputError as error:
     frame.refused("This cannot be judged:", error)
-    st.stop()
+    link.end()
 verdict(result)
 table = result.table()
 cell = st.pills("Workloads", regression.CELLS, key="cell", bind="query-params")

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import frame
+import link
 import loading
 import polars as pl
 import streamlit as st
@@ -65,7 +66,7 @@ try:
         found = roofline(machine, dtype, products=None if trace is None else trace.analysis.products)
 except InputError as error:
     frame.refused("This machine has no roof for that type:", error)
-    st.stop()
+    link.end()
 ops = sorted(found.points["op"].unique())
 op = box.selectbox("Operation", [ALL, *ops], key="op", bind="query-params", disabled=not ops)
 found = only(found, op=None if op == ALL else op)

@@ -19,7 +19,7 @@ from perfmodel.model_memory import model_memory
 from perfmodel.offload import ACCESS_MODES
 from perfmodel.placement.staircase import spread_speeds
 from perfmodel.predict import basis_of
-from perfmodel.routing import PATTERNS
+from perfmodel.routing import PATTERNS, Recording
 from perfmodel.schedule import DEFAULTS
 from perfmodel.schedule.asked import memory_notes, possible_schedules, question_of
 from perfmodel.schedule.captured import Beside, set_beside, summary
@@ -315,13 +315,19 @@ def measured_tab() -> None:
     )
 
 
+@st.cache_resource(max_entries=4, show_spinner="Drawing the routing of all steps")
+def steps(model: str, routing: str, n_tokens: int) -> Recording:
+    """The routing that maps are made from, which is the same for all GPUs."""
+    return steps_of(routing, resolve(model), n_tokens, N_STEPS)
+
+
 @st.cache_resource(max_entries=32, show_spinner="Making maps of experts and judging them")
 def maps(
     model: str, machine: str, routing: str, n_gpus: int, n_tokens: int, spread_frac: float
 ) -> tuple[Comparison, str, dict[str, Any]]:
     """What each policy makes of the routing: the comparison, its page, its JSON."""
     shape = resolve(model)
-    recording = steps_of(routing, shape, n_tokens, N_STEPS)
+    recording = steps(model, routing, n_tokens)
     basis = basis_of(hardware.hardware(machine), shape, None)
     speeds = spread_speeds(n_gpus, spread_frac)
     staircase, by_rows = predicted_times(basis, shape, speeds, recording)

@@ -1,6 +1,7 @@
 """Trace: where the time of a profile goes, part by part."""
 
 import frame
+import link
 import streamlit as st
 import trace_parts
 import uploads
@@ -11,11 +12,16 @@ frame.header("Trace", "Where does my time go: what cost most, and what did the d
 traces = uploads.choose("trace-upload")
 if not traces:
     st.info("No trace is open. Upload one, or choose an example on the left.")
-    st.stop()
+    link.end()
 one = traces[-1]
 if len(traces) > 1:
     chosen = st.selectbox(
-        "Trace", range(len(traces)), index=len(traces) - 1, format_func=lambda i: traces[i].name, key="which"
+        "Trace",
+        range(len(traces)),
+        index=len(traces) - 1,
+        format_func=lambda i: traces[i].name,
+        key="which",
+        bind="query-params",
     )
     one = traces[chosen or 0]
 if one.is_example:
