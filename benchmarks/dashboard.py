@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from playwright.sync_api import Page, sync_playwright  # noqa: E402
 
 from tests.conftest import CHROMIUM  # noqa: E402
-from tests.served import ARGUMENTS, served  # noqa: E402
+from tests.served import ARGUMENTS, served, until  # noqa: E402
 from tests.sessions import Session  # noqa: E402
 
 GOALS_S = {"first paint": 3, "repaint": 0.5, "upload": 10}
@@ -183,7 +183,7 @@ def repaint(page: Page, url: str, control: Control) -> list[float]:
             found.fill(value)
         page.evaluate(WATCH)
         found.press(value if control.role == "slider" else "Enter")
-        page.wait_for_function("window.__changed_ms", timeout=60_000)
+        until(page, "window.__changed_ms")
         waits_s.append(page.evaluate("window.__changed_ms") / 1000)
         page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=60_000)
         page.wait_for_timeout(400)

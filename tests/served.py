@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,3 +68,11 @@ def served() -> Iterator[str]:
                     os.killpg(process.pid, signal.SIGKILL)
                 with socket.socket() as probe:  # whoever stops the command stops the server
                     assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def until(page: Any, expression: str, timeout_s: float = 60) -> None:
+    """Wait until an expression is true in a page; Playwright's own way evaluates strings, which our policy forbids."""
+    end = time.monotonic() + timeout_s
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"not so within {timeout_s:g} s: {expression}"
+        page.wait_for_timeout(100)

@@ -8,6 +8,7 @@ from perfmodel.evaluation import coverage_by_level, held_out_points
 from perfmodel.latency import load_model, shipped_models
 from perfmodel.report import limits, limits_page, models_rows, shape_rows
 from tests.app_pages import numbers, opened, shown, titles
+from tests.served import until
 
 
 def test_it_opens_with_held_out_points_and_every_number_is_that_of_the_model() -> None:
@@ -58,7 +59,7 @@ def test_limits_name_the_fitted_ranges_what_was_not_measured_and_shapes_much_wor
 @pytest.mark.browser
 def test_another_model_is_drawn_in_the_browser_without_sideways_scrolling(page, server) -> None:
     page.goto(f"{server}/accuracy?model=h100-sxm-sglang-triton-bf16")
-    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 3", timeout=60_000)
+    until(page, "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 3")
     assert page.get_by_test_id("stException").count() == 0
     page.get_by_role("tab", name="All machines").click()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

@@ -12,6 +12,7 @@ from perfmodel.readers import read_trace
 from perfmodel.roofline import Roofline, roofline
 from tests.app_pages import figure, on_path, opened, ran, shown, testing, titles
 from tests.conftest import ROOT
+from tests.served import until
 from tests.test_roofline import run
 
 HOSTILE = "![x](http://127.0.0.1:9/a.png) <img src=x onerror=alert(1)>.json"
@@ -108,9 +109,6 @@ def test_another_shape_is_drawn_in_the_browser_and_stands_in_the_link(page, serv
     page.wait_for_selector(".js-plotly-plot .main-svg", timeout=60_000)
     page.get_by_role("combobox", name="Shape").fill("mixtral-8x7b/8")  # the list holds but a part of long ones
     page.get_by_role("option", name="mixtral-8x7b/8").click()
-    page.wait_for_function("location.search.includes('shape=mixtral-8x7b')", timeout=30_000)
-    page.wait_for_function(
-        "[...document.querySelectorAll('.legendtext')].some(e => e.textContent.includes('moe_layer, uniform'))",
-        timeout=30_000,
-    )
+    until(page, "location.search.includes('shape=mixtral-8x7b')")
+    until(page, "[...document.querySelectorAll('.legendtext')].some(e => e.textContent.includes('moe_layer, uniform'))")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

@@ -12,6 +12,7 @@ from perfmodel.cli.main import app
 from perfmodel.ep_capture import load_ep_capture, shipped_ep_captures
 from perfmodel.schedule.captured import set_beside
 from tests.app_pages import figure, numbers, opened, ran, shown, titles
+from tests.served import until
 
 SMALL = {"gpus": "4", "tokens": "64", "chunks": "2", "power-law-exponent": "0.3"}
 
@@ -133,7 +134,7 @@ def test_a_copied_link_opens_the_tab_and_a_control_writes_itself_into_it(page, s
     page.get_by_role("tab", name="Predicted").click()
     page.wait_for_selector("text=Slowest GPU", timeout=60_000)
     page.get_by_text("Draw all GPUs").click()
-    page.wait_for_function("location.search.includes('all=true')")
+    until(page, "location.search.includes('all=true')")
     page.wait_for_selector("text=How this was computed", timeout=60_000)
     assert page.get_by_test_id("stException").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

@@ -3,6 +3,8 @@ scrolling, asks nobody outside for anything, and for nothing that the server's p
 
 import pytest
 
+from tests.served import until
+
 pytestmark = pytest.mark.browser
 
 PATHS = ("", "trace", "roofline", "accuracy", "placement", "schedules", "regression")
@@ -16,7 +18,7 @@ def test_a_link_opens_its_view(page, server, path: str) -> None:
     page.add_init_script(FORBIDDEN)
     answer = page.goto(f"{server}/{path}")
     assert answer.headers["x-content-type-options"] == "nosniff"
-    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 1", timeout=60_000)
+    until(page, "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 1")
     page.wait_for_timeout(500)  # what a figure asks for comes after it
     assert page.get_by_test_id("stException").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

@@ -26,6 +26,7 @@ from perfmodel.readers.limits import Limits, limits_from
 from perfmodel.readers.unpack import zstd
 from perfmodel.trace import Trace
 from tests.captures_made import write_synthetic_capture
+from tests.served import until
 from tests.traces_made import events
 
 LIMITS = Limits(unpacked_bytes=2**20, n_events=1000, seconds=60)
@@ -294,7 +295,7 @@ def uploaded(page: Any, *files: tuple[str, bytes]) -> None:
     box.wait_for(state="attached")
     box.set_input_files(made)
     box.wait_for(state="detached", timeout=90_000)  # the box is gone when all were read
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')", timeout=90_000)
+    until(page, "!document.querySelector('[data-testid=stStatusWidget]')")
 
 
 @pytest.mark.browser

@@ -11,6 +11,7 @@ from perfmodel.cli.drawing import check_html, write_html
 from perfmodel.errors import InputError
 from perfmodel.hardware import hardware
 from perfmodel.roofline import roofline
+from tests.served import until
 
 HOSTILE = "<script>window.__pwned=1</script><img src=http://192.0.2.1/x.png onerror='window.__pwned=1'>"
 
@@ -49,7 +50,7 @@ def test_a_report_draws_its_figures_offline_and_runs_no_script_of_a_name(browser
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(written(tmp_path).as_uri())
-    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 2", timeout=30_000)
+    until(page, "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 2")
     assert page.evaluate("window.__pwned") is None
     assert page.get_by_role("heading", name="script").inner_text() == HOSTILE
     assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
