@@ -194,14 +194,15 @@ def test_a_proposed_placement_is_predicted_edited_and_exported(page, server, tmp
     page.get_by_text("layer 0: expert 0").wait_for(timeout=20_000)
     assert metrics.nth(4).inner_text() != "" and page.get_by_test_id("stException").count() == 0
 
-    with page.expect_download() as event:
+    page.get_by_test_id("stStatusWidget").wait_for(state="hidden", timeout=60_000)  # a rerun may take a click along
+    with page.expect_download(timeout=60_000) as event:
         page.get_by_role("button", name="Placement JSON").click()
     event.value.save_as(tmp_path / "placement.json")
     placed = read_placement(tmp_path / "placement.json")
     assert (placed.shape.name, len(placed.layers), placed.placement.policy) == ("olmoe", 16, "edited")
     assert bool(placed.resident[0, 0]) == (to == "resident")
 
-    with page.expect_download() as event:
+    with page.expect_download(timeout=60_000) as event:
         page.get_by_role("button", name="Export for the engine").click()
     event.value.save_as(tmp_path / "map.json")
     assert event.value.suggested_filename == "placement.sglang.json"

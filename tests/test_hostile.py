@@ -363,7 +363,9 @@ def test_names_in_captures_are_shown_letter_by_letter(page: Any, server: str, tm
                 archive.write(file, f"{long}/{file.name}")
         packed.append({"name": f"{name}.zip", "mimeType": "application/zip", "buffer": content.getvalue()})
     box.set_input_files(packed)
-    page.get_by_text(re.compile("^Read: .*after")).wait_for(timeout=30_000)  # closing the box earlier loses a file
+    page.get_by_text(re.compile("^Read:.*after", re.DOTALL)).wait_for(
+        timeout=30_000
+    )  # closing the box earlier loses a file
     page.keyboard.press("Escape")
     choose(page, "Baseline", "uploaded: before")
     page.get_by_text("These captures are not compared").wait_for()
