@@ -124,15 +124,14 @@ def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
 def _model(config_digest: str, shape: str, _files: Files) -> tuple[MoEShape, ModelMemory]:
     if not config_digest:
         return hf_config.resolve(shape), model_memory(shape)
-    with uploads.saved([_files[config_digest]], ["uploaded model/config.json"]) as folder:
-        path = str(next(folder.rglob("config.json")))
-        found = hf_config.resolve(path)
+    with uploads.saved_file(_files[config_digest], "uploaded model/config.json") as path:
+        found = hf_config.resolve(str(path))
         if found.n_layers * found.n_experts > MOST_EXPERTS:
             raise InputError(
                 f"config.json has {found.n_layers:,} layers of {found.n_experts:,} experts, expected at most "
                 f"{MOST_EXPERTS:,} experts in all"
             )
-        return found, model_memory(path)
+        return found, model_memory(str(path))
 
 
 def _recording(routing_digest: str, name: str, config_digest: str, shape: str, _files: Files) -> Recording:
@@ -143,8 +142,7 @@ def _recording(routing_digest: str, name: str, config_digest: str, shape: str, _
     file = _files[routing_digest]
     plain = Path(file.name).name.replace("#", "_").replace("@", "_")
     refuse_bomb(plain, file.getvalue())
-    with uploads.saved([file], [plain]) as folder:
-        path = next(path for path in folder.rglob("*") if path.is_file())
+    with uploads.saved_file(file, plain) as path:
         return recording_of(f"{path}{name.removeprefix(file.name)}", hints)
 
 

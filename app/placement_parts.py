@@ -336,8 +336,7 @@ def _import(state: dict[str, Any], placed: PlacedModel) -> None:
 
 
 def _read(file: Any, placed: PlacedModel) -> PlacedModel:
-    with uploads.saved([file]) as folder:
-        path = next(path for path in folder.rglob("*") if path.is_file())
+    with uploads.saved_file(file) as path:
         found = read_placement_csv(path, placed) if path.suffix == ".csv" else read_placement(path)
     if found.layers != placed.layers or found.shape.n_experts != placed.shape.n_experts:
         raise InputError(

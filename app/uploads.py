@@ -83,6 +83,13 @@ def saved(files: Sequence[Any], names: Sequence[str] | None = None) -> Iterator[
         yield Path(folder)
 
 
+@contextmanager
+def saved_file(file: Any, name: str | None = None) -> Iterator[Path]:
+    """One uploaded file in a private folder (`saved`), under its own name or `name`."""
+    with saved([file], None if name is None else [name]) as folder:
+        yield next(path for path in folder.rglob("*") if path.is_file())
+
+
 def _parts(name: str) -> list[str]:
     """The parts of a relative path that a user gave, without what leads out of a folder or no file system takes."""
     inside = "".join(c if c.isprintable() else "_" for c in name.replace("\\", "/"))
@@ -192,8 +199,7 @@ def _add(name: str, files: Sequence[Any], is_folder: bool) -> None:
         return
     if len(_uploaded()) >= MAX_OPEN:
         raise InputError(f"{text.count(MAX_OPEN)} traces are open, the most of one session; remove one first")
-    with saved(files) as folder:
-        path = folder if is_folder else next(path for path in folder.rglob("*") if path.is_file())
+    with saved(files) if is_folder else saved_file(files[0]) as path:
         analysis, ranks = _read(path, name)
     _uploaded().append(Loaded(name, digest.hexdigest(), analysis, ranks))
 

@@ -1,7 +1,6 @@
 """Schedules: bulk, chunked and fused expert-parallel layers, predicted; measured beside predicted; maps of experts."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -255,13 +254,8 @@ def predicted_tab() -> None:
         "schedules",
         csv=pl.DataFrame(table, infer_schema_length=None).write_csv,
         json=lambda: json.dumps(content, indent=1),
-        html=page_of("Expert-parallel schedules", words, lambda: figures.schedule_figures(found, curves)),
+        html=lambda: figures.html_page("Expert-parallel schedules", words, figures.schedule_figures(found, curves)),
     )
-
-
-def page_of(title: str, words: str, draw: Callable[[], Any]) -> Callable[[], str]:
-    """A report that is written when it is asked for."""
-    return lambda: figures.html_page(title, words, draw())
 
 
 def measured_tab() -> None:
@@ -309,8 +303,8 @@ def measured_tab() -> None:
         f"{name}-{number}",
         csv=found.table.filter(workload=one.workload).write_csv,
         json=lambda: json.dumps(report.phases_json([found], [one]), indent=1, default=str),
-        html=page_of(
-            "Expert-parallel layers, measured and predicted", words, lambda: figures.phase_figures([(found, one)])
+        html=lambda: figures.html_page(
+            "Expert-parallel layers, measured and predicted", words, figures.phase_figures([(found, one)])
         ),
     )
 
@@ -368,7 +362,7 @@ def maps_tab() -> None:
     frame.downloads(
         "expert-maps",
         json=lambda: json.dumps(content, indent=1),
-        html=page_of("Experts over GPUs", page, lambda: figures.balance_figures(found)),
+        html=lambda: figures.html_page("Experts over GPUs", page, figures.balance_figures(found)),
     )
 
 

@@ -12,6 +12,7 @@ from perfmodel import text
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot")
+GUIDE = {"color": "grey", "dash": "dash", "width": 1}  # a line that data is held against
 MAX_POINTS = 5000  # drawn in one figure: browsers take seconds for more
 
 
@@ -50,6 +51,13 @@ def layout(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
 def decades(axis: Any, ticks: Sequence[tuple[float, str]]) -> None:
     """Make an axis logarithmic, with ticks in words (TIME_DECADES_NS, RATE_DECADES)."""
     axis.update(type="log", tickvals=[value for value, _ in ticks], ticktext=[word for _, word in ticks])
+
+
+def diagonal(figure: go.Figure, ends: Sequence[float], name: str | None = None) -> None:
+    """The line on which both axes say the same, from end to end; in the legend where it has a name."""
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", line=GUIDE, name=name, showlegend=name is not None, hoverinfo="skip"
+    )
 
 
 def translucent(colour: str) -> str:

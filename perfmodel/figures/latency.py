@@ -10,7 +10,7 @@ import polars as pl
 from perfmodel import text
 from perfmodel.evaluation import coverage_by_level, ratios_by_tokens
 
-from .drawing import MAX_POINTS, PALETTE, SYMBOLS, TIME_DECADES_NS, decades, layout, literal
+from .drawing import GUIDE, MAX_POINTS, PALETTE, SYMBOLS, TIME_DECADES_NS, decades, diagonal, layout, literal
 
 BAND_FRAC = 0.10  # the grey band around what was measured
 RATIOS = (0.1, 0.2, 0.33, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
@@ -34,14 +34,7 @@ def parity(held_out: Mapping[str, Sequence[Any]], errors: Mapping[str, Any]) -> 
         hoverinfo="skip",
         name="within 10 %",
     )
-    figure.add_scatter(
-        x=line,
-        y=line,
-        mode="lines",
-        line={"color": "grey", "dash": "dash", "width": 1},
-        showlegend=False,
-        hoverinfo="skip",
-    )
+    diagonal(figure, line)
     for i, ((shape,), rows) in enumerate(table.group_by("shape", maintain_order=True)):
         figure.add_scatter(
             x=rows["measured_ns"],
@@ -83,7 +76,7 @@ def residuals(held_out: Mapping[str, Sequence[Any]]) -> go.Figure:
     low, high = n_tokens[0], n_tokens[-1]
     figure = go.Figure()
     figure.add_hrect(y0=1 - BAND_FRAC, y1=1 + BAND_FRAC, fillcolor="rgba(128,128,128,0.25)", line_width=0)
-    figure.add_hline(y=1, line={"color": "grey", "dash": "dash", "width": 1})
+    figure.add_hline(y=1, line=GUIDE)
     for i, ((op,), rows) in enumerate(sample.sort("op").group_by("op", maintain_order=True)):
         figure.add_scatter(
             x=rows["n_tokens"],
@@ -131,14 +124,7 @@ def held_coverage(coverage: pl.DataFrame) -> go.Figure:
     """Stated against achieved coverage of intervals on shapes that they were not made from (`coverage_by_level`): all
     shapes together, and each as a faint line."""
     figure = go.Figure()
-    figure.add_scatter(
-        x=[0, 1],
-        y=[0, 1],
-        mode="lines",
-        line={"color": "grey", "dash": "dash", "width": 1},
-        name="as stated",
-        hoverinfo="skip",
-    )
+    diagonal(figure, [0, 1], "as stated")
     achieved = pl.col("n_covered").sum() / pl.col("n").sum()
     for i, ((shape,), rows) in enumerate(coverage.group_by("shape", maintain_order=True)):
         own = rows.group_by("stated_frac", maintain_order=True).agg(achieved)

@@ -10,7 +10,7 @@ from perfmodel import text
 from perfmodel.passes import Passes
 from perfmodel.passes.ranks import LayerRanks
 
-from .drawing import PALETTE, layout, literal, time_ticks
+from .drawing import GUIDE, PALETTE, layout, literal, time_ticks
 
 MAX_BARS = 60  # passes or members in one figure; more are too thin to be told apart
 PARTS = ("computing or copying", "communication, exposed", "idle")
@@ -103,7 +103,7 @@ def scaling_figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[go.Figure, 
             hoverinfo="text+y",
         )
     )
-    figure.add_hline(y=1, line={"color": "grey", "dash": "dash", "width": 1})
+    figure.add_hline(y=1, line=GUIDE)
     layout(figure, "Overlap efficiency against the fewest GPUs", "GPUs", "O_e")
     figure.update_xaxes(type="category")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")

@@ -11,7 +11,7 @@ from perfmodel.placing import OURS, TO_COMPARE
 from perfmodel.placing.curves import FREE_FRAC, frontier, knee, most_free
 from perfmodel.predict import Prediction
 
-from .drawing import DASHES, PALETTE, SYMBOLS, layout, literal, time_ticks, translucent
+from .drawing import DASHES, GUIDE, PALETTE, SYMBOLS, layout, literal, time_ticks, translucent
 from .routing import routing_map
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def slowdown(
             marker={"size": 12, "symbol": ("x", "cross")[i % 2], "color": PALETTE[3]},
             hovertemplate="%{y:.2f}x at %{x:.1%} offloaded",
         )
-    figure.add_hline(y=1, line={"color": "grey", "dash": "dash", "width": 1})
+    figure.add_hline(y=1, line=GUIDE)
     layout(figure, "Slowdown against offloaded fraction", "experts offloaded, least used first", "slowdown")
     figure.update_xaxes(tickformat=".0%", range=[-0.02, 1.02])
     candidates = {label: curve for label, curve in curves.items() if free_of is None or label in free_of}

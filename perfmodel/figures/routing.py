@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from perfmodel import text
 from perfmodel.routing import Shares, coverage_curve, covering_fracs, served_curves
 
-from .drawing import MAX_POINTS, PALETTE, layout, translucent
+from .drawing import MAX_POINTS, PALETTE, diagonal, layout, translucent
 
 if TYPE_CHECKING:
     from perfmodel.routing import RoutingSummary
@@ -103,14 +103,7 @@ def coverage(shares: Shares) -> go.Figure:
         name="mean of layers",
         hovertemplate="%{x:.0%} of experts serve %{y:.1%}<extra></extra>",
     )
-    figure.add_scatter(
-        x=[0, 1],
-        y=[0, 1],
-        mode="lines",
-        line={"color": "grey", "dash": "dash", "width": 1},
-        hoverinfo="skip",
-        name="even",
-    )
+    diagonal(figure, [0, 1], "even")
     at = float(covering_fracs(shares, COVERED).mean())
     figure.add_annotation(
         x=at,

@@ -15,7 +15,7 @@ from perfmodel.schedule.drawn import DRAWN_LANES, DRAWN_PHASES, Panel, measured,
 from perfmodel.schedule.pictured import LAUNCH, PARTS, WAITING, Picture
 from perfmodel.schedule.timeline import TRANSFERS, Span
 
-from .drawing import DASHES, PALETTE, SYMBOLS, layout, literal, time_ticks
+from .drawing import DASHES, GUIDE, PALETTE, SYMBOLS, layout, literal, time_ticks
 
 MAX_GPUS = 16  # of more, a Gantt is too tall to be seen at once
 EDGE = {"width": 0.5, "color": "rgba(128,128,128,0.7)"}  # of bars, seen on light and on dark
@@ -63,7 +63,7 @@ def gantt(
             figure.add_trace(bar, row=panel, col=1)
         order = labels[panel - 1][::-1]
         figure.update_yaxes(categoryorder="array", categoryarray=order, dtick=1, row=panel, col=1)
-        figure.add_vline(x=one.latency_ns, row=panel, col=1, line={"color": "grey", "dash": "dash", "width": 1})
+        figure.add_vline(x=one.latency_ns, row=panel, col=1, line=GUIDE)
     figure.update_annotations(font={"size": 13}, x=0, xanchor="left")  # titles of panels, above their first bar
     top = max(one.latency_ns for one in panels)
     time_ticks(figure.layout.xaxis, top, 10)

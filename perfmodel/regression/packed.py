@@ -41,9 +41,9 @@ def unpack_captures(archive: str | Path, into: str | Path) -> list[Path]:
                             limit = MAX_UNPACKED_BYTES // 2**20
                             raise InputError(f"{archive.name} unpacks to more than {limit} MiB; use the command line")
                         (folder / file).write_bytes(content)
+    except InputError:
+        raise
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{archive.name} is no zip archive that can be read: {type(error).__name__}") from None
     if not folders:
         raise InputError(f"{archive.name} holds no capture: found no {MANIFEST} in it")
