@@ -159,7 +159,7 @@ def _axes(figure: go.Figure, cases: "Sequence[Case]", margin_frac: float, *, is_
     if is_named:
         figure.add_vrect(x0=1 / (1 + margin_frac), x1=1 + margin_frac, **band)
         figure.add_vline(x=1, **line)
-        names = [short(literal(case.verdict.label), 60) for case in cases]
+        names = [literal(short(case.verdict.label, 60)) for case in cases]
         figure.update_yaxes(tickvals=list(range(len(cases))), ticktext=names, autorange="reversed", zeroline=False)
         figure.update_layout(xaxis=ratios, height=200 + 20 * len(cases))
         figure.update_yaxes(automargin=True)
