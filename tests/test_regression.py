@@ -33,17 +33,36 @@ from perfmodel.regression import (
     SLOWER_THAN_MODEL,
     UNDECIDED,
     Comparison,
+    Evidence,
+    Measured,
+    Run,
+    Verdict,
     against_model,
-    check,
-    compare,
     is_slower,
     model_for,
+    of_capture,
     unpack_captures,
-    verdicts,
 )
-from perfmodel.regression.verdicts import Side
+from perfmodel.regression.spread import Mean, Variance
 from tests import captures_made
 from tests.captures_made import SHAPES, write_gpu_capture, write_synthetic_capture
+
+
+def check(a: Capture, b: Capture, *arguments: Any, **options: Any) -> list[Verdict]:
+    return regression.check(of_capture(a), of_capture(b), *arguments, **options)
+
+
+def compare(a: Capture, b: Capture, *arguments: Any, **options: Any) -> Comparison:
+    return regression.compare(of_capture(a), of_capture(b), *arguments, **options)
+
+
+def made_up(name: str, run_ns: dict[str, list[float]], **options: Any) -> Evidence:
+    """A side of made-up workloads, each with its time in each run."""
+    measured = {key: Measured(key, key, dict(enumerate(times))) for key, times in run_ns.items()}
+    runs = tuple(Run(run) for run in range(max(map(len, run_ns.values()))))
+    return Evidence(
+        **{"name": name, "kind": "capture", "fingerprint": {}, "workloads": measured, "runs": runs} | options
+    )
 
 
 def verdict(tmp_path: Path, factor: float, n_runs: int = 5, sd: float = 0.01, margin: float = 0.03) -> list[str]:
@@ -78,11 +97,12 @@ def test_noise_that_hides_the_answer_is_inconclusive(tmp_path: Path) -> None:
 
 
 def test_two_runs_beside_a_single_one_have_the_degrees_of_freedom_of_the_two() -> None:
-    two, one = Side(np.array([0.0, 0.2]), 0.0), Side(np.array([0.5]), 0.0)
+    two = made_up("two", {"workload": np.exp([0.0, 0.2]).tolist()})
+    one = made_up("one", {"workload": np.exp([0.5]).tolist()})
     # The mean of two has a variance of 0.02 / 2 on one degree of freedom, the single run 0.05 squared as assumed.
     degrees = (0.01 + 0.0025) ** 2 / 0.01**2
     half = stats.t.ppf(0.95, degrees) * np.sqrt(0.0125)
-    found, _ = verdicts._compare("workload", "label", two, one, 0.03)
+    found = regression.check(two, one, 0.03)[1]
     assert np.log([found.ratio_low, found.ratio_high]) == pytest.approx([0.4 - half, 0.4 + half])
     assert found.verdict == "inconclusive"
 
@@ -180,10 +200,12 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 def test_the_interval_of_one_side_is_students() -> None:
     """Log medians 0, 0.1, 0.2: mean 0.1, standard deviation 0.1, t(0.95, 2) = 2.919986, half-width 2.92 * 0.1 / 3^0.5;
     with a known drift of variance v beside it, degrees of freedom grow by ((s2 / 3 + v) / (s2 / 3))^2."""
-    runs = np.array([0.0, 0.1, 0.2])
-    assert Side(runs, 0.0).interval == pytest.approx((0.1, 0.1 - 0.168586, 0.1 + 0.168586), abs=1e-6)
+    of_runs = Variance(0.01, 2)
+    mean = Mean(0.1, 3, 3, (of_runs,))
+    assert mean.interval == pytest.approx((0.1, 0.1 - 0.168586, 0.1 + 0.168586), abs=1e-6)
     half = stats.t.ppf(0.95, 2 * 4) * (2 * 0.01 / 3) ** 0.5
-    assert Side(runs, 0.01 / 3).interval[2] - 0.1 == pytest.approx(half)
+    drifting = Mean(0.1, 3, 3, (of_runs,), (Variance(0.01 / 3),))
+    assert drifting.interval[2] - 0.1 == pytest.approx(half)
 
 
 def test_slower_with_the_same_rates_is_a_regression_to_chase(tmp_path: Path) -> None:

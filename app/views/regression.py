@@ -97,7 +97,8 @@ def compared(
                 used = None  # then the comparison says why there is none
         elif model != NO_MODEL:
             used = loading.models()[model]
-        return regression.compare(*_sides, margin_frac, axes, used, with_model=model != NO_MODEL)
+        a, b = (regression.of_capture(side) for side in _sides)
+        return regression.compare(a, b, margin_frac, axes, used, with_model=model != NO_MODEL)
 
 
 def declare(axes: list[str]) -> None:

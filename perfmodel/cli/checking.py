@@ -50,7 +50,6 @@ def check(
     """Is the candidate slower than the baseline, and than a model expects: exit 0 no, 1 yes, 2 bad usage, 3 not
     comparable, 4 cannot tell (if asked)."""
     from perfmodel import regression
-    from perfmodel.capture import load_capture
     from perfmodel.latency import load_model
 
     if inconclusive not in ("ok", "fail"):
@@ -66,8 +65,8 @@ def check(
             raise InputError(f"{option} is {path!r}, expected a {suffix} file in a folder that exists")
     must_conclude = inconclusive == "fail"
     found = regression.compare(
-        load_capture(baseline),
-        load_capture(candidate),
+        regression.evidence(baseline),
+        regression.evidence(candidate),
         fraction(margin, "--margin"),
         axis or (),
         load_model(model) if model not in (None, "none") else None,

@@ -23,21 +23,16 @@ from .compared import (
     Moved,
     compare,
 )
+from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, of_capture, require_comparable
+from .given import evidence
 from .packed import refuse_large, unpack_captures
-from .verdicts import (
-    AXES,
-    CONFIDENCE,
-    DEFAULT_MARGIN_FRAC,
-    OVERALL,
-    Verdict,
-    check,
-    is_slower,
-    n_missing,
-    require_comparable,
-)
+from .parts import PARTS, Detail, PartChange
+from .spread import CONFIDENCE, OVERALL
+from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, is_slower, n_missing
 
 __all__ = [
     "AXES",
+    "AXIS_WORDS",
     "CELLS",
     "CHASE",
     "CONFIDENCE",
@@ -50,20 +45,29 @@ __all__ = [
     "ON_THE_TABLE",
     "OUTSIDE_MODEL",
     "OVERALL",
+    "PARTS",
+    "SLOWER",
     "SLOWER_THAN_MODEL",
     "UNDECIDED",
     "Case",
     "Change",
     "Comparison",
+    "Detail",
+    "Evidence",
+    "Measured",
     "Moved",
+    "PartChange",
+    "Run",
     "Verdict",
     "against_model",
     "check",
     "compare",
+    "evidence",
     "expected_ratio",
     "is_slower",
     "model_for",
     "n_missing",
+    "of_capture",
     "refuse_large",
     "require_comparable",
     "unpack_captures",

@@ -14,7 +14,8 @@ from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.physics import Array, Work
 from perfmodel.transfer import zero_shot_half_width
 
-from .verdicts import OVERALL, Side, labels_of, sides_of
+from .evidence import Evidence, labels_of, of_capture
+from .spread import OVERALL, Mean, means_of
 
 AS_EXPECTED, SLOWER_THAN_MODEL, FASTER_THAN_MODEL = "as-expected", "slower-than-model", "faster-than-model"
 OUTSIDE_MODEL = "outside-model"
@@ -107,12 +108,13 @@ def against_model(
         width = zero_shot_half_width(model, work, profile, kernel)
     labels, keys = labels_of(capture), rows["workload"].to_list()
     expected = np.log(forecast.ns)
-    sides = sides_of(capture, keys)
+    side = of_capture(capture)
+    sides = means_of(side, keys)
     each = [
         _expectation(key, labels[key], sides[key], expected[i], width[i], _reason(model, work, i, width))
         for i, key in enumerate(keys)
     ]
-    return [_overall(capture, keys, expected, width, sides), *sorted(each, key=lambda one: -one.ratio)]
+    return [_overall(side, keys, expected, width, sides), *sorted(each, key=lambda one: -one.ratio)]
 
 
 def expected_ratio(
@@ -126,13 +128,11 @@ def expected_ratio(
     return np.asarray(slow / fast)
 
 
-def _overall(
-    capture: Capture, keys: Sequence[str], expected: Array, width: Array, sides: dict[str, Side]
-) -> Expectation:
+def _overall(side: Evidence, keys: Sequence[str], expected: Array, width: Array, sides: dict[str, Mean]) -> Expectation:
     """All workloads that have an interval, together: geometric means; of all of them where none has."""
     inside = ~np.isnan(width)
     if inside.any() and not inside.all():
-        sides = sides_of(capture, [key for key, is_in in zip(keys, inside, strict=True) if is_in])
+        sides = means_of(side, [key for key, is_in in zip(keys, inside, strict=True) if is_in])
     kept = inside if inside.any() else ~inside
     reason = None if inside.any() else "no workload lies inside what the model was fitted on"
     log_ns, half = float(expected[kept].mean()), float(width[kept].mean())
@@ -140,7 +140,7 @@ def _overall(
 
 
 def _expectation(
-    workload: str, label: str, side: Side, expected: float, width: float, reason: str | None
+    workload: str, label: str, side: Mean, expected: float, width: float, reason: str | None
 ) -> Expectation:
     mean, low, high = side.interval
     if math.isnan(width):

@@ -21,10 +21,12 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .verdicts import DEFAULT_MARGIN_FRAC, OVERALL, Verdict, check, is_declared, n_missing, require_comparable
+from .evidence import Evidence, is_declared, may_excuse, require_comparable
+from .parts import Detail, PartChange
+from .spread import OVERALL
+from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
 
 CHECK_SCHEMA = 1
-SLOWER = ("regressed", "suspect")  # verdicts of question A that say so
 CHASE, EXPLAINED, ON_THE_TABLE, FINE = "regression to chase", "explained", "left on the table", "fine"
 UNDECIDED, NOT_JUDGED = "undecided", "not judged by the model"  # beside the four: one question has no answer
 CELLS = (CHASE, EXPLAINED, ON_THE_TABLE, FINE, UNDECIDED, NOT_JUDGED)
@@ -38,7 +40,8 @@ class Case:
     """One workload, or all of them, under both questions.
 
     `expectation` is null where no model judged it, `expected_ratio` what the model makes of the calibrated rates of
-    both machines (null likewise), `datasheet` the same question with the ceilings of a datasheet (null without one).
+    both machines (null likewise), `datasheet` the same question with the ceilings of a datasheet (null without one),
+    `part` the part of a slower workload's time that grew (one of `parts.PARTS`, null where none can be named).
     """
 
     verdict: Verdict
@@ -46,6 +49,7 @@ class Case:
     expected_ratio: float | None
     datasheet: Expectation | None
     cell: str
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class Comparison:
 
     `model` is null where no model could be had, and `no_model` says why. The model's answer to all together is over
     those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
-    that only the other side measured.
+    that only the other side measured. `parts` tell what the change of time consists of, largest first, `details` the
+    operators, classes and launch metrics of traces, `notes` what a reader must know of the sides.
     """
 
     baseline: str
@@ -102,6 +107,9 @@ class Comparison:
     no_model: str | None
     datasheet: str | None
     n_missing: dict[str, int]
+    parts: tuple[PartChange, ...] = ()
+    details: tuple[Detail, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def overall(self) -> Case:
@@ -138,9 +146,8 @@ class Comparison:
         if unknown:
             raise InputError(f"unknown condition {min(unknown)!r}; known: {', '.join(FAILURES)}")
         # On what is said to be the same machine, rates that fell are the regression, not an excuse for it.
-        may_explain = any(axis.partition(".")[0] == "machine" for axis in self.axes)
         is_slower = case.verdict.verdict in SLOWER
-        is_explained = is_slower and may_explain and case.cell == EXPLAINED
+        is_explained = is_slower and may_excuse(self.axes) and case.cell == EXPLAINED
         expectation = case.expectation if case is self.overall and case.cell != NOT_JUDGED else None
         holds = {
             "regressed": is_slower and not is_explained,
@@ -197,6 +204,9 @@ class Comparison:
             "verdicts": [_case_json(case) for case in self.cases],
             "changes": [asdict(change) for change in self.changes],
             "quantities": [asdict(moved) for moved in self.quantities],
+            "parts": [asdict(part) for part in self.parts],
+            "details": [asdict(detail) for detail in self.details],
+            "notes": list(self.notes),
         }
 
 
@@ -211,14 +221,15 @@ def _case_json(case: Case) -> dict[str, Any]:
     return asdict(case.verdict) | {
         "cell": case.cell,
         "expected_ratio": case.expected_ratio,
+        "part": case.part,
         "against_model": plain(case.expectation),
         "against_datasheet": plain(case.datasheet),
     }
 
 
 def compare(
-    baseline: Capture,
-    candidate: Capture,
+    baseline: Evidence,
+    candidate: Evidence,
     margin_frac: float = DEFAULT_MARGIN_FRAC,
     axes: Sequence[str] = (),
     model: LatencyModel | None = None,
@@ -238,11 +249,18 @@ def compare(
     cases = [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
     why_not = None if with_model else "no model was asked for"
     named, nominal = None, None
-    if with_model:
+    first, other = baseline.capture, candidate.capture
+    if not with_model:
+        pass
+    elif first is None or other is None:
+        why_not = "a model judges captures, not traces"
+        if model is not None or datasheet is not None:
+            raise InputError(f"{why_not}: leave out --model and --hardware")
+    else:
         try:
-            used = model or model_for(baseline)
-            nominal = datasheet or _catalogue(candidate)
-            cases = _judged(baseline, candidate, used, nominal, verdicts, margin_frac)
+            used = model or model_for(first)
+            nominal = datasheet or _catalogue(other)
+            cases = _judged(first, other, used, nominal, verdicts, margin_frac)
             named = used.profile.name
         except InputError as error:
             if model is not None or datasheet is not None:
@@ -255,11 +273,12 @@ def compare(
         axes=tuple(axes),
         cases=tuple(cases),
         changes=tuple(Change(key, a, b, is_declared(key, axes)) for key, (a, b) in changes.items()),
-        quantities=tuple(moved_quantities(baseline, candidate)),
+        quantities=() if first is None or other is None else tuple(moved_quantities(first, other)),
         model=named,
         no_model=why_not,
         datasheet=nominal.name if nominal is not None and named is not None else None,
         n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
+        notes=(*baseline.notes, *candidate.notes),
     )
 
 

@@ -1,0 +1,186 @@
+"""One side of a comparison: run medians of workloads, when they were taken, and under which circumstances."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import groupby
+from typing import Any
+
+import polars as pl
+
+from perfmodel.capture import Capture
+from perfmodel.capture_lines import RESIDENT
+from perfmodel.errors import InputError, NotComparableError
+from perfmodel.hardware import same_fact
+
+CAPTURE, TRACES = "capture", "traces"  # what a side was measured with
+AXES = ("machine", "software", "kernel", "settings")
+# Other words for what may differ, as patterns of facts; a new torch brings its own libraries and its own kernel.
+AXIS_WORDS = {
+    "hardware": ("machine", "machine.*"),
+    "torch": ("software.torch*", "software.cublas", "software.cudnn", "kernel"),
+    "driver": ("machine.driver*",),
+    "os": ("software.kernel_release", "software.platform"),
+    "threads": ("settings.threads", "machine.n_threads"),
+}
+SHORT_CAPTURE_S = 300  # a virtual machine's neighbours stay for longer than such a capture takes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the runs of one side say of a workload or of a detail: `run_ns` the median time in each run.
+
+    `log_se` is the standard error of a single run's median (log units), known from the steps within it; null: unknown.
+    `facts` is what the workload is, as far as it has to be kept: a line of a plan, or the shapes of an operator.
+    """
+
+    workload: str
+    label: str
+    run_ns: Mapping[int, float]
+    log_se: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run (a fresh process): the occasion it belongs to, and seconds since 1970, null where they are not known."""
+
+    run: int
+    occasion: int = 0
+    started: float | None = None
+    finished: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """One side of a comparison, whatever it was read from: a capture, a saved baseline, or traces.
+
+    `workloads` are judged; `details` are not, and tell where time went: operators, kernel classes, launch metrics,
+    parts of a step, each as ns (or a count) of one step by run. `may_drift` says that runs of one occasion cannot show
+    what changes between occasions. `capture` is there where models can be fitted to the side, null for traces. `notes`
+    are what a reader must know of it.
+    """
+
+    name: str
+    kind: str
+    fingerprint: Mapping[str, Any]
+    workloads: Mapping[str, Measured]
+    runs: tuple[Run, ...]
+    may_drift: bool = False
+    details: Mapping[str, Measured] = field(default_factory=dict)
+    capture: Capture | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def occasions(self) -> dict[int, int]:
+        """The occasion of each run."""
+        return {one.run: one.occasion for one in self.runs}
+
+    def only(self, keys: Sequence[str]) -> "Evidence":
+        """The same side with these workloads alone."""
+        return replace(self, workloads={key: self.workloads[key] for key in keys})
+
+
+def of_capture(capture: Capture) -> Evidence:
+    """A capture as one side of a comparison; all its runs are one occasion."""
+    labels = labels_of(capture)
+    table = capture.observations.group_by("workload", "run", maintain_order=True).agg(pl.col("time_ns").median())
+    run_ns: dict[str, dict[int, float]] = {}
+    for workload, run, time_ns in table.iter_rows():
+        run_ns.setdefault(workload, {})[run] = time_ns
+    spans = {run["run"]: run for run in capture.manifest.get("runs") or []}
+    runs = tuple(
+        Run(run, 0, spans.get(run, {}).get("started"), spans.get(run, {}).get("finished"))
+        for run in capture.observations["run"].unique().sort()
+    )
+    return Evidence(
+        name=capture.name,
+        kind=CAPTURE,
+        fingerprint=capture.fingerprint,
+        workloads={key: Measured(key, labels[key], times) for key, times in run_ns.items()},
+        runs=runs,
+        may_drift=is_short_on_virtual_machine(runs, capture.fingerprint),
+        capture=capture,
+    )
+
+
+def is_short_on_virtual_machine(runs: Sequence[Run], fingerprint: Mapping[str, Any]) -> bool:
+    """Whether runs cannot show it all: a virtual machine's neighbours stay for longer than a short capture takes."""
+    started = [one.started for one in runs if one.started is not None]
+    finished = [one.finished for one in runs if one.finished is not None]
+    if not started or not finished or not fingerprint.get("machine.hypervisor"):
+        return False
+    return max(finished) - min(started) < SHORT_CAPTURE_S
+
+
+def labels_of(capture: Capture) -> dict[str, str]:
+    """What people call the workloads of a capture, by id."""
+    rows = capture.observations.unique("workload", maintain_order=True)
+    return {row["workload"]: label_of(row, capture.dtype) for row in rows.iter_rows(named=True)}
+
+
+def label_of(row: Mapping[str, Any], dtype: str) -> str:
+    """What people call a workload of a capture in which most are of `dtype`."""
+    return (
+        f"{row['op']} {row['shape']}"
+        + (f" {row['gemm_k']}x{row['gemm_n']}" if row["gemm_k"] else "")
+        + f", {row['n_tokens']} tokens, {row['routing']}"
+        + (f", {100 * row['offload_frac']:g} % {row['access']}" if row["access"] != RESIDENT else "")
+        + "".join(f", {word}" for word in (row["residency"], row["launch"]) if word)
+        + (f", {row['dtype']}" if row["dtype"] != dtype else "")
+    )
+
+
+def alternate(one: Evidence, other: Evidence) -> bool:
+    """Whether the runs of both sides took turns, so that what drifts is in both alike: never three of a side in a row,
+    and at least three runs of each."""
+    runs = [(run.started, side) for side, evidence in enumerate((one, other)) for run in evidence.runs]
+    if min(len(one.runs), len(other.runs)) < 3 or any(started is None for started, _ in runs):
+        return False
+    stretches = [len(list(group)) for _, group in groupby(side for _, side in sorted(runs))]
+    return max(stretches) <= 2
+
+
+def differences(one: Evidence, other: Evidence) -> dict[str, tuple[object, object]]:
+    """Every fact of machine, software, kernel and settings in which two sides differ, among those that both tell."""
+    a, b = one.fingerprint, other.fingerprint
+    return {key: (a[key], b[key]) for key in sorted(a.keys() & b.keys()) if not same_fact(key, a[key], b[key])}
+
+
+def is_declared(key: str, axes: Sequence[str]) -> bool:
+    """Whether a fact of the fingerprint, such as `software.torch`, lies on one of the declared axes of change."""
+    return any(fnmatchcase(key, pattern) for axis in axes for pattern in AXIS_WORDS.get(axis, (axis, f"{axis}.*")))
+
+
+def may_excuse(axes: Sequence[str]) -> bool:
+    """Whether another machine was declared, whose rates may explain a slowdown. A driver is none: what it loses is the
+    regression."""
+    return any(axis == "hardware" or (axis.partition(".")[0] == "machine" and "driver" not in axis) for axis in axes)
+
+
+def require_comparable(
+    baseline: Evidence, candidate: Evidence, axes: Sequence[str] = ()
+) -> dict[str, tuple[object, object]]:
+    """Refuse sides that differ outside the declared axes of change; returns the differences that are declared.
+
+    An axis is one of AXIS_WORDS, or a prefix such as `software` or `software.torch`. Raises InputError for another, and
+    NotComparableError naming the first differences.
+    """
+    for axis in axes:
+        if axis not in AXIS_WORDS and axis.partition(".")[0] not in AXES:
+            known = ", ".join((*AXIS_WORDS, *AXES))
+            raise InputError(f"unknown axis {axis!r}; known: {known}, the last four also with a key, as software.torch")
+    if baseline.kind != candidate.kind:
+        raise NotComparableError(
+            f"not comparable: {baseline.name!r} is of {baseline.kind}, {candidate.name!r} of {candidate.kind}"
+        )
+    found = differences(baseline, candidate)
+    undeclared = {key: pair for key, pair in found.items() if not is_declared(key, axes)}
+    if undeclared:
+        shown = "; ".join(f"{key}: {a!r} against {b!r}" for key, (a, b) in list(undeclared.items())[:4])
+        more = f" and {len(undeclared) - 4} more" if len(undeclared) > 4 else ""
+        of = "captures" if baseline.kind == CAPTURE else baseline.kind
+        raise NotComparableError(
+            f"not comparable: the {of} differ in {shown}{more}; declare with --axis what you mean to test"
+        )
+    return found
