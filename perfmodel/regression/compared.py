@@ -21,9 +21,10 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .evidence import Evidence, is_declared, may_excuse, require_comparable
+from .evidence import TRACES, Evidence, is_declared, may_excuse, require_comparable
 from .parts import Detail, PartChange
 from .spread import OVERALL
+from .trace_changes import changed_details, changed_parts, grown_part, require_same_work
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
 
 CHECK_SCHEMA = 1
@@ -244,6 +245,8 @@ def compare(
     the candidate's GPU, if there is one. Raises NotComparableError as `check` does, and InputError for a given model or
     datasheet that does not fit the candidate.
     """
+    are_traces = baseline.kind == candidate.kind == TRACES
+    how_told = require_same_work(baseline, candidate) if are_traces else []
     verdicts = check(baseline, candidate, margin_frac, axes)
     changes = require_comparable(baseline, candidate, axes)
     cases = [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
@@ -266,6 +269,12 @@ def compare(
             if model is not None or datasheet is not None:
                 raise
             why_not = str(error)
+    parts: tuple[PartChange, ...] = ()
+    details: tuple[Detail, ...] = ()
+    if are_traces:
+        parts, details = changed_parts(baseline, candidate), changed_details(baseline, candidate)
+        grown = grown_part(parts)
+        cases = [replace(case, part=grown) if case.verdict.verdict in SLOWER else case for case in cases]
     return Comparison(
         baseline=baseline.name,
         candidate=candidate.name,
@@ -278,7 +287,9 @@ def compare(
         no_model=why_not,
         datasheet=nominal.name if nominal is not None and named is not None else None,
         n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
-        notes=(*baseline.notes, *candidate.notes),
+        parts=parts,
+        details=details,
+        notes=tuple(dict.fromkeys((*baseline.notes, *candidate.notes, *how_told))),
     )
 
 

@@ -15,6 +15,7 @@ from perfmodel.report.captures import (
     telling,
     verdict_line,
 )
+from perfmodel.report.check_traces import moved_tables, trace_lines
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Case, Comparison
@@ -98,7 +99,7 @@ def _numbers(comparison: "Comparison", case: "Case") -> list[str]:
         )
     if case.expected_ratio not in (None, 1.0):
         lines.append(f"by the calibrated rates the model expects {case.expected_ratio:.3f}x the baseline's time")
-    return [*lines, f"{verdict.verdict}, {case.cell}"]
+    return [*lines, f"{verdict.verdict}, {case.cell}", *trace_lines(comparison)]
 
 
 def _xml(words: str) -> str:
@@ -123,6 +124,10 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
         cells = [(name, str(n)) for name, n in comparison.cells().items() if n]
         parts.append(markdown.table([name for name, _ in cells], [[n for _, n in cells]]).rstrip())
     parts.append(_cases(first).rstrip())
+    parts += ["\n".join(f"- {_inline(line)}" for line in trace_lines(comparison))] if comparison.details else []
+    parts += [
+        markdown.table(head, [[_code(row[0]), *row[1:]] for row in rows]) for head, rows in moved_tables(comparison)
+    ]
     if rest:
         more = len(rest) - N_FOLDED
         body = _cases(rest[:N_FOLDED]) + (f"\n... and {text.count(more)} more\n" if more > 0 else "")
