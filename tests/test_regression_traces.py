@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 from perfmodel.cli.main import app
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.hardware import hardware
-from perfmodel.regression import PARTS, compare, evidence
+from perfmodel.regression import PARTS, Evidence, compare, evidence
 from perfmodel.regression.from_traces import log_se_of_median
 from perfmodel.regression.trace_parts import wall_parts
 from perfmodel.regression.trace_steps import PASS, STEP, WINDOW, judged_steps
 from tests.conftest import ROOT
-from tests.traces_made import complete, events, kernel, launch, write_json
+from tests.traces_made import complete, events, kernel, launch, pid, write_json, write_nsys
 
 QWEN = "tracelens__h100__Qwen_Qwen1.5-0.5B-Chat__1016005.json.gz"
 V100 = "hta__ns_resolution_trace__rank-0.Apr_03_18_51_38.1102.pt.trace.json.gz"
@@ -288,7 +288,8 @@ def test_one_slower_operator_is_suspect_and_named_with_its_part(tmp_path: Path) 
 def test_what_moved_stands_in_markdown_and_junit(tmp_path: Path) -> None:
     a = made_up_trace(tmp_path / "a.json")
     b = made_up_trace(tmp_path / "b.json", gemm_us=700)
-    check(a, b, "--junit", tmp_path / "c.xml", "--markdown", tmp_path / "c.md")
+    check(a, b, "--junit", tmp_path / "c.xml", "--markdown", tmp_path / "c.md", "--html", tmp_path / "c.html")
+    assert "aten::mm 16x512x1024" in (tmp_path / "c.html").read_text()
     page = (tmp_path / "c.md").read_text()
     assert "`aten::mm 16x512x1024` | 400 µs | 700 µs | +300 µs" in page
     failure = ET.parse(tmp_path / "c.xml").getroot().find(".//failure")
@@ -351,6 +352,40 @@ def test_traces_with_steps_and_without_are_not_comparable(tmp_path: Path) -> Non
     assert "'a.json' by its step and 'b.json' by its whole trace" in found
 
 
+def test_without_shapes_a_trace_says_what_it_cannot_tell(tmp_path: Path) -> None:
+    document = json.loads(made_up_trace(tmp_path / "a.json").read_text())
+    for event in document["traceEvents"]:
+        event["args"].pop("Input Dims", None)
+    side = evidence(write_json(tmp_path / "b.json", document))
+    assert any("record_shapes" in note for note in compare(side, side).notes)
+
+
+def test_graphs_hide_operators_so_that_classes_of_kernels_are_compared(tmp_path: Path) -> None:
+    def replayed(name: str, n_kernels: int, kernel_name: str = "ampere_sgemm") -> Evidence:
+        step_ = complete("user_annotation", "ProfilerStep#1", 0, 1000, 1, 1)
+        call = complete("cuda_runtime", "cudaGraphLaunch", 10, 5, 1, 1, correlation=1)
+        work = [
+            complete("kernel", kernel_name, 20 + 10 * i, 9, 0, 7, correlation=1, device=0, stream=7)
+            for i in range(n_kernels)
+        ]
+        return evidence(write_json(tmp_path / name, {"traceEvents": [step_, call, *work]}))
+
+    few, other, many = replayed("few.json", 10), replayed("other.json", 10, "nvjet_tst"), replayed("many.json", 20)
+    assert any("kernels of each class alone" in note for note in compare(few, other).notes)
+    with pytest.raises(NotComparableError, match="gemm: 10 in a step of the baseline, 20 of the candidate"):
+        compare(few, many)
+
+
+def test_two_kinds_of_profilers_differ_in_a_setting(tmp_path: Path) -> None:
+    kineto = made_up_trace(tmp_path / "a.json")
+    rows = [(i * 1000, i * 1000 + 900, 0, 7, i, pid(1), 1, 1) for i in range(9)]
+    nsys = write_nsys(tmp_path / "b.sqlite", {"KERNEL": rows, "StringIds": [(1, "ampere_sgemm")]})
+    side = evidence(nsys)
+    assert side.fingerprint["settings.profiler"] == "nsys"
+    assert compare(side, side).details
+    assert "whole trace" in refused(kineto, nsys)
+
+
 # Folders
 
 
@@ -392,6 +427,17 @@ def test_ranks_of_one_job_are_one_run_judged_by_the_slowest(tmp_path: Path) -> N
     assert side.workloads["step"].run_ns == {0: 650_000}
     assert side.fingerprint["settings.world_size"] == 3
     assert any("rank 1 (rank-1.json)" in note for note in side.notes)
+
+
+def test_names_say_ranks_where_files_do_not_and_missing_ranks_are_told(tmp_path: Path) -> None:
+    for rank in range(2):
+        made_up_trace(tmp_path / f"rank{rank}.json", relu_us=100 + rank)
+    assert len(evidence(tmp_path).runs) == 1
+    for rank in range(2):
+        made_up_trace(
+            tmp_path / f"rank{rank}.json", distributedInfo={"rank": rank, "world_size": 8}, relu_us=100 + rank
+        )
+    assert any("only 2 of 8 ranks" in note for note in evidence(tmp_path).notes)
 
 
 def test_subfolders_with_all_ranks_are_runs(tmp_path: Path) -> None:

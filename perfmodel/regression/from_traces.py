@@ -19,6 +19,7 @@ from perfmodel.readers.folder import (
     find_ranks,
     ignored_note,
     listed,
+    rank_in_name,
     read_or_why,
     recorded_rank,
     refuse_if_all_failed,
@@ -139,7 +140,8 @@ def _taken(trace: Trace, name: str) -> _Taken:
         notes=(*notes, *trace.notes),
     )
     spans = tuple(steps.windows.select(pl.col("start_ns") + (base_ns or 0), "dur_ns").iter_rows())
-    return _Taken(name, recorded_rank(trace), evidence, spans)
+    recorded = recorded_rank(trace)
+    return _Taken(name, rank_in_name(name) if recorded is None else recorded, evidence, spans)
 
 
 def log_se_of_median(dur_ns: NDArray[np.float64]) -> float | None:
@@ -188,8 +190,11 @@ def _runs_of(found: Sequence[_Taken]) -> tuple[list[Evidence], list[str]]:
         )
     slowest = [max(group, key=lambda one: one.step_ns) for group in groups]
     said = listed([f"{one.rank} ({one.file})" for one in slowest])
-    note = f"of {len(ranks)} ranks the one with the longest step is judged, on which all others wait: rank {said}"
-    return [one.evidence for one in slowest], [note]
+    notes = [f"of {len(ranks)} ranks the one with the longest step is judged, on which all others wait: rank {said}"]
+    n_ranks = slowest[0].evidence.fingerprint.get("settings.world_size", len(ranks))
+    if n_ranks > len(ranks):
+        notes.append(f"only {len(ranks)} of {n_ranks} ranks are there, so that a slower one may be missing")
+    return [one.evidence for one in slowest], notes
 
 
 def _together(name: str, runs: Sequence[Evidence], notes: Sequence[str]) -> Evidence:

@@ -125,9 +125,8 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
         parts.append(markdown.table([name for name, _ in cells], [[n for _, n in cells]]).rstrip())
     parts.append(_cases(first).rstrip())
     parts += ["\n".join(f"- {_inline(line)}" for line in trace_lines(comparison))] if comparison.details else []
-    parts += [
-        markdown.table(head, [[_code(row[0]), *row[1:]] for row in rows]) for head, rows in moved_tables(comparison)
-    ]
+    for head, rows in moved_tables(comparison):
+        parts.append(markdown.table(head, [[_code(row[0]), *row[1:]] for row in rows]).rstrip())
     if rest:
         more = len(rest) - N_FOLDED
         body = _cases(rest[:N_FOLDED]) + (f"\n... and {text.count(more)} more\n" if more > 0 else "")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace d
 
 STEP_NS = "step_ns"
 LEAST_FRAC = 0.001  # of the step, below which a change is not shown
-_TITLES = {"operator": "operators, per step", "class": "kernel classes, per step", "metric": "launch metrics, per step"}
+_TITLES = {"operator": "operators", "class": "kernel classes", "metric": "launch metrics"}
 _WORDS = {**HEADERS, "gpu_idle_ns": "devices idle"}
 _SIDES = ("baseline", "candidate", "change", "ratio")
 
@@ -38,16 +38,17 @@ def moved_tables(comparison: "Comparison", n_top: int = N_TOP) -> list[tuple[lis
     step = next((one for one in comparison.details if one.name == STEP_NS), None)
     if step is None or not step.baseline:
         return []
+    of = f"of a {comparison.each[0].verdict.label}"
     parts = []
     for one in comparison.parts:
         times = (share * step.baseline for share in (one.share_frac, one.share_frac + one.change_frac))
         parts.append([one.part, *_sides("time_ns", *times), ratio(one.factor)])
-    tables = [(["parts of the time of a step", *_SIDES], parts)]
+    tables = [([f"parts of the time {of}", *_SIDES], parts)]
     for kind, title in _TITLES.items():
         rows = [one for one in comparison.details if one.kind == kind and one is not step]
         if kind != "metric":
             rows = [one for one in rows if abs(one.change_frac or 0.0) >= LEAST_FRAC]
-        tables.append(([title, *_SIDES], [_cells(one) for one in rows[:n_top]]))
+        tables.append(([f"{title} {of}", *_SIDES], [_cells(one) for one in rows[:n_top]]))
     return [(head, rows) for head, rows in tables if rows]
 
 
