@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from typer.testing import CliRunner
@@ -229,6 +229,7 @@ def slow_parts(rows: list[dict[str, Any]], windows: list[tuple[int, int]]) -> di
     return {part: n / total * median for part, n in found.items()}
 
 
+@settings(max_examples=50)
 @given(st.lists(WORK, min_size=1, max_size=12), st.lists(st.integers(1, 30), min_size=1, max_size=5))
 def test_parts_sum_to_the_median_step_and_agree_with_a_look_at_every_nanosecond(work: list, ranges: list) -> None:
     rows, at = [], 0
@@ -327,6 +328,17 @@ def test_other_kernels_for_the_same_operators_are_comparable(tmp_path: Path) -> 
     a = made_up_trace(tmp_path / "a.json")
     b = made_up_trace(tmp_path / "b.json", gemm="nvjet_whatever_tst")
     assert check(a, b).exit_code == 0
+
+
+def test_other_operators_for_the_same_products_are_comparable(tmp_path: Path) -> None:
+    a = made_up_trace(tmp_path / "a.json")
+    document = json.loads(a.read_text())
+    for event in document["traceEvents"]:
+        if event["name"] == "aten::mm":  # fp8 with scales, say
+            event |= {"name": "aten::_scaled_mm", "args": {**event["args"], "Input type": ["c10::Float8_e4m3fn"] * 2}}
+    b = write_json(tmp_path / "b.json", document)
+    assert "settings.dtype: 'fp32' against 'fp8'" in refused(a, b)
+    assert check(a, b, "--axis", "settings.dtype").exit_code == 0
 
 
 def test_another_gpu_must_be_declared(tmp_path: Path) -> None:
@@ -484,6 +496,16 @@ def test_the_error_of_a_median_is_null_for_few_steps_repeatable_and_larger_where
     assert log_se_of_median(steps) == pytest.approx(alone, rel=0.3)
     drifting = np.exp(np.convolve(rng.normal(0, 0.02, 209), np.ones(10) / np.sqrt(10), "valid")) * 1e6
     assert log_se_of_median(drifting) > 1.3 * log_se_of_median(np.random.default_rng(2).permutation(drifting))
+
+
+def test_steps_that_scatter_widen_the_answer_of_single_traces(tmp_path: Path) -> None:
+    calm, noisy = (made_up_trace(tmp_path / f"{noise}.json", n_steps=9, noise=noise) for noise in (0.0, 0.5))
+    widths = [
+        verdict["ratio_high"] / verdict["ratio_low"]
+        for verdict in (checked(one, one)["verdicts"][1] for one in (calm, noisy))
+    ]
+    assert widths[0] == pytest.approx(np.exp(2 * 1.6449 * 0.05 * np.sqrt(2)), rel=1e-3)  # as assumed
+    assert widths[1] > 1.1 * widths[0]
 
 
 # Real traces

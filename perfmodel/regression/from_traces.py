@@ -29,7 +29,7 @@ from perfmodel.trace import DEVICE_KINDS, Trace
 
 from .evidence import TRACES, Evidence, Measured, Run, differences
 from .trace_changes import require_same_work
-from .trace_parts import OPERATOR, parts_of
+from .trace_parts import details_of
 from .trace_steps import PASS, STEP, WINDOW, Steps, judged_steps
 
 ENOUGH_RUNS = 5  # traces a side that tell a difference of a few per cent as a rule
@@ -109,23 +109,17 @@ def of_traces(path: str | Path) -> Evidence:
         notes = [*ignored_note(ignored), *(f"{name} is left out: {why}" for name, why in failed.items())]
         _refuse_repeats(found)
         runs, of_ranks = _runs_of(found)
-        return _together(path.name, runs, [*notes, *of_ranks])
+        return _together(path.resolve().name, runs, [*notes, *of_ranks])
 
 
 def _taken(trace: Trace, name: str) -> _Taken:
     """One trace as a side with one run."""
     steps = judged_steps(trace.events)
-    found = parts_of(trace, steps)
+    details = details_of(trace, steps)
     run_ns = {0: float(np.median(steps.dur_ns))}
     base_ns = time_base_ns(trace)
     first, last = trace.events.select(pl.min("start_ns"), end=(pl.col("start_ns") + pl.col("dur_ns")).max()).row(0)
     started, finished = (None if base_ns is None else (base_ns + at) / 1e9 for at in (first, last))
-    details = {
-        f"{one.kind} {one.key}": Measured(
-            f"{one.kind} {one.key}", one.label, {0: one.value}, facts={"kind": one.kind, **one.facts}
-        )
-        for one in found
-    }
     judged_by = _JUDGED_BY[steps.how]
     notes = [] if judged_by is None else [judged_by]
     if steps.n_threads > 1:
@@ -285,6 +279,6 @@ def _dtype(details: Mapping[str, Measured]) -> str | None:
     """The type in which most FLOPs of matrix products are computed, null where shapes were not recorded."""
     flops: Counter[str] = Counter()
     for one in details.values():
-        if one.facts.get("kind") == OPERATOR and one.facts.get("dtype"):
+        if one.facts.get("dtype"):
             flops[one.facts["dtype"]] += one.facts["n_flops"]
     return flops.most_common(1)[0][0] if flops else None

@@ -12,7 +12,7 @@ from perfmodel.errors import NotComparableError
 from .evidence import Evidence, Measured
 from .parts import PARTS, Detail, PartChange
 from .spread import LEAST_VARIANCE, Variance, half_width
-from .trace_parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS
+from .trace_parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
 
 # Shares of the work that must be on both sides, as found in public traces (docs/regression.md, "Traces").
 LEAST_SAME_FLOPS_FRAC = 0.9
@@ -51,20 +51,17 @@ def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
 
 
 def _same_products(baseline: Evidence, candidate: Evidence) -> list[str]:
-    a, b = (
-        {key: one.facts["n_flops"] for key, one in side.details.items() if one.facts.get("n_flops")}
-        for side in (baseline, candidate)
-    )
+    a, b = _flops(baseline), _flops(candidate)
     if not a or not b:
         return [NO_SHAPES]
-    keys = [*a, *(key for key in b if key not in a)]
+    shapes = [*a, *(shape for shape in b if shape not in a)]
     most = max(math.fsum(a.values()), math.fsum(b.values()))
-    same = math.fsum(min(a.get(key, 0.0), b.get(key, 0.0)) for key in keys) / most
-    worst = max(keys, key=lambda key: abs(a.get(key, 0.0) - b.get(key, 0.0)))
-    label = (baseline.details.get(worst) or candidate.details[worst]).label
+    same = math.fsum(min(a.get(shape, 0.0), b.get(shape, 0.0)) for shape in shapes) / most
+    worst = max(shapes, key=lambda shape: abs(a.get(shape, 0.0) - b.get(shape, 0.0)))
+    either = (one for side in (baseline, candidate) for one in side.details.values())
+    label = next(one.label for one in either if one.facts.get("shape") == worst)
     sides = " and ".join(
-        f"{text.count(one[worst])} FLOP on the {side}" if worst in one else f"is not on the {side}"
-        for one, side in ((a, "baseline"), (b, "candidate"))
+        f"{text.count(one.get(worst, 0.0))} FLOP on the {side}" for one, side in ((a, "baseline"), (b, "candidate"))
     )
     words = f"{text.frac(same)} of the FLOPs of matrix products are on both sides; {label}: {sides} in a step"
     if same < LEAST_SAME_FLOPS_FRAC:
@@ -72,18 +69,32 @@ def _same_products(baseline: Evidence, candidate: Evidence) -> list[str]:
     return [words] if same < 1 - NOTABLE_FRAC else []
 
 
-def _calls(side: Evidence) -> dict[str, tuple[float, float]] | None:
-    """How often a step calls each operator, and for how long; null where most of the time is in none."""
+def _flops(side: Evidence) -> dict[str, float]:
+    """What a step computes in products of each shape, whatever the operator: others fuse a bias, or take fp8."""
+    found: dict[str, float] = {}
+    for one in side.details.values():
+        if one.facts.get("n_flops"):
+            found[one.facts["shape"]] = found.get(one.facts["shape"], 0.0) + one.facts["n_flops"]
+    return found
+
+
+def _calls(side: Evidence, *, with_flops: bool) -> dict[str, tuple[float, float]] | None:
+    """How often a step calls each operator, and for how long; null where most of the time is in none.
+
+    With FLOPs, which are compared by themselves, matrix products count as one call, whichever operators they are.
+    """
     found: dict[str, tuple[float, float]] = {}
     all_ns = 0.0
     for key, one in side.details.items():
-        if one.facts.get("kind") != OPERATOR:
+        if one.facts["kind"] != OPERATOR:
             continue
         time_ns = mean_of(side, key) or 0.0
         all_ns += time_ns
         if one.facts["part"] == "operator":
-            n_calls, so_far_ns = found.get(one.facts["name"], (0.0, 0.0))
-            found[one.facts["name"]] = (n_calls + one.facts["n_calls"], so_far_ns + time_ns)
+            is_product = with_flops and "shape" in one.facts
+            name = "matrix products" if is_product else one.facts["name"]
+            n_calls, so_far_ns = found.get(name, (0.0, 0.0))
+            found[name] = (1.0 if is_product else n_calls + one.facts["n_calls"], so_far_ns + time_ns)
     known_ns = math.fsum(time_ns for _, time_ns in found.values())
     return found if known_ns > 0 and known_ns >= LEAST_OPERATORS_FRAC * all_ns else None
 
@@ -92,12 +103,13 @@ def _kernels(side: Evidence) -> dict[str, tuple[float, float]]:
     return {
         one.label: (one.facts["n_kernels"], mean_of(side, key) or 0.0)
         for key, one in side.details.items()
-        if one.facts.get("kind") == CLASS
+        if one.facts["kind"] == CLASS
     }
 
 
 def _same_calls(baseline: Evidence, candidate: Evidence) -> list[str]:
-    a, b = _calls(baseline), _calls(candidate)
+    with_flops = bool(_flops(baseline) and _flops(candidate))
+    a, b = (_calls(side, with_flops=with_flops) for side in (baseline, candidate))
     of, notes = "calls of operators", []
     if a is None or b is None:
         a, b, of = _kernels(baseline), _kernels(candidate), "kernels of each class"
@@ -130,10 +142,10 @@ def changed_parts(baseline: Evidence, candidate: Evidence) -> tuple[PartChange, 
 
     Means over the runs of a side; intervals by Welch over the runs, where both sides have several that have the part.
     """
-    step_ns = mean_of(baseline, _key(METRIC, STEP_NS)) or 1.0
+    step_ns = mean_of(baseline, key_of(METRIC, STEP_NS)) or 1.0
     found = []
     for part in PARTS:
-        key = _key(PART, part)
+        key = key_of(PART, part)
         old, new = (mean_of(side, key) or 0.0 for side in (baseline, candidate))
         if not old and not new:
             continue
@@ -161,16 +173,16 @@ def _evidence(part: str, baseline: Evidence, candidate: Evidence) -> str:
     """What a part's change rests on: the classes of kernels that moved most, or counts of calls."""
     if part in ("compute", "memory", "communication"):
         sides = (baseline, candidate)
-        either = {one.label for side in sides for one in side.details.values() if one.facts.get("kind") == CLASS}
+        either = {one.label for side in sides for one in side.details.values() if one.facts["kind"] == CLASS}
         moved = []
         for name in sorted(name for name in either if part_of_class(name) == part):
-            old, new = (mean_of(side, _key(CLASS, name)) or 0.0 for side in sides)
+            old, new = (mean_of(side, key_of(CLASS, name)) or 0.0 for side in sides)
             moved.append((abs(new - old), f"{name} {text.ns(old)} to {text.ns(new)}"))
         if moved:
             return ", ".join(words for _, words in sorted(moved, reverse=True)[:_MOVED_SHOWN])
         return "host time in operators"
     if part == "launch":
-        counts = [mean_of(side, _key(METRIC, "n_launches")) for side in (baseline, candidate)]
+        counts = [mean_of(side, key_of(METRIC, "n_launches")) for side in (baseline, candidate)]
         return f"devices idle during launch calls, {text.count(counts[0])} to {text.count(counts[1])} of them"
     return {"copy exposure": "copies under no kernel", "host": "nothing runs that was launched or called"}.get(part, "")
 
@@ -182,14 +194,14 @@ def part_of_class(name: str) -> str:
 
 def changed_details(baseline: Evidence, candidate: Evidence) -> tuple[Detail, ...]:
     """Operators, kernel classes and launch metrics of both sides, in this order, what adds most to the step first."""
-    step_ns = mean_of(baseline, _key(METRIC, STEP_NS)) or 1.0
+    step_ns = mean_of(baseline, key_of(METRIC, STEP_NS)) or 1.0
     found: list[Detail] = []
     for kind in (OPERATOR, CLASS, METRIC):
         either: Mapping[str, Measured] = {**candidate.details, **baseline.details}
         rows = [
             _detail(kind, either[key], mean_of(baseline, key), mean_of(candidate, key), step_ns)
             for key in either
-            if either[key].facts.get("kind") == kind
+            if either[key].facts["kind"] == kind
         ]
         found += sorted(rows, key=lambda one: (-abs(one.change_frac or 0.0), one.name))
     return tuple(found)
@@ -206,7 +218,3 @@ def grown_part(parts: Sequence[PartChange]) -> str | None:
     """The part that grew most, null where none did."""
     grown = max(parts, key=lambda one: one.change_frac, default=None)
     return grown.part if grown is not None and grown.change_frac > 0 else None
-
-
-def _key(kind: str, name: str) -> str:
-    return f"{kind} {name}"

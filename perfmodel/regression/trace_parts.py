@@ -1,7 +1,7 @@
 """What does a step of a trace consist of: parts of its wall time, operators, kernel classes, launch metrics."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -15,6 +15,7 @@ from perfmodel.overlap import device_doing
 from perfmodel.passes.measured import host_communication
 from perfmodel.trace import DEVICE_KINDS, Trace
 
+from .evidence import Measured
 from .trace_steps import Steps
 
 # Classes of kernels that compute for longer than they move: these, and `other`, of which nothing is known. All other
@@ -26,37 +27,34 @@ OPERATOR, CLASS, METRIC, PART = "operator", "class", "metric", "part"  # kinds o
 _LINE = pl.lit(0, pl.Int64).alias("line")  # all devices of a process lie on one line of time
 
 
-@dataclass(frozen=True)
-class Part:
-    """One detail of a step: its `kind`, what tells it from others (`key`), what people call it, ns or a count of it."""
+def details_of(trace: Trace, steps: Steps) -> dict[str, Measured]:
+    """Everything that the steps around the median are made of, per step, as the run 0, by kind and name.
 
-    kind: str
-    key: str
-    label: str
-    value: float
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def parts_of(trace: Trace, steps: Steps) -> list[Part]:
-    """Everything that the steps around the median are made of, per step.
-
-    Operators have the device time of what they launched, in traces without devices the host's time in them, and are
-    told apart by the matrices that they multiply: of products the key has `k` x `n`, the label also the rows where
-    these are always as many. Facts of an operator: `name`, `n_calls`, `n_flops` and `dtype` (of products); of a class
-    `n_kernels`. Parts of PARTS sum to the step.
+    Operators have the device time of what they launched, in traces without devices the host's time in them. Those that
+    multiply matrices are told apart by `k` x `n`, batch and experts; their label also has the rows, where these are
+    always as many. Facts have the `kind`; of an operator also `name`, `part` (`attribution.PARTS`) and `n_calls`, of a
+    product `shape`, `n_flops` and `dtype`; of a class `n_kernels`. Parts of PARTS sum to the step.
     """
-    chosen = steps.of(steps.middle)
     n_steps = len(steps.middle)
-    sub, names = _named_by_shape(replace(trace, events=chosen))
-    found = [*_operators(sub, names, n_steps), *_classes(sub, n_steps)]
+    sub, products = _named_by_shape(replace(trace, events=steps.of(steps.middle)))
     wall = wall_parts(steps)
-    found += [Part(PART, name, name, ns) for name, ns in wall.items()]
-    found.append(Part(METRIC, STEP_NS, STEP_NS, sum(wall.values())))
-    if _has_device(chosen):
+    found = [*_operators(sub, products, n_steps), *_classes(sub, n_steps)]
+    found += [_one(PART, name, ns) for name, ns in wall.items()]
+    found.append(_one(METRIC, STEP_NS, sum(wall.values())))
+    if has_device(sub.events):
         measured = launch_metrics(sub).to_json()
-        found += [Part(METRIC, name, name, measured[name] / n_steps) for name in METRICS]
-        found.append(Part(METRIC, IDLE_NS, IDLE_NS, wall["launch"] + wall["host"]))
-    return found
+        found += [_one(METRIC, name, measured[name] / n_steps) for name in METRICS]
+        found.append(_one(METRIC, IDLE_NS, wall["launch"] + wall["host"]))
+    return {one.workload: one for one in found}
+
+
+def key_of(kind: str, name: str) -> str:
+    """Under which key details have a detail of this kind."""
+    return f"{kind} {name}"
+
+
+def _one(kind: str, name: str, value: float, label: str | None = None, /, **facts: Any) -> Measured:
+    return Measured(key_of(kind, name), label or name, {0: value}, facts={"kind": kind, **facts})
 
 
 def wall_parts(steps: Steps) -> dict[str, float]:
@@ -68,7 +66,7 @@ def wall_parts(steps: Steps) -> dict[str, float]:
     `compute` in operators that multiply matrices or attend, else `communication`, else `memory` in other operators,
     else `host`. Shares are those of the steps around the median (`Steps.middle`), scaled to the median.
     """
-    levels = list(_device_levels(steps.events) if _has_device(steps.events) else _host_levels(steps.events))
+    levels = list(_device_levels(steps.events) if has_device(steps.events) else _host_levels(steps.events))
     windows = steps.windows.with_columns(_LINE)
     covered = windows.clear()
     found: dict[str, pl.Series] = {}
@@ -87,7 +85,8 @@ def wall_parts(steps: Steps) -> dict[str, float]:
     return {part: ns / total_ns * median_ns for part, ns in in_middle.items()}
 
 
-def _has_device(events: pl.DataFrame) -> bool:
+def has_device(events: pl.DataFrame) -> bool:
+    """Whether anything ran on a device."""
     return bool(events["kind"].is_in(DEVICE_KINDS).any())
 
 
@@ -116,52 +115,43 @@ def _host_levels(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
     yield "memory", ops
 
 
-def _named_by_shape(trace: Trace) -> tuple[Trace, dict[str, Part]]:
+def _named_by_shape(trace: Trace) -> tuple[Trace, dict[str, dict[str, Any]]]:
     """The trace with operators of matrix products named by their shapes, and by these names what they are.
 
     A product is told from another of its operator by its batch and by `k` and `n`, which weights have; rows may differ
     from call to call, as those of an expert do.
     """
-    products = matmuls(trace)
-    shape = [pl.format("{}x{}", "k", "n")]
-    shape += [pl.when(pl.col(name) > 1).then(pl.format(word + "{} ", name)).otherwise(pl.lit("")) for name, word in
-              (("batch", "batch of "), ("n_experts", "experts of "))]  # fmt: skip
-    named = products.with_columns(
-        key=pl.concat_str(pl.col("op"), pl.lit(" "), *(part.fill_null("") for part in reversed(shape)))
+    many = [
+        pl.when(pl.col(name) > 1).then(pl.format(words, name)).otherwise(pl.lit(""))
+        for name, words in (("n_experts", "{} experts, "), ("batch", "batch {}, "))
+    ]
+    products = matmuls(trace).with_columns(shape=pl.format("{}{}{}x{}", *many, "k", "n"))
+    products = products.with_columns(key=pl.format("{} {}", "op", "shape"))
+    rows = pl.when(pl.n_unique("m") == 1).then(pl.format("{}x", pl.first("m"))).otherwise(pl.lit(""))
+    table = products.group_by("key", maintain_order=True).agg(
+        pl.first("op", "shape", "dtype"),
+        pl.sum("flops"),
+        label=pl.format("{} {}{}{}{}x{}", "op", *many, rows, "k", "n").first(),
     )
-    table = named.group_by("key", maintain_order=True).agg(
-        pl.first("op", "k", "n", "dtype"), pl.sum("flops"), m=pl.when(pl.n_unique("m") == 1).then(pl.first("m"))
-    )
-    found = {}
-    for row in table.iter_rows(named=True):
-        rows = "" if row["m"] is None else f"{row['m']}x"
-        label = row["key"].replace(f"{row['k']}x{row['n']}", f"{rows}{row['k']}x{row['n']}")
-        found[row["key"]] = Part(
-            OPERATOR, row["key"], label, 0.0, {"n_flops": float(row["flops"]), "dtype": row["dtype"]}
-        )
-    names = trace.events["name"].cast(pl.String).scatter(named["row"], named["key"]).cast(pl.Categorical)
-    return replace(trace, events=trace.events.with_columns(name=names)), found
+    names = trace.events["name"].cast(pl.String).scatter(products["row"], products["key"]).cast(pl.Categorical)
+    named = replace(trace, events=trace.events.with_columns(name=names))
+    return named, {row["key"]: row for row in table.iter_rows(named=True)}
 
 
-def _operators(trace: Trace, products: Mapping[str, Part], n_steps: int) -> Iterable[Part]:
-    table = by_operator(trace.events)
-    time = pl.col("kernel_time_ns") + pl.col("copy_time_ns") if _has_device(trace.events) else pl.col("self_ns")
+def _operators(trace: Trace, products: Mapping[str, dict[str, Any]], n_steps: int) -> Iterable[Measured]:
+    time = pl.col("kernel_time_ns") + pl.col("copy_time_ns") if has_device(trace.events) else pl.col("self_ns")
     counts = pl.coalesce("n_calls", pl.col("n_kernels") + pl.col("n_copies"))
-    rows = table.select("name", pl.col("part").cast(pl.String), n_calls=counts, time_ns=time.fill_null(0))
-    for row in rows.iter_rows(named=True):
-        product = products.get(row["name"])
-        if not row["time_ns"] and product is None:
-            continue
-        facts = {"name": row["name"], "part": row["part"], "n_calls": row["n_calls"] / n_steps}
-        label = row["name"]
+    table = by_operator(trace.events).select("name", pl.col("part").cast(pl.String), n=counts, ns=time.fill_null(0))
+    for name, part, n_calls, time_ns in table.iter_rows():
+        facts = {"name": name, "part": part, "n_calls": n_calls / n_steps}
+        product = products.get(name)
         if product is not None:
-            n_flops = product.facts["n_flops"] / n_steps
-            facts |= {"name": row["name"].split(" ")[0], "n_flops": n_flops, "dtype": product.facts["dtype"]}
-            label = product.label
-        yield Part(OPERATOR, row["name"], label, row["time_ns"] / n_steps, facts)
+            n_flops = product["flops"] / n_steps
+            facts |= {"name": product["op"], "shape": product["shape"], "n_flops": n_flops, "dtype": product["dtype"]}
+        if time_ns or product is not None:
+            yield _one(OPERATOR, name, time_ns / n_steps, None if product is None else product["label"], **facts)
 
 
-def _classes(trace: Trace, n_steps: int) -> Iterable[Part]:
+def _classes(trace: Trace, n_steps: int) -> Iterable[Measured]:
     for row in class_shares(trace.events).iter_rows(named=True):
-        name = str(row["class"])
-        yield Part(CLASS, name, name, row["time_ns"] / n_steps, {"n_kernels": row["n_kernels"] / n_steps})
+        yield _one(CLASS, str(row["class"]), row["time_ns"] / n_steps, n_kernels=row["n_kernels"] / n_steps)
