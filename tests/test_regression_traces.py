@@ -20,8 +20,9 @@ from perfmodel.errors import InputError, NotComparableError
 from perfmodel.hardware import hardware
 from perfmodel.regression import PARTS, Evidence, compare, evidence
 from perfmodel.regression.from_traces import log_se_of_median
-from perfmodel.regression.trace_parts import wall_parts
+from perfmodel.regression.trace_parts import details_of, wall_parts
 from perfmodel.regression.trace_steps import PASS, STEP, WINDOW, judged_steps
+from perfmodel.trace import Trace
 from tests.conftest import ROOT
 from tests.traces_made import complete, events, kernel, launch, pid, write_json, write_nsys
 
@@ -49,7 +50,7 @@ def made_up_trace(
     **meta: Any,
 ) -> Path:
     """Steps of a product, a relu, an all-reduce that hides half of itself, and a copy; the host waits at the end."""
-    rng = np.random.default_rng(seed)
+    rng, process = np.random.default_rng(seed), 100 + seed
     found, link, at = [], 0, start_us
     for number in range(n_steps):
         begin, device_free = at, at + 30
@@ -64,13 +65,15 @@ def made_up_trace(
             us = mean_us * float(np.exp(rng.normal(0, noise)))
             called = begin + 10 + 20 * i
             args = {"Input Dims": dims, "Input type": ["float", "float"]} if dims else {}
-            found.append(complete("cpu_op", op, called, 15, 1, 1, **args))
-            found.append(complete("cuda_runtime", "cudaLaunchKernel", called + 2, 10, 1, 1, correlation=link))
+            found.append(complete("cpu_op", op, called, 15, process, 1, **args))
+            found.append(complete("cuda_runtime", "cudaLaunchKernel", called + 2, 10, process, 1, correlation=link))
             found.append(complete(category, name, device_free, us, 0, 7, correlation=link, device=0, stream=7))
             device_free += us
-        found.append(complete("cuda_runtime", "cudaDeviceSynchronize", begin + 100, device_free - begin - 100, 1, 1))
+        found.append(
+            complete("cuda_runtime", "cudaDeviceSynchronize", begin + 100, device_free - begin - 100, process, 1)
+        )
         at = device_free + 20
-        found.append(complete("user_annotation", f"ProfilerStep#{number}", begin, at - begin, 1, 1))
+        found.append(complete("user_annotation", f"ProfilerStep#{number}", begin, at - begin, process, 1))
     device = {"id": 0, "name": gpu, "totalGlobalMem": 85_000_000_000}
     document = {"schemaVersion": 1, "deviceProperties": [device], "record_shapes": 1, **meta, "traceEvents": found}
     return write_json(path, document)
@@ -251,6 +254,37 @@ def test_parts_sum_to_the_median_step_and_agree_with_a_look_at_every_nanosecond(
     assert found == pytest.approx(expected)
 
 
+KINDS = st.sampled_from(("op", "range", "launch", "sync", "kernel", "kernel", "copy", "set", "replay"))
+NAMED = st.sampled_from(("aten::mm", "ProfilerStep#1", "ProfilerStep#2", "train", "moe_layer", "ncclDevKernel", "x|y"))
+INPUTS = st.sampled_from((None, "garbage", "[[],[]]", '[[[16,512],[512,8]],["float","float"]]'))
+ANY_EVENT = st.tuples(
+    KINDS, NAMED, st.integers(0, 200), st.integers(0, 90), st.integers(0, 3), st.integers(1, 2), INPUTS
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(ANY_EVENT, min_size=1, max_size=25))
+def test_whatever_a_trace_holds_its_parts_sum_and_its_steps_do_not_overlap(found: list) -> None:
+    rows = []
+    for kind, name, start, dur, link, place, inputs in found:
+        on_device = kind in ("kernel", "copy", "set", "replay")
+        where = {"device": place, "process": None} if on_device else {"process": place, "thread": 1}
+        of_op = {"inputs": inputs} if kind == "op" else {}
+        rows.append({"kind": kind, "name": name, "start_ns": start, "dur_ns": dur, "link": link, **where, **of_op})
+    trace = Trace(events(*rows), "kineto", len(rows))
+    try:
+        steps = judged_steps(trace.events)
+    except InputError as error:
+        assert "took no time" in str(error)
+        return
+    details = details_of(trace, steps)
+    parts = [one.run_ns[0] for one in details.values() if one.facts["kind"] == "part"]
+    assert sum(parts) == pytest.approx(np.median(steps.dur_ns))
+    assert min(parts) >= 0
+    ends = steps.windows.select(pl.col("start_ns") + pl.col("dur_ns")).to_series()
+    assert (steps.windows["start_ns"][1:] >= ends[:-1]).all()
+
+
 # A single trace a side
 
 
@@ -428,6 +462,12 @@ def test_a_copy_of_a_trace_is_no_second_run(tmp_path: Path) -> None:
         made_up_trace(tmp_path / name)
     with pytest.raises(InputError, match=r"a\.json and b\.json hold the same recording"):
         evidence(tmp_path)
+
+
+def test_cycles_of_one_process_are_told_to_be_no_fresh_runs(tmp_path: Path) -> None:
+    for cycle in range(3):
+        made_up_trace(tmp_path / f"{cycle}.json", start_us=1000 * cycle)
+    assert any("3 traces are of processes with one number (100)" in note for note in evidence(tmp_path).notes)
 
 
 def test_ranks_of_one_job_are_one_run_judged_by_the_slowest(tmp_path: Path) -> None:

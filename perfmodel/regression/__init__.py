@@ -24,6 +24,7 @@ from .compared import (
     compare,
 )
 from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, of_capture, require_comparable
+from .from_traces import of_traces
 from .given import evidence
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
@@ -68,6 +69,7 @@ __all__ = [
     "model_for",
     "n_missing",
     "of_capture",
+    "of_traces",
     "refuse_large",
     "require_comparable",
     "unpack_captures",

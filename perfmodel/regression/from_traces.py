@@ -28,6 +28,7 @@ from perfmodel.readers.folder import (
 from perfmodel.trace import DEVICE_KINDS, Trace
 
 from .evidence import TRACES, Evidence, Measured, Run, differences
+from .spread import ASSUMED_RUN_SD
 from .trace_changes import require_same_work
 from .trace_parts import details_of
 from .trace_steps import PASS, STEP, WINDOW, Steps, judged_steps
@@ -42,17 +43,19 @@ _JUDGED_BY = {
     WINDOW: "no step is marked in the traces, so that each is judged as a whole, and must have recorded as much work",
 }
 _SINGLE = (
-    "a side with a single trace cannot show how runs differ, which is assumed (5 %), so that what is slower is at most "
-    f"suspect; record {ENOUGH_RUNS} traces of each side, each in a fresh process, and give the folders"
+    f"a side with a single trace cannot show how runs differ, which is assumed ({100 * ASSUMED_RUN_SD:g} %), so that "
+    f"what is slower is at most suspect; record {ENOUGH_RUNS} traces of each side, each in a fresh process, and give "
+    "the folders"
 )
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """One trace as a side of its own: the file, its rank, what it says, and the times of its steps."""
+    """One trace as a side of its own: the file, its rank and process, what it says, and the times of its steps."""
 
     file: str
     rank: int | None
+    process: int | None
     evidence: Evidence
     spans: tuple[tuple[int, int], ...]
 
@@ -135,7 +138,14 @@ def _taken(trace: Trace, name: str) -> _Taken:
     )
     spans = tuple(steps.windows.select(pl.col("start_ns") + (base_ns or 0), "dur_ns").iter_rows())
     recorded = recorded_rank(trace)
-    return _Taken(name, rank_in_name(name) if recorded is None else recorded, evidence, spans)
+    processes = steps.events["process"].drop_nulls().unique()
+    return _Taken(
+        name,
+        rank_in_name(name) if recorded is None else recorded,
+        int(processes[0]) if len(processes) == 1 else None,
+        evidence,
+        spans,
+    )
 
 
 def log_se_of_median(dur_ns: NDArray[np.float64]) -> float | None:
@@ -170,7 +180,7 @@ def _runs_of(found: Sequence[_Taken]) -> tuple[list[Evidence], list[str]]:
     """The runs of a folder, each as a side with one run: files, or the slowest rank of each job."""
     ranks = Counter(one.rank for one in found)
     if len(ranks) == 1:
-        return [one.evidence for one in found], []
+        return [one.evidence for one in found], _of_one_process(found)
     jobs: dict[Path, list[_Taken]] = {}
     for one in found:
         jobs.setdefault(Path(one.file).parent, []).append(one)
@@ -189,6 +199,18 @@ def _runs_of(found: Sequence[_Taken]) -> tuple[list[Evidence], list[str]]:
     if n_ranks > len(ranks):
         notes.append(f"only {len(ranks)} of {n_ranks} ranks are there, so that a slower one may be missing")
     return [one.evidence for one in slowest], notes
+
+
+def _of_one_process(found: Sequence[_Taken]) -> list[str]:
+    """A warning where several traces may be cycles of one profiler; a container may number its processes alike, too."""
+    counts = Counter(one.process for one in found if one.process is not None)
+    process, n_files = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+    if n_files < 2:
+        return []
+    return [
+        f"{n_files} traces are of processes with one number ({process}): if these are cycles of one process, they are "
+        "no runs of their own, and promise more than is known"
+    ]
 
 
 def _together(name: str, runs: Sequence[Evidence], notes: Sequence[str]) -> Evidence:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from perfmodel import text
 from perfmodel.report.check_traces import trace_lines, trace_tables
-from perfmodel.report.words import table
+from perfmodel.report.words import WIDTH, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Case, Comparison, Moved
@@ -133,7 +133,7 @@ def check_page(comparison: "Comparison") -> str:
     if comparison.model is not None:
         lines.append("crossed: " + ", ".join(f"{n} {name}" for name, n in comparison.cells().items() if n))
     if comparison.details:
-        lines += trace_lines(comparison)
+        lines += [wrapped(line, WIDTH, others="  ") for line in trace_lines(comparison)]
     elif "suspect" in (comparison.overall.verdict.verdict, *counts):
         lines.append("suspect: one side has a single run, so the spread between runs is assumed; collect with --runs 5")
     shown = telling(comparison)
