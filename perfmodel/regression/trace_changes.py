@@ -15,7 +15,8 @@ from .spread import LEAST_VARIANCE, Variance, half_width
 from .trace_parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
 
 # Shares of the work that must be on both sides. In public traces (docs/regression.md, "Traces") the same work has
-# 1.00 of FLOPs and at least 0.88 of calls; twice the tokens has 0.50 of FLOPs, another model 0.00 and at most 0.47 of calls.
+# 1.00 of FLOPs and at least 0.88 of calls; twice the tokens has 0.50 of FLOPs, another model none and at most 0.47 of
+# calls.
 LEAST_SAME_FLOPS_FRAC = 0.9
 LEAST_SAME_CALLS_FRAC = 0.7
 LEAST_OPERATORS_FRAC = 0.5  # of the time, below which operators do not say what the work is: graphs replay it
