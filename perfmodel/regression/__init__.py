@@ -25,6 +25,8 @@ from .compared import (
 )
 from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, of_capture, require_comparable
 from .given import evidence
+from .items import HEALTHY, LOOK_AT, OPEN, Item
+from .new_machine import NewMachine, new_machine
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
 from .spread import CONFIDENCE, OVERALL
@@ -41,8 +43,11 @@ __all__ = [
     "EXPLAINED",
     "FAILURES",
     "FINE",
+    "HEALTHY",
+    "LOOK_AT",
     "NOT_JUDGED",
     "ON_THE_TABLE",
+    "OPEN",
     "OUTSIDE_MODEL",
     "OVERALL",
     "PARTS",
@@ -54,8 +59,10 @@ __all__ = [
     "Comparison",
     "Detail",
     "Evidence",
+    "Item",
     "Measured",
     "Moved",
+    "NewMachine",
     "PartChange",
     "Run",
     "Verdict",
@@ -67,6 +74,7 @@ __all__ = [
     "is_slower",
     "model_for",
     "n_missing",
+    "new_machine",
     "of_capture",
     "refuse_large",
     "require_comparable",
