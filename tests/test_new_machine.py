@@ -18,16 +18,18 @@ from perfmodel.cli.main import app
 from perfmodel.errors import InputError
 from perfmodel.figures import new_machine_figures
 from perfmodel.hardware import QUANTITIES, hardware
-from perfmodel.latency import load_model
+from perfmodel.latency import load_model, shipped_models
 from perfmodel.physics import PEAK_GEMM_FRAC
 from perfmodel.regression import HEALTHY, LOOK_AT, OPEN, NewMachine, new_machine
 from perfmodel.regression.circumstances import n_runs_wanted, spread_of
+from perfmodel.regression.new_machine import _model_of
 from perfmodel.regression.rates import REACHED_FILE, _derived, apart_frac, reached
 from perfmodel.regression.verdicts import _n_more_runs
 from tests.captures_made import write_gpu_capture, write_synthetic_capture
 from tests.conftest import ROOT
 
 Manifest = dict[str, Any]
+MADE_UP = {"believable numbers", "repeats within a run"}  # of a capture whose ids and times no collector wrote
 ZEN5 = {"cpu_vendor": "AuthenticAMD", "cpu_family": "26", "cpu_model_number": "2"}
 
 
@@ -90,13 +92,14 @@ def test_a_sound_gpu_is_healthy_in_all_that_can_be_judged(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (scaled("link_h2d_copy_bytes_per_s", by=0.5), {"link h2d copy"}),
-        (scaled("link_h2d_copy_bytes_per_s", "link_d2h_copy_bytes_per_s", by=0.5), {"link h2d copy", "link d2h copy"}),
+        # The made-up points still move weights at the old rates, which is told as well.
+        (scaled("link_h2d_copy_bytes_per_s", by=0.5), {"link h2d copy", "believable numbers"}),
+        (scaled("link_d2h_copy_bytes_per_s", "link_both_copy_bytes_per_s", by=0.5), {"link d2h copy"}),
         (loaded(pcie_gen=3), {"link"}),
         (loaded(pcie_width="8"), {"link"}),
         (told(power_limit_watts=500.0), {"power cap"}),
         (scaled("bf16_gemm_flops_per_s", by=0.6), {"bf16 GEMM"}),
-        (scaled("memory_stream_bytes_per_s", by=0.6), {"memory stream"}),
+        (scaled("memory_stream_bytes_per_s", by=0.6), {"memory stream", "believable numbers"}),
         (scaled("launch_overhead_ns", by=3.0), {"launch overhead"}),
         (loaded(clock_reasons=["application clocks"]), {"clocks"}),
         (loaded(clock_reasons=["hardware slowdown"]), {"throttling"}),
@@ -177,9 +180,9 @@ def test_the_same_processor_in_shipped_captures_stands_for_a_datasheet(tmp_path:
 
     same = judged(write_synthetic_capture(tmp_path / "same"), change(1.0))
     assert {verdicts(same)[name] for name in ("fp32 GEMM", "memory stream")} == {HEALTHY}
-    slow = judged(write_synthetic_capture(tmp_path / "slow"), change(0.5))
+    slow = judged(write_synthetic_capture(tmp_path / "slow"), change(0.4))
     assert {"fp32 GEMM", "memory stream"} <= wrong(slow)
-    assert item_of(slow, "fp32 GEMM").frac == pytest.approx(0.5, rel=1e-3)
+    assert item_of(slow, "fp32 GEMM").frac == pytest.approx(0.4, rel=1e-3)
 
 
 def test_rates_of_two_dtypes_tell_which_kernels_lack_instructions(tmp_path: Path) -> None:
@@ -209,7 +212,7 @@ def test_rates_of_two_dtypes_tell_which_kernels_lack_instructions(tmp_path: Path
     ],
 )
 def test_settings_of_a_cpu_that_cost_speed_are_told(facts: Manifest, name: str, tmp_path: Path) -> None:
-    assert wrong(judged(write_synthetic_capture(tmp_path / "made-up"), told(**facts))) == {name}
+    assert wrong(judged(write_synthetic_capture(tmp_path / "made-up"), told(**facts))) - MADE_UP == {name}
 
 
 def test_a_torch_that_does_not_use_what_the_processor_has_is_told(tmp_path: Path) -> None:
@@ -217,7 +220,7 @@ def test_a_torch_that_does_not_use_what_the_processor_has_is_told(tmp_path: Path
         manifest["machine"]["cpu_flags"] = ["avx2", "avx512f"]
         manifest["software"]["torch_cpu_capability"] = "AVX2"
 
-    assert wrong(judged(write_synthetic_capture(tmp_path / "made-up"), change)) == {"instruction sets"}
+    assert wrong(judged(write_synthetic_capture(tmp_path / "made-up"), change)) - MADE_UP == {"instruction sets"}
 
 
 def test_what_was_reached_has_sources_and_agrees_with_the_model() -> None:
@@ -252,17 +255,28 @@ def test_runs_that_a_check_needs_are_those_that_a_comparison_asks_for(tmp_path: 
 
 
 def test_no_capture_is_judged_by_the_model_that_was_fitted_on_it() -> None:
-    by_name = {path.name: new_machine(load_capture(path)) for path in shipped_captures()}
-    for name, found in by_name.items():
-        assert found.model != name
-        assert found.model or "fitted on this capture" in found.chosen
-    assert by_name["epyc-zen4-2c-fp32"].model == "epyc-zen5-2c-fp32"
-    assert by_name["epyc-zen5-2c-bf16"].model is None
+    models = {name: load_model(name) for name in shipped_models()}
+    chosen = {path.name: _model_of(load_capture(path), models) for path in shipped_captures()}
+    judges = {name: None if model is None else model.profile.name for name, (model, _) in chosen.items()}
+    assert judges == {
+        "epyc-zen4-2c-fp32": "epyc-zen5-2c-fp32",
+        "epyc-zen5-2c-fp32": "epyc-zen4-2c-fp32",
+        "epyc-zen5-2c-bf16": None,
+    }
+    assert all("was fitted on this capture" in why for _, why in chosen.values())
+
+
+def test_a_shipped_capture_is_judged_by_the_model_of_another_machine() -> None:
+    found = new_machine(load_capture(ROOT / "traces" / "epyc-zen4-2c-fp32"))
+    swept = [item for item in found.items if item.section == "the sweep against a model"]
+    assert found.model == "epyc-zen5-2c-fp32" and {item.verdict for item in swept} == {HEALTHY}
+    assert {"grouped_gemm, memory-bound", "moe_layer, compute-bound"} <= {item.name for item in swept}
+    assert wrong(found) == {"calibration between runs"}, "one of its runs calibrated half the GEMM rate of the others"
 
 
 def test_a_model_of_another_kind_of_device_is_refused(tmp_path: Path) -> None:
     capture = load_capture(write_synthetic_capture(tmp_path / "made-up"))
-    with pytest.raises(InputError, match="gpu"):
+    with pytest.raises(InputError, match="the model is of resident experts in bf16"):
         new_machine(capture, model=load_model("h100-sxm-trtllm-cutlass-bf16"))
     with pytest.raises(InputError, match="is a gpu, and capture 'made-up' was computed on a cpu"):
         new_machine(capture, hardware("h100-sxm"))

@@ -1,34 +1,30 @@
 """What a machine that has just arrived is like, without a baseline: what it reaches, how it is set, how steady it is,
 and whether the sweep is as fast as a model says."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from perfmodel.capture import Capture, load_capture, per_workload, profile_of, shipped_captures
+from perfmodel.capture import IS_OFFLOADED, Capture, load_capture, per_workload, profile_of, shipped_captures
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import LatencyModel, load_model, shipped_models
-from perfmodel.physics import Array, transferred_ceilings
+from perfmodel.physics import transferred_ceilings
 from perfmodel.plausible import check_capture
-from perfmodel.roofline import DEVICE_MEMORY, POINTS, Roof, Roofline, roofline
+from perfmodel.roofline import DEVICE_MEMORY, Roofline, points, roofline
 
 from .against import OUTSIDE_MODEL, SLOWER_THAN_MODEL, Expectation, against_model, judged_rows
 from .circumstances import fact_items, n_runs_wanted, steadiness_items
 from .items import HEALTHY, LOOK_AT, OPEN, ROOFLINE, SWEEP, Item, held
-from .rates import datasheet_of, rate_items
+from .rates import apart_frac, datasheet_of, rate_items
 from .verdicts import DEFAULT_MARGIN_FRAC
 
 NEW_MACHINE_SCHEMA = 1
 OVERHEAD, MEMORY, COMPUTE = "overhead-bound", "memory-bound", "compute-bound"
-REGIMES: dict[str, tuple[str, ...]] = {
-    OVERHEAD: ("overhead", "launch"),
-    MEMORY: ("memory", "permute", "combine", "router"),
-    COMPUTE: ("compute",),
-}
 NEXT: dict[str, tuple[str, ...]] = {
     OVERHEAD: (
         "what a call costs: clock and governor of the host, versions of torch and driver, threads bound to cores",
@@ -38,8 +34,6 @@ NEXT: dict[str, tuple[str, ...]] = {
 }
 SEE_RATES: tuple[str, ...] = ("the calibrated rates above that deserve a look",)
 LEAST_IN_GROUP = 3  # fewer workloads say little of their kind
-# How far below the best of shipped captures' points those of a sound machine may stay: as far as these lie apart.
-ROOF_APART_FRAC = 0.2
 
 
 @dataclass(frozen=True)
@@ -100,8 +94,9 @@ def new_machine(
     `datasheet` holds nominal rates, null for the shipped profile of its GPU, if there is one; `model` judges the sweep,
     null for the shipped one that is most alike. Raises InputError for one of these that does not fit the capture.
     """
-    models = {name: load_model(name) for name in shipped_models()}
-    others = [one for one in map(load_capture, shipped_captures()) if one.digest != capture.digest]
+    models, shipped = _shipped()
+    digest = capture.digest
+    others = [one for one, its_digest in shipped if its_digest != digest]
     findings = check_capture(capture.path)
     nominal = datasheet or datasheet_of(capture)
     items = rate_items(capture, nominal, _same_processor(capture, models.values()), is_given=datasheet is not None)
@@ -119,8 +114,8 @@ def new_machine(
         judge, chosen = None, str(error)
     if judge is None:
         items.append(Item(SWEEP, "all workloads", OPEN, f"{chosen}; name a model with --model"))
-    points = _points(capture)
-    items += _roofline_items(capture, points, others)
+    found = _points(capture)
+    items += _roofline_items(capture, found, others)
     n_runs, is_enough = n_runs_wanted(capture)
     return NewMachine(
         capture=capture.name,
@@ -132,8 +127,15 @@ def new_machine(
         margin_frac=DEFAULT_MARGIN_FRAC,
         n_runs_wanted=n_runs,
         is_enough=is_enough,
-        points=points,
+        points=found,
     )
+
+
+@cache
+def _shipped() -> tuple[dict[str, LatencyModel], list[tuple[Capture, str]]]:
+    """The models and the captures, with their digests, that come with the project."""
+    captures = [load_capture(path) for path in shipped_captures()]
+    return {name: load_model(name) for name in shipped_models()}, [(one, one.digest) for one in captures]
 
 
 def _name_of(model: LatencyModel, models: dict[str, LatencyModel]) -> str:
@@ -197,6 +199,7 @@ def _sweep(
     capture: Capture, model: LatencyModel, nominal: HardwareProfile | None
 ) -> tuple[list[Item], list[Expectation]]:
     """The sweep against a model on the machine as calibrated, as its datasheet has it, and by operation and regime."""
+    capture = _seen_by(capture, model)
     found = against_model(capture, model)
     overall = found[0]
     items = [_expected("all workloads", overall, NEXT[MEMORY] + NEXT[COMPUTE], len(found) - 1)]
@@ -231,65 +234,82 @@ def _expected(name: str, one: Expectation, steps: tuple[str, ...], n_workloads: 
     return Item(SWEEP, name, verdict, words, steps if is_slow else (), 1 / one.ratio, 1 / most)
 
 
+def _seen_by(capture: Capture, model: LatencyModel) -> Capture:
+    """The capture with what a GPU's model can know alone: the operations it was fitted on, and calls launched as those
+    were (by the host, or replayed from a graph); the whole where nothing is left, for then the model says why."""
+    if model.profile.device != "gpu":
+        return capture
+    is_known = pl.col("launch").eq_missing(pl.lit(model.evidence_.get("launch")))
+    if "grouped_gemm" not in model.ops_:
+        is_known &= pl.col("op") != "grouped_gemm"
+    rows = capture.observations.filter(is_known, ~IS_OFFLOADED, pl.col("dtype") == model.dtype)
+    return capture if rows.is_empty() else replace(capture, observations=rows)
+
+
 def _groups(capture: Capture, model: LatencyModel) -> list[tuple[str, str, list[str]]]:
-    """The workloads by operation and by what takes most of their time as the model has it: name, regime, workloads."""
+    """The workloads by operation and by what bounds them: name, regime, workloads.
+
+    Overhead where the model has most of the time in launches and calls, else the roof that is lower for the workload.
+    """
     rows = judged_rows(capture, model)
     profile = profile_of(capture)
     is_here = profile.own_quantities == model.profile.own_quantities
     work = model.work(rows, None if is_here else profile)
     roof = model.roof if is_here else transferred_ceilings(profile, model.dtype, model.profile)
-    parts = model.form.resident_parts(work, roof, model.constants_)
-
-    def time_ns(names: Sequence[str]) -> Array:
-        return work.mean(np.add.reduce([np.zeros(len(work.item_of)), *(parts[one] for one in names if one in parts)]))
-
-    times = np.stack([time_ns(names) for names in REGIMES.values()])
-    regimes = np.array(list(REGIMES))[times.argmax(axis=0)]
-    table = rows.select(pl.col("op").cast(pl.String), "workload").with_columns(regime=pl.Series(regimes))
+    parts = {name: work.mean(part) for name, part in model.form.resident_parts(work, roof, model.constants_).items()}
+    fixed_ns = sum(parts[name] for name in ("overhead", "launch") if name in parts)
+    table = points(rows, profile).select("op", pl.format("{}-bound", "bound").alias("regime"))
+    is_fixed = pl.Series(2 * np.asarray(fixed_ns) > np.add.reduce(list(parts.values())))
+    table = table.with_columns(
+        rows["workload"], regime=pl.when(is_fixed).then(pl.lit(OVERHEAD)).otherwise(pl.col("regime"))
+    )
     return [
-        (f"{op}, {regime}", str(regime), keys.to_list())
+        (f"{op}, {regime}", regime, keys.to_list())
         for op in table["op"].unique(maintain_order=True)
-        for regime in REGIMES
+        for regime in NEXT
         if len(keys := table.filter(op=op, regime=regime)["workload"]) >= LEAST_IN_GROUP
     ]
 
 
-def _points(capture: Capture) -> Roofline | None:
-    """What was measured of resident experts in the capture's dtype, under the roofs of its machine; null without."""
+def _points(capture: Capture, only: Collection[str] | None = None) -> Roofline | None:
+    """What was measured of resident experts in the capture's dtype, of these workloads `only` where they are given,
+    under the roofs of its machine; null where it has none."""
     rows = per_workload(capture.observations).filter(pl.col("dtype") == capture.dtype, pl.col("offload_frac") == 0)
+    if only is not None:
+        rows = rows.filter(pl.col("workload").is_in(list(only)))
     try:
         return roofline(profile_of(capture), capture.dtype, observations=rows) if rows.height else None
     except InputError:  # no rate for the dtype, or no bandwidth
         return None
 
 
-def best_fracs(found: pl.DataFrame) -> dict[str, float]:
+def best_fracs(found: Roofline | None) -> dict[str, float]:
     """The best share of the roof that any grouped GEMM reached in each regime (`memory`, `compute`)."""
-    rows = found.filter(op="grouped_gemm", tier=DEVICE_MEMORY).group_by("bound").agg(pl.max("roof_frac"))
+    if found is None:
+        return {}
+    rows = found.points.filter(op="grouped_gemm", tier=DEVICE_MEMORY).group_by("bound").agg(pl.max("roof_frac"))
     return dict(rows.iter_rows())
 
 
-def _under(points: pl.DataFrame, nominal: Roof) -> pl.DataFrame:
-    """The same points as shares of the nominal roof."""
-    memory = next((tier.bytes_per_s for tier in nominal.tiers if tier.name == DEVICE_MEMORY), None)
-    if memory is None:
-        return pl.DataFrame(schema=POINTS)
-    roof = pl.min_horizontal(pl.col("flops_per_byte") * memory, pl.lit(nominal.flops_per_s))
+def _under_nominal(found: Roofline) -> Roofline | None:
+    """The same points as shares of the nominal roof, null where that is not known."""
+    nominal = found.nominal
+    tiers = [] if nominal is None else [tier for tier in nominal.tiers if tier.name == DEVICE_MEMORY]
+    if nominal is None or not tiers:
+        return None
+    roof = pl.min_horizontal(pl.col("flops_per_byte") * tiers[0].bytes_per_s, pl.lit(nominal.flops_per_s))
     bound = pl.when(roof < nominal.flops_per_s).then(pl.lit("memory")).otherwise(pl.lit("compute"))
-    return points.with_columns(roof_frac=pl.col("flops_per_s") / roof, bound=bound)
+    return replace(found, points=found.points.with_columns(roof_frac=pl.col("flops_per_s") / roof, bound=bound))
 
 
 def _roofline_items(capture: Capture, found: Roofline | None, others: Sequence[Capture]) -> list[Item]:
-    """How near to its roof the best grouped GEMM came in each regime, beside what shipped captures reached."""
+    """How near to its roof the best grouped GEMM came in each regime, beside what shipped captures reached with the
+    same workloads: which shapes and batches were measured decides how near any can come."""
     names = {"memory": "best memory-bound GEMM", "compute": "best compute-bound GEMM"}
     if found is None:
         words = f"the capture has no calibrated {capture.dtype} rate and bandwidth, and so no roof"
         return [Item(ROOFLINE, name, OPEN, words) for name in names.values()]
-    device = profile_of(capture).device
-    alike = [one for one in others if profile_of(one).device == device and one.dtype == capture.dtype]
-    known = [best_fracs(points.points) for one in alike if (points := _points(one)) is not None]
-    best = best_fracs(found.points)
-    nominal = {} if found.nominal is None else best_fracs(_under(found.points, found.nominal))
+    best, nominal, pairs = best_fracs(found), best_fracs(_under_nominal(found)), _in_common(capture, others)
     items = []
     for bound, name in names.items():
         if bound not in best:
@@ -297,13 +317,26 @@ def _roofline_items(capture: Capture, found: Roofline | None, others: Sequence[C
             continue
         words = f"{100 * best[bound]:.0f} % of the calibrated roof"
         words += f", {100 * nominal[bound]:.0f} % of the nominal one" if bound in nominal else ""
-        reached = [one[bound] for one in known if bound in one]
-        if not reached:
-            words += f"; no shipped capture of a {device} in {capture.dtype} to hold it against"
+        shares = [(own[bound] / other[bound], one) for one, own, other in pairs if bound in own and bound in other]
+        if not shares:
+            words += "; no other shipped capture measured these workloads"
             items.append(Item(ROOFLINE, name, OPEN, words, (), best[bound]))
             continue
-        least = min(reached) * (1 - ROOF_APART_FRAC)
-        words += f"; shipped captures {100 * min(reached):.0f} to {100 * max(reached):.0f} %"
-        steps = NEXT[MEMORY if bound == "memory" else COMPUTE]
-        items.append(held(ROOFLINE, name, words, best[bound], least, steps))
+        share, who = max(shares)
+        words += f"; with the same workloads {share:.2f}x of what {who} reached"
+        least = 1 - apart_frac("bytes_per_s" if bound == "memory" else "flops_per_s", "roof")
+        items.append(held(ROOFLINE, name, words, share, least, NEXT[MEMORY if bound == "memory" else COMPUTE]))
     return items
+
+
+def _in_common(
+    capture: Capture, others: Sequence[Capture]
+) -> list[tuple[str, dict[str, float], dict[str, float]]]:  # fmt: skip
+    """Each shipped capture that measured some of the same workloads: its name, and the best shares of both in these."""
+    mine = set(capture.observations["workload"])
+    found = []
+    for one in others:
+        common = mine & set(one.observations["workload"])
+        if common and one.dtype == capture.dtype:
+            found.append((one.name, best_fracs(_points(capture, common)), best_fracs(_points(one, common))))
+    return found

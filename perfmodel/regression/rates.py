@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,20 @@ NEXT = {
 
 @dataclass(frozen=True)
 class Reached:
-    """What one machine reached, in the base unit of the quantity and as a share of its nominal value, and who says so;
-    `machine` is a profile's name where there is one."""
+    """What one machine reached and its nominal value, in the base unit of the quantity, with the source; `machine` is a
+    profile's name where there is one."""
 
     quantity: str
     of: str
     machine: str
     value: float
-    frac: float
+    nominal: float
     source: str
+
+    @property
+    def frac(self) -> float:
+        """The share of the nominal value."""
+        return self.value / self.nominal
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def _table() -> tuple[tuple[Reached, ...], dict[tuple[str, str], float]]:
             row["of"],
             row["machine"],
             to_base(row["value"], row["unit"])[0],
-            row["value"] / row["nominal"],
+            to_base(row["nominal"], row["unit"])[0],
             row["source"],
         )
         for row in content["reached"]
@@ -125,12 +131,14 @@ def _table() -> tuple[tuple[Reached, ...], dict[tuple[str, str], float]]:
     return rows, apart
 
 
-def reached(quantity: str, of: str, profile: str | None = None) -> list[Reached]:
-    """What sound machines reached of a quantity, lowest first: that profile alone where it is among them."""
+def reached(quantity: str, of: str, profile: str | None = None, nominal: float | None = None) -> list[Reached]:
+    """What sound machines reached of a quantity, lowest share first: that profile, or of links those with the same
+    nominal value, alone where they are among them."""
     wanted = quantity if any(r.quantity == quantity and r.of == of for r in _table()[0]) else None
     wanted = wanted or STANDS_FOR.get((quantity, of))
     rows = [row for row in _table()[0] if row.quantity == wanted and row.of == of]
-    own = [row for row in rows if row.machine == profile]
+    is_link = quantity in LINKS and nominal is not None
+    own = [row for row in rows if row.machine == profile or (is_link and isclose(row.nominal, nominal or 0.0))]
     return sorted(own or rows, key=lambda row: row.frac)
 
 
@@ -211,7 +219,7 @@ def _against_nominal(
     capture: Capture, key: str, value: float, datasheet: HardwareProfile | None, is_given: bool
 ) -> Item | None:
     nominal = _nominal(capture, key, datasheet, is_given)
-    rows = [] if nominal is None else reached(key, nominal.of, nominal.profile)
+    rows = [] if nominal is None else reached(key, nominal.of, nominal.profile, nominal.value)
     if nominal is None or not rows:
         return None
     least = rows[0].frac * (1 - apart_frac(key, nominal.of))
@@ -302,7 +310,8 @@ def _against_peers(capture: Capture, key: str, value: float, peers: Sequence[Lat
         if found is None or n_peer is None or not threads:
             continue
         scale = float(threads) / n_peer[1].value
-        if scale != 1 and "_gemm_" not in key:
+        is_alike = "_gemm_" in key or (scale == 1 and (key != "call_overhead_ns" or model.dtype == capture.dtype))
+        if not is_alike:
             continue
         expected = found.value * (scale if "_gemm_" in key else 1.0)
         share = expected / value if key.endswith("_ns") else value / expected
