@@ -5,15 +5,18 @@ import math
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from perfmodel import report
-from perfmodel.capture import load_capture, shipped_captures
+from perfmodel.capture import Capture, load_capture, shipped_captures
 from perfmodel.cli.main import app
 from perfmodel.errors import InputError
 from perfmodel.figures import new_machine_figures
@@ -21,9 +24,9 @@ from perfmodel.hardware import QUANTITIES, hardware
 from perfmodel.latency import load_model, shipped_models
 from perfmodel.physics import PEAK_GEMM_FRAC
 from perfmodel.regression import HEALTHY, LOOK_AT, OPEN, NewMachine, new_machine
-from perfmodel.regression.circumstances import n_runs_wanted, spread_of
+from perfmodel.regression.circumstances import fact_items, n_runs_wanted, spread_of
 from perfmodel.regression.new_machine import _model_of
-from perfmodel.regression.rates import REACHED_FILE, _derived, apart_frac, reached
+from perfmodel.regression.rates import REACHED_FILE, _derived, apart_frac, rate_items, reached
 from perfmodel.regression.verdicts import _n_more_runs
 from tests.captures_made import write_gpu_capture, write_synthetic_capture
 from tests.conftest import ROOT
@@ -140,6 +143,46 @@ def test_a_slice_of_a_gpu_is_not_held_against_the_whole(tmp_path: Path) -> None:
     assert "bf16 GEMM 700" in item_of(found, "other rates").words
 
 
+def test_a_gpu_that_no_profile_knows_asks_for_a_datasheet(tmp_path: Path) -> None:
+    found = judged(write_gpu_capture(tmp_path / "made-up"), told(gpu_name="NVIDIA made-up"))
+    assert "no datasheet; give one with --hardware" in item_of(found, "other rates").words
+    given = judged(tmp_path / "made-up", datasheet=hardware("h100-sxm"))
+    assert verdicts(given)["bf16 GEMM"] == HEALTHY and given.datasheet == "h100-sxm"
+
+
+def test_a_link_that_is_no_pcie_is_held_against_its_like(tmp_path: Path) -> None:
+    def change(manifest: Manifest) -> None:
+        manifest["machine"] |= {"gpu_name": "NVIDIA GH200 480GB", "link_kind": "nvlink-c2c", "c2c_n_links": 10}
+        values = {"link_h2d_copy": 375e9, "link_d2h_copy": 297e9, "link_kernel_read": 150e9, "memory_stream": 3.5e12}
+        for key, value in values.items():
+            manifest["calibration"][f"{key}_bytes_per_s"]["value"] = value
+
+    found = judged(write_gpu_capture(tmp_path / "made-up"), change)
+    names = ("link h2d copy", "link d2h copy", "link kernel read", "memory stream", "link")
+    assert [verdicts(found)[name] for name in names] == [HEALTHY, HEALTHY, LOOK_AT, HEALTHY, HEALTHY]
+    assert item_of(found, "link kernel read").frac == pytest.approx(1 / 3)
+
+
+def slowed(path: Path, factor: float) -> Path:
+    """The capture with all times of its points so many times as long."""
+    lines = [json.loads(line) for line in (path / "observations.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["times_ns"] = [round(factor * one) for one in line["times_ns"]]
+    (path / "observations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_slow_silicon_is_told_from_slow_software(tmp_path: Path) -> None:
+    name = "all workloads, at the rates of h100-sxm"
+    rates = ("bf16_gemm_flops_per_s", "memory_stream_bytes_per_s")
+    silicon = judged(slowed(write_gpu_capture(tmp_path / "silicon"), 2.0), scaled(*rates, by=0.5))
+    assert verdicts(silicon)["all workloads"] == HEALTHY
+    assert "silicon or its settings" in item_of(silicon, name).words and verdicts(silicon)[name] == LOOK_AT
+    software = judged(slowed(write_gpu_capture(tmp_path / "software"), 2.0))
+    assert verdicts(software)["all workloads"] == LOOK_AT and "software" in item_of(software, name).words
+    assert verdicts(software)["bf16 GEMM"] == HEALTHY
+
+
 def test_one_run_shows_no_spread(tmp_path: Path) -> None:
     found = new_machine(load_capture(write_synthetic_capture(tmp_path / "made-up", n_runs=1)))
     assert verdicts(found)["runs apart from each other"] == OPEN and found.n_runs_wanted is None
@@ -221,6 +264,55 @@ def test_a_torch_that_does_not_use_what_the_processor_has_is_told(tmp_path: Path
         manifest["software"]["torch_cpu_capability"] = "AVX2"
 
     assert wrong(judged(write_synthetic_capture(tmp_path / "made-up"), change)) - MADE_UP == {"instruction sets"}
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2)
+)
+FACTS = ["cpu_flags", "cpu_base_mhz", "n_cores", "memory_n_channels", "memory_transfers_per_s", "power_limit_watts"]
+FACTS += ["power_limit_default_watts", "pcie_gen_max", "pcie_width_max", "under_load", "ecc", "mig", "cpu_quota_cores"]
+FACTS += ["n_numa_nodes", "numa_nodes", "gpu_numa_node", "hypervisor", "transparent_huge_pages", "link_kind"]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    facts=st.dictionaries(st.sampled_from(FACTS), JUNK, max_size=8),
+    seen=st.dictionaries(
+        st.sampled_from(["pcie_gen", "pcie_width", "clock_reasons", "power_watts", "sm_clock_mhz"]), JUNK
+    ),
+)
+def test_whatever_a_manifest_says_of_its_machine_gives_items(facts: Manifest, seen: Manifest, gpu: Capture) -> None:
+    machine = gpu.manifest["machine"] | {"under_load": seen} | facts
+    for device in ("cuda", "cpu"):
+        chosen = gpu.manifest | {"machine": machine, "settings": gpu.manifest["settings"] | {"device": device}}
+        capture = replace(gpu, manifest=chosen)
+        items = [*fact_items(capture, []), *rate_items(capture, None, [])]
+        assert all(item.words and item.verdict in (HEALTHY, LOOK_AT, OPEN) for item in items)
+        assert all(item.next_steps for item in items if item.verdict == LOOK_AT)
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Capture:
+    return load_capture(write_gpu_capture(tmp_path_factory.mktemp("new") / "made-up"))
+
+
+def test_the_shares_in_the_docs_are_those_of_the_data() -> None:
+    page = (ROOT / "docs" / "regression.md").read_text(encoding="utf-8")
+    lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
+    for title, quantity, of in (
+        ("bf16 GEMM", "bf16_gemm_flops_per_s", "gpu"),
+        ("fp8 GEMM", "fp8_gemm_flops_per_s", "gpu"),
+        ("device memory", "memory_stream_bytes_per_s", "gpu"),
+        ("PCIe copies", "link_h2d_copy_bytes_per_s", "pcie"),
+        ("memory of a CPU", "memory_stream_bytes_per_s", "cpu"),
+        ("fp32 GEMM of a CPU, base clock", "fp32_gemm_flops_per_s", "cpu"),
+    ):
+        rows, apart = reached(quantity, of), apart_frac(quantity, of)
+        for row in rows:
+            assert f" {100 * row.frac:.0f} %" in lines[title], row
+        assert f"{100 * apart:.0f} %" in lines[title] and f" {100 * rows[0].frac * (1 - apart):.0f} " in lines[title], (
+            title
+        )
 
 
 def test_what_was_reached_has_sources_and_agrees_with_the_model() -> None:

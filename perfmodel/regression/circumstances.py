@@ -11,7 +11,7 @@ from perfmodel.capture import Capture
 from perfmodel.plausible import ERROR, Finding
 
 from .evidence import Evidence, of_capture
-from .items import FACTS, HEALTHY, OPEN, STEADINESS, Item, judged
+from .items import FACTS, HEALTHY, OPEN, STEADINESS, Item, judged, number, words_of
 from .spread import CONFIDENCE, OVERALL, Mean, means_of
 from .verdicts import DEFAULT_MARGIN_FRAC, POWER
 
@@ -98,15 +98,6 @@ def _first(sentences: Sequence[str]) -> str | None:
     return text.shortened(sentences[0], 160) + more
 
 
-def _number(value: object) -> float | None:
-    """What a manifest says as a number, which older ones wrote as words; null for anything else."""
-    try:
-        found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        return None
-    return found if math.isfinite(found) else None
-
-
 def _gpu_settings(machine: Mapping[str, Any]) -> list[Item]:
     seen = machine.get("under_load")
     seen = seen if isinstance(seen, dict) else {}
@@ -114,10 +105,10 @@ def _gpu_settings(machine: Mapping[str, Any]) -> list[Item]:
 
 
 def _power(machine: Mapping[str, Any], seen: Mapping[str, Any]) -> Item:
-    limit, default = _number(machine.get("power_limit_watts")), _number(machine.get("power_limit_default_watts"))
+    limit, default = number(machine.get("power_limit_watts")), number(machine.get("power_limit_default_watts"))
     if limit is None or default is None:
         return Item(FACTS, "power cap", OPEN, "the driver told no power limit, or not its default")
-    drawn = _number(seen.get("power_watts"))
+    drawn = number(seen.get("power_watts"))
     well = f"{limit:g} W, as the card's default" + (f"; {drawn:g} W drawn under load" if drawn else "")
     wrong = f"{limit:g} W, below the card's default of {default:g} W" if limit < 0.99 * default else None
     return judged(FACTS, "power cap", wrong, well, (f"who set it: nvidia-smi -q -d POWER; nvidia-smi -pl {default:g}",))
@@ -128,7 +119,7 @@ def _link(machine: Mapping[str, Any], seen: Mapping[str, Any]) -> Item:
         n = machine.get("c2c_n_links")
         return Item(FACTS, "link", HEALTHY, f"NVLink-C2C{f', {n} links' if n else ''}")
     pairs = [
-        (words, _number(seen.get(key)), _number(machine.get(f"{key}_max")))
+        (words, number(seen.get(key)), number(machine.get(f"{key}_max")))
         for words, key in (("generation", "pcie_gen"), ("width", "pcie_width"))
     ]
     told = [(words, now, most) for words, now, most in pairs if now is not None and most is not None]
@@ -146,7 +137,7 @@ def _clocks(machine: Mapping[str, Any], seen: Mapping[str, Any]) -> Item:
     reasons = seen.get("clock_reasons")
     if not isinstance(reasons, list):
         return Item(FACTS, "clocks", OPEN, "the driver told no reason for its clocks under load")
-    clock, most = _number(seen.get("sm_clock_mhz")), _number(machine.get("sm_clock_max_mhz"))
+    clock, most = number(seen.get("sm_clock_mhz")), number(machine.get("sm_clock_max_mhz"))
     words = f"SM clock {clock:g}{f' of {most:g}' if most else ''} MHz under load" if clock else "clocks under load"
     words += f" ({', '.join(map(str, reasons)) or 'nothing held them down'})"
     wrong = f"{words}: a setting holds them down" if any(one in HELD_DOWN for one in reasons) else None
@@ -169,8 +160,8 @@ def _modes(machine: Mapping[str, Any]) -> Item:
 
 
 def _cpu_settings(machine: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[Item]:
-    cores, threads = _number(machine.get("n_cores")), _number(manifest["settings"].get("threads"))
-    quota, wrong = _number(machine.get("cpu_quota_cores")), []
+    cores, threads = number(machine.get("n_cores")), number(manifest["settings"].get("threads"))
+    quota, wrong = number(machine.get("cpu_quota_cores")), []
     if cores and threads and threads < cores:
         wrong.append(f"{threads:g} threads computed on {cores:g} cores")
     if cores and threads and threads > cores:
@@ -180,7 +171,7 @@ def _cpu_settings(machine: Mapping[str, Any], manifest: Mapping[str, Any]) -> li
     well = f"{threads:g} threads on {cores:g} cores" if cores and threads else "nothing is held back"
     steps = ("--threads of the collection; cgroup cpu.max; taskset, OMP_PLACES=cores, OMP_PROC_BIND=true",)
     items = [judged(FACTS, "threads and cores", ", ".join(wrong) or None, well, steps)]
-    flags, used = machine.get("cpu_flags") or (), manifest["software"].get("torch_cpu_capability")
+    flags, used = words_of(machine.get("cpu_flags")), manifest["software"].get("torch_cpu_capability")
     if used is None or not flags:
         return [*items, Item(FACTS, "instruction sets", OPEN, "the capture tells no instruction sets, or not torch's")]
     lacks = []
@@ -188,7 +179,7 @@ def _cpu_settings(machine: Mapping[str, Any], manifest: Mapping[str, Any]) -> li
         lacks.append(f"torch computes with {used}, and the processor has AVX-512")
     if manifest["software"].get("torch_mkldnn") is False:
         lacks.append("torch was built without oneDNN (mkldnn), which has the bf16 kernels")
-    has = ", ".join(str(flag) for flag in flags)
+    has = ", ".join(flags)
     steps = ("ATEN_CPU_CAPABILITY, MKL_ENABLE_INSTRUCTIONS, ONEDNN_MAX_CPU_ISA; the build of torch",)
     return [*items, judged(FACTS, "instruction sets", ", ".join(lacks) or None, f"torch uses {used} of {has}", steps)]
 
@@ -200,7 +191,7 @@ def _host(machine: Mapping[str, Any]) -> Item:
         wrong.append(f"the governor is {machine['cpu_governor']}")
     if machine.get("transparent_huge_pages") == "never":
         wrong.append("transparent huge pages are off")
-    nodes = _number(machine.get("n_numa_nodes")) or 1
+    nodes = number(machine.get("n_numa_nodes")) or 1
     if nodes > 1 and str(machine.get("numa_balancing")) not in ("0", "None"):
         wrong.append(f"NUMA balancing moves pages between {nodes:g} nodes")
     usable = {
@@ -313,8 +304,8 @@ def n_runs_wanted(capture: Capture, margin_frac: float = DEFAULT_MARGIN_FRAC) ->
 def _load(capture: Capture) -> Item:
     """Whether the machine was busy before the first run: later runs see the load of those before."""
     runs = capture.manifest.get("runs") or []
-    load = _number(runs[0].get("load_before")) if runs else None
-    cpus = _number(capture.manifest["machine"].get("n_logical_cpus"))
+    load = number(runs[0].get("load_before")) if runs else None
+    cpus = number(capture.manifest["machine"].get("n_logical_cpus"))
     if load is None or not cpus:
         return Item(STEADINESS, "load before the first run", OPEN, "the capture does not tell it")
     words = f"{load:g} on {cpus:g} logical CPUs"

@@ -1,5 +1,6 @@
 """One thing that is asked about a machine, with its answer."""
 
+import math
 from dataclasses import dataclass
 
 HEALTHY, LOOK_AT, OPEN = "healthy", "look at", "not judged"
@@ -44,3 +45,17 @@ def judged(section: str, name: str, wrong: str | None, well: str, next_steps: tu
     if wrong is None:
         return Item(section, name, HEALTHY, well)
     return Item(section, name, LOOK_AT, wrong, next_steps)
+
+
+def number(value: object) -> float | None:
+    """What a manifest says as a number, which collectors wrote as one or as words; null for anything else."""
+    try:
+        found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def words_of(value: object) -> list[str]:
+    """What a manifest lists, such as instruction sets, as words; nothing for what is no list."""
+    return [str(one) for one in value] if isinstance(value, list | tuple) else []

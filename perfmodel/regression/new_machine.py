@@ -102,7 +102,7 @@ def new_machine(
     items = rate_items(capture, nominal, _same_processor(capture, models.values()), is_given=datasheet is not None)
     items += fact_items(capture, findings)
     items += steadiness_items(capture, findings, others)
-    judge, chosen = (model, "as was asked for") if model else _model_of(capture, models)
+    judge, chosen = (model, f"as was asked for (kernel {model.kernel})") if model else _model_of(capture, models)
     expectations: list[Expectation] = []
     try:
         if judge is not None:

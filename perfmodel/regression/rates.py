@@ -19,7 +19,7 @@ from perfmodel.hardware import QUANTITIES, HardwareProfile, hardware, profile_na
 from perfmodel.latency import LatencyModel
 from perfmodel.text import to_base
 
-from .items import LOOK_AT, OPEN, RATES, Item, held
+from .items import LOOK_AT, OPEN, RATES, Item, held, number, words_of
 
 REACHED_FILE = Path(__file__).parent.parent / "data" / "reached.toml"
 SAME = "same processor"
@@ -188,7 +188,7 @@ def rate_items(
         if key not in entries
     ]
     if without:
-        why = NO_DATASHEET if device == "cpu" else "nothing published to hold them against"
+        why = NO_DATASHEET if datasheet is None else f"neither {datasheet.name} nor publications say what is sound"
         found.append(Item(RATES, "other rates", OPEN, f"{why}: {', '.join(without)}"))
     return [*found, *_instruction_sets(capture)]
 
@@ -252,7 +252,7 @@ def _nominal(capture: Capture, key: str, datasheet: HardwareProfile | None, is_g
         if not is_given or not key.startswith("host_stream"):
             return None
         of = "cpu"
-    if key == "bf16_gemm_flops_per_s" and of == "cpu" and "amx_bf16" in (machine.get("cpu_flags") or ()):
+    if key == "bf16_gemm_flops_per_s" and of == "cpu" and "amx_bf16" in (words_of(machine.get("cpu_flags"))):
         of = "amx"
     if datasheet is not None:
         dtype, _, rest = key.partition("_gemm_")
@@ -272,14 +272,15 @@ def _nominal(capture: Capture, key: str, datasheet: HardwareProfile | None, is_g
 
 def _derived(key: str, of: str, machine: Mapping[str, Any], threads: object) -> Nominal | None:
     """The nominal rate of a CPU from its facts, null where they do not tell its base clock or its memory."""
-    channels, transfers = machine.get("memory_n_channels"), machine.get("memory_transfers_per_s")
+    channels, transfers = (number(machine.get(f"memory_{one}")) for one in ("n_channels", "transfers_per_s"))
     if key == "memory_stream_bytes_per_s" and of == "cpu" and channels and transfers:
-        words = f"derived: {channels} memory channels x 8 B x {float(transfers) / 1e6:,.0f} MT/s"
-        return Nominal(float(channels) * 8 * float(transfers), of, words)
-    clock_mhz, flags = machine.get("cpu_base_mhz"), machine.get("cpu_flags") or ()
+        words = f"derived: {channels:g} memory channels x 8 B x {transfers / 1e6:,.0f} MT/s"
+        return Nominal(channels * 8 * transfers, of, words)
+    clock_mhz, flags = number(machine.get("cpu_base_mhz")), words_of(machine.get("cpu_flags"))
     per_cycle = _flops_per_cycle(machine)
     dtype = key.partition("_gemm_")[0]
-    if of not in ("cpu", "amx") or "_gemm_" not in key or not clock_mhz or per_cycle is None:
+    cores = min((one for one in (number(machine.get("n_cores")), number(threads)) if one), default=None)
+    if of not in ("cpu", "amx") or "_gemm_" not in key or not clock_mhz or per_cycle is None or cores is None:
         return None
     if of == "amx":
         per_cycle = AMX_BF16_FLOPS_PER_CYCLE
@@ -287,14 +288,13 @@ def _derived(key: str, of: str, machine: Mapping[str, Any], threads: object) -> 
         per_cycle *= BF16_FACTOR
     elif dtype != "fp32":
         return None
-    cores = min(float(one) for one in (machine.get("n_cores"), threads) if isinstance(one, int | float) and one)
-    words = f"derived: {cores:g} cores x {per_cycle:g} FLOP a cycle x {float(clock_mhz) / 1e3:g} GHz base clock"
-    return Nominal(cores * per_cycle * float(clock_mhz) * 1e6, of, words)
+    words = f"derived: {cores:g} cores x {per_cycle:g} FLOP a cycle x {clock_mhz / 1e3:g} GHz base clock"
+    return Nominal(cores * per_cycle * clock_mhz * 1e6, of, words)
 
 
 def _flops_per_cycle(machine: Mapping[str, Any]) -> float | None:
     """fp32 FLOP a cycle and core by the instruction sets of a processor, null where they are not known."""
-    who, flags = (str(machine.get("cpu_vendor")), str(machine.get("cpu_family"))), machine.get("cpu_flags") or ()
+    who, flags = (str(machine.get("cpu_vendor")), str(machine.get("cpu_family"))), words_of(machine.get("cpu_flags"))
     if "avx512f" in flags and (*who, "avx512f") in FP32_FLOPS_PER_CYCLE:
         return FP32_FLOPS_PER_CYCLE[*who, "avx512f"]
     return FP32_FLOPS_PER_CYCLE.get(who) if "avx2" in flags else None
@@ -331,7 +331,7 @@ def _instruction_sets(capture: Capture) -> list[Item]:
     """Whether a CPU's fp32 and bf16 rates stand to each other as its instruction sets make them: no datasheet and no
     clock is needed to see that one of them does not use the registers or the instructions there are."""
     machine, entries = capture.manifest["machine"], capture.manifest["calibration"]
-    flags = machine.get("cpu_flags") or ()
+    flags = words_of(machine.get("cpu_flags"))
     both = [entries.get(f"{dtype}_gemm_flops_per_s") for dtype in ("bf16", "fp32")]
     if _device(capture) != "cpu" or "avx512_bf16" not in flags or not all(both):
         return []
