@@ -194,14 +194,12 @@ def _host(machine: Mapping[str, Any]) -> Item:
     nodes = number(machine.get("n_numa_nodes")) or 1
     if nodes > 1 and str(machine.get("numa_balancing")) not in ("0", "None"):
         wrong.append(f"NUMA balancing moves pages between {nodes:g} nodes")
-    usable = {
-        node.get("node")
-        for node in machine.get("numa_nodes") or ()
-        if isinstance(node, dict) and node.get("n_usable_cpus")
-    }
-    of_gpu = machine.get("gpu_numa_node")
-    if of_gpu is not None and of_gpu != -1 and usable and of_gpu not in usable:
-        wrong.append(f"the GPU hangs on memory node {of_gpu}, and the process may use the cores of others alone")
+    listed = machine.get("numa_nodes")
+    several = [node for node in listed if isinstance(node, dict)] if isinstance(listed, list) else []
+    usable = [number(node.get("node")) for node in several if node.get("n_usable_cpus")]
+    of_gpu = number(machine.get("gpu_numa_node"))
+    if of_gpu is not None and of_gpu >= 0 and usable and of_gpu not in usable:
+        wrong.append(f"the GPU hangs on memory node {of_gpu:g}, and the process may use the cores of others alone")
     told = {
         "governor": machine.get("cpu_governor"),
         "huge pages": machine.get("transparent_huge_pages"),
