@@ -148,6 +148,15 @@ def test_a_gpu_that_no_profile_knows_asks_for_a_datasheet(tmp_path: Path) -> Non
     assert "no datasheet; give one with --hardware" in item_of(found, "other rates").words
     given = judged(tmp_path / "made-up", datasheet=hardware("h100-sxm"))
     assert verdicts(given)["bf16 GEMM"] == HEALTHY and given.datasheet == "h100-sxm"
+    assert item_of(given, "host stream").frac == pytest.approx(200 / 307.2), "who gives a machine gives its host"
+
+
+def test_a_model_may_be_named_or_left_out(tmp_path: Path) -> None:
+    path = write_synthetic_capture(tmp_path / "made-up")
+    left_out = json.loads(run("--new-machine", path, "--model", "none", "--json").stdout)
+    assert left_out["model"] is None and left_out["chosen"] == "no model was asked for"
+    named = json.loads(run("--new-machine", path, "--model", "epyc-zen4-2c-fp32", "--json").stdout)
+    assert named["model"] == "epyc-zen4-2c-fp32" and named["expectations"][0]["workload"] == "all workloads"
 
 
 def test_a_link_that_is_no_pcie_is_held_against_its_like(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def check_new_machine(
         )
     capture = load_capture(path)
     given = hardware.hardware(hardware_name) if hardware_name else None
-    found = new_machine(capture, given, load_model(model) if model else None)
+    named = load_model(model) if model not in (None, "none") else None
+    found = new_machine(capture, given, named, with_model=model != "none")
     words = report.new_machine_page(found, machine_words(capture))
     if as_json:
         print_json(found.to_json())

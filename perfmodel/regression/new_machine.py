@@ -87,7 +87,11 @@ class NewMachine:
 
 
 def new_machine(
-    capture: Capture, datasheet: HardwareProfile | None = None, model: LatencyModel | None = None
+    capture: Capture,
+    datasheet: HardwareProfile | None = None,
+    model: LatencyModel | None = None,
+    *,
+    with_model: bool = True,
 ) -> NewMachine:
     """A machine judged by a capture of it alone.
 
@@ -102,7 +106,11 @@ def new_machine(
     items = rate_items(capture, nominal, _same_processor(capture, models.values()), is_given=datasheet is not None)
     items += fact_items(capture, findings)
     items += steadiness_items(capture, findings, others)
-    judge, chosen = (model, f"as was asked for (kernel {model.kernel})") if model else _model_of(capture, models)
+    judge, chosen = model, "no model was asked for"
+    if model is not None:
+        chosen = f"as was asked for (kernel {model.kernel})"
+    elif with_model:
+        judge, chosen = _model_of(capture, models)
     expectations: list[Expectation] = []
     try:
         if judge is not None:

@@ -31,6 +31,7 @@ STANDS_FOR = {
     ("fp32_gemm_flops_per_s", "gpu"): "bf16_gemm_flops_per_s",
     ("bf16_gemm_flops_per_s", "cpu"): "fp32_gemm_flops_per_s",
     ("link_d2h_copy_bytes_per_s", "pcie"): "link_h2d_copy_bytes_per_s",
+    ("host_stream_bytes_per_s", "cpu"): "memory_stream_bytes_per_s",
 }
 NARROW_PEAKS = {"fp16": ("fp16", "bf16"), "bf16": ("bf16", "fp16")}  # datasheets give one number for both
 # The same memory, measured by one more kernel: memory_stream_bytes_per_s is the best of them.
