@@ -236,6 +236,10 @@ def without_names_of_data(value: object) -> object:
             {"verdicts", "against_model", "measured_over_model", "is_declared", "moved", "n_missing_workloads"},
         ),
         (
+            f"check --new-machine {ROOT / 'traces' / 'epyc-zen4-2c-fp32'}",
+            {"items", "least_frac", "next_steps", "n_look_at", "n_runs_wanted", "measured_over_model"},
+        ),
+        (
             "place --shape made-up --routing temporal:4 --steps 4 --step-tokens 64 --hardware gh200 --hbm-budget 50% "
             "--limit 1.5 --pareto",
             {"prediction", "slowdown", "notes", "leaving", "n_offloaded", "table_ns"},

@@ -8,6 +8,7 @@ import typer
 
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import Html, check_html, write_html
+from perfmodel.cli.new_machines import NewMachine, check_new_machine
 from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
@@ -17,8 +18,11 @@ SUMMARY = "GITHUB_STEP_SUMMARY"
 
 @app.command()
 def check(
-    baseline: Annotated[str, typer.Argument(help="Capture folder of the machine, driver or build as it was.")],
-    candidate: Annotated[str, typer.Argument(help="Capture folder of what is to be judged.")],
+    context: typer.Context,
+    baseline: Annotated[
+        str | None, typer.Argument(help="Capture folder of the machine, driver or build as it was.")
+    ] = None,
+    candidate: Annotated[str | None, typer.Argument(help="Capture folder of what is to be judged.")] = None,
     margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
     axis: Annotated[
         list[str] | None,
@@ -46,9 +50,14 @@ def check(
         typer.Option("--summary", help=f"Append that summary to the file that ${SUMMARY} names, if any."),
     ] = False,
     html: Html = None,
+    new_machine: NewMachine = None,
 ) -> None:
     """Is the candidate slower than the baseline, and than a model expects: exit 0 no, 1 yes, 2 bad usage, 3 not
-    comparable, 4 cannot tell (if asked)."""
+    comparable, 4 cannot tell (if asked). With --new-machine: does anything about one machine deserve a look."""
+    if new_machine is not None:
+        check_new_machine(context, new_machine, model, hardware_name, junit, markdown, html, as_json=as_json)
+    if baseline is None or candidate is None:
+        raise InputError("check needs a BASELINE and a CANDIDATE, or --new-machine CAPTURE for one machine alone")
     from perfmodel import regression
     from perfmodel.latency import load_model
 

@@ -26,6 +26,8 @@ from .compared import (
 from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, of_capture, require_comparable
 from .from_traces import of_traces
 from .given import evidence
+from .items import HEALTHY, LOOK_AT, OPEN, Item
+from .new_machine import NewMachine, new_machine
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
 from .spread import CONFIDENCE, OVERALL
@@ -42,8 +44,11 @@ __all__ = [
     "EXPLAINED",
     "FAILURES",
     "FINE",
+    "HEALTHY",
+    "LOOK_AT",
     "NOT_JUDGED",
     "ON_THE_TABLE",
+    "OPEN",
     "OUTSIDE_MODEL",
     "OVERALL",
     "PARTS",
@@ -55,8 +60,10 @@ __all__ = [
     "Comparison",
     "Detail",
     "Evidence",
+    "Item",
     "Measured",
     "Moved",
+    "NewMachine",
     "PartChange",
     "Run",
     "Verdict",
@@ -68,6 +75,7 @@ __all__ = [
     "is_slower",
     "model_for",
     "n_missing",
+    "new_machine",
     "of_capture",
     "of_traces",
     "refuse_large",

@@ -17,6 +17,12 @@ from perfmodel.report.fits import (
 )
 from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, pass_words, passes_page, scaling_page
+from perfmodel.report.new_machine import (
+    new_machine_junit,
+    new_machine_markdown,
+    new_machine_page,
+    new_machine_verdict,
+)
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import (
     efficiency_page,
@@ -95,6 +101,10 @@ __all__ = [
     "lost_words",
     "miss_words",
     "models_rows",
+    "new_machine_junit",
+    "new_machine_markdown",
+    "new_machine_page",
+    "new_machine_verdict",
     "pass_words",
     "passes_page",
     "phase_pairs",

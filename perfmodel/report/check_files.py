@@ -2,7 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import markdown, text
@@ -33,15 +33,6 @@ def check_junit(comparison: "Comparison", fail_on: Sequence[str], *, must_conclu
     `must_conclude`), others pass; each carries its numbers. Characters that XML cannot hold become `?`.
     """
     cases = [_test_case(comparison, case, fail_on, must_conclude=must_conclude) for case in comparison.cases]
-    attributes = {
-        "name": _xml(f"perfmodel check {comparison.baseline} {comparison.candidate}"),
-        "tests": str(len(cases)),
-        "failures": str(sum(case.find("failure") is not None for case in cases)),
-        "errors": "0",
-        "skipped": str(sum(case.find("skipped") is not None for case in cases)),
-    }
-    suite = ET.Element("testsuite", attributes)
-    properties = ET.SubElement(suite, "properties")
     said = {
         "baseline": comparison.baseline,
         "candidate": comparison.candidate,
@@ -49,8 +40,22 @@ def check_junit(comparison: "Comparison", fail_on: Sequence[str], *, must_conclu
         "axes": ",".join(comparison.axes),
         "model": comparison.model or "",
     }
-    for name, value in said.items():
-        ET.SubElement(properties, "property", {"name": name, "value": _xml(value)})
+    return junit_file(f"perfmodel check {comparison.baseline} {comparison.candidate}", said, cases)
+
+
+def junit_file(name: str, said: Mapping[str, str], cases: Sequence[ET.Element]) -> str:
+    """Test cases as one suite of JUnit XML, with what is `said` of them all as its properties."""
+    attributes = {
+        "name": _xml(name),
+        "tests": str(len(cases)),
+        "failures": str(sum(case.find("failure") is not None for case in cases)),
+        "errors": "0",
+        "skipped": str(sum(case.find("skipped") is not None for case in cases)),
+    }
+    suite = ET.Element("testsuite", attributes)
+    properties = ET.SubElement(suite, "properties")
+    for key, value in said.items():
+        ET.SubElement(properties, "property", {"name": key, "value": _xml(value)})
     suite.extend(cases)
     suites = ET.Element("testsuites", {key: attributes[key] for key in ("tests", "failures", "errors", "skipped")})
     suites.append(suite)
