@@ -24,10 +24,15 @@ from .compared import (
     compare,
 )
 from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, of_capture, require_comparable
-from .given import evidence
+from .given import evidence, sides, store_of
+from .lookup import Listed, choose, listed, named
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
+from .restored import load, side_of
+from .saving import Saving, Took, entry_json, save, update
+from .shown import row_of, shown, shown_workload
 from .spread import CONFIDENCE, OVERALL
+from .stored import Baseline, Entry, Head, read
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, is_slower, n_missing
 
 __all__ = [
@@ -49,26 +54,46 @@ __all__ = [
     "SLOWER",
     "SLOWER_THAN_MODEL",
     "UNDECIDED",
+    "Baseline",
     "Case",
     "Change",
     "Comparison",
     "Detail",
+    "Entry",
     "Evidence",
+    "Head",
+    "Listed",
     "Measured",
     "Moved",
     "PartChange",
     "Run",
+    "Saving",
+    "Took",
     "Verdict",
     "against_model",
     "check",
+    "choose",
     "compare",
+    "entry_json",
     "evidence",
     "expected_ratio",
     "is_slower",
+    "listed",
+    "load",
     "model_for",
     "n_missing",
+    "named",
     "of_capture",
+    "read",
     "refuse_large",
     "require_comparable",
+    "row_of",
+    "save",
+    "shown",
+    "shown_workload",
+    "side_of",
+    "sides",
+    "store_of",
     "unpack_captures",
+    "update",
 ]
