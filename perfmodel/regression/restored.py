@@ -127,10 +127,7 @@ def side_of(baseline: Baseline, folder: Path) -> Evidence:
             numbers[occasion.digest, line.run] = line.run + offset
             runs.append(Run(line.run + offset, i, line.started, line.finished))
     notes = [note for occasion in head.occasions for note in occasion.notes]
-    if baseline.n_details_cut:
-        notes.append(
-            f"{baseline.n_details_cut} less costly details were not kept when baseline {baseline.name} was saved"
-        )
+    notes += cut_words(baseline)
     workloads = {key: _measured(key, one, numbers) for key, one in sorted(baseline.workloads.items())}
     return Evidence(
         name=baseline.name,
@@ -145,9 +142,15 @@ def side_of(baseline: Baseline, folder: Path) -> Evidence:
     )
 
 
+def cut_words(baseline: Baseline) -> list[str]:
+    """That details were cut, as a sentence; none where all are there."""
+    n = baseline.n_details_cut
+    return [f"{n} details of baseline {baseline.name} that cost less were not kept"] if n else []
+
+
 def _measured(key: str, one: Amounts, numbers: Mapping[tuple[str, int], int]) -> Measured:
     run_ns = {numbers[digest, run]: ns for digest, medians in one.medians_ns.items() for run, ns in medians.items()}
-    log_se = math.sqrt(statistics.fmean(se**2 for se in one.log_se.values())) if one.log_se else None
+    log_se = math.hypot(*one.log_se.values()) / math.sqrt(len(one.log_se)) if one.log_se else None
     return Measured(key, one.label, dict(sorted(run_ns.items())), log_se, one.facts)
 
 

@@ -12,7 +12,7 @@ from perfmodel.errors import InputError, NotComparableError
 
 from .evidence import CAPTURE, Evidence, require_comparable
 from .lookup import differences_words, fitting, heads_of, name_of, same_state
-from .restored import costliest, details_of, joined, occasion_of, side_of, workloads_of
+from .restored import costliest, cut_words, details_of, joined, occasion_of, side_of, workloads_of
 from .stored import (
     STORE_SCHEMA,
     Amounts,
@@ -143,7 +143,10 @@ def _write(store: Path, before: str, change: _Change, *, is_written: bool = True
     """Write what a baseline becomes, unless it is only to be told."""
     made = change.baseline
     folder = store / made.name
-    side, notes = side_of(made, folder), list(change.notes)  # what could not be read again is not written
+    side, notes = (
+        side_of(made, folder),
+        [*change.notes, *cut_words(made)],
+    )  # what could not be read again is not written
     if not any(all(run.run in one.run_ns for one in side.workloads.values()) for run in side.runs):
         notes.append(
             "no run of the baseline measured all of its workloads, so that all together can be judged only where a "
@@ -203,7 +206,8 @@ def _made(
 
 
 def _with_occasion(old: Baseline, side: Evidence, occasion: Occasion, folder: Path) -> _Change:
-    _refuse_again(old, occasion)
+    _refuse_known(old, occasion)
+    _refuse_again(old, old.head.occasions, occasion)
     before = side_of(old, folder)
     rows, verdict = compared(before, side)
     notes = []
@@ -232,7 +236,7 @@ def _with_occasion(old: Baseline, side: Evidence, occasion: Occasion, folder: Pa
 def _updated(
     old: Baseline, side: Evidence, occasion: Occasion, reason: str, axes: Sequence[str], folder: Path
 ) -> _Change:
-    _refuse_again(old, occasion)
+    _refuse_known(old, occasion)
     before = side_of(old, folder)
     changed = require_comparable(before, side, axes)
     rows, verdict = compared(before, side, axes)
@@ -258,6 +262,7 @@ def _updated(
         occasions=[*earlier, occasion],
         history=history,
     )
+    _refuse_again(old, made.head.occasions[:-1], occasion)
     return _Change(made, verdict, rows, n_new, n_unmeasured, tuple(notes))
 
 
@@ -293,11 +298,14 @@ def _n_other(before: Evidence, side: Evidence) -> tuple[int, int]:
     return len(side.workloads.keys() - before.workloads.keys()), len(before.workloads.keys() - side.workloads.keys())
 
 
-def _refuse_again(old: Baseline, occasion: Occasion) -> None:
-    """Refuse measurements that a baseline holds already, all of them or some runs."""
+def _refuse_known(old: Baseline, occasion: Occasion) -> None:
     if occasion.digest in old.occasions:
         raise InputError(f"baseline {old.name} holds the measurements of {occasion.name!r} already")
-    starts = {run.started for one in old.head.occasions for run in one.runs if run.started is not None}
+
+
+def _refuse_again(old: Baseline, stay: Sequence[Occasion], occasion: Occasion) -> None:
+    """Refuse runs that are among the occasions that stay in a baseline: a capture that has grown since."""
+    starts = {run.started for one in stay for run in one.runs if run.started is not None}
     again = [run.run for run in occasion.runs if run.started in starts]
     if again:
         raise InputError(

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -191,19 +191,14 @@ def locked(store: Path, *, to_write: bool) -> Iterator[None]:
     Where the system or a network's file system has no such locks, nobody is kept away; what is written is then still
     whole, and the last one wins.
     """
-    try:
-        import fcntl
+    with ExitStack() as held:
+        with suppress(ImportError, OSError):
+            import fcntl
 
-        descriptor = os.open(store, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        with suppress(OSError):
+            descriptor = os.open(store, os.O_RDONLY)
+            held.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX if to_write else fcntl.LOCK_SH)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def read(folder: str | Path) -> Baseline:
