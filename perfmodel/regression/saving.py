@@ -10,7 +10,8 @@ import msgspec
 
 from perfmodel.errors import InputError, NotComparableError
 
-from .evidence import CAPTURE, Evidence, require_comparable
+from .compared import compare
+from .evidence import CAPTURE, TRACES, Evidence, require_comparable
 from .lookup import differences_words, fitting, heads_of, name_of, same_state
 from .restored import costliest, cut_words, details_of, joined, occasion_of, side_of, workloads_of
 from .stored import (
@@ -26,7 +27,7 @@ from .stored import (
     read_unlocked,
     write,
 )
-from .verdicts import SLOWER, Verdict, check
+from .verdicts import SLOWER, Verdict
 
 SAVED, ADDED, UPDATED = "saved", "added", "updated"
 
@@ -267,15 +268,20 @@ def _updated(
 
 
 def compared(before: Evidence, side: Evidence, axes: Sequence[str] = ()) -> tuple[tuple[Took, ...], Verdict | None]:
-    """The workloads of both, slowest first, and the verdict on all together, null where no run measured all."""
+    """The workloads of both, slowest first, and the verdict on all together, null where no run measured all.
+
+    Raises NotComparableError for traces of other work.
+    """
     rows = []
     for key, one in side.workloads.items():
         if key in before.workloads:
             old_ns, new_ns = (statistics.geometric_mean(x.run_ns.values()) for x in (before.workloads[key], one))
             rows.append(Took(key, one.label, old_ns, new_ns, new_ns / old_ns))
     try:
-        verdict = check(before, side, axes=axes)[0]
+        verdict = compare(before, side, axes=axes, with_model=False).overall.verdict
     except NotComparableError:
+        if side.kind == TRACES:
+            raise
         verdict = None
     return tuple(sorted(rows, key=lambda row: -row.ratio)), verdict
 
