@@ -287,12 +287,21 @@ def test_an_update_by_a_part_keeps_the_rest_and_says_so(tmp_path: Path) -> None:
     found = update(part, store, "one kernel changed")
     assert (found.n_unmeasured, found.n_occasions, len(found.rows)) == (7, 2, 1)
     assert found.notes[0] == "7 workloads were not measured and stay as they are"
-    assert "no run of the baseline measured all" in found.notes[1]
+    assert "no run measured all workloads" in found.notes[1]
     again = load(store / name)
+    assert [(one.occasion, one.started) for one in again.runs] == [(0, None)] * 3
     assert list(again.workloads[first].run_ns.values()) == list(part.workloads[first].run_ns.values())
     assert all(again.workloads[key].run_ns == a.workloads[key].run_ns for key in a.workloads if key != first)
-    # A candidate of either part is judged as before.
-    assert regression.check(again, side(tmp_path / "b", 2.0, seed=3).only([first]))[1].verdict == "ok"
+    # One that measured all is judged over all, and each part against its own.
+    candidate = capture(tmp_path / "b", seed=3)
+    verdicts = {one.workload: one for one in regression.check(again, of_capture(load_capture(candidate)))}
+    assert verdicts.pop("all workloads").ratio == pytest.approx(2 ** (-1 / 8), rel=0.01)
+    assert verdicts.pop(first).verdict == "improved" and {one.verdict for one in verdicts.values()} == {"ok"}
+    # An occasion that measured all makes it whole again.
+    whole = tmp_path / "whole"
+    shutil.copytree(store, whole)
+    assert not any("no run" in words for words in save(side(tmp_path / "c", seed=6), whole, add=True).notes)
+    assert [one.occasion for one in load(whole / name).runs] == [0] * 3 + [1] * 3 + [2] * 3
     # A capture that grew replaces the one that it grew from where nothing of that stays.
     grown = only(capture(tmp_path / "grown", 2.0, seed=4, started=START + 9000, n_runs=4), lambda key: key == first)
     assert update(grown, store, "more runs").n_runs == 3 + 4
@@ -339,6 +348,8 @@ def test_the_baseline_of_a_store_that_fits_is_found(tmp_path: Path) -> None:
         regression.sides(store, fourth, ["weather"])
     with pytest.raises(InputError, match="both sides are stores"):
         regression.sides(store, store)
+    with pytest.raises(InputError, match="is a baseline, expected the store"):
+        save(of_capture(load_capture(fourth)), store / made["1"])
     shutil.rmtree(store / made["1"])
     shutil.rmtree(store / made["3"])
     assert regression.sides(store, fourth, ["software"])[0].name == made["2"]
@@ -511,6 +522,10 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: P
     for broken in (math.nan, "\ud800"):
         made = Evidence("made up", "traces", {"x": broken}, {"s": Measured("s", "s", {0: 1.0})}, (Run(0),))
         with pytest.raises(InputError, match="numbers that are none"):
+            save(made, tmp_path)
+    for n_ns in (0.0, -1.0, 1e99):
+        made = Evidence("made up", "traces", {}, {"s": Measured("s", "s", {0: n_ns})}, (Run(0),))
+        with pytest.raises(InputError, match="this cannot be saved: Expected `float`"):
             save(made, tmp_path)
     assert not content(tmp_path)
 

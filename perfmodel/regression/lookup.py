@@ -24,9 +24,8 @@ def listed(store: str | Path) -> Listed:
     """What is in a store, by name; raises InputError where it is no folder."""
     store = Path(store)
     if not store.is_dir():
-        raise InputError(
-            f"no store of baselines {str(store)!r}; make one with `perfmodel baseline save CAPTURE --store`"
-        )
+        raise InputError(f"no store of baselines {str(store)!r}; make one with `perfmodel baseline save CAPTURE`")
+    _refuse_baseline(store)
     heads, damaged, foreign = {}, {}, []
     with locked(store, to_write=False):
         for entry in sorted(store.iterdir()):
@@ -92,8 +91,14 @@ def fitting(store: Path, heads: Mapping[str, Head], side: Evidence, axes: Sequen
 
 def heads_of(store: Path) -> dict[str, Head]:
     """What the baselines of a store are of, by name; raises InputError for a damaged one."""
+    _refuse_baseline(store)
     entries = sorted(store.iterdir()) if store.is_dir() else []
     return {entry.name: read_head(entry) for entry in entries if is_baseline(entry)}
+
+
+def _refuse_baseline(store: Path) -> None:
+    if is_baseline(store):
+        raise InputError(f"{str(store)!r} is a baseline, expected the store that it lies in")
 
 
 def _bare(name: str, head: Head) -> Evidence:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from perfmodel.text import short_name
 from .evidence import CAPTURE, Evidence, Measured, Run
 from .stored import STORE_SCHEMA, Amounts, Baseline, Kept, Occasion, Planned, RunLine, read
 
+Numbers = Callable[[Amounts], dict[tuple[str, int], int]]  # by the digest of an occasion and its own number of a run
 MAX_DETAILS = 200  # of each kind that are kept, the costliest
 MAD_TO_SD = 1.4826  # median absolute deviation of a normal distribution as its standard deviation
 
@@ -119,24 +120,24 @@ def side_of(baseline: Baseline, folder: Path) -> Evidence:
     capture's name and digest, so that a model of it is found. Raises InputError for a workload that contradicts itself.
     """
     head = baseline.head
-    numbers: dict[tuple[str, int], int] = {}
-    runs: list[Run] = []
-    for i, occasion in enumerate(head.occasions):
-        offset = 0 if i == 0 else max(run.run for run in runs) + 1
-        for line in occasion.runs:
-            numbers[occasion.digest, line.run] = line.run + offset
-            runs.append(Run(line.run + offset, i, line.started, line.finished))
-    notes = [note for occasion in head.occasions for note in occasion.notes]
-    notes += cut_words(baseline)
-    workloads = {key: _measured(key, one, numbers) for key, one in sorted(baseline.workloads.items())}
+    runs, numbers = _numbered(baseline)
+    notes = [note for occasion in head.occasions for note in occasion.notes] + cut_words(baseline)
+    is_whole = any(all(run.run in numbers(one).values() for one in baseline.workloads.values()) for run in runs)
+    if len(head.occasions) > 1 and not is_whole:
+        runs, numbers = _paired(baseline)
+        notes.append(
+            f"no run measured all workloads of baseline {baseline.name}, of which parts were updated: runs of its "
+            "parts count as one by their place, so that all together can be judged"
+        )
+    workloads = {key: _measured(key, one, numbers(one)) for key, one in sorted(baseline.workloads.items())}
     return Evidence(
         name=baseline.name,
         kind=head.kind,
         fingerprint=head.fingerprint,
         workloads=workloads,
-        runs=tuple(runs),
+        runs=runs,
         may_drift=any(one.may_drift for one in head.occasions),
-        details={key: _measured(key, one, numbers) for key, one in sorted(baseline.details.items())},
+        details={key: _measured(key, one, numbers(one)) for key, one in sorted(baseline.details.items())},
         capture=_capture(baseline, folder, workloads, runs) if head.kind == CAPTURE else None,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -148,8 +149,40 @@ def cut_words(baseline: Baseline) -> list[str]:
     return [f"{n} details of baseline {baseline.name} that cost less were not kept"] if n else []
 
 
+def _numbered(baseline: Baseline) -> tuple[tuple[Run, ...], Numbers]:
+    """The runs of all occasions one after the other, and for a workload the number of each run that measured it."""
+    of: dict[tuple[str, int], Run] = {}
+    for i, occasion in enumerate(baseline.head.occasions):
+        offset = 0 if i == 0 else max(run.run for run in of.values()) + 1
+        for line in occasion.runs:
+            of[occasion.digest, line.run] = Run(line.run + offset, i, line.started, line.finished)
+
+    def numbers(one: Amounts) -> dict[tuple[str, int], int]:
+        return {(digest, run): of[digest, run].run for digest, medians in one.medians_ns.items() for run in medians}
+
+    return tuple(of.values()), numbers
+
+
+def _paired(baseline: Baseline) -> tuple[tuple[Run, ...], Numbers]:
+    """The same where parts were measured on other occasions: the first occasion of each workload counts as the first,
+    and of its runs the first as the first. When such runs were is not known."""
+    places = {one.digest: [run.run for run in one.runs] for one in baseline.head.occasions}
+    n_most = max(map(len, places.values()))
+
+    def numbers(one: Amounts) -> dict[tuple[str, int], int]:
+        own = [digest for digest in places if digest in one.medians_ns]
+        return {
+            (digest, run): i * n_most + places[digest].index(run)
+            for i, digest in enumerate(own)
+            for run in one.medians_ns[digest]
+        }
+
+    used = {number for one in baseline.workloads.values() for number in numbers(one).values()}
+    return tuple(Run(number, number // n_most) for number in sorted(used)), numbers
+
+
 def _measured(key: str, one: Amounts, numbers: Mapping[tuple[str, int], int]) -> Measured:
-    run_ns = {numbers[digest, run]: ns for digest, medians in one.medians_ns.items() for run, ns in medians.items()}
+    run_ns = {number: one.medians_ns[digest][run] for (digest, run), number in numbers.items()}
     log_se = math.hypot(*one.log_se.values()) / math.sqrt(len(one.log_se)) if one.log_se else None
     return Measured(key, one.label, dict(sorted(run_ns.items())), log_se, one.facts)
 

@@ -13,7 +13,7 @@ from perfmodel.errors import InputError, NotComparableError
 from .compared import compare
 from .evidence import CAPTURE, TRACES, Evidence, require_comparable
 from .lookup import differences_words, fitting, heads_of, name_of, same_state
-from .restored import costliest, cut_words, details_of, joined, occasion_of, side_of, workloads_of
+from .restored import costliest, details_of, joined, occasion_of, side_of, workloads_of
 from .stored import (
     STORE_SCHEMA,
     Amounts,
@@ -144,15 +144,8 @@ def _write(store: Path, before: str, change: _Change, *, is_written: bool = True
     """Write what a baseline becomes, unless it is only to be told."""
     made = change.baseline
     folder = store / made.name
-    side, notes = (
-        side_of(made, folder),
-        [*change.notes, *cut_words(made)],
-    )  # what could not be read again is not written
-    if not any(all(run.run in one.run_ns for one in side.workloads.values()) for run in side.runs):
-        notes.append(
-            "no run of the baseline measured all of its workloads, so that all together can be judged only where a "
-            "candidate measured those of one occasion; a capture that measures all makes it whole"
-        )
+    side = side_of(made, folder)  # what could not be read again is not written
+    notes = [*change.notes, *(words for words in side.notes if made.name in words)]
     if is_written:
         if made.name != before:
             _rename(store / before, folder)
@@ -164,7 +157,7 @@ def _write(store: Path, before: str, change: _Change, *, is_written: bool = True
         entry=made.head.history[-1],
         rows=change.rows,
         n_workloads=len(made.workloads),
-        n_runs=len(side.runs),
+        n_runs=sum(len(one.runs) for one in made.head.occasions),
         n_occasions=len(made.head.occasions),
         n_new=change.n_new,
         n_unmeasured=change.n_unmeasured,

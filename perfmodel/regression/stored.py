@@ -31,7 +31,8 @@ _CONFLICT = re.compile(rb"^(<{7}|={7}|>{7})( |\r?$)", re.MULTILINE)
 _NUMBERS = re.compile(r"\[\n\s+([-\d][-+.\deE,\s]*)\n\s+\]")  # a list of numbers; strings hold no line ends in JSON
 
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e30)]
-Amount = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]
+Finite = Annotated[float, msgspec.Meta(gt=-1e30, lt=1e30)]
+Spread = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]
 Second = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -113,8 +114,8 @@ class Amounts(_Strict):
     """
 
     label: str
-    medians_ns: dict[str, dict[Count, Amount]]
-    log_se: dict[str, Amount] = {}
+    medians_ns: dict[str, dict[Count, Finite]]
+    log_se: dict[str, Spread] = {}
     facts: dict[str, Any] = {}
 
 
@@ -336,11 +337,12 @@ def _check_runs(one: Kept | Amounts, runs: Mapping[str, set[int]], where: str, *
 
 def _text(record: msgspec.Struct) -> str:
     """A record as JSON for people and git: sorted keys, a line for each value, lists of numbers in one line."""
+    plain = _plain(msgspec.to_builtins(record))
     try:
-        words = json.dumps(
-            _plain(msgspec.to_builtins(record)), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
-        )
-        words.encode()
+        words = json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        msgspec.json.decode(words.encode(), type=type(record))  # what could not be read again is not written
+    except msgspec.MsgspecError as error:
+        raise InputError(f"this cannot be saved: {error}") from None
     except ValueError:  # an encoding that cannot be, too
         raise InputError("a baseline cannot hold numbers that are none, nor broken characters") from None
     return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", words) + "\n"
