@@ -523,8 +523,8 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: P
         made = Evidence("made up", "traces", {"x": broken}, {"s": Measured("s", "s", {0: 1.0})}, (Run(0),))
         with pytest.raises(InputError, match="numbers that are none"):
             save(made, tmp_path)
-    for n_ns in (0.0, -1.0, 1e99):
-        made = Evidence("made up", "traces", {}, {"s": Measured("s", "s", {0: n_ns})}, (Run(0),))
+    for n_ns, started in ((0.0, None), (-1.0, None), (1e99, None), (1.0, 1e18)):
+        made = Evidence("made up", "traces", {}, {"s": Measured("s", "s", {0: n_ns})}, (Run(0, 0, started),))
         with pytest.raises(InputError, match="this cannot be saved: Expected `float`"):
             save(made, tmp_path)
     assert not content(tmp_path)

@@ -16,7 +16,7 @@ from perfmodel.errors import InputError
 from perfmodel.text import short_name
 
 from .evidence import CAPTURE, Evidence, Measured, Run
-from .stored import STORE_SCHEMA, Amounts, Baseline, Kept, Occasion, Planned, RunLine, read
+from .stored import MAX_SECONDS, STORE_SCHEMA, Amounts, Baseline, Kept, Occasion, Planned, RunLine, read
 
 Numbers = Callable[[Amounts], dict[tuple[str, int], int]]  # by the digest of an occasion and its own number of a run
 MAX_DETAILS = 200  # of each kind that are kept, the costliest
@@ -58,7 +58,7 @@ def _digest(side: Evidence) -> str:
 
 def _taken(side: Evidence, manifest: Mapping[str, Any]) -> str | None:
     """The date of the collection: as the capture says, else that of the first run, null where neither tells."""
-    started = [run.started for run in side.runs if run.started is not None]
+    started = [run.started for run in side.runs if run.started is not None and 0 <= run.started < MAX_SECONDS]
     first = datetime.fromtimestamp(min(started), UTC).date().isoformat() if started else None
     created = manifest.get("created")
     return created[:10] if isinstance(created, str) else first
@@ -105,10 +105,10 @@ def joined(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
 
 def costliest(details: Mapping[str, Amounts]) -> dict[str, Amounts]:
     """The MAX_DETAILS largest details of each kind (`kind` of their facts), by name."""
-    by_kind: dict[object, list[tuple[float, str]]] = {}
+    by_kind: dict[str, list[tuple[float, str]]] = {}
     for key, one in details.items():
         values = [value for runs in one.medians_ns.values() for value in runs.values()]
-        by_kind.setdefault(one.facts.get("kind"), []).append((-max(values, default=0.0), key))
+        by_kind.setdefault(str(one.facts.get("kind")), []).append((-max(values, default=0.0), key))
     kept = {key for ranked in by_kind.values() for _, key in sorted(ranked)[:MAX_DETAILS]}
     return {key: one for key, one in details.items() if key in kept}
 

@@ -99,7 +99,7 @@ def save(side: Evidence, store: str | Path, *, add: bool = False) -> Saving:
             raise InputError(
                 f"store {str(store)!r} has a baseline of this machine, software, kernel and settings already, "
                 f"{same[0]}: add another occasion of the same state with --add, or take a change over with "
-                "`perfmodel baseline update`"
+                "`perfmodel baseline update`" + (", traces of other work into another --store" * (side.kind == TRACES))
             )
         name = name_of(side)
         if (store / name).exists() and any((store / name).iterdir()):

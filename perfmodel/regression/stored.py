@@ -33,7 +33,8 @@ _NUMBERS = re.compile(r"\[\n\s+([-\d][-+.\deE,\s]*)\n\s+\]")  # a list of number
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e30)]
 Finite = Annotated[float, msgspec.Meta(gt=-1e30, lt=1e30)]
 Spread = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]
-Second = Annotated[float, msgspec.Meta(ge=0, lt=1e12)]
+MAX_SECONDS = 250_000_000_000  # since 1970: a date of four digits
+Second = Annotated[float, msgspec.Meta(ge=0, lt=MAX_SECONDS)]
 Record = TypeVar("Record", bound=msgspec.Struct)
 
 
