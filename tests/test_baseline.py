@@ -493,6 +493,21 @@ def test_a_damaged_head_is_refused_and_told_by_list(two: tuple[Path, Evidence, E
     assert listed.exit_code == 2 and "baseline.json" in listed.stderr
 
 
+def test_a_workload_that_contradicts_itself_is_refused(two: tuple[Path, Evidence, Evidence]) -> None:
+    folder, *_ = two
+    file = next(file for file in sorted(folder.iterdir()) if file.name != "baseline.json")
+    whole = json.loads(file.read_text())
+    for key, value, why in (
+        ("n_tokens", 10**6, "breaks tokens x top-k"),
+        ("op", "sort", "op 'sort' is unknown"),
+        ("workload", "0" * 12, f"{file.name} is of workload '000000000000'"),
+    ):
+        file.write_text(json.dumps(whole | {"line": whole["line"] | {key: value}}))
+        with pytest.raises(InputError, match=why) as caught:
+            load(folder)
+        assert folder.name in str(caught.value)
+
+
 def test_missing_huge_and_foreign_files_are_told(
     two: tuple[Path, Evidence, Evidence], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,14 +25,14 @@ from .compared import (
 )
 from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, of_capture, require_comparable
 from .given import evidence, sides, store_of
-from .lookup import Listed, choose, listed, named
+from .lookup import listed, named
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
-from .restored import load, side_of
-from .saving import Saving, Took, entry_json, save, update
+from .restored import load
+from .saving import Saving, save, update
 from .shown import row_of, shown, shown_workload
 from .spread import CONFIDENCE, OVERALL
-from .stored import Baseline, Entry, Head, read
+from .stored import read
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, is_slower, n_missing
 
 __all__ = [
@@ -54,27 +54,20 @@ __all__ = [
     "SLOWER",
     "SLOWER_THAN_MODEL",
     "UNDECIDED",
-    "Baseline",
     "Case",
     "Change",
     "Comparison",
     "Detail",
-    "Entry",
     "Evidence",
-    "Head",
-    "Listed",
     "Measured",
     "Moved",
     "PartChange",
     "Run",
     "Saving",
-    "Took",
     "Verdict",
     "against_model",
     "check",
-    "choose",
     "compare",
-    "entry_json",
     "evidence",
     "expected_ratio",
     "is_slower",
@@ -91,7 +84,6 @@ __all__ = [
     "save",
     "shown",
     "shown_workload",
-    "side_of",
     "sides",
     "store_of",
     "unpack_captures",

@@ -12,7 +12,7 @@ import polars as pl
 
 from perfmodel.capture import CALIBRATIONS, LEFT_OUT_TABLE, SEEN_ONCE, Capture, observations_of
 from perfmodel.capture_lines import SCHEMA, Calibrated
-from perfmodel.errors import InputError
+from perfmodel.errors import InputError, about
 from perfmodel.text import short_name
 
 from .evidence import CAPTURE, Evidence, Measured, Run
@@ -199,7 +199,8 @@ def _capture(baseline: Baseline, folder: Path, workloads: Mapping[str, Measured]
         name, digest = baseline.name, short_name({**rests_on, "times": times})
     lines = {key: kept.line for key, kept in baseline.workloads.items() if kept.line is not None}
     measured = [(key, run, ns) for key, one in workloads.items() for run, ns in one.run_ns.items()]
-    table = observations_of(name, lines, ((key, run, [max(round(ns), 1)]) for key, run, ns in measured))
+    with about(f"baseline {baseline.name}"):
+        table = observations_of(name, lines, ((key, run, [max(round(ns), 1)]) for key, run, ns in measured))
     table = table.with_columns(time_ns=pl.Series([ns for *_, ns in measured], dtype=pl.Float64))
     probes, left_out = pl.DataFrame(schema=CALIBRATIONS), pl.DataFrame(schema=LEFT_OUT_TABLE)
     return Capture(name, folder, manifest, table, probes, left_out, digest)

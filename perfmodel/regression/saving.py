@@ -105,7 +105,7 @@ def save(side: Evidence, store: str | Path, *, add: bool = False) -> Saving:
         if (store / name).exists() and any((store / name).iterdir()):
             raise InputError(f"{str(store / name)!r} exists and is not the baseline that was to be saved there")
         made = _fresh(name, side, occasion, [_entry(SAVED, side, occasion)])
-        return _write(store, name, _Change(made, None, (), len(made.workloads), 0, ()))
+        return _write(store, name, _Change(made, (), len(made.workloads), 0, ()))
 
 
 def update(
@@ -133,7 +133,6 @@ class _Change:
     """What a baseline becomes, and what is told of it."""
 
     baseline: Baseline
-    verdict: Verdict | None
     rows: tuple[Took, ...]
     n_new: int
     n_unmeasured: int
@@ -224,7 +223,7 @@ def _with_occasion(old: Baseline, side: Evidence, occasion: Occasion, folder: Pa
         occasions=[*old.head.occasions, occasion],
         history=[*old.head.history, entry],
     )
-    return _Change(made, verdict, rows, n_new, n_unmeasured, tuple(notes))
+    return _Change(made, rows, n_new, n_unmeasured, tuple(notes))
 
 
 def _updated(
@@ -245,7 +244,7 @@ def _updated(
     if changed:
         history[-1] = msgspec.structs.replace(history[-1], n_left=n_unmeasured)
         notes = [f"{n_unmeasured} workloads of the baseline were not measured and leave it"] if n_unmeasured else []
-        return _Change(_fresh(name_of(side), side, occasion, history), verdict, rows, n_new, n_unmeasured, tuple(notes))
+        return _Change(_fresh(name_of(side), side, occasion, history), rows, n_new, n_unmeasured, tuple(notes))
     notes = [f"{n_unmeasured} workloads were not measured and stay as they are"] if n_unmeasured else []
     # What was calibrated before the change says nothing of the machine as it is now.
     earlier = [msgspec.structs.replace(one, calibration={}) for one in old.head.occasions]
@@ -257,7 +256,7 @@ def _updated(
         history=history,
     )
     _refuse_again(old, made.head.occasions[:-1], occasion)
-    return _Change(made, verdict, rows, n_new, n_unmeasured, tuple(notes))
+    return _Change(made, rows, n_new, n_unmeasured, tuple(notes))
 
 
 def compared(before: Evidence, side: Evidence, axes: Sequence[str] = ()) -> tuple[tuple[Took, ...], Verdict | None]:

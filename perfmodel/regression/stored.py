@@ -219,8 +219,9 @@ def read_unlocked(folder: Path) -> Baseline:
     for key in head.workloads:
         file = file_of(key)
         kept = _decoded(folder, file, Kept, pending)
-        if kept.workload != key:
-            raise InputError(f"{_where(folder, file)} is of workload {_short(kept.workload)}, expected {_short(key)}")
+        other = {kept.workload, key if kept.line is None else kept.line.workload} - {key}
+        if other:
+            raise InputError(f"{_where(folder, file)} is of workload {_short(min(other))}, expected {_short(key)}")
         _check_runs(kept, runs, _where(folder, file), must_have=True)
         if head.kind == CAPTURE and kept.line is None:
             raise InputError(f"{_where(folder, file)} has no `line`, which every workload of a capture has")
