@@ -428,6 +428,24 @@ def test_a_crash_while_a_first_baseline_is_written_leaves_all_of_it_or_nothing(
     assert list(regression.listed(tmp_path / "store").baselines) == [folder.name]
 
 
+def test_a_crash_between_the_new_name_and_the_new_content_leaves_the_old_baseline(
+    two: tuple[Path, Evidence, Evidence], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, one, _ = two
+    new = side(tmp_path / "new", seed=3, software={"torch": "1"})
+
+    def dying(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(stored, "write_whole", dying)
+        update(new, folder.parent, "torch 1", ["torch"])
+    (renamed,) = folder.parent.iterdir()
+    assert renamed != folder and same(load(renamed), one)
+    assert update(new, folder.parent, "torch 1", ["torch"]).baseline == renamed.name
+    assert same(load(renamed), new)
+
+
 def test_who_saves_at_the_same_time_waits(tmp_path: Path) -> None:
     store = tmp_path / "store"
     sides = [side(tmp_path / f"{i}", seed=i, started=START + 9000 * i) for i in range(6)]
