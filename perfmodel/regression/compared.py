@@ -31,7 +31,8 @@ CHECK_SCHEMA = 1
 CHASE, EXPLAINED, ON_THE_TABLE, FINE = "regression to chase", "explained", "left on the table", "fine"
 UNDECIDED, NOT_JUDGED = "undecided", "not judged by the model"  # beside the four: one question has no answer
 CELLS = (CHASE, EXPLAINED, ON_THE_TABLE, FINE, UNDECIDED, NOT_JUDGED)
-FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL)  # what --fail-on may name
+IMPROVED = "improved"
+FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL, IMPROVED)  # what --fail-on may name
 DEFAULT_FAILURES = ("regressed", SLOWER_THAN_MODEL)
 LEAST_MOVED_FRAC = 0.02  # how far a calibrated number is from another, beyond their spreads, to be told as moved
 
@@ -94,7 +95,8 @@ class Comparison:
     `model` is null where no model could be had, and `no_model` says why. The model's answer to all together is over
     those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
     that only the other side measured. `parts` tell what the change of time consists of, largest first, `details` the
-    operators, classes and launch metrics of traces, `notes` what a reader must know of the sides.
+    operators, classes and launch metrics of traces, `notes` what a reader must know of the sides. `update_command`
+    takes an improvement over into a saved baseline, null where there is none.
     """
 
     baseline: str
@@ -111,6 +113,7 @@ class Comparison:
     parts: tuple[PartChange, ...] = ()
     details: tuple[Detail, ...] = ()
     notes: tuple[str, ...] = ()
+    update_command: str | None = None
 
     @property
     def overall(self) -> Case:
@@ -141,7 +144,7 @@ class Comparison:
         `regressed`: slower than the baseline, and no declared change of the machine explains it. `explained`: slower,
         and the model explains it by the rates of another machine, declared as such. `slower-than-model`: longer than
         the model's interval allows, said of all workloads together alone, for of any twenty workloads one is expected
-        to lie above a 90 % interval.
+        to lie above a 90 % interval. `improved`: faster than the baseline, of all together alone for the same reason.
         """
         unknown = set(fail_on) - set(FAILURES)
         if unknown:
@@ -154,6 +157,7 @@ class Comparison:
             "regressed": is_slower and not is_explained,
             "explained": is_explained,
             SLOWER_THAN_MODEL: expectation is not None and expectation.verdict == SLOWER_THAN_MODEL,
+            IMPROVED: case is self.overall and case.verdict.verdict == IMPROVED,
         }
         return [name for name in FAILURES if name in fail_on and holds[name]]
 
@@ -208,6 +212,7 @@ class Comparison:
             "parts": [asdict(part) for part in self.parts],
             "details": [asdict(detail) for detail in self.details],
             "notes": list(self.notes),
+            "update_command": self.update_command,
         }
 
 

@@ -1,6 +1,13 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
 from perfmodel.report.balance import balance_json, balance_page
+from perfmodel.report.baselines import (
+    baseline_page,
+    baseline_workload_page,
+    baselines_page,
+    saving_page,
+    update_command,
+)
 from perfmodel.report.captures import QUANTITY_HEADER, check_page, conclusion, quantity_cells
 from perfmodel.report.check_files import check_junit, check_markdown
 from perfmodel.report.checks import capture_page, captures_page, findings_page
@@ -74,6 +81,9 @@ __all__ = [
     "WIDTH",
     "balance_json",
     "balance_page",
+    "baseline_page",
+    "baseline_workload_page",
+    "baselines_page",
     "capture_headlines",
     "capture_page",
     "captures_page",
@@ -120,6 +130,7 @@ __all__ = [
     "roofline_json",
     "roofline_page",
     "routing_page",
+    "saving_page",
     "scaling_page",
     "schedule_facts",
     "schedule_head",
@@ -131,6 +142,7 @@ __all__ = [
     "table",
     "trace_page",
     "trimoe_page",
+    "update_command",
     "verdict_lines",
     "why_words",
     "workload_head",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import text
+from perfmodel.report.baselines import update_words
 from perfmodel.report.check_traces import trace_lines, trace_tables
 from perfmodel.report.words import WIDTH, table, wrapped
 
@@ -141,7 +142,8 @@ def check_page(comparison: "Comparison") -> str:
     page = "\n".join(lines) + "\n\n" + table(rows[1:], rows[0])
     if len(shown) > N_SHOWN:
         page += f"\n... and {len(shown) - N_SHOWN} more"
-    return "\n\n".join([page, *trace_tables(comparison), *_changes(comparison)])
+    pages = [page, *trace_tables(comparison), *_changes(comparison), update_words(comparison)]
+    return "\n\n".join(filter(None, pages))
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import markdown, text
+from perfmodel.report.baselines import update_words
 from perfmodel.report.captures import (
     CASE_HEADER,
     QUANTITY_HEADER,
@@ -148,7 +149,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     ]
     if tables:
         parts.append(_folded("What changed", "\n".join(tables)))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, [*parts, update_words(comparison)])) + "\n"
 
 
 def _cases(cases: "Iterable[Case]") -> str:
