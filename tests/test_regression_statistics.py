@@ -141,12 +141,13 @@ def test_another_machine_takes_no_turns_with_this_one_but_another_driver_does() 
 
 def test_slower_is_said_where_neither_the_margin_nor_no_change_explains_it() -> None:
     """Two runs a side, 0.02 apart: a standard error of 0.0002^0.5 on two degrees of freedom, of which t is 2.92 at 5 %
-    and 9.92 at 0.5 %. A gap of 0.1 is 4.98 of them beyond the margin and 7.07 beyond nothing; one of 0.2 is 14."""
+    and 14.09 at 0.25 % (8.07 at 0.75 %, for all together). A gap of 0.1 is 4.98 of them beyond the margin and 7.07
+    beyond nothing; one of 0.2 is 14.14."""
     baseline = made_up([0.0, 0.02])
     unsure, sure = (check(baseline, made_up([gap, gap + 0.02]))[1] for gap in (0.1, 0.2))
     assert unsure.ratio_low > 1.03 and unsure.verdict == "inconclusive"
     assert sure.verdict == "regressed"
-    # A third run has t of 4.60 at 0.5 % and 0.94 at 80 %, and a standard error of (0.0004 / 3)^0.5: 0.064 is told.
+    # A third run has t of 5.60 at 0.25 % and 0.94 at 80 %, and a standard error of (0.0004 / 3)^0.5: 0.076 is told.
     assert unsure.n_more_runs == 1
 
 

@@ -13,8 +13,9 @@ from .spread import CONFIDENCE, OVERALL, Mean, Variance, both_means, combined, h
 
 DEFAULT_MARGIN_FRAC = 0.03
 MARGIN_LEVEL = (1 - CONFIDENCE) / 2  # chance of an alarm where the candidate is slower by exactly the margin
-# The same where nothing changed, however large the noise; once for all together, once for all single ones.
-NO_CHANGE_LEVEL = 0.005
+# The same where nothing changed, however large the noise: 1 % in all, the lesser part of it for single workloads, whose
+# variances are lent and less sure (docs/decisions/0036).
+NO_CHANGE_LEVEL, EACH_NO_CHANGE_LEVEL = 0.0075, 0.0025
 POWER = 0.8  # chance that the runs asked for suffice
 MOST_MORE_RUNS = 1 << 16  # what would take more is not helped by runs
 SLOWER = ("regressed", "suspect")  # verdicts that say so
@@ -46,8 +47,8 @@ def check(
     """Candidate against baseline: first all workloads together, then each, slowest first.
 
     A run (a fresh process) is the sampling unit; where a side has three occasions, they are. What is called slower (or
-    faster) is so beyond the margin (MARGIN_LEVEL) and beyond doubt that it changed at all (NO_CHANGE_LEVEL), and stays
-    so under Holm's correction over all workloads. Raises NotComparableError when the sides differ outside `axes` or
+    faster) is so beyond the margin (MARGIN_LEVEL) and beyond doubt that it changed at all (NO_CHANGE_LEVEL), and single
+    ones stay so under Holm's correction over all. Raises NotComparableError when the sides differ outside `axes` or
     share no workload.
     """
     if not 0 < margin_frac < 10:
@@ -58,19 +59,20 @@ def check(
         raise NotComparableError(f"not comparable: the {baseline.kind}s share no workload")
     labels = {OVERALL: OVERALL} | {key: baseline.workloads[key].label for key in common}
     a, b = both_means(baseline, candidate, common)
-    (overall,), each = (_verdicts(keys, labels, a, b, margin_frac) for keys in ([OVERALL], common))
+    margin = math.log1p(margin_frac)
+    (overall,) = _verdicts([OVERALL], labels, a, b, margin, NO_CHANGE_LEVEL)
+    each = _verdicts(common, labels, a, b, margin, EACH_NO_CHANGE_LEVEL)
     return [overall, *sorted(each, key=lambda v: -v.ratio)]
 
 
 def _verdicts(
-    keys: Sequence[str], labels: dict[str, str], a: dict[str, Mean], b: dict[str, Mean], margin_frac: float
+    keys: Sequence[str], labels: dict[str, str], a: dict[str, Mean], b: dict[str, Mean], margin: float, level: float
 ) -> list[Verdict]:
-    """The verdicts on workloads that are one family for Holm's correction."""
-    margin = math.log1p(margin_frac)
+    """The verdicts on workloads that are one family for Holm's correction; `level` is that of no change."""
     gaps = [b[key].log_ns - a[key].log_ns for key in keys]
     spreads = [combined([*a[key].parts, *b[key].parts]) for key in keys]
     slower, faster = (
-        _holm([_excess_level(sign * gap, margin, spread) for gap, spread in zip(gaps, spreads, strict=True)])
+        _holm([_excess(sign * gap, margin, spread, level) for gap, spread in zip(gaps, spreads, strict=True)])
         for sign in (1, -1)
     )
     found = []
@@ -84,30 +86,32 @@ def _verdicts(
         elif gap + half < margin:
             verdict = "ok"
         else:
-            verdict, more = "inconclusive", _n_more_runs(gap, margin, a[key], b[key], len(keys))
+            verdict, more = "inconclusive", _n_more_runs(gap, margin, a[key], b[key], level, len(keys))
         ratios = math.exp(gap), math.exp(gap - half), math.exp(gap + half)
         found.append(Verdict(key, labels[key], *ratios, a[key].n_runs, b[key].n_runs, verdict, more))
     return found
 
 
-def _excess_level(gap: float, margin: float, spread: Variance) -> float:
+def _excess(gap: float, margin: float, spread: Variance, level: float) -> float:
     """The larger of two one-sided p-values, each over its level: of no more than the margin, and of no change."""
     se = math.sqrt(spread.value)
     beyond, at_all = (tail(excess / se, spread.df) for excess in (gap - margin, gap))
-    return max(beyond / MARGIN_LEVEL, at_all / NO_CHANGE_LEVEL)
+    return max(beyond / MARGIN_LEVEL, at_all / level)
 
 
-def _n_more_runs(gap: float, margin: float, a: Mean, b: Mean, n_family: int) -> int | None:
+def _n_more_runs(gap: float, margin: float, a: Mean, b: Mean, level: float, n_family: int) -> int | None:
     """Runs wanted on each side to tell a difference of `gap` (log units) with stated confidence and power; None where
     no number would do, because what runs cannot show hides it."""
     wanted = [(max(abs(gap - margin), margin / 2), MARGIN_LEVEL)]
     if gap > margin:
-        wanted = [(wanted[0][0], MARGIN_LEVEL / n_family), (gap, NO_CHANGE_LEVEL / n_family)]
+        wanted = [(wanted[0][0], MARGIN_LEVEL / n_family), (gap, level / n_family)]
 
     def suffices(n_more: int) -> bool:
         spread = combined([*a.parts_with(n_more), *b.parts_with(n_more)])
         se = math.sqrt(spread.value)
-        return all(size >= (quantile(1 - level, spread.df) + quantile(POWER, spread.df)) * se for size, level in wanted)
+        return all(
+            size >= (quantile(1 - chance, spread.df) + quantile(POWER, spread.df)) * se for size, chance in wanted
+        )
 
     if not suffices(MOST_MORE_RUNS):
         return None
