@@ -15,7 +15,7 @@ from perfmodel.regression.evidence import alternate
 from perfmodel.regression.spread import Mean, Variance, both_means, combined, means_of, moderated
 from tests.conftest import ROOT
 
-SIMULATION = runpy.run_path(str(ROOT / "benchmarks" / "regression.py"))
+SIMULATION = runpy.run_path(str(ROOT / "benchmarks" / "regression_made_up.py"))
 NOISES = {noise.name: noise for noise in SIMULATION["NOISES"]}
 
 
@@ -164,8 +164,8 @@ def test_sides_exchanged_exchange_slower_and_faster(name: str) -> None:
     words = {"regressed": "improved", "improved": "regressed"}
     seen = set()
     for factor in (0.8, 1.0, 1.1, 1.3):
-        a, b = SIMULATION["sides"](NOISES[name], SIMULATION["draw"](rng, NOISES[name], 27, 5), 5)
-        b = SIMULATION["scaled"](b, factor)
+        logs = SIMULATION["slower"](SIMULATION["draw"](rng, NOISES[name], 27, 5), factor)
+        a, b = SIMULATION["sides"](NOISES[name], logs, 5)
         there, back = by_workload(check(a, b)), by_workload(check(b, a))
         for key, found in there.items():
             assert found.ratio * back[key].ratio == pytest.approx(1)
