@@ -40,7 +40,7 @@ def test_it_opens_with_a_slower_machine_that_the_model_mostly_explains() -> None
         "some are regressions to chase."
     ]
     assert titles(view)[1] == "Both questions crossed"
-    assert figure(view, 1)["layout"]["xaxis"]["title"]["text"] == "89 undecided besides"
+    assert figure(view, 1)["layout"]["xaxis"]["title"]["text"] == "95 undecided besides"
     assert "perfmodel check traces/epyc-zen5-2c-fp32 traces/epyc-zen4-2c-fp32 --margin 3%" in shown(view)
 
 
