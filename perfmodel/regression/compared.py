@@ -21,8 +21,10 @@ from .against import (
     judged_rows,
     model_for,
 )
+from .attributed import Attribution, attribute
 from .evidence import Evidence, is_declared, may_excuse, require_comparable
 from .parts import Detail, PartChange
+from .profiled import profile_details
 from .spread import OVERALL
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
 
@@ -92,8 +94,10 @@ class Comparison:
 
     `model` is null where no model could be had, and `no_model` says why. The model's answer to all together is over
     those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
-    that only the other side measured. `parts` tell what the change of time consists of, largest first, `details` the
-    operators, classes and launch metrics of traces, `notes` what a reader must know of the sides.
+    that only the other side measured. `parts` tell what the change of time consists of, largest first, and
+    `unexplained_frac` what they leave of the mean change (null without parts); `findings` say in sentences what parts
+    cannot. `details` are the operators, classes and launch metrics of traces, `notes` what a reader must know of the
+    sides.
     """
 
     baseline: str
@@ -108,6 +112,8 @@ class Comparison:
     datasheet: str | None
     n_missing: dict[str, int]
     parts: tuple[PartChange, ...] = ()
+    unexplained_frac: float | None = None
+    findings: tuple[str, ...] = ()
     details: tuple[Detail, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -205,6 +211,8 @@ class Comparison:
             "changes": [asdict(change) for change in self.changes],
             "quantities": [asdict(moved) for moved in self.quantities],
             "parts": [asdict(part) for part in self.parts],
+            "unexplained_frac": self.unexplained_frac,
+            "findings": list(self.findings),
             "details": [asdict(detail) for detail in self.details],
             "notes": list(self.notes),
         }
@@ -248,8 +256,9 @@ def compare(
     changes = require_comparable(baseline, candidate, axes)
     cases = [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
     why_not = None if with_model else "no model was asked for"
-    named, nominal = None, None
+    named, nominal, own = None, None, None
     first, other = baseline.capture, candidate.capture
+    quantities = () if first is None or other is None else tuple(moved_quantities(first, other))
     if not with_model:
         pass
     elif first is None or other is None:
@@ -259,6 +268,7 @@ def compare(
     else:
         try:
             used = model or model_for(first)
+            own = used if model is None else None
             nominal = datasheet or _catalogue(other)
             cases = _judged(first, other, used, nominal, verdicts, margin_frac)
             named = used.profile.name
@@ -266,6 +276,11 @@ def compare(
             if model is not None or datasheet is not None:
                 raise
             why_not = str(error)
+    found, details = Attribution(), tuple[Detail, ...]()
+    if with_model and first is not None and other is not None:
+        found = attribute(baseline, candidate, verdicts, quantities, margin_frac, own)
+        cases = [replace(case, part=found.part_of.get(case.verdict.workload)) for case in cases]
+        details = profile_details(first, other)
     return Comparison(
         baseline=baseline.name,
         candidate=candidate.name,
@@ -273,11 +288,15 @@ def compare(
         axes=tuple(axes),
         cases=tuple(cases),
         changes=tuple(Change(key, a, b, is_declared(key, axes)) for key, (a, b) in changes.items()),
-        quantities=() if first is None or other is None else tuple(moved_quantities(first, other)),
+        quantities=quantities,
         model=named,
         no_model=why_not,
         datasheet=nominal.name if nominal is not None and named is not None else None,
         n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
+        parts=found.parts,
+        unexplained_frac=found.unexplained_frac,
+        findings=found.findings,
+        details=details,
         notes=(*baseline.notes, *candidate.notes),
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import text
+from perfmodel.report.check_parts import parts_page
 from perfmodel.report.words import table
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
@@ -138,7 +139,7 @@ def check_page(comparison: "Comparison") -> str:
     page = "\n".join(lines) + "\n\n" + table(rows[1:], rows[0])
     if len(shown) > N_SHOWN:
         page += f"\n... and {len(shown) - N_SHOWN} more"
-    return "\n\n".join([page, *_changes(comparison)])
+    return "\n\n".join([page, *parts_page(comparison), *_changes(comparison)])
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
