@@ -1,5 +1,7 @@
 """What changed between two captures: each part is named where it changed, and no other, on made-up captures."""
 
+import gzip
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from perfmodel.regression.alone import what_they_share
 from perfmodel.regression.attributed import Attribution, attribute
 from perfmodel.regression.compared import moved_quantities
 from perfmodel.regression.division import divide
+from perfmodel.regression.profiled import profile_details
 from perfmodel.regression.spread import OVERALL
 from tests import captures_made
 from tests.captures_made import ROOF, SHAPES, TRUE_CONSTANTS, write_gpu_capture, write_synthetic_capture
@@ -181,7 +184,7 @@ def test_one_workload_cannot_tell_parts_apart(tmp_path: Path) -> None:
     assert "these workloads cannot tell which" in found.findings[0]
 
 
-GPU = {"compute": 1.0, "memory": 1.0, "link": 1.0, "floor_ns": 0.0}
+GPU = {"compute": 1.0, "memory": 1.0, "link": 1.0, "floor_ns": 0.0, "overlap": 0.0}
 
 
 def gpu_time_ns(w: dict[str, Any], **changes: float) -> float:
@@ -195,7 +198,8 @@ def gpu_time_ns(w: dict[str, Any], **changes: float) -> float:
     here_s = max(flops / 4e14 * at["compute"], (len(active) - n_gone) * per_expert / 2.4e12 * at["memory"])
     floor_ns = (6_000.0 if w.get("launch") else 15_000.0 + at["floor_ns"]) * (3 if w["op"] == "moe_layer" else 1)
     gone_s = n_gone * per_expert / (150e9 if w["access"] == "cpu" else 45e9 / at["link"])
-    return floor_ns + (here_s + gone_s) * 1e9
+    hidden_s = at["overlap"] * min(here_s, gone_s) if w["access"] == "copy-overlap" else 0.0
+    return floor_ns + (here_s + gone_s - hidden_s) * 1e9
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +229,49 @@ def test_each_part_of_a_gpu_is_named_and_no_other(
     assert blamed(found) == {part}
     named = [one for one in found.part_of.values() if one]
     assert set(named) == {part} and len(named) >= 0.8 * len(found.part_of)
+
+
+def test_copies_that_no_longer_hide_are_copy_exposure(
+    tmp_path: Path, gpu: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, copies ran beside the experts on the device; now one after another."""
+    before = changed_gpu(tmp_path / "before", monkeypatch, overlap=1.0, compute=4.0)
+    after = changed_gpu(tmp_path / "after", monkeypatch, compute=4.0)
+    found = attributed(before, after)
+    assert blamed(found) == {"copy exposure"}
+    assert set(found.part_of.values()) <= {"copy exposure", None}
+
+
+def write_profile(path: Path, mm_us: int, n_kernels: int) -> None:
+    """A made-up profile of two steps on a CPU: one operator for products and one for copies."""
+    events: list[dict[str, Any]] = []
+    for step in range(2):
+        at = step * 10_000
+        events.append({"ph": "X", "cat": "user_annotation", "name": f"ProfilerStep#{step}", "ts": at, "dur": 9000})
+        for i in range(n_kernels):
+            events.append({"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": at + 100 + i * 2000, "dur": mm_us})
+        events.append({"ph": "X", "cat": "cpu_op", "name": "aten::copy_", "ts": at + 8000, "dur": 500})
+    content = {"traceEvents": [{"pid": 1, "tid": 1, **event} for event in events]}
+    path.parent.mkdir(exist_ok=True)
+    with gzip.open(path, "wt") as file:
+        json.dump(content, file)
+
+
+def test_profiles_tell_where_the_share_of_an_operator_moved_and_no_times(tmp_path: Path) -> None:
+    sides = []
+    for name, mm_us in (("a", 500), ("b", 1500)):
+        path = write_synthetic_capture(tmp_path / name)
+        write_profile(path / "profiles" / "moe_layer-made-up.trace.json.gz", mm_us, 2)
+        sides.append(load_capture(path))
+    details = {one.name: one for one in profile_details(sides[0], sides[1])}
+    # Two products of 500 of 1500 us in operators, then of 1500 of 3500 us.
+    assert details["aten::mm self_frac"].baseline == pytest.approx(1000 / 1500)
+    assert details["aten::mm self_frac"].candidate == pytest.approx(3000 / 3500)
+    assert details["aten::copy_ self_frac"].candidate == pytest.approx(500 / 3500)
+    assert {one.change_frac for one in details.values()} == {None} and not any("_ns" in name for name in details)
+    assert profile_details(sides[0], sides[0]) == ()
+    (tmp_path / "b" / "profiles" / "moe_layer-made-up.trace.json.gz").write_bytes(b"no gzip")
+    assert profile_details(sides[0], sides[1]) == ()
 
 
 def test_pages_files_and_the_figure_tell_the_parts(

@@ -39,7 +39,7 @@ LEAST_UNLIKE = 0.5  # how unlike parts change at least, as a part of the change,
 LEAST_BESIDE_FRAC, LEAST_CHANGE_FRAC = 0.15, 0.5
 LEAST_SIGMA = 0.01  # no model's ratios are better than this, log units
 CAUCHY = 2.385  # residuals in units of sigma from which on weights fall (Holland & Welsch 1977: 95 % efficient)
-N_ROUNDS = 6
+N_ROUNDS = 4
 ALONE_SIGMAS = 3.0  # from which on a workload's change is its own
 
 # The calibrated quantities that tell of a part, as beginnings or ends of their names.
@@ -75,14 +75,15 @@ class Attribution:
 class Fit:
     """Changes by cause that explain log ratios best.
 
-    `changes[cause]`; `gain[cause, workload]` is by how much each follows each log ratio, `posterior[cause, cause]` what
-    noise and errors of the shares leave open where workloads err alone, `clustered` where those of a shape err alike;
-    `leak[cause]` is how far off it may be where some of one part's time is another's, `is_needed[cause]` whether other
-    changes would explain much less without it; `left[workload]` and `sigma[workload]` are residuals and what they may
-    be.
+    `slopes[workload, cause]` are means of the way to `changes[cause]`, `gain[cause, workload]` is by how much each
+    follows each log ratio. `posterior[cause, cause]` is what noise and errors of the shares leave open where workloads
+    err alone, `clustered` where those of a shape err alike, `leak[cause]` how far off a change may be where some of one
+    part's time is another's, and `is_needed[cause]` says whether other changes would explain much less without it.
+    `left[workload]` and `sigma[workload]` are residuals and what they may be.
     """
 
     changes: Array
+    slopes: Array
     gain: Array
     leak: Array
     is_needed: NDArray[np.bool_]
@@ -102,18 +103,17 @@ def fit_changes(
     Least squares with a prior of no change (PRIOR_LOG) and Cauchy's weights, found by repeated weighting.
     """
     n = len(division.causes)
-    begin = division.log_ns(np.zeros(n))
+    begin, at_begin = division.log_ns(np.zeros(n)), division.slopes(np.zeros(n))
     x, wrong, misfit, weight = np.zeros(n), SHARES_ERR_FRAC * np.abs(log_ratio), LEAST_SIGMA, np.ones(len(log_ratio))
     for _ in range(n_rounds):
         sigma = np.sqrt(noise + misfit**2 + wrong**2)
         scale = np.sqrt(weight) / sigma
-        x, cost = _solve(division, log_ratio + begin, scale, x)
+        x, cost, at_end = _solve(division, log_ratio + begin, scale, x)
         left = log_ratio - division.log_ns(x) + begin
         spread = 1.4826 * float(np.median(np.abs(left)))
         misfit = max(spread**2 - float(np.median(noise)), LEAST_SIGMA**2) ** 0.5
         weight = 1 / (1 + (left / (CAUCHY * sigma)) ** 2)
-        # Along the way to the change, for which roof binds turns with it (Simpson's rule).
-        slopes = (division.slopes(0 * x) + 4 * division.slopes(x / 2) + division.slopes(x)) / 6
+        slopes = (at_begin + at_end) / 2  # of the way to the change, for which roof binds turns with it
         # Shares sum to one, so that what is too much of one part lacks in another; parts that change alike hide it,
         # but that they do is known from the shares.
         explained = slopes @ x
@@ -126,19 +126,18 @@ def fit_changes(
     scores = np.stack([weighted[:, clusters == name] @ left[clusters == name] for name in names])
     clustered = posterior @ (scores.T @ scores * len(names) / max(len(names) - 1, 1) + prior) @ posterior
     needed = [
-        abs(x[i]) > LEAST_SIGMA and _solve(division, log_ratio + begin, scale, x, without=i)[1] - cost > LIKELIHOOD
+        abs(x[i]) > 2 * LEAST_SIGMA and _solve(division, log_ratio + begin, scale, x, without=i)[1] - cost > LIKELIHOOD
         for i in range(n)
     ]
-    return Fit(
-        x, posterior @ weighted, _leak(x, slopes), np.array(needed), posterior, clustered, len(names), left, sigma
-    )
+    gain, leak = posterior @ weighted, _leak(x, slopes)
+    return Fit(x, slopes, gain, leak, np.array(needed), posterior, clustered, len(names), left, sigma)
 
 
 def _solve(
     division: Division, log_ns: Array, scale: Array, start: Array, without: int | None = None
-) -> tuple[Array, float]:
-    """The changes that bring the model nearest to `log_ns[workload]`, residuals weighed by `scale`, and half the sum of
-    their squares and the prior's; `without` one of the changes where its place is given."""
+) -> tuple[Array, float, Array]:
+    """The changes that bring the model nearest to `log_ns[workload]`, residuals weighed by `scale`; half the sum of
+    their squares and the prior's; and slopes there of all changes but `without`, which stays away where it is given."""
     n = len(start)
     low = np.array([LEAST_LOSS if cause == EXPOSURE else -MOST_LOG for cause in division.causes])
     high = np.array([1.0 if cause == EXPOSURE else MOST_LOG for cause in division.causes])
@@ -154,11 +153,11 @@ def _solve(
         start[free],
         lambda at: np.vstack([-scale[:, None] * division.slopes(changes(at))[:, free], np.eye(free.sum()) / PRIOR_LOG]),
         bounds=(low[free], high[free]),
-        max_nfev=20,
-        xtol=1e-4,
-        ftol=1e-4,
+        max_nfev=8,
+        xtol=1e-3,
+        ftol=1e-3,
     )
-    return changes(solved.x), float(solved.cost)
+    return changes(solved.x), float(solved.cost), -solved.jac[: len(scale)] / scale[:, None]
 
 
 def _leak(changes: Array, shares: Array) -> Array:
@@ -199,7 +198,9 @@ def _interval(direction: Array, fit: Fit, sides: _Sides) -> tuple[float, float, 
     alone, alike = (float(direction @ spread @ direction) for spread in (fit.posterior, fit.clustered))
     of_shares = Variance(alike, fit.n_clusters - 1) if alike > alone and fit.n_clusters > 1 else Variance(alone)
     value = float(direction @ fit.changes)
-    half = half_width([of_shares, *sides.variances(direction @ fit.gain)]) + float(np.abs(direction) @ fit.leak)
+    half = half_width([of_shares, *sides.variances(direction @ fit.gain)])
+    if np.count_nonzero(direction) == 1:  # what parts take from each other cancels in what they add together
+        half += float(np.abs(direction) @ fit.leak)
     return value, value - half, value + half
 
 
@@ -387,7 +388,7 @@ def _together(
             f"All parts take longer alike, about {np.exp((low + high) / 2):.2f}x: look at clocks, power limits and "
             "what ran beside before any single part."
         ]
-    weights = division.slopes(fit.changes).mean(axis=0)
+    weights = fit.slopes.mean(axis=0)
     unsettled = [i for i, state in enumerate(states) if state == OPEN and weights[i] > 0]
     sets = [pair for n in range(2, len(unsettled) + 1) for pair in combinations(unsettled, n)]
     for chosen in sets:

@@ -88,7 +88,7 @@ class Division:
         """By how much log times follow each change, `[workload, cause]`."""
         return _slopes(self.groups, len(self.keys), self.causes, dict(zip(self.causes, changes.tolist(), strict=True)))
 
-    def added(self, changes: Array, n_steps: int = 8) -> Array:
+    def added(self, changes: Array, n_steps: int = 4) -> Array:
         """What each change adds to each workload's time, as a part of the baseline's, `[workload, cause]`.
 
         Slopes are summed along the way from no change to these (Aumann and Shapley's values), so that parts which do

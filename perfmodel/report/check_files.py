@@ -15,7 +15,7 @@ from perfmodel.report.captures import (
     telling,
     verdict_line,
 )
-from perfmodel.report.check_parts import PART_HEADER, part_cells, part_words, parts_line
+from perfmodel.report.check_parts import PART_HEADER, is_told, part_cells, part_words, parts_line
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Case, Comparison
@@ -130,7 +130,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
         more = len(rest) - N_FOLDED
         body = _cases(rest[:N_FOLDED]) + (f"\n... and {text.count(more)} more\n" if more > 0 else "")
         parts.append(_folded(f"{text.counted(len(rest), 'other workload')}", body))
-    if comparison.parts:
+    if is_told(comparison):
         rows = [[*part_cells(part)[:-1], _inline(part_cells(part)[-1])] for part in comparison.parts]
         body = markdown.table(PART_HEADER, rows) + "".join(f"\n{_inline(one)}\n" for one in comparison.findings)
         parts.append(_inline(parts_line(comparison)))

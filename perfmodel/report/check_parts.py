@@ -32,31 +32,34 @@ def detail_cells(detail: "Detail") -> list[str]:
     return [detail.name, a, b, "" if detail.ratio is None else f"{detail.ratio:.2f}x"]
 
 
+def is_told(comparison: "Comparison") -> bool:
+    """Whether a page tells the parts: where anything is slower, or all together faster."""
+    is_faster = comparison.overall.verdict.verdict == "improved"
+    return bool(comparison.parts) and (bool(comparison.slower()) or is_faster)
+
+
 def parts_line(comparison: "Comparison") -> str:
-    """The change over all workloads as the sum of its parts, in one line; empty where nothing could be divided."""
-    if comparison.unexplained_frac is None:
-        return ""
-    explained = sum(part.change_frac for part in comparison.parts)
-    whole = explained + comparison.unexplained_frac
+    """The change over all workloads as the sum of its parts, in one line."""
+    explained, left = sum(part.change_frac for part in comparison.parts), comparison.unexplained_frac or 0.0
     named = comparison.overall.part
     slower = f", most of it in {named}" if named else ""
     return (
-        f"what changed: {100 * whole:+.1f} % in the mean of the workloads{slower}; the parts explain "
-        f"{100 * explained:+.1f} %, {100 * comparison.unexplained_frac:+.1f} % are left"
+        f"what changed: {100 * (explained + left):+.1f} % in the mean of the workloads{slower}; the parts explain "
+        f"{100 * explained:+.1f} %, {100 * left:+.1f} % are left"
     )
 
 
 def parts_page(comparison: "Comparison") -> list[str]:
     """Paragraphs on what changed: the line, the table of parts, findings, and what moved in profiles."""
-    found = [parts_line(comparison)] if comparison.parts else []
-    if comparison.parts:
-        found[0] += "\n\n" + table([part_cells(part) for part in comparison.parts], list(PART_HEADER))
+    if not is_told(comparison):
+        return ["\n".join(comparison.findings)] if comparison.findings else []
+    rows = [part_cells(part) for part in comparison.parts]
+    evidence = "\n".join(f"{part.part}: {part.evidence}" for part in comparison.parts)
+    found = [parts_line(comparison), table([row[:-1] for row in rows], PART_HEADER[:-1]) + "\n" + evidence]
     found += ["\n".join(comparison.findings)] if comparison.findings else []
     told = [detail_cells(detail) for detail in comparison.details if detail.kind == "metric"]
-    if told and comparison.parts:
-        found.append(
-            table(told, list(DETAIL_HEADER)) + "\nCounts and shares of profiled time; profiles are no source of times."
-        )
+    if told:
+        found.append(table(told, DETAIL_HEADER) + "\nCounts and shares of profiled time, which is no source of times.")
     return found
 
 
