@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from perfmodel import report
-from perfmodel.capture import Capture, load_capture
+from perfmodel.capture import Capture, load_capture, shipped_captures
 from perfmodel.figures.checks import changed_parts
 from perfmodel.moe import WEIGHT_BYTES
 from perfmodel.physics import Ceilings
@@ -157,7 +157,11 @@ def test_what_sets_workloads_apart_is_found_and_nothing_else() -> None:
     """Twelve workloads of two shapes, two operators and three batches: facts alone, in pairs, and none at all."""
     rows = [(shape, op, n) for shape in ("a", "b") for op in ("moe_layer", "grouped_gemm") for n in (1, 8, 64)]
     facts = pl.DataFrame(rows, schema=["shape", "op", "n_tokens"], orient="row").with_columns(
-        dtype=pl.lit("fp32"), launch=pl.lit(None, pl.String), access=pl.lit("resident"), routing=pl.lit("uniform")
+        dtype=pl.lit("fp32"),
+        launch=pl.lit(None, pl.String),
+        access=pl.lit("resident"),
+        residency=pl.lit(None, pl.String),
+        routing=pl.lit("uniform"),
     )
 
     def said(keep: Callable[[tuple[Any, ...]], bool]) -> list[str]:
@@ -193,19 +197,27 @@ def gpu_time_ns(w: dict[str, Any], **changes: float) -> float:
     weights = w["gemm_k"] * w["gemm_n"] if w["gemm_k"] else w["n_gemms"] * w["hidden"] * w["inter"]
     per_expert = weights * WEIGHT_BYTES[w["dtype"]]
     active = {i for i, n in enumerate(w["tokens_per_expert"]) if n > 0}
-    n_gone = len(active & set(w.get("offloaded", ())))
-    flops = 2.0 * w["n_tokens"] * w["top_k"] * weights
-    here_s = max(flops / 4e14 * at["compute"], (len(active) - n_gone) * per_expert / 2.4e12 * at["memory"])
+    gone = active & set(w.get("offloaded", ()))
+    on_host = w["access"] == "cpu"
+    n_rows = sum(n for i, n in enumerate(w["tokens_per_expert"]) if not (on_host and i in gone))
+    n_away = w["n_tokens"] * w["top_k"] - n_rows
+    here_s = max(
+        2.0 * n_rows * weights / 4e14 * at["compute"],
+        (len(active) - len(gone)) * per_expert / 2.4e12 * at["memory"],
+    )
     floor_ns = (6_000.0 if w.get("launch") else 15_000.0 + at["floor_ns"]) * (3 if w["op"] == "moe_layer" else 1)
-    gone_s = n_gone * per_expert / (150e9 if w["access"] == "cpu" else 45e9 / at["link"])
-    hidden_s = at["overlap"] * min(here_s, gone_s) if w["access"] == "copy-overlap" else 0.0
-    return floor_ns + (here_s + gone_s - hidden_s) * 1e9
+    away_s = len(gone) * per_expert / 45e9 * at["link"]
+    if on_host:
+        return floor_ns + max(here_s, len(gone) * per_expert / 150e9, 2.0 * n_away * weights / 8e12) * 1e9
+    hidden_s = at["overlap"] * min(here_s, away_s) if w["access"] == "copy-overlap" else 0.0
+    return floor_ns + (here_s + away_s - hidden_s) * 1e9
 
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Capture:
     """The made-up GPU before anything changed."""
-    return load_capture(write_gpu_capture(tmp_path_factory.mktemp("gpu") / "base"))
+    with pytest.MonkeyPatch.context() as patch:
+        return changed_gpu(tmp_path_factory.mktemp("gpu"), patch)
 
 
 def changed_gpu(path: Path, patch: pytest.MonkeyPatch, **changes: float) -> Capture:
@@ -229,6 +241,38 @@ def test_each_part_of_a_gpu_is_named_and_no_other(
     assert blamed(found) == {part}
     named = [one for one in found.part_of.values() if one]
     assert set(named) == {part} and len(named) >= 0.8 * len(found.part_of)
+
+
+def test_a_dtype_whose_kernel_became_slower_is_no_part(
+    tmp_path: Path, gpu: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captures_made, "_gpu_time_ns", lambda w: gpu_time_ns(w) * (1.5 if w["dtype"] == "fp8" else 1.0))
+    found = attributed(gpu, load_capture(write_gpu_capture(tmp_path / "cand")))
+    assert not blamed(found) and set(found.part_of.values()) == {None}
+    assert found.findings == (
+        "All 30 workloads of dtype fp8 are slower for themselves: no part of the time explains them.",
+    )
+
+
+def test_the_older_of_two_measured_machines_lacks_memory_bandwidth_and_its_own_runs_lack_nothing() -> None:
+    a, b = (
+        load_capture(path) for path in shipped_captures() if path.name in ("epyc-zen4-2c-fp32", "epyc-zen5-2c-fp32")
+    )
+    sides = of_capture(b), of_capture(a)
+    found = attribute(*sides, check(*sides, axes=["machine", "software"]), moved_quantities(b, a), MARGIN)
+    assert found.part_of[OVERALL] == "memory" and "fell to 0.63x" in found.parts[0].evidence
+    assert abs(found.unexplained_frac or 1.0) < 0.03
+    halves = [a.observations.filter(pl.col("run") % 2 == half) for half in (0, 1)]
+    assert not blamed(attributed(*(replace(a, observations=half) for half in halves)))
+
+
+def test_a_capture_without_ceilings_says_why_nothing_can_be_divided(cpu: Capture) -> None:
+    bare = replace(cpu, manifest={**cpu.manifest, "calibration": {}})
+    found = attributed(bare, cpu)
+    assert found.parts == () and found.unexplained_frac is None
+    assert found.findings == (
+        "What the change consists of is not known: hardware 'base' has no compute rate for fp32; it has n_cores_count.",
+    )
 
 
 def test_copies_that_no_longer_hide_are_copy_exposure(

@@ -11,10 +11,10 @@ from perfmodel import text
 
 Mask = NDArray[np.bool_]
 
-FACTS = ("shape", "op", "dtype", "launch", "access", "routing")
+FACTS = ("shape", "op", "dtype", "launch", "access", "residency", "routing")
 LEAST_ALIKE, LEAST_FRAC = 2, 0.75  # workloads that share a fact, and the part of all that have it, to name the fact
 MOST_GROUPS, N_NAMED = 3, 3
-PLAIN = {"launch": "launched by the host", "access": "resident experts"}
+PLAIN = {"launch": "calls launched by the host", "access": "resident experts", "residency": "no residency"}
 
 
 def what_they_share(facts: pl.DataFrame, is_alone: Mask) -> list[str]:

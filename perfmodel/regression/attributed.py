@@ -114,7 +114,7 @@ def attribute(
         unexplained_frac=unexplained,
         findings=(
             *alike,
-            *_together(division, fit, sides, states, margin_frac),
+            *_together(division, fit, sides, states, added.mean(axis=0), margin_frac),
             *what_they_share(division.facts, is_alone),
             *(f"{n} workloads could not be divided into parts: {why}." for why, n in division.left_out.items()),
         ),
@@ -231,20 +231,23 @@ def _together(
     fit: Fit,
     sides: Sides,
     states: Sequence[str],
+    sizes: Array,
     margin_frac: float,
 ) -> list[str]:
     """Sentences on parts that only together are slower beyond doubt."""
     weights = fit.slopes.mean(axis=0)
     unsettled = [i for i, state in enumerate(states) if state == OPEN and weights[i] > 0]
-    sets = [pair for n in range(2, len(unsettled) + 1) for pair in combinations(unsettled, n)]
-    for chosen in sets:
+    for chosen in (some for n in range(2, len(unsettled) + 1) for some in combinations(unsettled, n)):
+        names = list(dict.fromkeys(CAUSES[division.causes[i]] for i in chosen))
+        if len(names) == 1 or sizes[list(chosen)].sum() < LEAST_BESIDE_FRAC * np.abs(sizes).max():
+            continue
         direction = np.zeros(len(states))
         direction[list(chosen)] = weights[list(chosen)] / weights[list(chosen)].sum()
         value, low, high = interval_of(direction, fit, sides)
         if low > np.log1p(margin_frac):
-            names = " or ".join(dict.fromkeys(CAUSES[division.causes[i]] for i in chosen))
+            words = " or ".join(names)
             return [
-                f"{names[0].upper()}{names[1:]} takes longer, together {np.exp(value):.2f}x ({np.exp(low):.2f} to "
+                f"{words[0].upper()}{words[1:]} takes longer, together {np.exp(value):.2f}x ({np.exp(low):.2f} to "
                 f"{np.exp(high):.2f}); these workloads cannot tell which."
             ]
     return []
