@@ -18,8 +18,8 @@ from perfmodel.moe import WEIGHT_BYTES
 from perfmodel.physics import Ceilings
 from perfmodel.regression import check, compare, of_capture
 from perfmodel.regression.alone import what_they_share
-from perfmodel.regression.attributed import Attribution, attribute
-from perfmodel.regression.compared import moved_quantities
+from perfmodel.regression.attributed import Attribution, _agreement, attribute
+from perfmodel.regression.compared import Moved, moved_quantities
 from perfmodel.regression.division import divide
 from perfmodel.regression.profiled import profile_details
 from perfmodel.regression.spread import OVERALL
@@ -316,6 +316,26 @@ def test_profiles_tell_where_the_share_of_an_operator_moved_and_no_times(tmp_pat
     assert profile_details(sides[0], sides[0]) == ()
     (tmp_path / "b" / "profiles" / "moe_layer-made-up.trace.json.gz").write_bytes(b"no gzip")
     assert profile_details(sides[0], sides[1]) == ()
+
+
+@pytest.mark.parametrize(
+    ("state", "factors_90", "ratio", "words"),
+    [
+        ("longer", (1.4, 1.7), 0.65, ""),  # 1 / 0.65 is 1.54 times the time
+        ("longer", (1.4, 1.7), 0.40, ", more than the sweep shows"),
+        ("longer", (1.4, 1.7), 0.90, ", which accounts for a part of it"),
+        ("longer", (1.4, 1.7), 1.20, ", which does not account for it"),
+        ("shorter", (0.6, 0.7), 1.2, ", which accounts for a part of it"),
+        ("open", (0.9, 1.1), 0.5, ", which the sweep does not show"),
+        ("open", (0.9, 1.3), 0.8, ""),
+    ],
+)
+def test_a_calibrated_rate_agrees_with_a_factor_or_does_not(
+    state: str, factors_90: tuple[float, float], ratio: float, words: str
+) -> None:
+    low, high = np.log(factors_90)
+    rate = Moved("memory_stream_bytes_per_s", "", 1.0, ratio, ratio, "slower", None, None)
+    assert _agreement(state, ((low + high) / 2, low, high), [rate]) == words
 
 
 def test_pages_files_and_the_figure_tell_the_parts(

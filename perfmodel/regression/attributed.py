@@ -163,7 +163,7 @@ def _part(
     cause = division.causes[i]
     share = float(division.shares[:, i].mean())
     value, low, high = (float(np.exp(x)) for x in interval)
-    evidence = _evidence(cause, state, moved)
+    evidence = _evidence(cause, state, interval, moved)
     if cause != EXPOSURE:
         return PartChange(CAUSES[cause], share, change_frac, value, low, high, evidence)
     if share == 0 or interval[0] == 0:
@@ -173,7 +173,7 @@ def _part(
     return PartChange(CAUSES[cause], share, change_frac, value, low, high, evidence)
 
 
-def _evidence(cause: str, state: str, moved: Sequence["Moved"]) -> str:
+def _evidence(cause: str, state: str, interval: Interval, moved: Sequence["Moved"]) -> str:
     """What a part's factor rests on in words: what the sweep says, and whether the calibration agrees."""
     words = {
         LONGER: "longer in the sweep",
@@ -186,21 +186,33 @@ def _evidence(cause: str, state: str, moved: Sequence["Moved"]) -> str:
         words = f"calls replayed from graphs: {words}"
     known = [one for one in moved if one.key.startswith(TELLS[cause]) and one.moved]
     told = [f"{one.key} {_became(one)}" for one in known if one.moved != "same"]
-    wanted = {LONGER: "slower", SHORTER: "faster"}.get(state)
     if not TELLS[cause]:
         return f"{words}; no calibration measures it"
     if not known:
         return f"{words}; not calibrated on both sides"
     if told:
-        agrees = wanted is not None and any(one.moved == wanted for one in known)
-        against = "" if agrees or wanted is None else ", which does not account for it"
-        return f"{words}; {', '.join(told)}{against}"
+        return f"{words}; {', '.join(told)}{_agreement(state, interval, known)}"
     if state == LONGER:
         return (
             f"{words}; calibration shows no change: look at what ran at the time of the sweep, or a setting of the "
             "library"
         )
     return f"{words}; calibration shows no change"
+
+
+def _agreement(state: str, interval: Interval, known: Sequence["Moved"]) -> str:
+    """How calibrated quantities that moved agree with a factor, as the end of a sentence; empty where they do."""
+    _, low, high = interval
+    logs = [float(np.log(one.ratio or 1.0)) * (1 if one.key.endswith("_ns") else -1) for one in known]
+    if state not in (LONGER, SHORTER):
+        return ", which the sweep does not show" if high < min(logs) or max(logs) < low else ""
+    if state == SHORTER:
+        low, high, logs = -high, -low, [-log for log in logs]
+    if max(logs) <= 0:
+        return ", which does not account for it"
+    if max(logs) < low:
+        return ", which accounts for a part of it"
+    return ", more than the sweep shows" if min(logs) > high else ""
 
 
 def _became(one: "Moved") -> str:

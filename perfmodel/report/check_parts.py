@@ -21,7 +21,7 @@ def part_cells(part: "PartChange") -> list[str]:
         text.frac(part.share_frac),
         factor,
         f"{part.factor_low:.2f} to {part.factor_high:.2f}" if known else "",
-        f"{100 * part.change_frac:+.1f} %",
+        _added(part.change_frac),
         part.evidence,
     ]
 
@@ -30,6 +30,11 @@ def detail_cells(detail: "Detail") -> list[str]:
     """A detail of profiles as words, under DETAIL_HEADER."""
     a, b = (text.figure(detail.name, value) for value in (detail.baseline, detail.candidate))
     return [detail.name, a, b, "" if detail.ratio is None else f"{detail.ratio:.2f}x"]
+
+
+def _added(frac: float) -> str:
+    """A change as words, without a minus before nothing."""
+    return f"{round(100 * frac, 1) + 0.0:+.1f} %"
 
 
 def is_told(comparison: "Comparison") -> bool:
@@ -44,8 +49,8 @@ def parts_line(comparison: "Comparison") -> str:
     named = comparison.overall.part
     slower = f", most of it in {named}" if named else ""
     return (
-        f"what changed: {100 * (explained + left):+.1f} % in the mean of the workloads{slower}; the parts explain "
-        f"{100 * explained:+.1f} %, {100 * left:+.1f} % are left"
+        f"what changed: {_added(explained + left)} in the mean of the workloads{slower}; the parts explain "
+        f"{_added(explained)}, {_added(left)} are left"
     )
 
 
