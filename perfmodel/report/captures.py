@@ -144,9 +144,7 @@ def check_page(comparison: "Comparison") -> str:
     if len(shown) > N_SHOWN:
         page += f"\n... and {len(shown) - N_SHOWN} more"
     moved = trace_tables(comparison) or parts_page(comparison)
-    return "
-
-".join(filter(None, [page, *moved, *_changes(comparison), update_words(comparison)]))
+    return "\n\n".join(filter(None, [page, *moved, *_changes(comparison), update_words(comparison)]))
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
