@@ -1,6 +1,7 @@
 """The command that judges a machine, driver or build: against a baseline and against a model."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import Html, check_html, write_html
+from perfmodel.cli.new_machines import NewMachine, check_new_machine
 from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
@@ -17,8 +19,16 @@ SUMMARY = "GITHUB_STEP_SUMMARY"
 
 @app.command()
 def check(
-    baseline: Annotated[str, typer.Argument(help="Capture folder of the machine, driver or build as it was.")],
-    candidate: Annotated[str, typer.Argument(help="Capture folder of what is to be judged.")],
+    context: typer.Context,
+    baseline: Annotated[
+        str | None,
+        typer.Argument(
+            help="What was there before: a capture, a trace, a folder of traces, a saved baseline, a store."
+        ),
+    ] = None,
+    candidate: Annotated[
+        str | None, typer.Argument(help="The capture, trace or folder of traces to be judged.")
+    ] = None,
     margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
     axis: Annotated[
         list[str] | None,
@@ -35,7 +45,8 @@ def check(
         typer.Option("--hardware", help="Judge by the nominal ceilings of this profile too; of known GPUs, unasked."),
     ] = None,
     fail_on: Annotated[
-        str, typer.Option(help="What ends with 1, with commas: regressed, explained, slower-than-model; or none.")
+        str,
+        typer.Option(help="What ends with 1, with commas: regressed, explained, slower-than-model, improved; or none."),
     ] = "regressed,slower-than-model",
     inconclusive: Annotated[str, typer.Option(help="Whether an open answer is `ok`, or to `fail` with 4.")] = "ok",
     as_json: Json = False,
@@ -46,9 +57,14 @@ def check(
         typer.Option("--summary", help=f"Append that summary to the file that ${SUMMARY} names, if any."),
     ] = False,
     html: Html = None,
+    new_machine: NewMachine = None,
 ) -> None:
     """Is the candidate slower than the baseline, and than a model expects: exit 0 no, 1 yes, 2 bad usage, 3 not
-    comparable, 4 cannot tell (if asked)."""
+    comparable, 4 cannot tell (if asked). With --new-machine: does anything about one machine deserve a look."""
+    if new_machine is not None:
+        check_new_machine(context, new_machine, model, hardware_name, junit, markdown, html, as_json=as_json)
+    if baseline is None or candidate is None:
+        raise InputError("check needs a BASELINE and a CANDIDATE, or --new-machine CAPTURE for one machine alone")
     from perfmodel import regression
     from perfmodel.latency import load_model
 
@@ -65,14 +81,16 @@ def check(
             raise InputError(f"{option} is {path!r}, expected a {suffix} file in a folder that exists")
     must_conclude = inconclusive == "fail"
     found = regression.compare(
-        regression.evidence(baseline),
-        regression.evidence(candidate),
+        *regression.sides(baseline, candidate, axis or ()),
         fraction(margin, "--margin"),
         axis or (),
         load_model(model) if model not in (None, "none") else None,
         hardware.hardware(hardware_name) if hardware_name else None,
         with_model=model != "none",
     )
+    store = regression.store_of(baseline)
+    if store is not None:
+        found = replace(found, update_command=report.update_command(found, str(store), candidate))
     words = report.check_page(found)
     if as_json:
         print_json({**found.to_json(), "failures": found.failures(conditions)})

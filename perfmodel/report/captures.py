@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import text
-from perfmodel.report.words import table
+from perfmodel.report.baselines import update_words
+from perfmodel.report.check_traces import trace_lines, trace_tables
+from perfmodel.report.words import WIDTH, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Case, Comparison, Moved
@@ -131,14 +133,17 @@ def check_page(comparison: "Comparison") -> str:
     ]
     if comparison.model is not None:
         lines.append("crossed: " + ", ".join(f"{n} {name}" for name, n in comparison.cells().items() if n))
-    if "suspect" in (comparison.overall.verdict.verdict, *counts):
+    if comparison.details:
+        lines += [wrapped(line, WIDTH, others="  ") for line in trace_lines(comparison)]
+    elif "suspect" in (comparison.overall.verdict.verdict, *counts):
         lines.append("suspect: one side has a single run, so the spread between runs is assumed; collect with --runs 5")
     shown = telling(comparison)
     rows = _without_empty([CASE_HEADER, *map(case_cells, shown[:N_SHOWN])])
     page = "\n".join(lines) + "\n\n" + table(rows[1:], rows[0])
     if len(shown) > N_SHOWN:
         page += f"\n... and {len(shown) - N_SHOWN} more"
-    return "\n\n".join([page, *_changes(comparison)])
+    pages = [page, *trace_tables(comparison), *_changes(comparison), update_words(comparison)]
+    return "\n\n".join(filter(None, pages))
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:

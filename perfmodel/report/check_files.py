@@ -2,10 +2,11 @@
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import markdown, text
+from perfmodel.report.baselines import update_words
 from perfmodel.report.captures import (
     CASE_HEADER,
     QUANTITY_HEADER,
@@ -15,6 +16,7 @@ from perfmodel.report.captures import (
     telling,
     verdict_line,
 )
+from perfmodel.report.check_traces import moved_tables, trace_lines
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Case, Comparison
@@ -32,15 +34,6 @@ def check_junit(comparison: "Comparison", fail_on: Sequence[str], *, must_conclu
     `must_conclude`), others pass; each carries its numbers. Characters that XML cannot hold become `?`.
     """
     cases = [_test_case(comparison, case, fail_on, must_conclude=must_conclude) for case in comparison.cases]
-    attributes = {
-        "name": _xml(f"perfmodel check {comparison.baseline} {comparison.candidate}"),
-        "tests": str(len(cases)),
-        "failures": str(sum(case.find("failure") is not None for case in cases)),
-        "errors": "0",
-        "skipped": str(sum(case.find("skipped") is not None for case in cases)),
-    }
-    suite = ET.Element("testsuite", attributes)
-    properties = ET.SubElement(suite, "properties")
     said = {
         "baseline": comparison.baseline,
         "candidate": comparison.candidate,
@@ -48,8 +41,22 @@ def check_junit(comparison: "Comparison", fail_on: Sequence[str], *, must_conclu
         "axes": ",".join(comparison.axes),
         "model": comparison.model or "",
     }
-    for name, value in said.items():
-        ET.SubElement(properties, "property", {"name": name, "value": _xml(value)})
+    return junit_file(f"perfmodel check {comparison.baseline} {comparison.candidate}", said, cases)
+
+
+def junit_file(name: str, said: Mapping[str, str], cases: Sequence[ET.Element]) -> str:
+    """Test cases as one suite of JUnit XML, with what is `said` of them all as its properties."""
+    attributes = {
+        "name": _xml(name),
+        "tests": str(len(cases)),
+        "failures": str(sum(case.find("failure") is not None for case in cases)),
+        "errors": "0",
+        "skipped": str(sum(case.find("skipped") is not None for case in cases)),
+    }
+    suite = ET.Element("testsuite", attributes)
+    properties = ET.SubElement(suite, "properties")
+    for key, value in said.items():
+        ET.SubElement(properties, "property", {"name": key, "value": _xml(value)})
     suite.extend(cases)
     suites = ET.Element("testsuites", {key: attributes[key] for key in ("tests", "failures", "errors", "skipped")})
     suites.append(suite)
@@ -98,7 +105,7 @@ def _numbers(comparison: "Comparison", case: "Case") -> list[str]:
         )
     if case.expected_ratio not in (None, 1.0):
         lines.append(f"by the calibrated rates the model expects {case.expected_ratio:.3f}x the baseline's time")
-    return [*lines, f"{verdict.verdict}, {case.cell}"]
+    return [*lines, f"{verdict.verdict}, {case.cell}", *trace_lines(comparison)]
 
 
 def _xml(words: str) -> str:
@@ -123,6 +130,9 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
         cells = [(name, str(n)) for name, n in comparison.cells().items() if n]
         parts.append(markdown.table([name for name, _ in cells], [[n for _, n in cells]]).rstrip())
     parts.append(_cases(first).rstrip())
+    parts += ["\n".join(f"- {_inline(line)}" for line in trace_lines(comparison))] if comparison.details else []
+    for head, rows in moved_tables(comparison):
+        parts.append(markdown.table(head, [[_code(row[0]), *row[1:]] for row in rows]).rstrip())
     if rest:
         more = len(rest) - N_FOLDED
         body = _cases(rest[:N_FOLDED]) + (f"\n... and {text.count(more)} more\n" if more > 0 else "")
@@ -139,7 +149,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     ]
     if tables:
         parts.append(_folded("What changed", "\n".join(tables)))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, [*parts, update_words(comparison)])) + "\n"
 
 
 def _cases(cases: "Iterable[Case]") -> str:
