@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from perfmodel.capture import load_capture
 from perfmodel.errors import NotComparableError
-from perfmodel.regression import OVERALL, Evidence, Measured, Run, Verdict, check
+from perfmodel.regression import OVERALL, Evidence, Measured, Run, Verdict, check, of_capture
 from perfmodel.regression.evidence import alternate
 from perfmodel.regression.spread import Mean, Variance, both_means, combined, means_of, moderated
 from tests.conftest import ROOT
@@ -235,3 +236,29 @@ def test_the_runs_that_are_asked_for_tell_in_four_cases_of_five() -> None:
         if n is not None and n <= 42:
             done.append(judged(noise, [side[:, : 3 + n] for side in logs], 3 + n)[0].verdict != "inconclusive")
     assert len(done) > 50 and 0.65 < np.mean(done) < 0.97
+
+
+def test_a_single_run_is_judged_with_what_single_workloads_were_seen_to_scatter_by() -> None:
+    """0.05 squared of the run and, among eight workloads or more, 0.07 squared of its own on 2.5 degrees of freedom."""
+    few, many = (means_of(made_up(np.zeros((n, 1))), [str(w) for w in range(n)]) for n in (7, 8))
+    assert few["0"].of_units == (Variance(pytest.approx(0.0025)),)
+    assert many["0"].of_units == (Variance(pytest.approx(0.0074), 2.5),)
+    assert few[OVERALL].of_units == many[OVERALL].of_units == (Variance(pytest.approx(0.0025)),)
+
+
+@pytest.mark.parametrize("name", ["epyc-zen4-2c-fp32", "epyc-zen5-2c-bf16", "epyc-zen5-2c-fp32"])
+def test_the_runs_of_a_shipped_capture_are_no_regressions_of_each_other(name: str) -> None:
+    whole = of_capture(load_capture(ROOT / "traces" / name))
+
+    def single(run: int, factor: float = 1.0) -> Evidence:
+        measured = {
+            key: replace(one, run_ns={run: factor * one.run_ns[run]})
+            for key, one in whole.workloads.items()
+            if run in one.run_ns
+        }
+        return replace(whole, workloads=measured, runs=tuple(one for one in whole.runs if one.run == run))
+
+    numbers = [one.run for one in whole.runs]
+    for a, b in [(a, b) for a in numbers for b in numbers if a != b]:
+        assert {one.verdict for one in check(single(a), single(b))} <= {"ok", "inconclusive"}
+    assert check(single(0), single(1, 1.5))[0].verdict == "suspect"

@@ -100,23 +100,16 @@ def _excess(gap: float, margin: float, spread: Variance, level: float) -> float:
 
 
 def _n_more_runs(gap: float, margin: float, a: Mean, b: Mean, level: float, n_family: int) -> int | None:
-    """Runs wanted on each side to conclude, one way or the other, with a chance of POWER; None where no number would
-    do, because what runs cannot show hides it.
-
-    The gap itself is known to its standard error alone: with further runs the estimate moves from where it is now by
-    the variance that these runs take away, before it is held against narrower bounds.
-    """
-    now = combined([*a.parts, *b.parts])
+    """Runs wanted on each side to tell a difference of `gap` (log units) with a chance of POWER; None where no number
+    would do, because what runs cannot show hides it."""
+    wanted = [(max(abs(gap - margin), margin / 2), MARGIN_LEVEL)]
+    if gap > margin:  # Holm's first step
+        wanted = [(wanted[0][0], MARGIN_LEVEL / n_family), (gap, level / n_family)]
 
     def suffices(n_more: int) -> bool:
-        then = combined([*a.parts_with(n_more), *b.parts_with(n_more)])
-        se = math.sqrt(then.value)
-        slower = max(
-            margin + quantile(1 - MARGIN_LEVEL / n_family, then.df) * se, quantile(1 - level / n_family, then.df) * se
-        )
-        ok = margin - quantile(1 - MARGIN_LEVEL, then.df) * se
-        moves = math.sqrt(max(now.value - then.value, 1e-300))
-        return tail((slower - gap) / moves, now.df) + tail((gap - ok) / moves, now.df) >= POWER
+        spread = combined([*a.parts_with(n_more), *b.parts_with(n_more)])
+        se, power = math.sqrt(spread.value), quantile(POWER, spread.df)
+        return all(size >= (quantile(1 - chance, spread.df) + power) * se for size, chance in wanted)
 
     if not suffices(MOST_MORE_RUNS):
         return None
