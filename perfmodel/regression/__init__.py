@@ -23,7 +23,7 @@ from .compared import (
     Moved,
     compare,
 )
-from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, of_capture, require_comparable
+from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, differences, of_capture, require_comparable
 from .given import evidence
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
@@ -62,6 +62,7 @@ __all__ = [
     "against_model",
     "check",
     "compare",
+    "differences",
     "evidence",
     "expected_ratio",
     "is_slower",

@@ -21,7 +21,7 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .evidence import Evidence, is_declared, may_excuse, require_comparable
+from .evidence import Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
 from .parts import Detail, PartChange
 from .spread import OVERALL
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
@@ -30,7 +30,8 @@ CHECK_SCHEMA = 1
 CHASE, EXPLAINED, ON_THE_TABLE, FINE = "regression to chase", "explained", "left on the table", "fine"
 UNDECIDED, NOT_JUDGED = "undecided", "not judged by the model"  # beside the four: one question has no answer
 CELLS = (CHASE, EXPLAINED, ON_THE_TABLE, FINE, UNDECIDED, NOT_JUDGED)
-FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL)  # what --fail-on may name
+MISSING = "missing"
+FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL, MISSING)  # what --fail-on may name
 DEFAULT_FAILURES = ("regressed", SLOWER_THAN_MODEL)
 LEAST_MOVED_FRAC = 0.02  # how far a calibrated number is from another, beyond their spreads, to be told as moved
 
@@ -92,8 +93,9 @@ class Comparison:
 
     `model` is null where no model could be had, and `no_model` says why. The model's answer to all together is over
     those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
-    that only the other side measured. `parts` tell what the change of time consists of, largest first, `details` the
-    operators, classes and launch metrics of traces, `notes` what a reader must know of the sides.
+    that only the other side measured, `lost` are those of the baseline that the candidate did not. `parts` tell what
+    the change of time consists of, largest first, `details` the operators, classes and launch metrics of traces,
+    `notes` what a reader must know of the sides.
     """
 
     baseline: str
@@ -110,6 +112,7 @@ class Comparison:
     parts: tuple[PartChange, ...] = ()
     details: tuple[Detail, ...] = ()
     notes: tuple[str, ...] = ()
+    lost: tuple[Measured, ...] = ()
 
     @property
     def overall(self) -> Case:
@@ -140,7 +143,7 @@ class Comparison:
         `regressed`: slower than the baseline, and no declared change of the machine explains it. `explained`: slower,
         and the model explains it by the rates of another machine, declared as such. `slower-than-model`: longer than
         the model's interval allows, said of all workloads together alone, for of any twenty workloads one is expected
-        to lie above a 90 % interval.
+        to lie above a 90 % interval. `missing` is of no case, but of what is lost.
         """
         unknown = set(fail_on) - set(FAILURES)
         if unknown:
@@ -154,11 +157,13 @@ class Comparison:
             "explained": is_explained,
             SLOWER_THAN_MODEL: expectation is not None and expectation.verdict == SLOWER_THAN_MODEL,
         }
-        return [name for name in FAILURES if name in fail_on and holds[name]]
+        return [name for name in holds if name in fail_on and holds[name]]
 
     def failures(self, fail_on: Sequence[str] = DEFAULT_FAILURES) -> list[str]:
-        """Which of the named conditions any case meets; raises InputError for an unknown one."""
+        """Which of the named conditions hold: those that any case meets, and `missing` where the candidate lost
+        workloads of the baseline; raises InputError for an unknown one."""
         found = {name for case in self.cases for name in self.failures_of(case, fail_on)}
+        found |= {MISSING} & set(fail_on) if self.lost else set()
         return [name for name in FAILURES if name in found]
 
     def exit_code(self, fail_on: Sequence[str] = DEFAULT_FAILURES, *, must_conclude: bool = False) -> int:
@@ -177,6 +182,8 @@ class Comparison:
                 "ratio": case.verdict.ratio,
                 "ratio_low": case.verdict.ratio_low,
                 "ratio_high": case.verdict.ratio_high,
+                "baseline_ns": case.verdict.baseline_ns,
+                "candidate_ns": case.verdict.candidate_ns,
                 "expected_ratio": case.expected_ratio,
                 "measured_over_model": None if case.expectation is None else case.expectation.ratio,
                 "against_model": None if case.expectation is None else case.expectation.verdict,
@@ -186,21 +193,24 @@ class Comparison:
         ]
         return pl.DataFrame(rows, infer_schema_length=None)
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+    def to_json(self, fail_on: Sequence[str] = DEFAULT_FAILURES, *, must_conclude: bool = False) -> dict[str, Any]:
+        """All of it as plain values, with what a command asked to fail by these conditions ends with."""
         return {
             "schema_version": CHECK_SCHEMA,
             "baseline": self.baseline,
             "candidate": self.candidate,
             "margin_frac": self.margin_frac,
             "axes": list(self.axes),
-            "slower": bool(self.slower()),
-            "failures": self.failures(),
+            "is_slower": bool(self.slower()),
+            "fail_on": [name for name in FAILURES if name in fail_on],
+            "failures": self.failures(fail_on),
+            "exit_code": self.exit_code(fail_on, must_conclude=must_conclude),
             "model": self.model,
             "no_model": self.no_model,
             "datasheet": self.datasheet,
-            "cells": self.cells(),
+            "cells": [{"cell": name, "n_workloads": n} for name, n in self.cells().items()],
             "n_missing_workloads": self.n_missing,
+            "lost_workloads": [{"workload": one.workload, "label": one.label} for one in self.lost],
             "verdicts": [_case_json(case) for case in self.cases],
             "changes": [asdict(change) for change in self.changes],
             "quantities": [asdict(moved) for moved in self.quantities],
@@ -278,7 +288,8 @@ def compare(
         no_model=why_not,
         datasheet=nominal.name if nominal is not None and named is not None else None,
         n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
-        notes=(*baseline.notes, *candidate.notes),
+        notes=(*doubts(baseline, candidate), *baseline.notes, *candidate.notes),
+        lost=tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads),
     )
 
 

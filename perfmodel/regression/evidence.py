@@ -147,6 +147,18 @@ def differences(one: Evidence, other: Evidence) -> dict[str, tuple[object, objec
     return {key: (a[key], b[key]) for key in sorted(a.keys() & b.keys()) if not same_fact(key, a[key], b[key])}
 
 
+def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
+    """Sentences that make a reader doubt whether these are the two sides that were meant; none where nothing does."""
+    if dict(baseline.workloads) == dict(candidate.workloads):
+        return ("both sides hold the same measurements: nothing was compared",)
+    began, ended = [run.started for run in baseline.runs], [run.finished for run in candidate.runs]
+    if None in began or None in ended or not began or not ended:
+        return ()
+    if min(time for time in began if time is not None) > max(time for time in ended if time is not None):
+        return ("the baseline was measured after the candidate: are they the right way round?",)
+    return ()
+
+
 def is_declared(key: str, axes: Sequence[str]) -> bool:
     """Whether a fact of the fingerprint, such as `software.torch`, lies on one of the declared axes of change."""
     return any(fnmatchcase(key, pattern) for axis in axes for pattern in AXIS_WORDS.get(axis, (axis, f"{axis}.*")))

@@ -23,7 +23,7 @@ class Verdict:
 
     `ok` says slower by no more than the margin; `inconclusive` that the runs cannot tell, with `n_more_runs` wanted on
     each side (null where more runs of this kind cannot help); `suspect` slower, but resting on an assumed spread
-    between runs, because a side has only one.
+    between runs, because a side has only one. `baseline_ns` and `candidate_ns` are the geometric means over its runs.
     """
 
     workload: str
@@ -35,6 +35,8 @@ class Verdict:
     n_runs_candidate: int
     verdict: str
     n_more_runs: int | None
+    baseline_ns: float
+    candidate_ns: float
 
 
 def check(
@@ -92,7 +94,8 @@ def _compare(workload: str, label: str, a: Mean, b: Mean, margin_frac: float) ->
         verdict = "inconclusive"
         more = _n_more_runs(max(abs(d - m), m / 2), a, b)
     ratio, ratio_low, ratio_high = math.exp(d), math.exp(low), math.exp(high)
-    found = Verdict(workload, label, ratio, ratio_low, ratio_high, a.n_runs, b.n_runs, verdict, more)
+    times = math.exp(a.log_ns), math.exp(b.log_ns)
+    found = Verdict(workload, label, ratio, ratio_low, ratio_high, a.n_runs, b.n_runs, verdict, more, *times)
     return found, float(stats.t.sf((d - m) / se, spread.df))
 
 

@@ -1,8 +1,8 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
 from perfmodel.report.balance import balance_json, balance_page
-from perfmodel.report.captures import QUANTITY_HEADER, check_page, conclusion, quantity_cells
-from perfmodel.report.check_files import check_junit, check_markdown
+from perfmodel.report.captures import QUANTITY_HEADER, changed_tables, check_page, conclusion, quantity_cells, remarks
+from perfmodel.report.check_files import check_json, check_junit, check_markdown
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import (
     LIMITS_HEADER,
@@ -73,6 +73,8 @@ __all__ = [
     "captures_page",
     "ceiling_rows",
     "change_lines",
+    "changed_tables",
+    "check_json",
     "check_junit",
     "check_markdown",
     "check_page",
@@ -107,6 +109,7 @@ __all__ = [
     "prediction_facts",
     "quantity_cells",
     "ranks_page",
+    "remarks",
     "roofline_json",
     "roofline_page",
     "routing_page",
