@@ -186,6 +186,16 @@ def test_a_single_run_a_side_is_said_and_never_firmer_than_suspect(folders: dict
     assert "nothing slower is firmer" not in report.check_page(compared(folders, "slow"))
 
 
+def test_an_open_answer_says_what_would_decide_it(folders: dict[str, Path]) -> None:
+    found = compared(folders, "noisy")
+    n_more = found.overall.verdict.n_more_runs
+    assert n_more is not None and f"runs); {n_more} more runs of each side would tell" in words_of(found)
+    for n, words in ((None, "no number of such runs would tell"), (1, "1 more run of each side")):
+        case = replace(found.overall, verdict=replace(found.overall.verdict, n_more_runs=n))
+        assert words in words_of(replace(found, cases=(case, *found.each)))
+    assert "would tell" not in report.check_page(compared(folders, "slow")).splitlines()[1]
+
+
 def test_sides_that_are_the_same_or_swapped_are_noted(folders: dict[str, Path]) -> None:
     side = of_capture(load_capture(folders["before"]))
     assert "nothing was compared" in regression.compare(side, side, with_model=False).notes[0]

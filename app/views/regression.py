@@ -138,8 +138,6 @@ def verdict(found: Comparison) -> None:
     kind, words = report.conclusion(found)
     boxes = {"bad": st.error, "mixed": st.warning, "open": st.info, "good": st.success}
     boxes[kind](words)  # sentences of the project, no name from a file in them
-    for remark in report.remarks(found):
-        frame.literal(remark)
     overall = found.overall
     answers = {
         "Time against the baseline": f"{overall.verdict.ratio:.2f}x",
@@ -162,6 +160,8 @@ def verdict(found: Comparison) -> None:
     for i, (place, (figure, alt)) in enumerate(zip(places, drawn, strict=True)):
         with place:
             frame.chart(figure, alt, key=f"check-{i}")
+    for remark in report.remarks(found):
+        frame.literal(remark)
     if found.no_model and found.model is None:
         frame.literal(f"The second question stays open: {found.no_model}")
 

@@ -71,7 +71,15 @@ def verdict_line(comparison: "Comparison") -> str:
         f"{overall.verdict}: candidate takes {overall.ratio:.3f}x the baseline's time over {over} "
         f"(90 % interval {overall.ratio_low:.3f} to {overall.ratio_high:.3f}, "
         f"{overall.n_runs_baseline} and {overall.n_runs_candidate} runs)"
+        + ("" if overall.verdict != "inconclusive" else f"; {_wanted(overall.n_more_runs)}")
     )
+
+
+def _wanted(n_more_runs: int | None) -> str:
+    """What would decide an open answer."""
+    if n_more_runs is None:
+        return "no number of such runs would tell"
+    return f"{text.counted(n_more_runs, 'more run')} of each side would tell"
 
 
 def remarks(comparison: "Comparison") -> list[str]:
