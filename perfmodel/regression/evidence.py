@@ -148,15 +148,20 @@ def differences(one: Evidence, other: Evidence) -> dict[str, tuple[object, objec
 
 
 def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
-    """Sentences that make a reader doubt whether these are the two sides that were meant; none where nothing does."""
-    if dict(baseline.workloads) == dict(candidate.workloads):
-        return ("both sides hold the same measurements: nothing was compared",)
+    """Sentences on what two sides cannot show together, and whether they are those that were meant; often none."""
+    found = []
+    if baseline.kind == CAPTURE and min(len(baseline.runs), len(candidate.runs)) < 2:
+        found.append(
+            "a side has a single run, so that the spread between runs is assumed and nothing slower is firmer than "
+            "suspect; collect with --runs 5"
+        )
     began, ended = [run.started for run in baseline.runs], [run.finished for run in candidate.runs]
-    if None in began or None in ended or not began or not ended:
-        return ()
-    if min(time for time in began if time is not None) > max(time for time in ended if time is not None):
-        return ("the baseline was measured after the candidate: are they the right way round?",)
-    return ()
+    first, other = ({key: dict(one.run_ns) for key, one in side.workloads.items()} for side in (baseline, candidate))
+    if first == other:
+        found.append("both sides hold the same measurements: nothing was compared")
+    elif None not in (*began, *ended) and min(filter(None, began), default=0) > max(filter(None, ended), default=0):
+        found.append("the baseline was measured after the candidate: are they the right way round?")
+    return tuple(found)
 
 
 def is_declared(key: str, axes: Sequence[str]) -> bool:

@@ -85,12 +85,7 @@ def _wanted(n_more_runs: int | None) -> str:
 def remarks(comparison: "Comparison") -> list[str]:
     """Sentences on what a verdict rests on, where a reader might believe more than is there."""
     found = list(comparison.notes)
-    verdict, lost, n_new = comparison.overall.verdict, comparison.lost, comparison.n_missing["baseline"]
-    if min(verdict.n_runs_baseline, verdict.n_runs_candidate) < 2:
-        found.append(
-            "a side has a single run, so that the spread between runs is assumed and nothing slower is firmer than "
-            "suspect; collect with --runs 5"
-        )
+    lost, n_new = comparison.lost, comparison.n_missing["baseline"]
     if lost:
         more = "" if len(lost) <= N_LOST else f" and {text.count(len(lost) - N_LOST)} more"
         names = "; ".join(text.shortened(one.label, N_NAME) for one in lost[:N_LOST])

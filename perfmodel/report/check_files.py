@@ -3,7 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import markdown, text
@@ -47,17 +47,6 @@ def check_junit(comparison: "Comparison", fail_on: Sequence[str], *, must_conclu
         found = _case_of(one.label, one.workload, 0.0)
         ET.SubElement(found, *_lost("missing" in fail_on))
         cases.append(found)
-    counts = {
-        "tests": str(len(cases)),
-        "failures": str(sum(case.find("failure") is not None for case in cases)),
-        "errors": "0",
-    }
-    # Schemas in use know `skipped` of a suite, not of the suites together.
-    skipped = str(sum(case.find("skipped") is not None for case in cases))
-    name = _xml(f"perfmodel check {comparison.baseline} {comparison.candidate}")
-    suites = ET.Element("testsuites", {"name": "perfmodel check", **counts})
-    suite = ET.SubElement(suites, "testsuite", {"name": name, **counts, "skipped": skipped})
-    properties = ET.SubElement(suite, "properties")
     said = {
         "baseline": comparison.baseline,
         "candidate": comparison.candidate,
@@ -66,6 +55,22 @@ def check_junit(comparison: "Comparison", fail_on: Sequence[str], *, must_conclu
         "model": comparison.model or "",
         "fail_on": ",".join(fail_on),
     }
+    return junit_file(f"perfmodel check {comparison.baseline} {comparison.candidate}", said, cases)
+
+
+def junit_file(name: str, said: Mapping[str, str], cases: Sequence[ET.Element]) -> str:
+    """Test cases as one suite of JUnit XML, with what is `said` of them all as its properties."""
+    counts = {
+        "name": _xml(name),
+        "tests": str(len(cases)),
+        "failures": str(sum(case.find("failure") is not None for case in cases)),
+        "errors": "0",
+    }
+    suites = ET.Element("testsuites", counts)
+    # Schemas in use know `skipped` of a suite, not of the suites together.
+    skipped = str(sum(case.find("skipped") is not None for case in cases))
+    suite = ET.SubElement(suites, "testsuite", {**counts, "skipped": skipped})
+    properties = ET.SubElement(suite, "properties")
     for key, value in said.items():
         ET.SubElement(properties, "property", {"name": key, "value": _xml(value)})
     suite.extend(cases)
