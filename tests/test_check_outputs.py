@@ -180,7 +180,8 @@ def test_workloads_that_are_new_are_said_and_fail_nothing(folders: dict[str, Pat
 
 def test_a_single_run_a_side_is_said_and_never_firmer_than_suspect(folders: dict[str, Path]) -> None:
     found = compared(folders, "once")
-    assert {case.verdict.verdict for case in found.cases} == {"suspect"}
+    assert found.overall.verdict.verdict == "suspect"
+    assert "regressed" not in {case.verdict.verdict for case in found.cases}
     assert "nothing slower is firmer than suspect" in words_of(found)
     assert "nothing slower is firmer" in report.check_markdown(found, [])
     assert "nothing slower is firmer" not in report.check_page(compared(folders, "slow"))
@@ -319,8 +320,8 @@ class Lost(msgspec.Struct, forbid_unknown_fields=True):
     label: str
 
 
-class Record(msgspec.Struct, forbid_unknown_fields=True):
-    """The whole of it; what is listed by others of this project are their own records."""
+class Record(msgspec.Struct):
+    """The whole of it, which may get further keys under one `schema_version`."""
 
     schema_version: int
     baseline: str
@@ -346,7 +347,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @pytest.mark.parametrize("candidate", ["after", "slow", "lost", "once", "noisy"])
-def test_json_has_these_keys_and_no_others(folders: dict[str, Path], candidate: str) -> None:
+def test_json_has_these_keys_with_these_types(folders: dict[str, Path], candidate: str) -> None:
     words = report.check_json(compared(folders, candidate, with_model=candidate == "slow"), FAILURES)
     found = msgspec.json.decode(words, type=Record)
     assert next(iter(json.loads(words))) == "schema_version" and found.schema_version == 1

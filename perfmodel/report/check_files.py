@@ -27,6 +27,7 @@ N_FIRST = 20  # rows that a summary shows at once
 FOLDED_BYTES, CHANGED_BYTES = 500_000, 80_000
 N_REMARKS, N_SENTENCE = 20, 600  # sentences, and letters of one
 SYMBOLS = {"bad": "⚠️", "mixed": "⚠️", "open": "❔", "good": "✅"}  # of what nothing fails by
+_NUMBER = re.compile(r"[-+\d][\d.,]*(?: ?(?:[A-Za-zµ%/]{1,9}|to [\d.]+x?))?", re.ASCII)  # with a unit or an end
 _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -158,7 +159,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
         body = _bounded(head, map(_case_row, rest), len(rest), FOLDED_BYTES)
         parts.append(_folded(text.counted(len(rest), "other workload"), body))
     for one in changed_tables(comparison):
-        rows = (list(map(_code, row)) for row in one.rows)
+        rows = ([cell if _NUMBER.fullmatch(cell) else _code(cell) for cell in row] for row in one.rows)
         parts.append(_folded(one.title, _bounded(one.head, rows, len(one.rows), CHANGED_BYTES)))
     return "\n\n".join(parts) + "\n"
 
