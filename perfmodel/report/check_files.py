@@ -159,7 +159,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
         body = _bounded(head, map(_case_row, rest), len(rest), FOLDED_BYTES)
         parts.append(_folded(text.counted(len(rest), "other workload"), body))
     for one in changed_tables(comparison):
-        rows = ([cell if _NUMBER.fullmatch(cell) else _code(cell) for cell in row] for row in one.rows)
+        rows = (list(map(_cell, row)) for row in one.rows)
         parts.append(_folded(one.title, _bounded(one.head, rows, len(one.rows), CHANGED_BYTES)))
     return "\n\n".join(parts) + "\n"
 
@@ -185,9 +185,14 @@ def _folded(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{body}\n</details>"
 
 
-def _code(words: str) -> str:
+def _cell(words: str) -> str:
+    """A number as it is, words as a code span."""
+    return words if _NUMBER.fullmatch(words) else _code(words, N_SENTENCE)
+
+
+def _code(words: str, n_most: int = N_NAME) -> str:
     """Words as a code span in a cell of a table: one line, no backtick, no bar, which ends a cell even there."""
-    shown = text.shortened(words, N_NAME).replace("`", "'").replace("|", "¦")
+    shown = text.shortened(words, n_most).replace("`", "'").replace("|", "¦")
     return f"`{shown}`" if shown.strip() else ""
 
 
