@@ -149,7 +149,8 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     first = shown[:N_FIRST]
     rest = [case for case in comparison.each if not any(case is one for one in first)]
     parts = [words, f"{_code(comparison.baseline)} → {_code(comparison.candidate)}. " + _inline(model_line(comparison))]
-    parts += [f"- {_inline(remark)}" for remark in remarks(comparison)[:N_REMARKS]]
+    said = [f"- {_inline(remark)}" for remark in remarks(comparison)[:N_REMARKS]]
+    parts += ["\n".join(said)] if said else []
     if comparison.model is not None:
         cells = [(name, str(n)) for name, n in comparison.cells().items() if n]
         parts.append(markdown.table([name for name, _ in cells], [[n for _, n in cells]]).rstrip())
