@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from perfmodel.latency import LatencyModel
 
 ROOT = Path(__file__).parent.parent
-KEPT = ("make", "perfmodel app", "perfmodel collect", "perfmodel export", "pip", "git")
+KEPT = ("make", "perfmodel app", "perfmodel collect", "perfmodel export", "perfmodel baseline", "pip", "git")
 GOLDEN_FRAC = 0.5
 GOLDEN_CASES = (
     ("gh200", "poster", "mmlu-like", 65_536, "zero-copy"),

@@ -40,6 +40,7 @@ COPIES_FRAC = 0.5  # of busy time; beyond, the link is the bound and no question
 MIN_LAUNCHES = 10
 
 _BATCH = re.compile(r"(?<![a-z0-9])(?:b|bs|bsz|batch|batch[-_ ]?size)[-_ =]?(\d{1,9})(?![0-9a-z])", re.IGNORECASE)
+_GPUS = ("b100", "b200", "b300")  # look like batch sizes
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,9 @@ def is_device_bound(tklqt_ns: float, plateau_ns: float, rule_factor: float = RUL
 
 def batch_in_name(name: str) -> int | None:
     """Which batch size does the name of a file tell, as `bert-b8.json`, `bs_16` or `batch=32` do; null where it tells
-    none, or several."""
-    found = {int(digits) for digits in _BATCH.findall(name)} - {0}
+    none, or several. Names of GPUs (`b200`) are none."""
+    told = [match for match in _BATCH.finditer(name) if match[0].lower() not in _GPUS]
+    found = {int(match[1]) for match in told} - {0}
     return found.pop() if len(found) == 1 else None
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,10 @@ MAX_COUNTS = 2**26  # experts of all observations together: a hundred times what
 @dataclass(frozen=True)
 class Capture:
     """One folder of measurements: the manifest (machine, software, settings, calibration), its observations, each
-    calibration measurement (CALIBRATIONS), and what was left out with the reason (LEFT_OUT_TABLE)."""
+    calibration measurement (CALIBRATIONS), and what was left out with the reason (LEFT_OUT_TABLE).
+
+    `digest` is a short name of everything a model is computed from: fingerprint, calibration, workloads, observations.
+    """
 
     name: str
     path: Path
@@ -118,6 +121,7 @@ class Capture:
     observations: pl.DataFrame
     calibrations: pl.DataFrame
     left_out: pl.DataFrame
+    digest: str
 
     @property
     def capabilities(self) -> Mapping[str, Any]:
@@ -133,21 +137,7 @@ class Capture:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must agree before measurements may be pooled or compared: machine, software, kernel, settings."""
-        settings = self.manifest["settings"]
-        return {
-            **{f"machine.{k}": v for k, v in sorted(self.manifest["machine"].items()) if k not in SEEN_ONCE},
-            **{f"software.{key}": value for key, value in sorted(self.manifest["software"].items())},
-            "kernel": self.manifest["kernel"],
-            **{f"settings.{key}": settings.get(key) for key in ("device", "dtype", "threads")},
-        }
-
-    @property
-    def digest(self) -> str:
-        """A short name of everything a model is computed from: fingerprint, calibration, workloads, observations."""
-        content = json.dumps([self.fingerprint, self.manifest["calibration"]], sort_keys=True, default=str).encode()
-        for name in (WORKLOADS, OBSERVATIONS_FILE):
-            content += (self.path / name).read_bytes()
-        return hashlib.sha256(content).hexdigest()[:16]
+        return _fingerprint(self.manifest)
 
     @property
     def traces(self) -> list[Path]:
@@ -174,17 +164,43 @@ def load_capture(path: str | Path) -> Capture:
         raise InputError(
             f"capture {path.name!r}: observations name a workload that is not planned: {sorted(unknown)[0]}"
         )
-    if sum(len(workloads[row.workload].tokens_per_expert) for row in observed) > MAX_COUNTS:
-        raise InputError(f"capture {path.name!r}: its observations have more than {MAX_COUNTS} experts in all")
+    table = observations_of(path.name, workloads, ((row.workload, row.run, row.times_ns) for row in observed))
+    return Capture(path.name, path, manifest, table, _calibrations(path), _left_out(path), _digest(path, manifest))
+
+
+def observations_of(
+    capture: str, workloads: Mapping[str, WorkloadLine], measured: Iterable[tuple[str, int, list[int]]]
+) -> pl.DataFrame:
+    """An OBSERVATIONS table from the workload, the run and the times of each measurement; raises InputError where a
+    workload contradicts itself."""
     planned = {key: msgspec.structs.asdict(workload) for key, workload in workloads.items()}
     rows = [
-        {**planned[row.workload], "run": row.run, "times_ns": row.times_ns, "capture": path.name} for row in observed
+        {**planned[workload], "run": run, "times_ns": times_ns, "capture": capture}
+        for workload, run, times_ns in measured
     ]
+    if sum(len(row["tokens_per_expert"]) for row in rows) > MAX_COUNTS:
+        raise InputError(f"capture {capture!r}: its observations have more than {MAX_COUNTS} experts in all")
     for row in rows:
-        _check_row(path.name, row)
+        _check_row(capture, row)
     table = pl.DataFrame(rows, schema={k: v for k, v in OBSERVATIONS.items() if k != "time_ns"}, orient="row")
-    table = table.with_columns(time_ns=pl.col("times_ns").list.median()).select(list(OBSERVATIONS)).cast(OBSERVATIONS)
-    return Capture(path.name, path, manifest, table, _calibrations(path), _left_out(path))
+    return table.with_columns(time_ns=pl.col("times_ns").list.median()).select(list(OBSERVATIONS)).cast(OBSERVATIONS)
+
+
+def _fingerprint(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    settings = manifest["settings"]
+    return {
+        **{f"machine.{k}": v for k, v in sorted(manifest["machine"].items()) if k not in SEEN_ONCE},
+        **{f"software.{key}": value for key, value in sorted(manifest["software"].items())},
+        "kernel": manifest["kernel"],
+        **{f"settings.{key}": settings.get(key) for key in ("device", "dtype", "threads")},
+    }
+
+
+def _digest(path: Path, manifest: Mapping[str, Any]) -> str:
+    content = json.dumps([_fingerprint(manifest), manifest["calibration"]], sort_keys=True, default=str).encode()
+    for name in (WORKLOADS, OBSERVATIONS_FILE):
+        content += (path / name).read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _calibrations(path: Path) -> pl.DataFrame:

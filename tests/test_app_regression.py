@@ -7,16 +7,20 @@ import shlex
 import xml.etree.ElementTree as ET
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from perfmodel.analysis import analyse
 from perfmodel.cli.main import app
+from perfmodel.readers import read_trace
 from perfmodel.regression import packed
 from tests.app_pages import figure, numbers, opened, ran, shown, titles
 from tests.captures_made import write_synthetic_capture
 from tests.conftest import ROOT
+from tests.test_regression_traces import made_up_trace
 
 
 def zipped(folder: Path) -> tuple[str, bytes, str]:
@@ -112,6 +116,25 @@ def test_an_uploaded_capture_is_removed_and_may_come_again(tmp_path: Path) -> No
         assert "uploaded: after" not in view.selectbox(key="candidate").options
         assert view.selectbox(key="candidate").value == "epyc-zen4-2c-fp32"
         assert not [button for button in view.button if button.label == "Remove"]
+
+
+def test_open_traces_are_sides_too(tmp_path: Path) -> None:
+    """Two made-up traces, one with a GEMM that takes 300 us longer; a trace and a capture are no pair."""
+    view = opened("regression", model="none")
+    view.session_state["uploaded"] = [
+        SimpleNamespace(
+            name=name, digest=name, analysis=analyse(read_trace(made_up_trace(tmp_path / name, gemm_us=us)))
+        )
+        for name, us in (("before.json", 400), ("after.json", 700))
+    ]
+    names = ran(view).selectbox(key="baseline").options
+    assert names[-2:] == ["trace: before.json", "trace: after.json"]
+    view.selectbox(key="baseline").set_value(names[-2])
+    assert "Captures are compared with captures" in shown(ran(view))
+    view.selectbox(key="candidate").set_value(names[-1])
+    assert numbers(ran(view))["Time against the baseline"] == "1.50x"
+    assert "a side with a single trace cannot show how runs differ" in shown(view)
+    assert "perfmodel check before.json after.json" in view.code[0].value
 
 
 def test_a_datasheet_is_asked_too_and_stands_in_the_command(tmp_path: Path) -> None:

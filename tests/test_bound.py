@@ -218,7 +218,10 @@ def test_tables_that_hold_no_sweep_are_refused(content: str, said: str, tmp_path
         ("run.batch=32.json", 32),
         ("batch_size-64-seq512.json", 64),
         ("b1-b2.json", None),
-        ("b200.eager.json", 200),  # a GPU has such a name too: what is guessed can be corrected
+        ("b200.eager.json", None),  # a GPU
+        ("B200-b8.json", 8),
+        ("bert-b-200.json", 200),
+        ("b2000.json", 2000),
         ("web8.json", None),
         ("mb8.json", None),
         ("b8x7.json", None),

@@ -37,7 +37,17 @@ def confidence(**changes: Any) -> Confidence:
 def test_a_conformal_quantile_by_hand() -> None:
     assert conformal_quantile(np.arange(1.0, 20.0), 0.9) == 18  # the 18th of 19: 20 x 0.9
     assert conformal_quantile(np.arange(20.0, 0.0, -1.0), 0.9) == 19  # the 19th of 20: 21 x 0.9 rounded up
-    assert conformal_quantile(np.array([3.0, 1.0]), 0.9) == 3  # too few: the largest
+    # Too few: the root of their mean square, 5, times Student's 2.920 for two of them.
+    assert conformal_quantile(np.array([3.0, 1.0]), 0.9) == pytest.approx(np.sqrt(5) * 2.919986)
+
+
+@pytest.mark.parametrize("n_scores", [1, 3, 8])
+def test_a_quantile_of_too_few_scores_still_covers_nine_in_ten_normal_errors(n_scores: int) -> None:
+    rng = np.random.default_rng(1)
+    few, new = np.abs(rng.normal(size=(4000, n_scores))), np.abs(rng.normal(size=4000))
+    covered = np.mean([score <= conformal_quantile(scores) for scores, score in zip(few, new, strict=True)])
+    assert 0.885 < covered < 0.95
+    assert np.mean(new <= few.max(axis=1)) < 0.9, "the largest of them alone does not"
 
 
 @pytest.mark.parametrize("n_scores", [30, 100, 1000])

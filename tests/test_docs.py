@@ -36,6 +36,7 @@ from perfmodel.ranks import CLASSES_OF_RANKS, RANKS, RankSummary, Straggler, spr
 from perfmodel.readers.ncu import LAUNCHES
 from perfmodel.routing import PATTERNS
 from perfmodel.trace import Trace
+from tests.captures_made import write_synthetic_capture
 from tests.conftest import ROOT
 from tests.traces_made import events, kernel, launch
 
@@ -51,7 +52,7 @@ def test_the_two_commands_stand_in_the_readme_and_ci_runs_the_second() -> None:
 
 COMMANDS = (
     "analyze diff sweep fusion export layers fit evaluate predict routing place balance trimoe design calibrate check "
-    "captures schedule phases roofline list collect app"
+    "baseline captures schedule phases roofline list collect app"
 )
 
 
@@ -83,7 +84,12 @@ def test_links_between_documents_resolve() -> None:
 
 def test_commands_in_the_documents_have_options_that_exist() -> None:
     known = {
-        name: {o for p in one.params for o in (*p.opts, *p.secondary_opts)}
+        name: {
+            o
+            for each in (one, *getattr(one, "commands", {}).values())
+            for p in each.params
+            for o in (*p.opts, *p.secondary_opts)
+        }
         for name, one in get_command(app).commands.items()
     }
     for path in ("cli.py", "expert_parallel.py"):
@@ -194,9 +200,12 @@ def test_the_nomenclature_knows_the_keys_of_predictions_evaluations_designs_and_
 BY_NAME = {
     "accesses",
     "bottleneck_frac",
+    "changed",
     "covering_frac",
     "curves",
+    "damaged",
     "factors",
+    "fingerprint",
     "pictured",
     "speedup_over",
     "systems",
@@ -238,6 +247,10 @@ def without_names_of_data(value: object) -> object:
             {"verdicts", "against_model", "measured_over_model", "is_declared", "moved", "n_missing_workloads"},
         ),
         (
+            f"check --new-machine {ROOT / 'traces' / 'epyc-zen4-2c-fp32'}",
+            {"items", "least_frac", "next_steps", "n_look_at", "n_runs_wanted", "measured_over_model"},
+        ),
+        (
             "place --shape made-up --routing temporal:4 --steps 4 --step-tokens 64 --hardware gh200 --hbm-budget 50% "
             "--limit 1.5 --pareto",
             {"prediction", "slowdown", "notes", "leaving", "n_offloaded", "table_ns"},
@@ -256,6 +269,21 @@ def test_the_nomenclature_knows_the_keys_of_routing_placements_and_balancing(
     named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")))
     assert keys - named == set()
     assert among <= keys
+
+
+def test_the_nomenclature_knows_the_keys_of_baselines(tmp_path: Path) -> None:
+    one, other = (write_synthetic_capture(tmp_path / name, noise=lambda at=at: at) for name, at in (("a", 1), ("b", 2)))
+    printed = []
+    for words in (f"save {one}", "list", "show synthetic", f"update {other} --reason slower"):
+        command = ["baseline", *words.split(), "--store", str(tmp_path / "store"), "--json"]
+        done = CliRunner().invoke(app, command, catch_exceptions=False, standalone_mode=False)
+        printed.append(without_names_of_data(json.loads(done.stdout)))
+    workload = printed[2]["workloads"][0]["workload"]
+    command = ["baseline", "show", "synthetic", "--workload", workload, "--store", str(tmp_path / "store"), "--json"]
+    printed.append(json.loads(CliRunner().invoke(app, command, catch_exceptions=False, standalone_mode=False).stdout))
+    named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "nomenclature.md").read_text(encoding="utf-8")))
+    assert keys_of(printed) - named == set()
+    assert {"n_unmeasured", "ratio_low", "medians", "foreign", "spread_frac"} <= keys_of(printed)
 
 
 def test_every_shipped_data_file_has_its_origin_written_down() -> None:

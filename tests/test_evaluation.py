@@ -260,7 +260,7 @@ def test_intervals_are_wide_where_the_models_are_and_rows_without_one_are_left_o
 def test_anomalies_make_no_interval_but_count_and_two_shapes_are_too_few() -> None:
     rows = three_shapes(log_half_width=[0.1] * 30)
     off = rows.with_columns(predicted_ns=pl.when(pl.col("shape") == "c").then(300.0).otherwise("predicted_ns"))
-    found = {shape: n for shape, _, _, n in coverage_by_level(off, (0.95,)).rows()}
+    found = {shape: n for shape, _, _, n in coverage_by_level(off, (0.9,)).rows()}
     assert found == {"a": 10, "b": 5, "c": 0}  # a by b's errors up to 0.2, b by a's up to 0.1
     assert coverage_by_level(rows.filter(pl.col("shape") != "c")).is_empty()
 

@@ -18,12 +18,13 @@ from perfmodel.capture_lines import MANIFEST
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.latency import LatencyModel, shipped_models
 from perfmodel.regression import Comparison, Evidence
+from perfmodel.trace import Trace
 
 OWN, NO_MODEL = "the baseline's own", "none"
 OF_ITS_GPU = "its GPU's, where known"
 OPENS_WITH = "epyc-zen5-2c-fp32", "epyc-zen4-2c-fp32"  # a newer machine as baseline, an older one to be judged
 OPENS_WITH_AXES = ["machine", "software"]
-UPLOADED = "uploaded: "
+UPLOADED, TRACE = "uploaded: ", "trace: "
 Sides = dict[str, tuple[str, Evidence]]  # by name, each with the digest of its content
 
 
@@ -38,6 +39,24 @@ def brought() -> Sides:
     return found
 
 
+def traces() -> dict[str, uploads.Loaded]:
+    """The traces that this session has open, which may be sides too."""
+    return {f"{TRACE}{one.name}": one for one in uploads.loaded()}
+
+
+@st.cache_resource(scope="session", max_entries=uploads.MAX_OPEN, show_spinner="Finding the steps of the trace")
+def of_trace(digest: str, _trace: Trace, name: str) -> Evidence:
+    """A trace as one side."""
+    with uploads.guarded():
+        return regression.of_trace(_trace, name)
+
+
+def chosen_side(name: str) -> tuple[str, Evidence]:
+    """What was chosen as a side, with the digest of its content."""
+    one = traces().get(name)
+    return sides()[name] if one is None else (one.digest, of_trace(one.digest, one.analysis.trace, one.name))
+
+
 def bring() -> None:
     """Boxes to upload captures as a folder or packed, and what they gave; shows why one could not be read."""
     n_before = st.session_state.setdefault("n_captures", 0)
@@ -46,7 +65,7 @@ def bring() -> None:
     packed = st.file_uploader("Or captures packed as .zip", key=f"capture-zip{suffix}", accept_multiple_files=True)
     st.caption(
         "What `perfmodel collect` made; choose it as baseline or candidate afterwards. It stays in this session: "
-        "a copied link does not hold it."
+        "a copied link does not hold it. Traces that the view Trace has open may be chosen too."
     )
     if folder or packed:
         refused = [take(files) for files in (list(folder or ()), *([one] for one in packed or ())) if files]
@@ -169,6 +188,8 @@ def verdict(found: Comparison) -> None:
 def changed(found: Comparison) -> None:
     """What differs between the sides, and which calibrated rate moved."""
     st.header("What changed", anchor=False)
+    for line in report.changed_lines(found):
+        frame.literal(line)
     for one in report.changed_tables(found):
         frame.literal(one.title)
         frame.words_table(one.head, one.rows, one.title)
@@ -180,8 +201,7 @@ frame.header("Regression", "Is this machine, driver or build as fast as it was, 
 first, second, third, fourth, fifth = st.columns([3, 3, 3, 1.8, 1.8], vertical_alignment="bottom")
 with fifth.popover("Upload", icon=":material/upload:", help="Bring captures of your own", width="stretch"):
     bring()
-offered = sides()
-names = list(offered)
+names = [*sides(), *traces()]
 opens = [names.index(name) if name in names else 0 for name in OPENS_WITH]
 chosen: dict[str, Any] = {"bind": "query-params", "on_change": declare, "args": ([],)}  # none yet of another pair
 baseline = first.selectbox("Baseline", names, opens[0], key="baseline", **chosen)
@@ -205,14 +225,20 @@ with fourth.popover("Judge by", icon=":material/tune:", help="Margin, model and 
         bind="query-params",
         help="Whose nominal ceilings the model is asked about too.",
     )
-digests = offered[baseline][0], offered[candidate][0]
-pair = offered[baseline][1], offered[candidate][1]
+try:
+    one, other = chosen_side(baseline), chosen_side(candidate)
+except InputError as error:
+    frame.refused("This cannot be compared:", error)
+    link.end()
+digests, pair = (one[0], other[0]), (one[1], other[1])
 try:
     result = compared(digests, margin / 100, tuple(axes), model, ceilings, pair)
 except NotComparableError as error:
     frame.refused("These two are not compared:", error)
     differing = sorted({key.partition(".")[0] for key in regression.differences(*pair)} - set(axes))
-    if pair[0].workloads.keys().isdisjoint(pair[1].workloads):
+    if pair[0].kind != pair[1].kind:
+        frame.literal("Captures are compared with captures, and traces with traces: choose another pair.")
+    elif pair[0].workloads.keys().isdisjoint(pair[1].workloads):
         frame.literal("No workload was measured in both, so that there is nothing to compare: choose another pair.")
     elif differing:
         frame.literal(f"They differ in {' and '.join(differing)}. If that is what you mean to test, declare it.")
@@ -231,7 +257,10 @@ frame.rows(
     height=260,
 )
 changed(result)
-folders = [offered[name][1].name if name in brought() else f"traces/{name}" for name in (baseline, candidate)]
+shipped = loading.sides()
+folders = [
+    f"traces/{name}" if name in shipped else one.name for name, one in zip((baseline, candidate), pair, strict=True)
+]
 options = [word for axis in axes for word in ("--axis", axis)]
 options += [] if model == OWN else ["--model", model]
 options += [] if ceilings == OF_ITS_GPU else ["--hardware", ceilings]

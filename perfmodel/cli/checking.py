@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import Html, check_html, write_html
+from perfmodel.cli.new_machines import NewMachine, check_new_machine
 from perfmodel.cli.shell import Json, app, fraction, note, print_words
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
@@ -19,8 +21,16 @@ WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked f
 
 @app.command()
 def check(
-    baseline: Annotated[str, typer.Argument(help="The machine, driver or build as it was: a capture folder.")],
-    candidate: Annotated[str, typer.Argument(help="What is to be judged, likewise.")],
+    context: typer.Context,
+    baseline: Annotated[
+        str | None,
+        typer.Argument(
+            help="What was there before: a capture, a trace, a folder of traces, a saved baseline, a store."
+        ),
+    ] = None,
+    candidate: Annotated[
+        str | None, typer.Argument(help="The capture, trace or folder of traces to be judged.")
+    ] = None,
     margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
     axis: Annotated[
         list[str] | None,
@@ -43,7 +53,9 @@ def check(
     ] = None,
     fail_on: Annotated[
         str,
-        typer.Option(help="What ends with 1, with commas: regressed, explained, slower-than-model, missing; or none."),
+        typer.Option(
+            help="What ends with 1, with commas: regressed, explained, slower-than-model, improved, missing; or none."
+        ),
     ] = "regressed,slower-than-model",
     inconclusive: Annotated[str, typer.Option(help="Whether an open answer is `ok`, or to `fail` with 4.")] = "ok",
     as_json: Json = False,
@@ -57,9 +69,14 @@ def check(
         ),
     ] = True,
     html: Html = None,
+    new_machine: NewMachine = None,
 ) -> None:
     """Is the candidate slower than the baseline, and than a model expects: exit 0 no, 1 yes, 2 bad usage, 3 not
-    comparable, 4 cannot tell (if asked)."""
+    comparable, 4 cannot tell (if asked). With --new-machine: does anything about one machine deserve a look."""
+    if new_machine is not None:
+        check_new_machine(context, new_machine, model, hardware_name, junit, markdown, html, as_json=as_json)
+    if baseline is None or candidate is None:
+        raise InputError("check needs a BASELINE and a CANDIDATE, or --new-machine CAPTURE for one machine alone")
     from perfmodel import regression
     from perfmodel.latency import load_model
 
@@ -80,14 +97,16 @@ def check(
             raise InputError(f"{option} is {path!r}, expected a {suffix} file in a folder that exists")
     must_conclude = inconclusive == "fail"
     found = regression.compare(
-        regression.evidence(baseline),
-        regression.evidence(candidate),
+        *regression.sides(baseline, candidate, axis or ()),
         fraction(margin, "--margin"),
         axis or (),
         load_model(model) if model not in (None, "none") else None,
         hardware.hardware(hardware_name) if hardware_name else None,
         with_model=model != "none",
     )
+    store = regression.store_of(baseline)
+    if store is not None:
+        found = replace(found, update_command=report.update_command(found, str(store), candidate))
     words = report.check_page(found)
 
     def as_data() -> str:

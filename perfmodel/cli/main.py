@@ -31,6 +31,9 @@ from perfmodel.cli import models  # noqa: F401
 from perfmodel.cli import captures  # noqa: F401
 
 # isort: split
+from perfmodel.cli import baselines  # noqa: F401
+
+# isort: split
 from perfmodel.cli import routing  # noqa: F401
 
 # isort: split

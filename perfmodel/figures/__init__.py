@@ -16,6 +16,7 @@ from .comparisons import (
 )
 from .drawing import MAX_POINTS, inked, literal
 from .latency import accuracy_figures, held_coverage, parity, residuals
+from .new_machine import new_machine_figures
 from .page import html_page
 from .passes import pass_figures, rank_figures, scaling_figures
 from .placing import parts, placing_figures, policies, prediction_figures, slowdown, trade_off, trade_off_of
@@ -51,6 +52,7 @@ __all__ = [
     "inked",
     "lines_and_bars",
     "literal",
+    "new_machine_figures",
     "parity",
     "parts",
     "pass_figures",

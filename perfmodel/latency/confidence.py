@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from perfmodel.physics import Array
 
@@ -148,8 +149,16 @@ def octaves_outside(ranges: dict[str, tuple[float, float]], hull: dict[str, Arra
 
 
 def conformal_quantile(scores: Array, coverage: float = COVERAGE) -> float:
-    """The score that a new one stays below with at least this probability, were it exchangeable with these."""
-    rank = min(int(np.ceil((len(scores) + 1) * coverage)), len(scores))
+    """The score that a new one stays below with at least this probability, were it exchangeable with these.
+
+    Fewer scores than that takes (9 for 90 %) have no such one among them: then they are taken as sizes of normal errors
+    about zero, which gives Student's bound, and it is no less than the largest.
+    """
+    n = len(scores)
+    rank = int(np.ceil((n + 1) * coverage))
+    if rank > n:
+        rms = float(np.sqrt(np.mean(np.square(scores))))
+        return max(float(scores.max()), rms * float(stats.t.ppf((1 + coverage) / 2, n)))
     return float(np.sort(scores)[rank - 1])
 
 

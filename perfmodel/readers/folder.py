@@ -125,6 +125,12 @@ def recorded_rank(trace: Trace) -> int | None:
     return int(found[0]) if len(found) == 1 else None
 
 
+def rank_in_name(name: str) -> int | None:
+    """Which rank the name of a file says in so many words (`rank-12`, `rank12`, `rank_12`); null for none."""
+    word = _RANK_WORD.search(Path(name).name)
+    return int(word[1]) if word and int(word[1]) <= MAX_RANK else None
+
+
 def n_workers_for(files: Sequence[Path], backend: str, n_workers: int | None) -> int | None:
     """How many workers reading some files is worth: what is asked for, else no more processes than pay."""
     if backend == "sequential":
@@ -301,9 +307,9 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _ranks_in_names(names: Sequence[str]) -> list[int | None]:
-    words = [_RANK_WORD.search(Path(name).name) for name in names]
-    if any(words):
-        return [int(word[1]) if word and int(word[1]) <= MAX_RANK else None for word in words]
+    said = [rank_in_name(name) for name in names]
+    if any(_RANK_WORD.search(Path(name).name) for name in names):
+        return said
     parts = [_NUMBER.split(Path(name).name) for name in names]
     if len({len(part) for part in parts}) == 1 and len(names) > 1:
         differing = [i for i in range(len(parts[0])) if len({part[i] for part in parts}) > 1]

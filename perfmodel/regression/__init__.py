@@ -24,10 +24,18 @@ from .compared import (
     compare,
 )
 from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, differences, of_capture, require_comparable
-from .given import evidence
+from .from_traces import of_trace, of_traces
+from .given import evidence, sides, store_of
+from .items import HEALTHY, LOOK_AT, OPEN, Item
+from .lookup import listed, named
+from .new_machine import NewMachine, new_machine
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
+from .restored import load
+from .saving import Saving, save, update
+from .shown import row_of, shown, shown_workload
 from .spread import CONFIDENCE, OVERALL
+from .stored import read
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, is_slower, n_missing
 
 __all__ = [
@@ -41,8 +49,11 @@ __all__ = [
     "EXPLAINED",
     "FAILURES",
     "FINE",
+    "HEALTHY",
+    "LOOK_AT",
     "NOT_JUDGED",
     "ON_THE_TABLE",
+    "OPEN",
     "OUTSIDE_MODEL",
     "OVERALL",
     "PARTS",
@@ -54,10 +65,13 @@ __all__ = [
     "Comparison",
     "Detail",
     "Evidence",
+    "Item",
     "Measured",
     "Moved",
+    "NewMachine",
     "PartChange",
     "Run",
+    "Saving",
     "Verdict",
     "against_model",
     "check",
@@ -66,10 +80,24 @@ __all__ = [
     "evidence",
     "expected_ratio",
     "is_slower",
+    "listed",
+    "load",
     "model_for",
     "n_missing",
+    "named",
+    "new_machine",
     "of_capture",
+    "of_trace",
+    "of_traces",
+    "read",
     "refuse_large",
     "require_comparable",
+    "row_of",
+    "save",
+    "shown",
+    "shown_workload",
+    "sides",
+    "store_of",
     "unpack_captures",
+    "update",
 ]

@@ -21,17 +21,18 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .evidence import Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
+from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
 from .parts import Detail, PartChange
 from .spread import OVERALL
+from .trace_changes import changed_details, changed_parts, grown_part, require_same_work
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
 
 CHECK_SCHEMA = 1
 CHASE, EXPLAINED, ON_THE_TABLE, FINE = "regression to chase", "explained", "left on the table", "fine"
 UNDECIDED, NOT_JUDGED = "undecided", "not judged by the model"  # beside the four: one question has no answer
 CELLS = (CHASE, EXPLAINED, ON_THE_TABLE, FINE, UNDECIDED, NOT_JUDGED)
-MISSING = "missing"
-FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL, MISSING)  # what --fail-on may name
+IMPROVED, MISSING = "improved", "missing"
+FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL, IMPROVED, MISSING)  # what --fail-on may name
 DEFAULT_FAILURES = ("regressed", SLOWER_THAN_MODEL)
 LEAST_MOVED_FRAC = 0.02  # how far a calibrated number is from another, beyond their spreads, to be told as moved
 
@@ -95,7 +96,8 @@ class Comparison:
     those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
     that only the other side measured, `lost` are those of the baseline that the candidate did not. `parts` tell what
     the change of time consists of, largest first, `details` the operators, classes and launch metrics of traces,
-    `notes` what a reader must know of the sides.
+    `notes` what a reader must know of the sides. `update_command` takes an improvement over into a saved baseline, null
+    where there is none.
     """
 
     baseline: str
@@ -113,6 +115,7 @@ class Comparison:
     details: tuple[Detail, ...] = ()
     notes: tuple[str, ...] = ()
     lost: tuple[Measured, ...] = ()
+    update_command: str | None = None
 
     @property
     def overall(self) -> Case:
@@ -143,7 +146,8 @@ class Comparison:
         `regressed`: slower than the baseline, and no declared change of the machine explains it. `explained`: slower,
         and the model explains it by the rates of another machine, declared as such. `slower-than-model`: longer than
         the model's interval allows, said of all workloads together alone, for of any twenty workloads one is expected
-        to lie above a 90 % interval. `missing` is of no case, but of what is lost.
+        to lie above a 90 % interval. `improved`: faster than the baseline, of all together alone for the same reason.
+        `missing` is of no case, but of what is lost.
         """
         unknown = set(fail_on) - set(FAILURES)
         if unknown:
@@ -156,6 +160,7 @@ class Comparison:
             "regressed": is_slower and not is_explained,
             "explained": is_explained,
             SLOWER_THAN_MODEL: expectation is not None and expectation.verdict == SLOWER_THAN_MODEL,
+            IMPROVED: case is self.overall and case.verdict.verdict == IMPROVED,
         }
         return [name for name in holds if name in fail_on and holds[name]]
 
@@ -217,6 +222,7 @@ class Comparison:
             "parts": [asdict(part) for part in self.parts],
             "details": [asdict(detail) for detail in self.details],
             "notes": list(self.notes),
+            "update_command": self.update_command,
         }
 
 
@@ -254,6 +260,8 @@ def compare(
     the candidate's GPU, if there is one. Raises NotComparableError as `check` does, and InputError for a given model or
     datasheet that does not fit the candidate.
     """
+    are_traces = baseline.kind == candidate.kind == TRACES
+    how_told = require_same_work(baseline, candidate) if are_traces else []
     verdicts = check(baseline, candidate, margin_frac, axes)
     changes = require_comparable(baseline, candidate, axes)
     cases = [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
@@ -276,6 +284,12 @@ def compare(
             if model is not None or datasheet is not None:
                 raise
             why_not = str(error)
+    parts: tuple[PartChange, ...] = ()
+    details: tuple[Detail, ...] = ()
+    if are_traces:
+        parts, details = changed_parts(baseline, candidate), changed_details(baseline, candidate)
+        grown = grown_part(parts)
+        cases = [replace(case, part=grown) if case.verdict.verdict in SLOWER else case for case in cases]
     return Comparison(
         baseline=baseline.name,
         candidate=candidate.name,
@@ -288,7 +302,9 @@ def compare(
         no_model=why_not,
         datasheet=nominal.name if nominal is not None and named is not None else None,
         n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
-        notes=(*doubts(baseline, candidate), *baseline.notes, *candidate.notes),
+        parts=parts,
+        details=details,
+        notes=tuple(dict.fromkeys((*doubts(baseline, candidate), *baseline.notes, *candidate.notes, *how_told))),
         lost=tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads),
     )
 

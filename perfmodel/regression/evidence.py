@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import polars as pl
@@ -23,6 +23,7 @@ AXIS_WORDS = {
     "os": ("software.kernel_release", "software.platform"),
     "threads": ("settings.threads", "machine.n_threads"),
 }
+SAME_MACHINE = ("driver", "threads")  # axes of change on which it is still the machine that it was
 SHORT_CAPTURE_S = 300  # a virtual machine's neighbours stay for longer than such a capture takes
 
 
@@ -132,12 +133,23 @@ def label_of(row: Mapping[str, Any], dtype: str) -> str:
 
 
 def alternate(one: Evidence, other: Evidence) -> bool:
-    """Whether the runs of both sides took turns, so that what drifts is in both alike: never three of a side in a row,
-    and at least three runs of each."""
-    runs = [(run.started, side) for side, evidence in enumerate((one, other)) for run in evidence.runs]
-    if min(len(one.runs), len(other.runs)) < 3 or any(started is None for started, _ in runs):
+    """Whether the runs of both sides took turns on one machine, so that what drifts is in both alike: never three of a
+    side in a row, none begun before the last had ended, and at least three runs of each."""
+    if any(key.startswith("machine.") and not is_declared(key, SAME_MACHINE) for key in differences(one, other)):
         return False
-    stretches = [len(list(group)) for _, group in groupby(side for _, side in sorted(runs))]
+    runs = [
+        (run.started, side, run.finished)
+        for side, evidence in enumerate((one, other))
+        for run in evidence.runs
+        if run.started is not None
+    ]
+    if min(len(one.runs), len(other.runs)) < 3 or len(runs) < len(one.runs) + len(other.runs):
+        return False
+    runs.sort(key=lambda run: run[:2])
+    # Times are kept in whole seconds.
+    if any(before[2] is not None and before[2] > after[0] + 1 for before, after in pairwise(runs)):
+        return False
+    stretches = [len(list(group)) for _, group in groupby(side for _, side, _ in runs)]
     return max(stretches) <= 2
 
 

@@ -1,15 +1,48 @@
-"""What people hand over as one side of a comparison, read for what it is."""
+"""What people hand over as the sides of a comparison, read for what it is."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from perfmodel.capture import load_capture
+from perfmodel.errors import InputError
 
 from .evidence import Evidence, of_capture
+from .from_traces import is_of_traces, of_traces
+from .lookup import choose
+from .restored import load
+from .stored import is_baseline, is_store
 
 
 def evidence(path: str | Path) -> Evidence:
-    """A side of a comparison from a path: a capture folder.
+    """A side of a comparison from a path: the folder of a saved baseline, a trace, a folder of traces, or a capture.
 
     Raises InputError for what is none of these or cannot be read.
     """
+    if is_baseline(path):
+        return load(path)
+    if is_of_traces(Path(path)):
+        return of_traces(path)
     return of_capture(load_capture(path))
+
+
+def sides(baseline: str | Path, candidate: str | Path, axes: Sequence[str] = ()) -> tuple[Evidence, Evidence]:
+    """Baseline and candidate from their paths, each as `evidence` reads it; of a store of saved baselines the one that
+    fits the other side along the declared axes (`lookup.choose`).
+
+    Raises InputError as `evidence` does and for two stores, NotComparableError where no baseline of a store fits.
+    """
+    is_first, is_other = is_store(baseline), is_store(candidate)
+    if is_first and is_other:
+        raise InputError("both sides are stores of baselines; give the folder of a single baseline as one of them")
+    if is_first:
+        other = evidence(candidate)
+        return evidence(choose(baseline, other, axes)), other
+    first = evidence(baseline)
+    return first, evidence(choose(candidate, first, axes) if is_other else candidate)
+
+
+def store_of(path: str | Path) -> Path | None:
+    """The store that a side comes from, null for one that is no saved baseline."""
+    if is_store(path):
+        return Path(path)
+    return Path(path).parent if is_baseline(path) else None

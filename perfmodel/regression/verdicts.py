@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from perfmodel.errors import InputError, NotComparableError
 
-from .evidence import Evidence, alternate, require_comparable
-from .spread import CONFIDENCE, OVERALL, Mean, combined, drift_of, means_of
+from .evidence import Evidence, require_comparable
+from .spread import CONFIDENCE, OVERALL, Mean, Variance, both_means, combined, half_width, quantile, tail
 
 DEFAULT_MARGIN_FRAC = 0.03
+MARGIN_LEVEL = (1 - CONFIDENCE) / 2  # chance of an alarm where the candidate is slower by exactly the margin
+# The same where nothing changed, however large the noise: 1 % in all, the lesser part of it for single workloads, whose
+# variances are lent and less sure (docs/decisions/0036).
+NO_CHANGE_LEVEL, EACH_NO_CHANGE_LEVEL = 0.0075, 0.0025
 POWER = 0.8  # chance that the runs asked for suffice
+MOST_MORE_RUNS = 1 << 16  # what would take more is not helped by runs
 SLOWER = ("regressed", "suspect")  # verdicts that say so
 
 
@@ -44,9 +48,10 @@ def check(
 ) -> list[Verdict]:
     """Candidate against baseline: first all workloads together, then each, slowest first.
 
-    A run (a fresh process) is the sampling unit; where a side has three occasions, they are. Per-workload regressions
-    are kept only where Holm's correction over all workloads keeps them. Raises NotComparableError when the sides differ
-    outside `axes` or share no workload.
+    A run (a fresh process) is the sampling unit; where a side has three occasions, they are. What is called slower (or
+    faster) is so beyond the margin (MARGIN_LEVEL) and beyond doubt that it changed at all (NO_CHANGE_LEVEL), and single
+    ones stay so under Holm's correction over all. Raises NotComparableError when the sides differ outside `axes` or
+    share no workload.
     """
     if not 0 < margin_frac < 10:
         raise InputError(f"margin is {margin_frac:g}, expected a fraction above 0, such as 0.03 for 3 %")
@@ -54,72 +59,82 @@ def check(
     common = [key for key in baseline.workloads if key in candidate.workloads]
     if not common:
         raise NotComparableError(f"not comparable: the {baseline.kind}s share no workload")
-    labels = {key: baseline.workloads[key].label for key in common}
+    labels = {OVERALL: OVERALL} | {key: baseline.workloads[key].label for key in common}
     a, b = both_means(baseline, candidate, common)
-    compared = [_compare(key, labels[key], a[key], b[key], margin_frac) for key in common]
-    overall, _ = _compare(OVERALL, OVERALL, a[OVERALL], b[OVERALL], margin_frac)
-    kept = _holm([p for _, p in compared], (1 - CONFIDENCE) / 2)
-    verdicts = [
-        v if keep or v.verdict not in SLOWER else _as_inconclusive(v)
-        for (v, _), keep in zip(compared, kept, strict=True)
-    ]
-    return [overall, *sorted(verdicts, key=lambda v: -v.ratio)]
+    margin = math.log1p(margin_frac)
+    (overall,) = _verdicts([OVERALL], labels, a, b, margin, NO_CHANGE_LEVEL)
+    each = _verdicts(common, labels, a, b, margin, EACH_NO_CHANGE_LEVEL)
+    return [overall, *sorted(each, key=lambda v: -v.ratio)]
 
 
-def both_means(baseline: Evidence, candidate: Evidence, keys: Sequence[str]) -> tuple[dict[str, Mean], dict[str, Mean]]:
-    """The means of these workloads on both sides, with what drifts between them.
+def _verdicts(
+    keys: Sequence[str], labels: dict[str, str], a: dict[str, Mean], b: dict[str, Mean], margin: float, level: float
+) -> list[Verdict]:
+    """The verdicts on workloads that are one family for Holm's correction; `level` is that of no change."""
+    gaps = [b[key].log_ns - a[key].log_ns for key in keys]
+    spreads = [combined([*a[key].parts, *b[key].parts]) for key in keys]
+    slower, faster = (
+        _holm([_excess(sign * gap, margin, spread, level) for gap, spread in zip(gaps, spreads, strict=True)])
+        for sign in (1, -1)
+    )
+    found = []
+    for i, key in enumerate(keys):
+        gap, half = gaps[i], half_width(spreads[i])
+        more = None
+        if slower[i]:
+            verdict = "suspect" if min(a[key].n_units, b[key].n_units) < 2 else "regressed"
+        elif faster[i]:
+            verdict = "improved"
+        elif gap + half < margin:
+            verdict = "ok"
+        else:
+            verdict, more = "inconclusive", _n_more_runs(gap, margin, a[key], b[key], level, len(keys))
+        ratios = math.exp(gap), math.exp(gap - half), math.exp(gap + half)
+        times = math.exp(a[key].log_ns), math.exp(b[key].log_ns)
+        found.append(Verdict(key, labels[key], *ratios, a[key].n_runs, b[key].n_runs, verdict, more, *times))
+    return found
 
-    Where one side has three occasions, they show the drift of the other; runs that took turns drifted alike.
-    """
-    drifts = [drift_of(side, keys) for side in (baseline, candidate)]
-    if not any(drifts) and alternate(baseline, candidate):
-        drifts = [{}, {}]
-    return means_of(baseline, keys, drifts[1]), means_of(candidate, keys, drifts[0])
 
-
-def _compare(workload: str, label: str, a: Mean, b: Mean, margin_frac: float) -> tuple[Verdict, float]:
-    """A verdict on one workload, before correction for many, with its one-sided p-value."""
-    d, spread, m = b.log_ns - a.log_ns, combined([*a.parts, *b.parts]), math.log1p(margin_frac)
+def _excess(gap: float, margin: float, spread: Variance, level: float) -> float:
+    """The larger of two one-sided p-values, each over its level: of no more than the margin, and of no change."""
     se = math.sqrt(spread.value)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, spread.df)) * se
-    low, high = d - half, d + half
-    more = None
-    if low > m:
-        verdict = "suspect" if min(a.n_units, b.n_units) < 2 else "regressed"
-    elif high < -m:
-        verdict = "improved"
-    elif high < m:
-        verdict = "ok"
-    else:
-        verdict = "inconclusive"
-        more = _n_more_runs(max(abs(d - m), m / 2), a, b)
-    ratio, ratio_low, ratio_high = math.exp(d), math.exp(low), math.exp(high)
-    times = math.exp(a.log_ns), math.exp(b.log_ns)
-    found = Verdict(workload, label, ratio, ratio_low, ratio_high, a.n_runs, b.n_runs, verdict, more, *times)
-    return found, float(stats.t.sf((d - m) / se, spread.df))
+    beyond, at_all = (tail(excess / se, spread.df) for excess in (gap - margin, gap))
+    return max(beyond / MARGIN_LEVEL, at_all / level)
 
 
-def _n_more_runs(gap: float, a: Mean, b: Mean) -> int | None:
-    """Runs wanted on each side to tell a difference of `gap` (log units) with stated confidence and power; None where
-    no number would do, because what runs cannot show hides it."""
-    needed = (gap / float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))) ** 2
-    left = needed - math.fsum(one.value for side in (a, b) for one in side.fixed)
-    if left <= 0:
+def _n_more_runs(gap: float, margin: float, a: Mean, b: Mean, level: float, n_family: int) -> int | None:
+    """Runs wanted on each side to conclude, one way or the other, with a chance of POWER; None where no number would
+    do, because what runs cannot show hides it.
+
+    The gap itself is known to its standard error alone: with further runs the estimate moves from where it is now by
+    the variance that these runs take away, before it is held against narrower bounds.
+    """
+    now = combined([*a.parts, *b.parts])
+
+    def suffices(n_more: int) -> bool:
+        then = combined([*a.parts_with(n_more), *b.parts_with(n_more)])
+        se = math.sqrt(then.value)
+        slower = max(
+            margin + quantile(1 - MARGIN_LEVEL / n_family, then.df) * se, quantile(1 - level / n_family, then.df) * se
+        )
+        ok = margin - quantile(1 - MARGIN_LEVEL, then.df) * se
+        moves = math.sqrt(max(now.value - then.value, 1e-300))
+        return tail((slower - gap) / moves, now.df) + tail((gap - ok) / moves, now.df) >= POWER
+
+    if not suffices(MOST_MORE_RUNS):
         return None
-    of_units = math.fsum(one.value for side in (a, b) for one in side.of_units)
-    return max(math.ceil(of_units / left) - min(a.n_units, b.n_units), 1)
+    low, high = 0, MOST_MORE_RUNS  # too few, enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
 
 
-def _as_inconclusive(v: Verdict) -> Verdict:
-    return replace(v, verdict="inconclusive", n_more_runs=None)
-
-
-def _holm(p_values: Sequence[float], alpha: float) -> list[bool]:
-    """Which hypotheses Holm's step-down procedure rejects at family-wise level alpha (Holm 1979)."""
-    order = np.argsort(p_values)
-    rejected = [False] * len(p_values)
-    for rank, index in enumerate(order):
-        if p_values[index] > alpha / (len(p_values) - rank):
+def _holm(levels: Sequence[float]) -> list[bool]:
+    """Which hypotheses Holm's step-down procedure rejects, from p-values over the family-wise level (Holm 1979)."""
+    rejected = [False] * len(levels)
+    for rank, index in enumerate(np.argsort(levels)):
+        if levels[index] > 1 / (len(levels) - rank):
             break
         rejected[index] = True
     return rejected

@@ -1,7 +1,22 @@
 """Text pages for people: what a trace, a fit, a comparison or a schedule says, as words and plain tables."""
 
 from perfmodel.report.balance import balance_json, balance_page
-from perfmodel.report.captures import QUANTITY_HEADER, changed_tables, check_page, conclusion, quantity_cells, remarks
+from perfmodel.report.baselines import (
+    baseline_page,
+    baseline_workload_page,
+    baselines_page,
+    saving_page,
+    update_command,
+)
+from perfmodel.report.captures import (
+    QUANTITY_HEADER,
+    changed_lines,
+    changed_tables,
+    check_page,
+    conclusion,
+    quantity_cells,
+    remarks,
+)
 from perfmodel.report.check_files import check_json, check_junit, check_markdown
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import (
@@ -17,6 +32,12 @@ from perfmodel.report.fits import (
 )
 from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, pass_words, passes_page, scaling_page
+from perfmodel.report.new_machine import (
+    new_machine_junit,
+    new_machine_markdown,
+    new_machine_page,
+    new_machine_verdict,
+)
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import (
     efficiency_page,
@@ -68,11 +89,15 @@ __all__ = [
     "WIDTH",
     "balance_json",
     "balance_page",
+    "baseline_page",
+    "baseline_workload_page",
+    "baselines_page",
     "capture_headlines",
     "capture_page",
     "captures_page",
     "ceiling_rows",
     "change_lines",
+    "changed_lines",
     "changed_tables",
     "check_json",
     "check_junit",
@@ -97,6 +122,10 @@ __all__ = [
     "lost_words",
     "miss_words",
     "models_rows",
+    "new_machine_junit",
+    "new_machine_markdown",
+    "new_machine_page",
+    "new_machine_verdict",
     "pass_words",
     "passes_page",
     "phase_pairs",
@@ -113,6 +142,7 @@ __all__ = [
     "roofline_json",
     "roofline_page",
     "routing_page",
+    "saving_page",
     "scaling_page",
     "schedule_facts",
     "schedule_head",
@@ -124,6 +154,7 @@ __all__ = [
     "table",
     "trace_page",
     "trimoe_page",
+    "update_command",
     "verdict_lines",
     "why_words",
     "workload_head",

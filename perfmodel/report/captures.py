@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from perfmodel import text
+from perfmodel.report.baselines import update_words
+from perfmodel.report.check_traces import moved_tables, trace_lines
 from perfmodel.report.words import WIDTH, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
@@ -168,19 +170,26 @@ def check_page(comparison: "Comparison") -> str:
     ]
     if comparison.model is not None:
         lines.append("crossed: " + ", ".join(f"{n} {name}" for name, n in comparison.cells().items() if n))
+    lines += [wrapped(words, WIDTH, others="  ") for words in changed_lines(comparison)]
     lines += [wrapped(words, WIDTH, "note: ", "  ") for words in remarks(comparison)]
     shown = telling(comparison)
     rows = _without_empty([CASE_HEADER, *map(case_cells, shown[:N_SHOWN])])
     page = "\n".join(lines) + "\n\n" + table(rows[1:], rows[0])
     if len(shown) > N_SHOWN:
         page += f"\n... and {len(shown) - N_SHOWN} more"
-    return "\n\n".join([page, *(table(one.rows, one.head) for one in changed_tables(comparison))])
+    tables = (table(one.rows, one.head, WIDTH) for one in changed_tables(comparison))
+    return "\n\n".join(filter(None, [page, *tables, update_words(comparison)]))
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """The columns that say something in any row below the header."""
     kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     return [[row[i] for i in kept] for row in rows]
+
+
+def changed_lines(comparison: "Comparison") -> list[str]:
+    """Sentences on what the change of time consists of, for every page; none where nothing could be divided."""
+    return trace_lines(comparison)
 
 
 @dataclass(frozen=True)
@@ -204,6 +213,7 @@ def changed_tables(comparison: "Comparison") -> list[Changed]:
         if moved.ratio is not None and moved.moved != "same" and abs(moved.ratio - 1) > SAME_FRAC
     ]
     tables = (
+        *(Changed(head[0].capitalize(), head, rows) for head, rows in moved_tables(comparison)),
         Changed("Facts in which the sides differ", FACT_HEADER, facts),
         Changed("Calibrated rates and overheads that moved", QUANTITY_HEADER, rates),
     )

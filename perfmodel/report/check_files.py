@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import markdown, text
+from perfmodel.report.baselines import update_words
 from perfmodel.report.captures import (
     CASE_HEADER,
     N_NAME,
     case_cells,
+    changed_lines,
     changed_tables,
     conclusion,
     model_line,
@@ -129,6 +131,8 @@ def _numbers(comparison: "Comparison", case: "Case") -> list[str]:
         )
     if case.expected_ratio not in (None, 1.0):
         lines.append(f"by the calibrated rates the model expects {case.expected_ratio:.3f}x the baseline's time")
+    if case is comparison.overall:
+        lines += [*changed_lines(comparison), *(f"note: {words}" for words in remarks(comparison))]
     return [*lines, f"{verdict.verdict}, {case.cell}"]
 
 
@@ -149,7 +153,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     first = shown[:N_FIRST]
     rest = [case for case in comparison.each if not any(case is one for one in first)]
     parts = [words, f"{_code(comparison.baseline)} → {_code(comparison.candidate)}. " + _inline(model_line(comparison))]
-    said = [f"- {_inline(remark)}" for remark in remarks(comparison)[:N_REMARKS]]
+    said = [f"- {_inline(line)}" for line in (*changed_lines(comparison), *remarks(comparison))[:N_REMARKS]]
     parts += ["\n".join(said)] if said else []
     if comparison.model is not None:
         cells = [(name, str(n)) for name, n in comparison.cells().items() if n]
@@ -162,7 +166,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     for one in changed_tables(comparison):
         rows = (list(map(_cell, row)) for row in one.rows)
         parts.append(_folded(one.title, _bounded(one.head, rows, len(one.rows), CHANGED_BYTES)))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, [*parts, update_words(comparison)])) + "\n"
 
 
 def _case_row(case: "Case") -> list[str]:

@@ -1,0 +1,59 @@
+"""A machine that has just arrived: what it reaches of what it is held against, and its roofline."""
+
+from typing import TYPE_CHECKING
+
+import plotly.graph_objects as go
+
+from .drawing import PALETTE, layout, literal
+from .rooflines import roofline_figures
+
+if TYPE_CHECKING:
+    from perfmodel.regression.new_machine import NewMachine
+
+COLOURS = {"healthy": PALETTE[2], "look at": PALETTE[1], "not judged": PALETTE[6]}
+ROW_PX = 26
+
+
+def new_machine_figures(found: "NewMachine") -> list[tuple[go.Figure, str]]:
+    """What a report shows of a machine: figures, each with what it shows in words."""
+    drawn = []
+    if any(item.least_frac is not None for item in found.items):
+        words = "What the machine reaches of what it is held against, with the least that is sound"
+        drawn.append((shares(found), words))
+    return drawn + (roofline_figures(found.points) if found.points is not None else [])
+
+
+def shares(found: "NewMachine") -> go.Figure:
+    """A row for each item with a number: a point for the share found, a line for the least that is sound."""
+    items = [item for item in found.items if item.frac is not None and item.least_frac is not None]
+    names = [f"{item.section}: {item.name}" for item in items]
+    figure = go.Figure()
+    for verdict, colour in COLOURS.items():
+        chosen = [i for i, item in enumerate(items) if item.verdict == verdict]
+        if chosen:
+            figure.add_scatter(
+                x=[items[i].frac for i in chosen],
+                y=chosen,
+                mode="markers",
+                name=verdict,
+                marker={"color": colour, "size": 11},
+                text=[literal(f"{items[i].name}: {items[i].words}") for i in chosen],
+                hoverinfo="text",
+            )
+    figure.add_scatter(
+        x=[item.least_frac for item in items],
+        y=list(range(len(items))),
+        mode="markers",
+        name="least that is sound",
+        marker={"symbol": "line-ns-open", "color": "grey", "size": 14, "line": {"width": 2}},
+        hoverinfo="skip",
+    )
+    layout(figure, "Shares of what the machine is held against", "share", "")
+    figure.update_yaxes(
+        tickvals=list(range(len(items))),
+        ticktext=[literal(name) for name in names],
+        autorange="reversed",
+        automargin=True,
+    )
+    figure.update_xaxes(rangemode="tozero", tickformat=".0%")
+    return figure.update_layout(height=180 + ROW_PX * len(items))

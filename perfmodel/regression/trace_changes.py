@@ -1,0 +1,224 @@
+"""Is the work of two sides of traces the same, and what of a step's time changed."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from perfmodel import text
+from perfmodel.classify import COMMUNICATION
+from perfmodel.errors import NotComparableError
+
+from .evidence import Evidence, Measured
+from .parts import PARTS, Detail, PartChange
+from .spread import LEAST_VARIANCE, Variance, combined, half_width
+from .trace_parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
+
+# Shares of the work that must be on both sides. In public traces (docs/regression.md, "Traces") the same work has
+# 1.00 of FLOPs and at least 0.88 of calls; twice the tokens has 0.50 of FLOPs, another model none and at most 0.47 of
+# calls.
+LEAST_SAME_FLOPS_FRAC = 0.9
+LEAST_SAME_CALLS_FRAC = 0.7
+LEAST_OPERATORS_FRAC = 0.5  # of the time, below which operators do not say what the work is: graphs replay it
+NOTABLE_FRAC, NOTABLE_CALLS_FRAC = 0.001, 0.05  # of FLOPs, and of the time, from which a difference is told
+_MOVED_SHOWN, _MOVED_LEAST_FRAC = 2, 0.1  # classes named as evidence, and of the change of the first what others need
+NO_SHAPES = (
+    "the traces do not tell the shapes of matrix products (record_shapes), so that another batch size would be taken "
+    "for another speed"
+)
+
+
+def mean_of(side: Evidence, key: str) -> float | None:
+    """What a detail is in a mean run of a side, a run without it counting as 0; null where no run has it."""
+    found = side.details.get(key)
+    return None if found is None else math.fsum(found.run_ns.values()) / len(side.runs)
+
+
+def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
+    """Refuse sides whose steps do other work; returns what a reader must know of how that was told.
+
+    Matrix products must be the same by operands (`k` x `n`, batch, experts) for LEAST_SAME_FLOPS_FRAC of the FLOPs of
+    the larger side, which no GPU and no library changes, but another batch or model does. Operators must be called as
+    often for LEAST_SAME_CALLS_FRAC of the time, so that one that was added or fused away is a change and no other
+    work; where operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
+    are not looked at. Raises NotComparableError naming what differs most.
+    """
+    if baseline.workloads.keys() != candidate.workloads.keys():
+        ways = " and ".join(f"{side.name!r} by its {next(iter(side.workloads))}" for side in (baseline, candidate))
+        raise NotComparableError(
+            f"not comparable: traces are judged by the best that marks their steps, {ways}; record both with the same "
+            "ranges around their steps, such as those of torch.profiler.schedule"
+        )
+    return [*_same_products(baseline, candidate), *_same_calls(baseline, candidate)]
+
+
+def _same_products(baseline: Evidence, candidate: Evidence) -> list[str]:
+    a, b = _flops(baseline), _flops(candidate)
+    if not a or not b:
+        return [NO_SHAPES]
+    shapes = [*a, *(shape for shape in b if shape not in a)]
+    most = max(math.fsum(a.values()), math.fsum(b.values()))
+    same = math.fsum(min(a.get(shape, 0.0), b.get(shape, 0.0)) for shape in shapes) / most
+    worst = max(shapes, key=lambda shape: abs(a.get(shape, 0.0) - b.get(shape, 0.0)))
+    either = (one for side in (baseline, candidate) for one in side.details.values())
+    label = next(one.label for one in either if one.facts.get("shape") == worst)
+    sides = " and ".join(
+        f"{text.count(one.get(worst, 0.0))} FLOP on the {side}" for one, side in ((a, "baseline"), (b, "candidate"))
+    )
+    words = f"{text.frac(same)} of the FLOPs of matrix products are on both sides; {label}: {sides} in a step"
+    if same < LEAST_SAME_FLOPS_FRAC:
+        raise NotComparableError(f"not comparable: another model or batch size: only {words}")
+    return [words] if same < 1 - NOTABLE_FRAC else []
+
+
+def _flops(side: Evidence) -> dict[str, float]:
+    """What a step computes in products of each shape, whatever the operator: others fuse a bias, or take fp8."""
+    found: dict[str, float] = {}
+    for one in side.details.values():
+        if one.facts.get("n_flops"):
+            found[one.facts["shape"]] = found.get(one.facts["shape"], 0.0) + one.facts["n_flops"]
+    return found
+
+
+def _calls(side: Evidence, *, with_flops: bool) -> dict[str, tuple[float, float]] | None:
+    """How often a step calls each operator, and for how long; null where most of the time is in none.
+
+    With FLOPs, which are compared by themselves, matrix products count as one call, whichever operators they are.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    all_ns = 0.0
+    for key, one in side.details.items():
+        if one.facts["kind"] != OPERATOR:
+            continue
+        time_ns = mean_of(side, key) or 0.0
+        all_ns += time_ns
+        if one.facts["part"] == "operator":
+            is_product = with_flops and "shape" in one.facts
+            name = "matrix products" if is_product else one.facts["name"]
+            n_calls, so_far_ns = found.get(name, (0.0, 0.0))
+            found[name] = (1.0 if is_product else n_calls + one.facts["n_calls"], so_far_ns + time_ns)
+    known_ns = math.fsum(time_ns for _, time_ns in found.values())
+    return found if known_ns > 0 and known_ns >= LEAST_OPERATORS_FRAC * all_ns else None
+
+
+def _kernels(side: Evidence) -> dict[str, tuple[float, float]]:
+    return {
+        one.label: (one.facts["n_kernels"], mean_of(side, key) or 0.0)
+        for key, one in side.details.items()
+        if one.facts["kind"] == CLASS
+    }
+
+
+def _same_calls(baseline: Evidence, candidate: Evidence) -> list[str]:
+    with_flops = bool(_flops(baseline) and _flops(candidate))
+    a, b = (_calls(side, with_flops=with_flops) for side in (baseline, candidate))
+    of, notes = "calls of operators", []
+    if a is None or b is None:
+        a, b, of = _kernels(baseline), _kernels(candidate), "kernels of each class"
+        notes.append("operators do not tell most of the work, so that it was compared by kernels of each class alone")
+    if not a or not b:
+        return ["neither operators nor kernels tell whether both sides did the same work"]
+    totals = [math.fsum(time_ns for _, time_ns in side.values()) or 1.0 for side in (a, b)]
+    nothing = (0.0, 0.0)
+
+    def apart(name: str) -> float:
+        """The part of the time, as a mean of both sides, that calls on one side alone take."""
+        (n, time_ns), (m, other_ns) = a.get(name, nothing), b.get(name, nothing)
+        return (time_ns / totals[0] + other_ns / totals[1]) / 2 * (1 - min(n, m) / max(n, m, 1e-9))
+
+    names = [*a, *(name for name in b if name not in a)]
+    same = 1 - math.fsum(map(apart, names))
+    worst = max(names, key=apart)
+    counts = [f"{side.get(worst, nothing)[0]:,.4g}" for side in (a, b)]
+    words = (
+        f"{of} are as many for {text.frac(same)} of the time of a step; {worst}: {counts[0]} in a step of "
+        f"the baseline, {counts[1]} of the candidate"
+    )
+    if same < LEAST_SAME_CALLS_FRAC:
+        raise NotComparableError(f"not comparable: another model or other settings: {words}")
+    return [*notes, words] if same < 1 - NOTABLE_CALLS_FRAC else notes
+
+
+def changed_parts(baseline: Evidence, candidate: Evidence) -> tuple[PartChange, ...]:
+    """What the change of a step's time consists of, the largest first: PARTS of the wall time, which sum to it.
+
+    Means over the runs of a side; intervals by Welch over the runs, where both sides have several that have the part.
+    """
+    step_ns = mean_of(baseline, key_of(METRIC, STEP_NS)) or 1.0
+    found = []
+    for part in PARTS:
+        key = key_of(PART, part)
+        old, new = (mean_of(side, key) or 0.0 for side in (baseline, candidate))
+        if not old and not new:
+            continue
+        low, high = _factor_interval(baseline.details.get(key), candidate.details.get(key))
+        factor = new / old if old else None
+        evidence = _evidence(part, baseline, candidate)
+        found.append(PartChange(part, old / step_ns, (new - old) / step_ns, factor, low, high, evidence))
+    return tuple(sorted(found, key=lambda one: -abs(one.change_frac)))
+
+
+def _factor_interval(a: Measured | None, b: Measured | None) -> tuple[float | None, float | None]:
+    """The interval (`spread.half_width`) of how many times longer a part takes, null where runs do not tell."""
+    if a is None or b is None:
+        return None, None
+    runs = [list(one.run_ns.values()) for one in (a, b)]
+    if min(map(len, runs)) < 2 or min(map(min, runs)) <= 0:
+        return None, None
+    logs = [np.log(one) for one in runs]
+    factor = float(logs[1].mean() - logs[0].mean())
+    variances = [Variance(max(float(one.var(ddof=1)), LEAST_VARIANCE) / len(one), len(one) - 1) for one in logs]
+    half = half_width(combined(variances))
+    return math.exp(factor - half), math.exp(factor + half)
+
+
+def _evidence(part: str, baseline: Evidence, candidate: Evidence) -> str:
+    """What a part's change rests on: the classes of kernels that moved most, or counts of calls."""
+    if part in ("compute", "memory", "communication"):
+        sides = (baseline, candidate)
+        either = {one.label for side in sides for one in side.details.values() if one.facts["kind"] == CLASS}
+        moved = []
+        for name in sorted(name for name in either if part_of_class(name) == part):
+            old, new = (mean_of(side, key_of(CLASS, name)) or 0.0 for side in sides)
+            moved.append((abs(new - old), f"{name} {text.ns(old)} to {text.ns(new)}"))
+        moved.sort(reverse=True)
+        if moved:
+            return ", ".join(words for by, words in moved[:_MOVED_SHOWN] if by >= _MOVED_LEAST_FRAC * moved[0][0])
+        return "host time in operators"
+    if part == "launch":
+        counts = [mean_of(side, key_of(METRIC, "n_launches")) for side in (baseline, candidate)]
+        return f"devices idle during launch calls, {text.count(counts[0])} to {text.count(counts[1])} of them"
+    return {"copy exposure": "copies under no kernel", "host": "nothing runs that was launched or called"}.get(part, "")
+
+
+def part_of_class(name: str) -> str:
+    """Which part of the wall time a kernel class counts to."""
+    return "communication" if name in COMMUNICATION else "compute" if name in COMPUTE_CLASSES else "memory"
+
+
+def changed_details(baseline: Evidence, candidate: Evidence) -> tuple[Detail, ...]:
+    """Operators, kernel classes and launch metrics of both sides, in this order, what adds most to the step first."""
+    step_ns = mean_of(baseline, key_of(METRIC, STEP_NS)) or 1.0
+    found: list[Detail] = []
+    for kind in (OPERATOR, CLASS, METRIC):
+        either: Mapping[str, Measured] = {**candidate.details, **baseline.details}
+        rows = [
+            _detail(kind, either[key], mean_of(baseline, key), mean_of(candidate, key), step_ns)
+            for key in either
+            if either[key].facts["kind"] == kind
+        ]
+        found += sorted(rows, key=lambda one: (-abs(one.change_frac or 0.0), one.name))
+    return tuple(found)
+
+
+def _detail(kind: str, one: Measured, old: float | None, new: float | None, step_ns: float) -> Detail:
+    is_time = kind != METRIC or one.label in (STEP_NS, IDLE_NS)
+    ratio = new / old if old and new is not None else None
+    change = ((new or 0.0) - (old or 0.0)) / step_ns if is_time else None
+    return Detail(kind, one.label, old, new, ratio, change)
+
+
+def grown_part(parts: Sequence[PartChange]) -> str | None:
+    """The part that grew most, null where none did."""
+    grown = max(parts, key=lambda one: one.change_frac, default=None)
+    return grown.part if grown is not None and grown.change_frac > 0 else None
