@@ -135,6 +135,8 @@ def test_open_traces_are_sides_too(tmp_path: Path) -> None:
     assert numbers(ran(view))["Time against the baseline"] == "1.50x"
     assert "a side with a single trace cannot show how runs differ" in shown(view)
     assert "perfmodel check before.json after.json" in view.code[0].value
+    view.session_state["uploaded"].append(SimpleNamespace(**vars(view.session_state["uploaded"][0]) | {"digest": "x"}))
+    assert ran(view).selectbox(key="baseline").options[-1] == "trace: before.json (x)"
 
 
 def test_a_datasheet_is_asked_too_and_stands_in_the_command(tmp_path: Path) -> None:

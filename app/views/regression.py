@@ -41,7 +41,11 @@ def brought() -> Sides:
 
 def traces() -> dict[str, uploads.Loaded]:
     """The traces that this session has open, which may be sides too."""
-    return {f"{TRACE}{one.name}": one for one in uploads.loaded()}
+    found: dict[str, uploads.Loaded] = {}
+    for one in uploads.loaded():
+        name = f"{TRACE}{one.name}"
+        found[f"{name} ({one.digest[:6]})" if name in found else name] = one
+    return found
 
 
 @st.cache_resource(scope="session", max_entries=uploads.MAX_OPEN, show_spinner="Finding the steps of the trace")
