@@ -10,6 +10,7 @@ from perfmodel.capture import Capture, load_capture, shipped_captures
 from perfmodel.ep_capture import load_ep_capture, shipped_ep_captures
 from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.predict import Prediction, slowdown_curve
+from perfmodel.regression import Evidence, of_capture
 from perfmodel.routing import routing
 
 
@@ -21,6 +22,12 @@ def shipped() -> dict[str, tuple[Capture, LatencyModel]]:
         for path in shipped_captures()
         if path.name in shipped_models()
     }
+
+
+@st.cache_resource(show_spinner="Reading the shipped captures")
+def sides() -> dict[str, Evidence]:
+    """The project's captures as sides of a comparison, by name."""
+    return {name: of_capture(capture) for name, (capture, _) in shipped().items()}
 
 
 @st.cache_resource(show_spinner="Reading the shipped models")

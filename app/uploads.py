@@ -179,15 +179,20 @@ def _upload(key: str, suffix: str) -> None:
             _add(name, group, is_folder)
         except InputError as error:
             refused.append((name, str(error)))
-    context = get_script_run_ctx()
-    if context is not None:
-        manager: Any = context.uploaded_file_mgr
-        for file in (*files, *ranks):
-            manager.remove_file(context.session_id, file.file_id)
+    let_go((*files, *ranks))
     st.session_state["n_uploads"] += 1
     if _uploaded():
         st.session_state["open"] = [name for name in st.session_state.get("open", ()) if not _is_example(name)]
     st.rerun()
+
+
+def let_go(files: Sequence[Any]) -> None:
+    """Free the server's memory of uploaded files that were read; their box needs another key afterwards."""
+    context = get_script_run_ctx()
+    if context is not None:
+        manager: Any = context.uploaded_file_mgr
+        for file in files:
+            manager.remove_file(context.session_id, file.file_id)
 
 
 def _add(name: str, files: Sequence[Any], is_folder: bool) -> None:

@@ -2,20 +2,25 @@
 
 import io
 import json
+import re
 import shlex
 import xml.etree.ElementTree as ET
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from perfmodel.analysis import analyse
 from perfmodel.cli.main import app
+from perfmodel.readers import read_trace
 from perfmodel.regression import packed
 from tests.app_pages import figure, numbers, opened, ran, shown, titles
 from tests.captures_made import write_synthetic_capture
 from tests.conftest import ROOT
+from tests.test_regression_traces import made_up_trace
 
 
 def zipped(folder: Path) -> tuple[str, bytes, str]:
@@ -37,10 +42,10 @@ def test_it_opens_with_a_slower_machine_that_the_model_mostly_explains() -> None
     }
     assert [box.value for box in view.warning] == [
         "Slower than the baseline. The calibrated rates of the machine account for it over all, not for each workload: "
-        "some are regressions to chase."
+        "some are regressions to chase. The candidate did not measure 208 workloads of the baseline."
     ]
     assert titles(view)[1] == "Both questions crossed"
-    assert figure(view, 1)["layout"]["xaxis"]["title"]["text"] == "95 undecided besides"
+    assert re.fullmatch(r"\d+ undecided besides", figure(view, 1)["layout"]["xaxis"]["title"]["text"])
     assert "perfmodel check traces/epyc-zen5-2c-fp32 traces/epyc-zen4-2c-fp32 --margin 3%" in shown(view)
 
 
@@ -53,7 +58,9 @@ def test_a_pair_that_differs_is_explained_and_declared_with_one_click() -> None:
     assert "They differ in machine and software." in shown(view)
     view.button[0].click()
     assert numbers(ran(view))["Time against the baseline"] == "0.75x"
-    assert [box.value for box in view.success] == ["Faster than the baseline."]
+    assert [box.value for box in view.warning] == [
+        "Faster than the baseline. The candidate did not measure 222 workloads of the baseline."
+    ]
 
 
 def test_captures_without_a_common_workload_offer_nothing_to_declare() -> None:
@@ -78,7 +85,7 @@ def test_uploaded_captures_are_compared_in_their_session(tmp_path: Path) -> None
     view = opened("regression")
     view.file_uploader(key="capture-zip").set_value([zipped(a), zipped(slow)])
     ran(view)
-    assert "Read:\nbefore\nafter<b>" in shown(view)
+    assert {"before", "after<b>"} <= {one.value for one in view.text}
     names = view.selectbox(key="baseline").options
     assert names[-2:] == ["uploaded: before", "uploaded: after<b>"]
     view.selectbox(key="baseline").set_value(names[-2])
@@ -92,6 +99,54 @@ def test_uploaded_captures_are_compared_in_their_session(tmp_path: Path) -> None
     assert "perfmodel check before 'after<b>' --margin 3%" in shown(view)
     again = opened("regression")
     assert "uploaded: before" not in again.selectbox(key="baseline").options
+
+
+def test_an_uploaded_capture_is_removed_and_may_come_again(tmp_path: Path) -> None:
+    """Its box is empty after it was read, so that nothing brings it back unasked; what was chosen falls back."""
+    slow = write_synthetic_capture(tmp_path / "after", noise=lambda: 1.4)
+    view = opened("regression", model="none")
+    for _ in range(2):
+        next(box for box in view.file_uploader if box.key.startswith("capture-zip")).set_value([zipped(slow)])
+        ran(view).selectbox(key="candidate").set_value("uploaded: after")
+        view.selectbox(key="baseline").set_value("uploaded: after")
+        assert numbers(ran(view))["Workloads compared"] == "32"
+        assert "both sides hold the same measurements: nothing was compared" in shown(view)
+        next(button for button in view.button if button.label == "Remove").click()
+        ran(view)
+        assert "uploaded: after" not in view.selectbox(key="candidate").options
+        assert view.selectbox(key="candidate").value == "epyc-zen4-2c-fp32"
+        assert not [button for button in view.button if button.label == "Remove"]
+
+
+def test_open_traces_are_sides_too(tmp_path: Path) -> None:
+    """Two made-up traces, one with a GEMM that takes 300 us longer; a trace and a capture are no pair."""
+    view = opened("regression", model="none")
+    view.session_state["uploaded"] = [
+        SimpleNamespace(
+            name=name, digest=name, analysis=analyse(read_trace(made_up_trace(tmp_path / name, gemm_us=us)))
+        )
+        for name, us in (("before.json", 400), ("after.json", 700))
+    ]
+    names = ran(view).selectbox(key="baseline").options
+    assert names[-2:] == ["trace: before.json", "trace: after.json"]
+    view.selectbox(key="baseline").set_value(names[-2])
+    assert "Captures are compared with captures" in shown(ran(view))
+    view.selectbox(key="candidate").set_value(names[-1])
+    assert numbers(ran(view))["Time against the baseline"] == "1.50x"
+    assert "a side with a single trace cannot show how runs differ" in shown(view)
+    assert "perfmodel check before.json after.json" in view.code[0].value
+    view.session_state["uploaded"].append(SimpleNamespace(**vars(view.session_state["uploaded"][0]) | {"digest": "x"}))
+    assert ran(view).selectbox(key="baseline").options[-1] == "trace: before.json (x)"
+
+
+def test_a_datasheet_is_asked_too_and_stands_in_the_command(tmp_path: Path) -> None:
+    view = opened("regression", baseline="epyc-zen4-2c-fp32", candidate="epyc-zen4-2c-fp32", datasheet="h100-sxm")
+    assert "This cannot be judged:" in [box.value.replace("\\", "") for box in view.error]
+    assert "cpu" in shown(view)  # a GPU's ceilings for what ran on a CPU
+    on_cpu = next(name for name in view.selectbox(key="datasheet").options if "epyc" in name or "xeon" in name)
+    view.selectbox(key="datasheet").set_value(on_cpu)
+    assert f"Time against {on_cpu}" in numbers(ran(view))
+    assert f"--hardware {on_cpu}" in view.code[0].value
 
 
 def test_two_uploads_of_one_name_stay_two(tmp_path: Path) -> None:
@@ -212,14 +267,15 @@ def test_a_new_machine_is_checked_and_its_report_taken_along(page, server, tmp_p
     page.goto(f"{server}/regression?model=none")
     page.get_by_text("Both questions crossed").or_(page.get_by_text("stays open")).first.wait_for(timeout=60_000)
     page.get_by_role("button", name="Upload").first.click()
+    box = page.get_by_test_id("stPopoverBody")
     inputs = page.get_by_test_id("stFileUploader").locator("input[type=file]")
     inputs.nth(0).set_input_files(a)
-    page.get_by_text("Read: before").wait_for()
+    box.get_by_text("before", exact=True).wait_for()
     inputs.nth(1).set_input_files({"name": name, "mimeType": mime, "buffer": content})
-    page.get_by_text("Read: before after").wait_for()  # a box that closes while a file is sent loses it
+    box.get_by_text("after", exact=True).wait_for()  # a box that closes while a file is sent loses it
     page.keyboard.press("Escape")
     choose(page, "Baseline", "uploaded: before")
-    page.get_by_text("These captures are not compared").wait_for()
+    page.get_by_text("These two are not compared").wait_for()
     choose(page, "Candidate", "uploaded: after")
     page.get_by_test_id("stAlertContentError").get_by_text("Slower than the baseline").wait_for(timeout=30_000)
     with page.expect_download() as download:

@@ -619,7 +619,7 @@ def test_an_improvement_comes_with_the_command_that_takes_it_over(tmp_path: Path
 def test_the_command_of_the_usual_store_names_no_store() -> None:
     found = regression.Comparison("a", "b", 0.03, (), (), (), (), None, None, None, {})
     assert report.update_command(found, "baselines", "b") is None
-    fast = regression.Verdict("all", "all", 0.8, 0.7, 0.9, 3, 3, "improved", None)
+    fast = regression.Verdict("all", "all", 0.8, 0.7, 0.9, 3, 3, "improved", None, 1.0, 0.8)
     faster = replace(found, cases=(regression.Case(fast, None, None, None, "fine"),))
     expected = "perfmodel baseline update 'my cand' --reason \"...\""
     assert report.update_command(faster, "baselines", "my cand") == expected

@@ -84,7 +84,12 @@ def test_links_between_documents_resolve() -> None:
 
 def test_commands_in_the_documents_have_options_that_exist() -> None:
     known = {
-        name: {o for each in (one, *getattr(one, "commands", {}).values()) for p in each.params for o in p.opts}
+        name: {
+            o
+            for each in (one, *getattr(one, "commands", {}).values())
+            for p in each.params
+            for o in (*p.opts, *p.secondary_opts)
+        }
         for name, one in get_command(app).commands.items()
     }
     for path in ("cli.py", "expert_parallel.py"):
@@ -195,7 +200,6 @@ def test_the_nomenclature_knows_the_keys_of_predictions_evaluations_designs_and_
 BY_NAME = {
     "accesses",
     "bottleneck_frac",
-    "cells",
     "changed",
     "covering_frac",
     "curves",

@@ -399,11 +399,13 @@ def test_markdown_is_one_line_a_short_table_and_folds(tmp_path: Path) -> None:
     head, _, folded = page.partition("<details>")
     assert head.splitlines()[0].startswith("❌ **regressed: candidate takes 1.")
     assert sum(line.startswith("| `") for line in head.splitlines()) == 20
-    assert "and 3,980 more" in folded and page.count("<details>") == page.count("</details>")
+    assert re.search(r"and [\d,]+ more", folded) and page.count("<details>") == page.count("</details>")
     for line in page.splitlines():
         assert line.count("`") % 2 == 0
-        if line.startswith("| `"):  # no bar of a name ends a cell: 7, 5 and 3 columns stay as many
-            assert line.count("|") in (8, 6, 4)
+        if line.startswith("| ---"):
+            n_bars = line.count("|")
+        if line.startswith("| `"):  # no bar of a name ends a cell: as many columns as the head has
+            assert line.count("|") == n_bars
         outside = re.sub(r"`[^`]*`", "", line)
         assert "<img" not in outside and "javascript" not in outside
 
@@ -460,9 +462,9 @@ def test_options_of_the_command_and_what_it_ends_with(tmp_path: Path, monkeypatc
     assert ends("--junit", str(files["xml"]), "--markdown", str(files["md"]), "--html", str(files["html"])) == 1
     assert ET.parse(files["xml"]).getroot().attrib["failures"] == "33"
     assert "❌" in files["md"].read_text() and "Both questions crossed" in files["html"].read_text()
-    assert summary.read_text() == "before\n"  # nobody asked
-    assert ends("--summary", "--fail-on", "none") == 0
-    assert summary.read_text().startswith("before\n⚠️")
+    assert summary.read_text().startswith("before\n❌")
+    assert ends("--fail-on", "none") == 0
+    assert "\n⚠️" in summary.read_text()
     assert ends("--fail-on", "explained", "--model", "none") == 0
     assert ends("--model", "none", "--margin", "60%", "--inconclusive", "fail") == 0
     for wrong in (("--fail-on", "weather"), ("--inconclusive", "maybe"), ("--junit", "x.txt"), ("--model", "nowhere")):

@@ -1,6 +1,7 @@
 """The command that judges a machine, driver or build: against a baseline and against a model."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,12 @@ import typer
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
-from perfmodel.cli.shell import Json, app, fraction, note, print_json, print_words
+from perfmodel.cli.shell import Json, app, fraction, note, print_words
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
+WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked for could not be written
 
 
 @app.command()
@@ -32,7 +34,12 @@ def check(
     margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
     axis: Annotated[
         list[str] | None,
-        typer.Option(help="What may differ: machine, software, kernel, settings, or with a key (software.torch)."),
+        typer.Option(
+            help="What may differ; may be given again: torch (with its libraries and kernel), driver (of the GPU), os "
+            "(its kernel and platform), threads, hardware or machine (all of the machine, driver included), software "
+            "(all versions), kernel (the grouped GEMM that ran), settings (device, dtype, threads), or a single fact, "
+            "as software.torch."
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -46,16 +53,21 @@ def check(
     ] = None,
     fail_on: Annotated[
         str,
-        typer.Option(help="What ends with 1, with commas: regressed, explained, slower-than-model, improved; or none."),
+        typer.Option(
+            help="What ends with 1, with commas: regressed, explained, slower-than-model, improved, missing; or none."
+        ),
     ] = "regressed,slower-than-model",
     inconclusive: Annotated[str, typer.Option(help="Whether an open answer is `ok`, or to `fail` with 4.")] = "ok",
     as_json: Json = False,
+    json_file: Annotated[str | None, typer.Option(help="Write the same JSON to this .json file.")] = None,
     junit: Annotated[str | None, typer.Option(help="Write a JUnit report to this .xml file.")] = None,
     markdown: Annotated[str | None, typer.Option(help="Write a summary in Markdown to this .md file.")] = None,
     summary: Annotated[
         bool,
-        typer.Option("--summary", help=f"Append that summary to the file that ${SUMMARY} names, if any."),
-    ] = False,
+        typer.Option(
+            "--summary/--no-summary", help=f"Append that summary to the file that ${SUMMARY} names, where it is set."
+        ),
+    ] = True,
     html: Html = None,
     new_machine: NewMachine = None,
 ) -> None:
@@ -76,7 +88,11 @@ def check(
         known = ", ".join(regression.FAILURES)
         raise InputError(f"--fail-on names {unknown[0]!r}; known: {known}, or none")
     check_html(html)
-    for option, path, suffix in (("--junit", junit, ".xml"), ("--markdown", markdown, ".md")):
+    for option, path, suffix in (
+        ("--json-file", json_file, ".json"),
+        ("--junit", junit, ".xml"),
+        ("--markdown", markdown, ".md"),
+    ):
         if path is not None and not (path.endswith(suffix) and Path(path).resolve().parent.is_dir()):
             raise InputError(f"{option} is {path!r}, expected a {suffix} file in a folder that exists")
     must_conclude = inconclusive == "fail"
@@ -92,37 +108,56 @@ def check(
     if store is not None:
         found = replace(found, update_command=report.update_command(found, str(store), candidate))
     words = report.check_page(found)
+
+    def as_data() -> str:
+        return report.check_json(found, conditions, must_conclude=must_conclude)
+
     if as_json:
-        print_json({**found.to_json(), "failures": found.failures(conditions)})
+        print_words(as_data().rstrip())
+        for remark in report.remarks(found):
+            note(f"note: {remark}")
     else:
         print_words(words)
-    for side, n_missing in found.n_missing.items():
-        if n_missing:
-            note(f"{n_missing} workloads of the other capture are missing in the {side} and were not compared")
-    if junit is not None:
-        _write(junit, report.check_junit(found, conditions, must_conclude=must_conclude))
-    page = report.check_markdown(found, conditions) if markdown is not None or summary else ""
-    if markdown is not None:
-        _write(markdown, page)
-    if summary:
-        _append_summary(page)
-    if html is not None:
+
+    def draw() -> None:
         from perfmodel.figures import check_figures
 
         write_html(html, f"{found.candidate} against {found.baseline}", words, lambda: check_figures(found))
-    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude))
+
+    wanted: list[Callable[[], None]] = [
+        lambda: _write(json_file, as_data),
+        lambda: _write(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
+        lambda: _write(markdown, lambda: report.check_markdown(found, conditions)),
+        lambda: _append_summary(summary, lambda: report.check_markdown(found, conditions)),
+        draw,
+    ]
+    is_written = all([_is_written(write) for write in wanted])
+    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if is_written else WRITES_FAILED))
 
 
-def _write(path: str, words: str) -> None:
-    write_whole(path, words.encode())
-    note(f"wrote {path}")
+def _is_written(write: Callable[[], None]) -> bool:
+    """Whether a report could be written; why not is said, and takes neither the verdict nor the other reports along."""
+    try:
+        write()
+    except InputError as error:
+        note(f"perfmodel: {error}")
+        return False
+    return True
 
 
-def _append_summary(page: str) -> None:
+def _write(path: str | None, words: Callable[[], str]) -> None:
+    if path is not None:
+        write_whole(path, words().encode())
+        note(f"wrote {path}")
+
+
+def _append_summary(is_wanted: bool, words: Callable[[], str]) -> None:
     """Add to the summary of a job's step, where this runs as one; other steps may have written there before."""
     path = os.environ.get(SUMMARY)
-    if not path:
-        note(f"{SUMMARY} is not set, so that no summary was written")
+    if not path or not is_wanted:
         return
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(page)
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(words())
+    except OSError as error:
+        raise InputError(f"the file that ${SUMMARY} names cannot be written: {error.strerror or error}") from None

@@ -29,7 +29,7 @@ def html_page(title: str, words: str, figures: Sequence[tuple[go.Figure, str]] =
         body = (
             go.Figure(figure)
             .update_layout(template="plotly_white")
-            .to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
+            .to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}, div_id=f"figure-{i}")
         )
         label = html.escape(alt, quote=True)
         drawn.append(f'<figure role="img" aria-label="{label}">{body}<figcaption>{literal(alt)}</figcaption></figure>')

@@ -23,8 +23,8 @@ from .compared import (
     Moved,
     compare,
 )
-from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, of_capture, require_comparable
-from .from_traces import of_traces
+from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, differences, of_capture, require_comparable
+from .from_traces import of_trace, of_traces
 from .given import evidence, sides, store_of
 from .items import HEALTHY, LOOK_AT, OPEN, Item
 from .lookup import listed, named
@@ -76,6 +76,7 @@ __all__ = [
     "against_model",
     "check",
     "compare",
+    "differences",
     "evidence",
     "expected_ratio",
     "is_slower",
@@ -86,6 +87,7 @@ __all__ = [
     "named",
     "new_machine",
     "of_capture",
+    "of_trace",
     "of_traces",
     "read",
     "refuse_large",

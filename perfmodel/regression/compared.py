@@ -22,7 +22,7 @@ from .against import (
     model_for,
 )
 from .attributed import Attribution, attribute
-from .evidence import TRACES, Evidence, is_declared, may_excuse, require_comparable
+from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
 from .parts import Detail, PartChange
 from .profiled import profile_details
 from .spread import OVERALL
@@ -33,8 +33,8 @@ CHECK_SCHEMA = 1
 CHASE, EXPLAINED, ON_THE_TABLE, FINE = "regression to chase", "explained", "left on the table", "fine"
 UNDECIDED, NOT_JUDGED = "undecided", "not judged by the model"  # beside the four: one question has no answer
 CELLS = (CHASE, EXPLAINED, ON_THE_TABLE, FINE, UNDECIDED, NOT_JUDGED)
-IMPROVED = "improved"
-FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL, IMPROVED)  # what --fail-on may name
+IMPROVED, MISSING = "improved", "missing"
+FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL, IMPROVED, MISSING)  # what --fail-on may name
 DEFAULT_FAILURES = ("regressed", SLOWER_THAN_MODEL)
 LEAST_MOVED_FRAC = 0.02  # how far a calibrated number is from another, beyond their spreads, to be told as moved
 
@@ -96,10 +96,11 @@ class Comparison:
 
     `model` is null where no model could be had, and `no_model` says why. The model's answer to all together is over
     those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
-    that only the other side measured. `parts` tell what the change of time consists of, largest first, and
-    `unexplained_frac` what they leave of the mean change (null without parts); `findings` say in sentences what parts
-    cannot. `details` are the operators, classes and launch metrics of traces, `notes` what a reader must know of the
-    sides. `update_command` takes an improvement over into a saved baseline, null where there is none.
+    that only the other side measured, `lost` are those of the baseline that the candidate did not. `parts` tell what
+    the change of time consists of, largest first, and `unexplained_frac` what they leave of the mean change (null
+    without parts); `findings` say in sentences what parts cannot. `details` are the operators, classes and launch
+    metrics of traces, `notes` what a reader must know of the sides. `update_command` takes an improvement over into a
+    saved baseline, null where there is none.
     """
 
     baseline: str
@@ -118,6 +119,7 @@ class Comparison:
     findings: tuple[str, ...] = ()
     details: tuple[Detail, ...] = ()
     notes: tuple[str, ...] = ()
+    lost: tuple[Measured, ...] = ()
     update_command: str | None = None
 
     @property
@@ -150,6 +152,7 @@ class Comparison:
         and the model explains it by the rates of another machine, declared as such. `slower-than-model`: longer than
         the model's interval allows, said of all workloads together alone, for of any twenty workloads one is expected
         to lie above a 90 % interval. `improved`: faster than the baseline, of all together alone for the same reason.
+        `missing` is of no case, but of what is lost.
         """
         unknown = set(fail_on) - set(FAILURES)
         if unknown:
@@ -164,11 +167,13 @@ class Comparison:
             SLOWER_THAN_MODEL: expectation is not None and expectation.verdict == SLOWER_THAN_MODEL,
             IMPROVED: case is self.overall and case.verdict.verdict == IMPROVED,
         }
-        return [name for name in FAILURES if name in fail_on and holds[name]]
+        return [name for name in holds if name in fail_on and holds[name]]
 
     def failures(self, fail_on: Sequence[str] = DEFAULT_FAILURES) -> list[str]:
-        """Which of the named conditions any case meets; raises InputError for an unknown one."""
+        """Which of the named conditions hold: those that any case meets, and `missing` where the candidate lost
+        workloads of the baseline; raises InputError for an unknown one."""
         found = {name for case in self.cases for name in self.failures_of(case, fail_on)}
+        found |= {MISSING} & set(fail_on) if self.lost else set()
         return [name for name in FAILURES if name in found]
 
     def exit_code(self, fail_on: Sequence[str] = DEFAULT_FAILURES, *, must_conclude: bool = False) -> int:
@@ -187,6 +192,8 @@ class Comparison:
                 "ratio": case.verdict.ratio,
                 "ratio_low": case.verdict.ratio_low,
                 "ratio_high": case.verdict.ratio_high,
+                "baseline_ns": case.verdict.baseline_ns,
+                "candidate_ns": case.verdict.candidate_ns,
                 "expected_ratio": case.expected_ratio,
                 "measured_over_model": None if case.expectation is None else case.expectation.ratio,
                 "against_model": None if case.expectation is None else case.expectation.verdict,
@@ -196,21 +203,24 @@ class Comparison:
         ]
         return pl.DataFrame(rows, infer_schema_length=None)
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+    def to_json(self, fail_on: Sequence[str] = DEFAULT_FAILURES, *, must_conclude: bool = False) -> dict[str, Any]:
+        """All of it as plain values, with what a command asked to fail by these conditions ends with."""
         return {
             "schema_version": CHECK_SCHEMA,
             "baseline": self.baseline,
             "candidate": self.candidate,
             "margin_frac": self.margin_frac,
             "axes": list(self.axes),
-            "slower": bool(self.slower()),
-            "failures": self.failures(),
+            "is_slower": bool(self.slower()),
+            "fail_on": [name for name in FAILURES if name in fail_on],
+            "failures": self.failures(fail_on),
+            "exit_code": self.exit_code(fail_on, must_conclude=must_conclude),
             "model": self.model,
             "no_model": self.no_model,
             "datasheet": self.datasheet,
-            "cells": self.cells(),
+            "cells": [{"cell": name, "n_workloads": n} for name, n in self.cells().items()],
             "n_missing_workloads": self.n_missing,
+            "lost_workloads": [{"workload": one.workload, "label": one.label} for one in self.lost],
             "verdicts": [_case_json(case) for case in self.cases],
             "changes": [asdict(change) for change in self.changes],
             "quantities": [asdict(moved) for moved in self.quantities],
@@ -309,7 +319,8 @@ def compare(
         unexplained_frac=found.unexplained_frac,
         findings=found.findings,
         details=details,
-        notes=tuple(dict.fromkeys((*baseline.notes, *candidate.notes, *how_told))),
+        notes=tuple(dict.fromkeys((*doubts(baseline, candidate), *baseline.notes, *candidate.notes, *how_told))),
+        lost=tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads),
     )
 
 

@@ -159,6 +159,23 @@ def differences(one: Evidence, other: Evidence) -> dict[str, tuple[object, objec
     return {key: (a[key], b[key]) for key in sorted(a.keys() & b.keys()) if not same_fact(key, a[key], b[key])}
 
 
+def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
+    """Sentences on what two sides cannot show together, and whether they are those that were meant; often none."""
+    found = []
+    if baseline.kind == CAPTURE and min(len(baseline.runs), len(candidate.runs)) < 2:
+        found.append(
+            "a side has a single run, so that the spread between runs is assumed and nothing slower is firmer than "
+            "suspect; collect with --runs 5"
+        )
+    began, ended = [run.started for run in baseline.runs], [run.finished for run in candidate.runs]
+    first, other = ({key: dict(one.run_ns) for key, one in side.workloads.items()} for side in (baseline, candidate))
+    if first == other:
+        found.append("both sides hold the same measurements: nothing was compared")
+    elif None not in (*began, *ended) and min(filter(None, began), default=0) > max(filter(None, ended), default=0):
+        found.append("the baseline was measured after the candidate: are they the right way round?")
+    return tuple(found)
+
+
 def is_declared(key: str, axes: Sequence[str]) -> bool:
     """Whether a fact of the fingerprint, such as `software.torch`, lies on one of the declared axes of change."""
     return any(fnmatchcase(key, pattern) for axis in axes for pattern in AXIS_WORDS.get(axis, (axis, f"{axis}.*")))

@@ -95,8 +95,7 @@ def of_traces(path: str | Path) -> Evidence:
     if not is_folder_of_ranks(path):
         trace = read_trace(path)
         with about(path):
-            taken = _taken(trace, path.name)
-        return replace(taken.evidence, notes=(*taken.evidence.notes, _SINGLE))
+            return of_trace(trace, path.name)
     with about(path):
         files, ignored = find_ranks(path)
         found, failed = [], {}
@@ -113,6 +112,12 @@ def of_traces(path: str | Path) -> Evidence:
         _refuse_repeats(found)
         runs, of_ranks = _runs_of(found)
         return _together(path.resolve().name, runs, [*notes, *of_ranks])
+
+
+def of_trace(trace: Trace, name: str) -> Evidence:
+    """One trace that was read already as one side of a comparison, as `of_traces` makes it of a file."""
+    side = _taken(trace, name).evidence
+    return replace(side, notes=(*side.notes, _SINGLE))
 
 
 def _taken(trace: Trace, name: str) -> _Taken:

@@ -27,7 +27,7 @@ class Verdict:
 
     `ok` says slower by no more than the margin; `inconclusive` that the runs cannot tell, with `n_more_runs` wanted on
     each side (null where more runs of this kind cannot help); `suspect` slower, but resting on an assumed spread
-    between runs, because a side has only one.
+    between runs, because a side has only one. `baseline_ns` and `candidate_ns` are the geometric means over its runs.
     """
 
     workload: str
@@ -39,6 +39,8 @@ class Verdict:
     n_runs_candidate: int
     verdict: str
     n_more_runs: int | None
+    baseline_ns: float
+    candidate_ns: float
 
 
 def check(
@@ -88,7 +90,8 @@ def _verdicts(
         else:
             verdict, more = "inconclusive", _n_more_runs(gap, margin, a[key], b[key], level, len(keys))
         ratios = math.exp(gap), math.exp(gap - half), math.exp(gap + half)
-        found.append(Verdict(key, labels[key], *ratios, a[key].n_runs, b[key].n_runs, verdict, more))
+        times = math.exp(a[key].log_ns), math.exp(b[key].log_ns)
+        found.append(Verdict(key, labels[key], *ratios, a[key].n_runs, b[key].n_runs, verdict, more, *times))
     return found
 
 

@@ -8,8 +8,16 @@ from perfmodel.report.baselines import (
     saving_page,
     update_command,
 )
-from perfmodel.report.captures import QUANTITY_HEADER, check_page, conclusion, quantity_cells
-from perfmodel.report.check_files import check_junit, check_markdown
+from perfmodel.report.captures import (
+    QUANTITY_HEADER,
+    changed_lines,
+    changed_tables,
+    check_page,
+    conclusion,
+    quantity_cells,
+    remarks,
+)
+from perfmodel.report.check_files import check_json, check_junit, check_markdown
 from perfmodel.report.checks import capture_page, captures_page, findings_page
 from perfmodel.report.fits import (
     LIMITS_HEADER,
@@ -89,6 +97,9 @@ __all__ = [
     "captures_page",
     "ceiling_rows",
     "change_lines",
+    "changed_lines",
+    "changed_tables",
+    "check_json",
     "check_junit",
     "check_markdown",
     "check_page",
@@ -127,6 +138,7 @@ __all__ = [
     "prediction_facts",
     "quantity_cells",
     "ranks_page",
+    "remarks",
     "roofline_json",
     "roofline_page",
     "routing_page",

@@ -1,25 +1,39 @@
-"""Text pages about comparisons of captures."""
+"""Text pages about comparisons of two sides: captures, saved baselines, traces."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from perfmodel import text
 from perfmodel.report.baselines import update_words
-from perfmodel.report.check_parts import parts_page
-from perfmodel.report.check_traces import trace_lines, trace_tables
+from perfmodel.report.check_parts import part_lines, part_tables
+from perfmodel.report.check_traces import moved_tables, trace_lines
 from perfmodel.report.words import WIDTH, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Case, Comparison, Moved
 
 N_SHOWN = 20  # workloads of a page
+N_LOST, N_NAME = 3, 120  # lost workloads that are named; characters of a name
 SAME_FRAC = 1e-3  # by which two sizes may differ and be told as the same
+FACT_HEADER = ("what changed", "baseline", "candidate")
 QUANTITY_HEADER = ("calibrated", "baseline", "candidate", "ratio", "moved")
 CASE_HEADER = ("workload", "ratio", "90 %", "verdict", "model expects", "of model", "")
 
 
 def conclusion(comparison: "Comparison") -> tuple[str, str]:
-    """What a comparison comes to, in words of our own alone, and of which kind it is: bad, mixed, open or good."""
+    """What a comparison comes to, in words of our own alone, and of which kind it is: bad, mixed, open or good.
+
+    What lost workloads of its baseline is never good.
+    """
+    kind, words = _conclusion(comparison)
+    if not comparison.lost:
+        return kind, words
+    lost = text.counted(len(comparison.lost), "workload")
+    return "mixed" if kind == "good" else kind, f"{words} The candidate did not measure {lost} of the baseline."
+
+
+def _conclusion(comparison: "Comparison") -> tuple[str, str]:
     overall, slower = comparison.overall, comparison.slower()
     found = overall.expectation
     if overall in slower and overall.cell == "explained":
@@ -53,12 +67,35 @@ def conclusion(comparison: "Comparison") -> tuple[str, str]:
 
 def verdict_line(comparison: "Comparison") -> str:
     """The first question answered in one line: the candidate against the baseline over all workloads."""
-    overall = comparison.overall.verdict
+    overall, n_both = comparison.overall.verdict, len(comparison.each)
+    n_lost = len(comparison.lost)
+    over = f"{n_both} of the baseline's {n_both + n_lost} workloads" if n_lost else "all workloads"
     return (
-        f"{overall.verdict}: candidate takes {overall.ratio:.3f}x the baseline's time over all workloads "
+        f"{overall.verdict}: candidate takes {overall.ratio:.3f}x the baseline's time over {over} "
         f"(90 % interval {overall.ratio_low:.3f} to {overall.ratio_high:.3f}, "
         f"{overall.n_runs_baseline} and {overall.n_runs_candidate} runs)"
+        + ("" if overall.verdict != "inconclusive" else f"; {_wanted(overall.n_more_runs)}")
     )
+
+
+def _wanted(n_more_runs: int | None) -> str:
+    """What would decide an open answer."""
+    if n_more_runs is None:
+        return "no number of such runs would tell"
+    return f"{text.counted(n_more_runs, 'more run')} of each side would tell"
+
+
+def remarks(comparison: "Comparison") -> list[str]:
+    """Sentences on what a verdict rests on, where a reader might believe more than is there."""
+    found = list(comparison.notes)
+    lost, n_new = comparison.lost, comparison.n_missing["baseline"]
+    if lost:
+        more = "" if len(lost) <= N_LOST else f" and {text.count(len(lost) - N_LOST)} more"
+        names = "; ".join(text.shortened(one.label, N_NAME) for one in lost[:N_LOST])
+        found.append(f"not measured in the candidate, so not compared: {names}{more} (--fail-on missing ends with 1)")
+    if n_new:
+        found.append(f"{text.counted(n_new, 'workload')} of the candidate: not measured in the baseline, not compared")
+    return found
 
 
 def model_line(comparison: "Comparison") -> str:
@@ -127,24 +164,22 @@ def check_page(comparison: "Comparison") -> str:
     for case in each:
         counts[case.verdict.verdict] = counts.get(case.verdict.verdict, 0) + 1
     lines = [
-        conclusion(comparison)[1],
+        wrapped(conclusion(comparison)[1], WIDTH),
         verdict_line(comparison),
         model_line(comparison),
         f"{len(each)} workloads: " + ", ".join(f"{n} {name}" for name, n in counts.items()),
     ]
     if comparison.model is not None:
         lines.append("crossed: " + ", ".join(f"{n} {name}" for name, n in comparison.cells().items() if n))
-    if comparison.details:
-        lines += [wrapped(line, WIDTH, others="  ") for line in trace_lines(comparison)]
-    elif "suspect" in (comparison.overall.verdict.verdict, *counts):
-        lines.append("suspect: one side has a single run, so the spread between runs is assumed; collect with --runs 5")
+    lines += [wrapped(words, WIDTH, others="  ") for words in changed_lines(comparison)]
+    lines += [wrapped(words, WIDTH, "note: ", "  ") for words in remarks(comparison)]
     shown = telling(comparison)
     rows = _without_empty([CASE_HEADER, *map(case_cells, shown[:N_SHOWN])])
     page = "\n".join(lines) + "\n\n" + table(rows[1:], rows[0])
     if len(shown) > N_SHOWN:
         page += f"\n... and {len(shown) - N_SHOWN} more"
-    moved = trace_tables(comparison) or parts_page(comparison)
-    return "\n\n".join(filter(None, [page, *moved, *_changes(comparison), update_words(comparison)]))
+    tables = (table(one.rows, one.head, WIDTH) for one in changed_tables(comparison))
+    return "\n\n".join(filter(None, [page, *tables, update_words(comparison)]))
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -153,13 +188,37 @@ def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[row[i] for i in kept] for row in rows]
 
 
-def _changes(comparison: "Comparison") -> list[str]:
-    """Tables of what differs between the two captures, and of what their calibrations say moved."""
-    facts = [[change.key, str(change.baseline), str(change.candidate)] for change in comparison.changes]
+def changed_lines(comparison: "Comparison") -> list[str]:
+    """Sentences on what the change of time consists of, for every page; none where nothing could be divided."""
+    return trace_lines(comparison) or part_lines(comparison)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A table of what differs between two sides: what it is called, its head, its rows as words."""
+
+    title: str
+    head: Sequence[str]
+    rows: list[list[str]]
+
+
+def changed_tables(comparison: "Comparison") -> list[Changed]:
+    """What differs between the two sides, for every page that shows it; tables without rows are left out."""
+    facts = [
+        [text.shortened(words, N_NAME) for words in (change.key, str(change.baseline), str(change.candidate))]
+        for change in comparison.changes
+    ]
     rates = [
         quantity_cells(moved)
         for moved in comparison.quantities
         if moved.ratio is not None and moved.moved != "same" and abs(moved.ratio - 1) > SAME_FRAC
     ]
-    tables = ((["what changed", "baseline", "candidate"], facts), (list(QUANTITY_HEADER), rates))
-    return [table(rows, head) for head, rows in tables if rows]
+    tables = (
+        *(
+            Changed(head[0].capitalize(), head, rows)
+            for head, rows in moved_tables(comparison) or part_tables(comparison)
+        ),
+        Changed("Facts in which the sides differ", FACT_HEADER, facts),
+        Changed("Calibrated rates and overheads that moved", QUANTITY_HEADER, rates),
+    )
+    return [one for one in tables if one.rows]

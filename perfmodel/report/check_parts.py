@@ -1,15 +1,15 @@
 """What a change of time consists of, in words and as a table."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import text
-from perfmodel.report.words import table
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
-    from perfmodel.regression import Case, Comparison, Detail, PartChange
+    from perfmodel.regression import Comparison, Detail, PartChange
 
-PART_HEADER = ("part", "of the time", "takes", "90 %", "adds", "rests on")
-DETAIL_HEADER = ("in profiles", "baseline", "candidate", "ratio")
+PART_HEADER = ("parts of the time", "share", "takes", "90 %", "adds")
+DETAIL_HEADER = ("in profiles, which are no source of times", "baseline", "candidate", "ratio")
 
 
 def part_cells(part: "PartChange") -> list[str]:
@@ -22,7 +22,6 @@ def part_cells(part: "PartChange") -> list[str]:
         factor,
         f"{part.factor_low:.2f} to {part.factor_high:.2f}" if known else "",
         _added(part.change_frac),
-        part.evidence,
     ]
 
 
@@ -54,20 +53,17 @@ def parts_line(comparison: "Comparison") -> str:
     )
 
 
-def parts_page(comparison: "Comparison") -> list[str]:
-    """Paragraphs on what changed: the line, the table of parts, findings, and what moved in profiles."""
+def part_lines(comparison: "Comparison") -> list[str]:
+    """What the change over all workloads consists of, in sentences: the sum, what each part rests on, findings."""
     if not is_told(comparison):
-        return ["\n".join(comparison.findings)] if comparison.findings else []
-    rows = [part_cells(part) for part in comparison.parts]
-    evidence = "\n".join(f"{part.part}: {part.evidence}" for part in comparison.parts)
-    found = [parts_line(comparison), table([row[:-1] for row in rows], PART_HEADER[:-1]) + "\n" + evidence]
-    found += ["\n".join(comparison.findings)] if comparison.findings else []
-    told = [detail_cells(detail) for detail in comparison.details if detail.kind == "metric"]
-    if told:
-        found.append(table(told, DETAIL_HEADER) + "\nCounts and shares of profiled time, which is no source of times.")
-    return found
+        return list(comparison.findings)
+    evidence = [f"{part.part}: {part.evidence}" for part in comparison.parts if part.evidence]
+    return [parts_line(comparison), *evidence, *comparison.findings]
 
 
-def part_words(case: "Case") -> str:
-    """What a slower workload's time grew by, in one line; empty where none is named."""
-    return f"most of it in {case.part}" if case.part else ""
+def part_tables(comparison: "Comparison") -> list[tuple[Sequence[str], list[list[str]]]]:
+    """Headers and rows, as words, of the parts of the change and of what moved in profiles."""
+    if not is_told(comparison):
+        return []
+    metrics = [detail_cells(detail) for detail in comparison.details if detail.kind == "metric"]
+    return [(PART_HEADER, list(map(part_cells, comparison.parts))), (DETAIL_HEADER, metrics)]

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from perfmodel import text
-from perfmodel.report.words import HEADERS, N_TOP, WIDTH, ratio, table
+from perfmodel.report.words import HEADERS, N_TOP, ratio
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
     from perfmodel.regression import Comparison, Detail
@@ -16,7 +16,7 @@ _SIDES = ("baseline", "candidate", "change", "ratio")
 
 
 def trace_lines(comparison: "Comparison") -> list[str]:
-    """What a step took on both sides and in which part it changed, then what a reader must know; none of captures."""
+    """What a step took on both sides and in which part it changed; none of captures."""
     step = next((one for one in comparison.details if one.name == STEP_NS), None)
     if step is None or step.baseline is None or step.candidate is None:
         return []
@@ -30,7 +30,7 @@ def trace_lines(comparison: "Comparison") -> list[str]:
             for one in moved
         )
         lines.append(f"of that {'; '.join(parts)}")
-    return [*lines, *(f"note: {words}" for words in comparison.notes)]
+    return lines
 
 
 def moved_tables(comparison: "Comparison", n_top: int = N_TOP) -> list[tuple[list[str], list[list[str]]]]:
@@ -50,11 +50,6 @@ def moved_tables(comparison: "Comparison", n_top: int = N_TOP) -> list[tuple[lis
             rows = [one for one in rows if abs(one.change_frac or 0.0) >= LEAST_FRAC]
         tables.append(([f"{title} {of}", *_SIDES], [_cells(one) for one in rows[:n_top]]))
     return [(head, rows) for head, rows in tables if rows]
-
-
-def trace_tables(comparison: "Comparison", width: int = WIDTH) -> list[str]:
-    """The tables of a page of text."""
-    return [table(rows, head, width) for head, rows in moved_tables(comparison)]
 
 
 def _cells(one: "Detail") -> list[str]:
