@@ -128,7 +128,8 @@ def verdict(found: Comparison) -> None:
         },
     )
     drawn = figures.check_figures(found)
-    for i, (place, (figure, alt)) in enumerate(zip(st.columns([3, 2][: len(drawn)]), drawn, strict=True)):
+    places = [*st.columns([3, 2][: len(drawn)]), *(st.container() for _ in drawn[2:])]
+    for i, (place, (figure, alt)) in enumerate(zip(places, drawn, strict=True)):
         with place:
             frame.chart(figure, alt, key=f"check-{i}")
     if found.no_model and found.model is None:

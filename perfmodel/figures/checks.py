@@ -11,7 +11,7 @@ from perfmodel import text
 from .drawing import MAX_POINTS, PALETTE, layout, literal, short, translucent
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other figures do not need
-    from perfmodel.regression import Case, Comparison
+    from perfmodel.regression import Case, Comparison, PartChange
 
 HEIGHT = 400
 LONG = 12  # letters of a name
@@ -28,6 +28,7 @@ MARKS = {  # colour and symbol of each verdict, and of slower workloads that are
 }
 TICKS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 20, 50)
 MAX_TICKS = 12
+LEAST_LOG = 1e-6  # below which a factor's logarithm is no divisor
 # The cells of the two questions crossed: column, row, colour, what it means.
 SQUARES = {
     "explained": (0, 1, PALETTE[4], "slower, and the<br>calibrated rates<br>account for it"),
@@ -48,6 +49,9 @@ def check_figures(comparison: "Comparison") -> list[tuple[go.Figure, str]]:
     if comparison.model is not None:
         cells = ", ".join(f"{n} {name}" for name, n in comparison.cells().items())
         figures.append((crossed(comparison), f"Slower than the baseline crossed with slower than the model: {cells}"))
+    if comparison.parts and (comparison.slower() or overall.verdict == "improved"):
+        added = ", ".join(f"{part.part} {100 * part.change_frac:+.1f} %" for part in comparison.parts)
+        figures.append((changed_parts(comparison), f"What each part adds to the time of the baseline: {added}"))
     return figures
 
 
@@ -195,6 +199,42 @@ def crossed(comparison: "Comparison") -> go.Figure:
     figure.update_yaxes(tickangle=-90, zeroline=False)
     figure.update_xaxes(zeroline=False, tickangle=0)
     return figure.update_layout(showlegend=False, height=HEIGHT, margin={"b": 70, "l": 40})
+
+
+def changed_parts(comparison: "Comparison") -> go.Figure:
+    """What each part adds to the time over all workloads, with its 90 % interval, and what the parts leave."""
+    parts, left = comparison.parts, comparison.unexplained_frac or 0.0
+    names = [part.part for part in parts]
+    names = [f"{name} (graphs)" if name in names[:i] else name for i, name in enumerate(names)]
+    ends = [[_added_frac(part, end) for end in (part.factor_low, part.factor_high)] for part in parts]
+    values = [part.change_frac for part in parts]
+    figure = go.Figure()
+    figure.add_bar(
+        x=[*names, "not explained"],
+        y=[*values, left],
+        marker_color=[*(PALETTE[1] if value > 0 else PALETTE[2] for value in values), PALETTE[6]],
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [*(max(high - value, 0.0) for (_, high), value in zip(ends, values, strict=True)), 0.0],
+            "arrayminus": [*(max(value - low, 0.0) for (low, _), value in zip(ends, values, strict=True)), 0.0],
+        },
+        text=[*("" if part.factor is None else f"{part.factor:.2f}x" for part in parts), ""],
+        hovertext=[*(literal(part.evidence) for part in parts), "what no part explains"],
+        hovertemplate="%{x}: %{y:+.1%}<br>%{hovertext}<extra></extra>",
+    )
+    whole = sum(values) + left
+    layout(figure, f"What changed: {100 * whole:+.1f} % in the mean of the workloads", "", "of the baseline's time")
+    return figure.update_layout(showlegend=False, yaxis_tickformat="+.0%", height=HEIGHT, margin={"b": 60})
+
+
+def _added_frac(part: "PartChange", factor: float | None) -> float:
+    """What a part would add with another factor: as much more as its logarithm is larger."""
+    if factor is None or part.factor is None:
+        return part.change_frac
+    if abs(math.log(part.factor)) < LEAST_LOG:
+        return part.share_frac * math.log(factor)
+    return part.change_frac * math.log(factor) / math.log(part.factor)
 
 
 def _two_lines(name: str) -> str:

@@ -21,8 +21,10 @@ from .against import (
     judged_rows,
     model_for,
 )
+from .attributed import Attribution, attribute
 from .evidence import TRACES, Evidence, is_declared, may_excuse, require_comparable
 from .parts import Detail, PartChange
+from .profiled import profile_details
 from .spread import OVERALL
 from .trace_changes import changed_details, changed_parts, grown_part, require_same_work
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
@@ -94,9 +96,10 @@ class Comparison:
 
     `model` is null where no model could be had, and `no_model` says why. The model's answer to all together is over
     those workloads that it judged, and stands in no cell where these are the minority. `n_missing` counts workloads
-    that only the other side measured. `parts` tell what the change of time consists of, largest first, `details` the
-    operators, classes and launch metrics of traces, `notes` what a reader must know of the sides. `update_command`
-    takes an improvement over into a saved baseline, null where there is none.
+    that only the other side measured. `parts` tell what the change of time consists of, largest first, and
+    `unexplained_frac` what they leave of the mean change (null without parts); `findings` say in sentences what parts
+    cannot. `details` are the operators, classes and launch metrics of traces, `notes` what a reader must know of the
+    sides. `update_command` takes an improvement over into a saved baseline, null where there is none.
     """
 
     baseline: str
@@ -111,6 +114,8 @@ class Comparison:
     datasheet: str | None
     n_missing: dict[str, int]
     parts: tuple[PartChange, ...] = ()
+    unexplained_frac: float | None = None
+    findings: tuple[str, ...] = ()
     details: tuple[Detail, ...] = ()
     notes: tuple[str, ...] = ()
     update_command: str | None = None
@@ -210,6 +215,8 @@ class Comparison:
             "changes": [asdict(change) for change in self.changes],
             "quantities": [asdict(moved) for moved in self.quantities],
             "parts": [asdict(part) for part in self.parts],
+            "unexplained_frac": self.unexplained_frac,
+            "findings": list(self.findings),
             "details": [asdict(detail) for detail in self.details],
             "notes": list(self.notes),
             "update_command": self.update_command,
@@ -256,8 +263,9 @@ def compare(
     changes = require_comparable(baseline, candidate, axes)
     cases = [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
     why_not = None if with_model else "no model was asked for"
-    named, nominal = None, None
+    named, nominal, own = None, None, None
     first, other = baseline.capture, candidate.capture
+    quantities = () if first is None or other is None else tuple(moved_quantities(first, other))
     if not with_model:
         pass
     elif first is None or other is None:
@@ -267,6 +275,7 @@ def compare(
     else:
         try:
             used = model or model_for(first)
+            own = used if model is None else None
             nominal = datasheet or _catalogue(other)
             cases = _judged(first, other, used, nominal, verdicts, margin_frac)
             named = used.profile.name
@@ -274,12 +283,16 @@ def compare(
             if model is not None or datasheet is not None:
                 raise
             why_not = str(error)
-    parts: tuple[PartChange, ...] = ()
-    details: tuple[Detail, ...] = ()
+    found, details = Attribution(), tuple[Detail, ...]()
     if are_traces:
         parts, details = changed_parts(baseline, candidate), changed_details(baseline, candidate)
         grown = grown_part(parts)
-        cases = [replace(case, part=grown) if case.verdict.verdict in SLOWER else case for case in cases]
+        slower = [verdict.workload for verdict in verdicts if verdict.verdict in SLOWER]
+        found = Attribution(parts=parts, part_of=dict.fromkeys(slower, grown))
+    elif with_model and first is not None and other is not None:
+        found = attribute(baseline, candidate, verdicts, quantities, margin_frac, own)
+        details = profile_details(first, other)
+    cases = [replace(case, part=found.part_of.get(case.verdict.workload)) for case in cases]
     return Comparison(
         baseline=baseline.name,
         candidate=candidate.name,
@@ -287,12 +300,14 @@ def compare(
         axes=tuple(axes),
         cases=tuple(cases),
         changes=tuple(Change(key, a, b, is_declared(key, axes)) for key, (a, b) in changes.items()),
-        quantities=() if first is None or other is None else tuple(moved_quantities(first, other)),
+        quantities=quantities,
         model=named,
         no_model=why_not,
         datasheet=nominal.name if nominal is not None and named is not None else None,
         n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
-        parts=parts,
+        parts=found.parts,
+        unexplained_frac=found.unexplained_frac,
+        findings=found.findings,
         details=details,
         notes=tuple(dict.fromkeys((*baseline.notes, *candidate.notes, *how_told))),
     )

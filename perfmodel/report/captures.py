@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from perfmodel import text
 from perfmodel.report.baselines import update_words
+from perfmodel.report.check_parts import parts_page
 from perfmodel.report.check_traces import trace_lines, trace_tables
 from perfmodel.report.words import WIDTH, table, wrapped
 
@@ -142,8 +143,8 @@ def check_page(comparison: "Comparison") -> str:
     page = "\n".join(lines) + "\n\n" + table(rows[1:], rows[0])
     if len(shown) > N_SHOWN:
         page += f"\n... and {len(shown) - N_SHOWN} more"
-    pages = [page, *trace_tables(comparison), *_changes(comparison), update_words(comparison)]
-    return "\n\n".join(filter(None, pages))
+    moved = trace_tables(comparison) or parts_page(comparison)
+    return "\n\n".join(filter(None, [page, *moved, *_changes(comparison), update_words(comparison)]))
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:

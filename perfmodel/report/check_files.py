@@ -16,6 +16,7 @@ from perfmodel.report.captures import (
     telling,
     verdict_line,
 )
+from perfmodel.report.check_parts import PART_HEADER, is_told, part_cells, part_words, parts_line
 from perfmodel.report.check_traces import moved_tables, trace_lines
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
@@ -105,6 +106,8 @@ def _numbers(comparison: "Comparison", case: "Case") -> list[str]:
         )
     if case.expected_ratio not in (None, 1.0):
         lines.append(f"by the calibrated rates the model expects {case.expected_ratio:.3f}x the baseline's time")
+    if part_words(case):
+        lines.append(part_words(case))
     return [*lines, f"{verdict.verdict}, {case.cell}", *trace_lines(comparison)]
 
 
@@ -130,13 +133,19 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
         cells = [(name, str(n)) for name, n in comparison.cells().items() if n]
         parts.append(markdown.table([name for name, _ in cells], [[n for _, n in cells]]).rstrip())
     parts.append(_cases(first).rstrip())
-    parts += ["\n".join(f"- {_inline(line)}" for line in trace_lines(comparison))] if comparison.details else []
-    for head, rows in moved_tables(comparison):
+    parts += ["\n".join(f"- {_inline(line)}" for line in trace_lines(comparison))]
+    of_traces = moved_tables(comparison)
+    for head, rows in of_traces:
         parts.append(markdown.table(head, [[_code(row[0]), *row[1:]] for row in rows]).rstrip())
     if rest:
         more = len(rest) - N_FOLDED
         body = _cases(rest[:N_FOLDED]) + (f"\n... and {text.count(more)} more\n" if more > 0 else "")
         parts.append(_folded(f"{text.counted(len(rest), 'other workload')}", body))
+    if is_told(comparison) and not of_traces:
+        rows = [[*part_cells(part)[:-1], _inline(part_cells(part)[-1])] for part in comparison.parts]
+        body = markdown.table(PART_HEADER, rows) + "".join(f"\n{_inline(one)}\n" for one in comparison.findings)
+        parts.append(_inline(parts_line(comparison)))
+        parts.append(_folded("What the change consists of", body))
     rates = [quantity_cells(moved) for moved in comparison.quantities if moved.ratio is not None]
     changed = [[change.key, str(change.baseline), str(change.candidate)] for change in comparison.changes]
     tables = [
