@@ -14,8 +14,7 @@ from perfmodel.physics import Array
 
 from .division import EXPOSURE, Division
 from .evidence import Evidence
-from .spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, half_width
-from .verdicts import both_means
+from .spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, both_means, half_width
 
 PRIOR_LOG = 1.0  # a part seldom takes more than 2.7 times as long as before, or less than 0.37 times
 MOST_LOG, LEAST_LOSS = 3.0, -0.5  # how far changes are searched; an overlap may also have become better
@@ -170,9 +169,9 @@ def sides_of(baseline: Evidence, candidate: Evidence, keys: Sequence[str]) -> tu
 
     ratio = np.array([b[key].log_ns - a[key].log_ns for key in keys])
     own = np.array([total(lambda mean: [Variance(mean.of_units[-1].value / mean.n_units)], key) for key in keys])
-    fixed = [total(lambda mean: list(mean.fixed), key) for key in keys]
+    fixed = [total(lambda mean: mean.lasting, key) for key in keys]
     deviations = (_deviations(baseline, keys, a), _deviations(candidate, keys, b))
-    return ratio, own, Sides(deviations, total(lambda mean: list(mean.fixed), OVERALL), np.array(fixed))
+    return ratio, own, Sides(deviations, total(lambda mean: mean.lasting, OVERALL), np.array(fixed))
 
 
 def _deviations(side: Evidence, keys: Sequence[str], means: Mapping[str, Mean]) -> Array:

@@ -73,6 +73,11 @@ class Mean:
         return [Variance(one.value * share, df) for one, df in zip(self.of_units, gained, strict=True)] + [*self.fixed]
 
     @property
+    def lasting(self) -> list[Variance]:
+        """What no number of units makes smaller."""
+        return [*self.fixed, *(Variance(self.n_lent * one.value, one.df) for one in self.of_units if self.n_lent)]
+
+    @property
     def interval(self) -> tuple[float, float, float]:
         """The mean and the ends of its interval (CONFIDENCE), log ns."""
         half = half_width(self.parts)
