@@ -103,6 +103,7 @@ def test_a_drift_seen_on_one_side_is_one_estimate_for_both() -> None:
     both = combined([*a["0"].parts, *b["0"].parts])
     assert both.value == pytest.approx(0.01 * 4 / 3 + 0.0001)
     assert both.df == pytest.approx(both.value**2 / ((0.01 * 4 / 3) ** 2 / 2 + 0.0001**2))
+    assert (a["0"].lasting, b["0"].lasting) == ([Variance(pytest.approx(0.01), 2)], [])
     mirrored = both_means(candidate, baseline, ["0"])
     assert combined([*mirrored[0]["0"].parts, *mirrored[1]["0"].parts]) == both
 

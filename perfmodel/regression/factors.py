@@ -14,7 +14,7 @@ from perfmodel.physics import Array
 
 from .division import EXPOSURE, Division
 from .evidence import Evidence
-from .spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, both_means, combined, half_width
+from .spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, both_means, half_width
 
 PRIOR_LOG = 1.0  # a part seldom takes more than 2.7 times as long as before, or less than 0.37 times
 MOST_LOG, LEAST_LOSS = 3.0, -0.5  # how far changes are searched; an overlap may also have become better
@@ -154,7 +154,7 @@ def interval_of(direction: Array, fit: Fit, sides: Sides) -> tuple[float, float,
     alone, alike = (float(direction @ spread @ direction) for spread in (fit.posterior, fit.clustered))
     of_shares = Variance(alike, fit.n_clusters - 1) if alike > alone and fit.n_clusters > 1 else Variance(alone)
     value = float(direction @ fit.changes)
-    half = half_width(combined([of_shares, *sides.variances(direction @ fit.gain)]))
+    half = half_width([of_shares, *sides.variances(direction @ fit.gain)])
     if np.count_nonzero(direction) == 1:  # what parts take from each other cancels in what they add together
         half += float(np.abs(direction) @ fit.leak)
     return value, value - half, value + half
@@ -168,10 +168,10 @@ def sides_of(baseline: Evidence, candidate: Evidence, keys: Sequence[str]) -> tu
         return sum(one.value for side in (a, b) for one in variances(side[key]))
 
     ratio = np.array([b[key].log_ns - a[key].log_ns for key in keys])
-    own = np.array([total(lambda mean: [mean.parts[len(mean.of_units) - 1]], key) for key in keys])
-    fixed = [total(lambda mean: list(mean.fixed), key) for key in keys]
+    own = np.array([total(lambda mean: [Variance(mean.of_units[-1].value / mean.n_units)], key) for key in keys])
+    fixed = [total(lambda mean: mean.lasting, key) for key in keys]
     deviations = (_deviations(baseline, keys, a), _deviations(candidate, keys, b))
-    return ratio, own, Sides(deviations, total(lambda mean: list(mean.fixed), OVERALL), np.array(fixed))
+    return ratio, own, Sides(deviations, total(lambda mean: mean.lasting, OVERALL), np.array(fixed))
 
 
 def _deviations(side: Evidence, keys: Sequence[str], means: Mapping[str, Mean]) -> Array:

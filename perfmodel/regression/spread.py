@@ -73,9 +73,14 @@ class Mean:
         return [Variance(one.value * share, df) for one, df in zip(self.of_units, gained, strict=True)] + [*self.fixed]
 
     @property
+    def lasting(self) -> list[Variance]:
+        """What no number of units makes smaller."""
+        return [*self.fixed, *(Variance(self.n_lent * one.value, one.df) for one in self.of_units if self.n_lent)]
+
+    @property
     def interval(self) -> tuple[float, float, float]:
         """The mean and the ends of its interval (CONFIDENCE), log ns."""
-        half = half_width(combined(self.parts))
+        half = half_width(self.parts)
         return self.log_ns, self.log_ns - half, self.log_ns + half
 
 
@@ -96,8 +101,9 @@ def tail(t: float, df: float) -> float:
     return float(special.ndtr(-t) if math.isinf(df) else special.stdtr(df, -t))
 
 
-def half_width(spread: Variance) -> float:
-    """Half the interval (CONFIDENCE) of what has this variance, by Student's t."""
+def half_width(parts: Sequence[Variance]) -> float:
+    """Half the interval (CONFIDENCE) of what has these variances, by Student's t."""
+    spread = combined(parts)
     return quantile((1 + CONFIDENCE) / 2, spread.df) * math.sqrt(spread.value)
 
 

@@ -11,7 +11,7 @@ from perfmodel.errors import NotComparableError
 
 from .evidence import Evidence, Measured
 from .parts import PARTS, Detail, PartChange
-from .spread import LEAST_VARIANCE, Variance, combined, half_width
+from .spread import LEAST_VARIANCE, Variance, half_width
 from .trace_parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
 
 # Shares of the work that must be on both sides. In public traces (docs/regression.md, "Traces") the same work has
@@ -168,7 +168,7 @@ def _factor_interval(a: Measured | None, b: Measured | None) -> tuple[float | No
     logs = [np.log(one) for one in runs]
     factor = float(logs[1].mean() - logs[0].mean())
     variances = [Variance(max(float(one.var(ddof=1)), LEAST_VARIANCE) / len(one), len(one) - 1) for one in logs]
-    half = half_width(combined(variances))
+    half = half_width(variances)
     return math.exp(factor - half), math.exp(factor + half)
 
 

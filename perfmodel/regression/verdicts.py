@@ -79,7 +79,7 @@ def _verdicts(
     )
     found = []
     for i, key in enumerate(keys):
-        gap, half = gaps[i], half_width(spreads[i])
+        gap, half = gaps[i], half_width([spreads[i]])
         more = None
         if slower[i]:
             verdict = "suspect" if min(a[key].n_units, b[key].n_units) < 2 else "regressed"
