@@ -22,7 +22,8 @@ from perfmodel.capture import load_capture, shipped_captures
 from perfmodel.capture_lines import Calibrated
 from perfmodel.cli.main import app
 from perfmodel.errors import InputError, NotComparableError
-from perfmodel.regression import Evidence, Measured, Run, load, of_capture, restored, save, stored, update
+from perfmodel.regression import Evidence, Measured, Run, of_capture, saved
+from perfmodel.regression.saved import load, restored, save, stored, update
 from tests.captures_made import SHAPES, write_synthetic_capture
 
 START = 1_790_000_000
@@ -270,7 +271,7 @@ def test_an_update_replaces_what_was_measured_and_says_why(tmp_path: Path) -> No
     assert found.entry.new_ns / found.entry.old_ns == pytest.approx(found.entry.ratio, rel=1e-4)  # type: ignore[operator]
     assert [row.ratio for row in found.rows] == sorted((row.ratio for row in found.rows), reverse=True)
     assert same(load(store / name), fast)
-    assert [entry.event for entry in regression.read(store / name).head.history] == ["saved", "updated"]
+    assert [entry.event for entry in saved.read(store / name).head.history] == ["saved", "updated"]
     for empty in ("", "  \n"):
         with pytest.raises(InputError, match="--reason is empty"):
             update(side(tmp_path / f"x{len(empty)}", seed=5), store, empty)
@@ -317,7 +318,7 @@ def test_another_torch_takes_the_place_of_the_old_baseline_with_its_history(tmp_
     found = update(new, store, "torch 1", ["torch"])
     assert found.replaced == old and found.baseline != old
     assert [path.name for path in store.iterdir()] == [found.baseline]
-    head = regression.read(store / found.baseline).head
+    head = saved.read(store / found.baseline).head
     assert [entry.event for entry in head.history] == ["saved", "updated"]
     assert head.history[1].changed == {"software.torch": ("0", "1")} and head.history[1].n_left == 8
     assert "8 workloads of the baseline were not measured and leave it" in found.notes
@@ -425,7 +426,7 @@ def test_a_crash_while_a_first_baseline_is_written_leaves_all_of_it_or_nothing(
     (folder,) = (tmp_path / "store").iterdir()
     assert [file.name for file in folder.iterdir()] == ["pending.json"]
     assert same(load(folder), made)
-    assert list(regression.listed(tmp_path / "store").baselines) == [folder.name]
+    assert list(saved.listed(tmp_path / "store").baselines) == [folder.name]
 
 
 def test_a_crash_between_the_new_name_and_the_new_content_leaves_the_old_baseline(
@@ -460,7 +461,7 @@ def test_who_saves_at_the_same_time_waits(tmp_path: Path) -> None:
 def test_saving_the_same_bytes_touches_no_file(two: tuple[Path, Evidence, Evidence]) -> None:
     folder, *_ = two
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    stored.write(folder, regression.read(folder))
+    stored.write(folder, saved.read(folder))
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
@@ -532,7 +533,7 @@ def test_missing_huge_and_foreign_files_are_told(
     folder, *_ = two
     (folder.parent / "README").write_text("ours")
     (folder / "0.json").write_text("{")
-    assert regression.listed(folder.parent).foreign == ("README", f"{folder.name}/0.json")
+    assert saved.listed(folder.parent).foreign == ("README", f"{folder.name}/0.json")
     load(folder)  # and are left alone
     file = next(file for file in sorted(folder.iterdir()) if file.name not in ("baseline.json", "0.json"))
     with monkeypatch.context() as patched, pytest.raises(InputError, match="more than 0 MiB"):

@@ -24,9 +24,9 @@ from perfmodel.hardware import QUANTITIES, hardware
 from perfmodel.latency import load_model, shipped_models
 from perfmodel.physics import PEAK_GEMM_FRAC
 from perfmodel.regression import HEALTHY, LOOK_AT, OPEN, NewMachine, new_machine
-from perfmodel.regression.circumstances import fact_items, n_runs_wanted, spread_of
-from perfmodel.regression.new_machine import _model_of
-from perfmodel.regression.rates import REACHED_FILE, _derived, apart_frac, rate_items, reached
+from perfmodel.regression.machine.circumstances import fact_items, n_runs_wanted, spread_of
+from perfmodel.regression.machine.new_machine import _model_of
+from perfmodel.regression.machine.rates import REACHED_FILE, _derived, apart_frac, rate_items, reached
 from perfmodel.regression.verdicts import _n_more_runs
 from tests.captures_made import write_gpu_capture, write_synthetic_capture
 from tests.conftest import ROOT

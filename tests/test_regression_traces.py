@@ -19,9 +19,9 @@ from perfmodel.cli.main import app
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.hardware import hardware
 from perfmodel.regression import PARTS, Evidence, compare, evidence
-from perfmodel.regression.from_traces import log_se_of_median
-from perfmodel.regression.trace_parts import details_of, wall_parts
-from perfmodel.regression.trace_steps import PASS, STEP, WINDOW, judged_steps
+from perfmodel.regression.traces.parts import details_of, wall_parts
+from perfmodel.regression.traces.sides import log_se_of_median
+from perfmodel.regression.traces.steps import PASS, STEP, WINDOW, judged_steps
 from perfmodel.trace import Trace
 from tests.conftest import ROOT
 from tests.traces_made import complete, events, kernel, launch, pid, write_json, write_nsys

@@ -35,9 +35,9 @@ def save(
     as_json: Json = False,
 ) -> None:
     """Save what was measured as a baseline: exit 0 saved, 2 there is one already, 3 nothing of this kind to add to."""
-    from perfmodel import regression
+    from perfmodel.regression import evidence, saved
 
-    found = regression.save(regression.evidence(capture), store, add=add)
+    found = saved.save(evidence(capture), store, add=add)
     if as_json:
         print_json(found.to_json())
     else:
@@ -48,11 +48,11 @@ def save(
 @baseline.command(name="list")
 def list_baselines(store: Store = DEFAULT_STORE, as_json: Json = False) -> None:
     """The baselines of a store: of what, how much of it, why they last changed. Exit 2 where one is damaged."""
-    from perfmodel import regression
+    from perfmodel.regression import saved
 
-    found = regression.listed(store)
+    found = saved.listed(store)
     rows = [
-        {"path": os.path.relpath(Path(store) / name), **regression.row_of(name, head)}
+        {"path": os.path.relpath(Path(store) / name), **saved.row_of(name, head)}
         for name, head in found.baselines.items()
     ]
     if as_json:
@@ -75,10 +75,10 @@ def show(
     as_json: Json = False,
 ) -> None:
     """What a baseline holds: occasions, history, workloads; or one workload with its run medians."""
-    from perfmodel import regression
+    from perfmodel.regression import saved
 
-    found = regression.read(regression.named(store, name))
-    shown = regression.shown(found) if workload is None else regression.shown_workload(found, workload)
+    found = saved.read(saved.named(store, name))
+    shown = saved.shown(found) if workload is None else saved.shown_workload(found, workload)
     if as_json:
         print_json(shown)
     else:
@@ -98,14 +98,14 @@ def update(
     as_json: Json = False,
 ) -> None:
     """Take over what was measured: its workloads replace those of the baseline that fits. Exit 3 where none does."""
-    from perfmodel import regression
+    from perfmodel.regression import evidence, saved
 
-    side = regression.evidence(capture)
-    found = regression.update(side, store, reason, axis or (), dry_run=True)
+    side = evidence(capture)
+    found = saved.update(side, store, reason, axis or (), dry_run=True)
     if not as_json:  # told before anything is written
         print_words(report.saving_page(found.to_json(), store))
     if not dry_run:
-        found = regression.update(side, store, reason, axis or ())
+        found = saved.update(side, store, reason, axis or ())
         note(f"wrote {os.path.relpath(Path(store) / found.baseline)}")
     if as_json:
         print_json(found.to_json())

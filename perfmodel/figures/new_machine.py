@@ -8,7 +8,7 @@ from .drawing import PALETTE, layout, literal
 from .rooflines import roofline_figures
 
 if TYPE_CHECKING:
-    from perfmodel.regression.new_machine import NewMachine
+    from perfmodel.regression.machine.new_machine import NewMachine
 
 COLOURS = {"healthy": PALETTE[2], "look at": PALETTE[1], "not judged": PALETTE[6]}
 ROW_PX = 26

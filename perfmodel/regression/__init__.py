@@ -1,5 +1,9 @@
 """Regression checks: is a candidate slower than its baseline, and slower than a model says it should be."""
 
+from perfmodel.regression.machine.items import HEALTHY, LOOK_AT, OPEN, Item
+from perfmodel.regression.machine.new_machine import NewMachine, new_machine
+from perfmodel.regression.traces.sides import of_trace, of_traces
+
 from .against import (
     OUTSIDE_MODEL,
     SLOWER_THAN_MODEL,
@@ -24,18 +28,10 @@ from .compared import (
     compare,
 )
 from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, differences, of_capture, require_comparable
-from .from_traces import of_trace, of_traces
 from .given import evidence, sides, store_of
-from .items import HEALTHY, LOOK_AT, OPEN, Item
-from .lookup import listed, named
-from .new_machine import NewMachine, new_machine
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
-from .restored import load
-from .saving import Saving, save, update
-from .shown import row_of, shown, shown_workload
 from .spread import CONFIDENCE, OVERALL
-from .stored import read
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, is_slower, n_missing
 
 __all__ = [
@@ -71,7 +67,6 @@ __all__ = [
     "NewMachine",
     "PartChange",
     "Run",
-    "Saving",
     "Verdict",
     "against_model",
     "check",
@@ -80,24 +75,15 @@ __all__ = [
     "evidence",
     "expected_ratio",
     "is_slower",
-    "listed",
-    "load",
     "model_for",
     "n_missing",
-    "named",
     "new_machine",
     "of_capture",
     "of_trace",
     "of_traces",
-    "read",
     "refuse_large",
     "require_comparable",
-    "row_of",
-    "save",
-    "shown",
-    "shown_workload",
     "sides",
     "store_of",
     "unpack_captures",
-    "update",
 ]

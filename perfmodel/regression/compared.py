@@ -11,6 +11,9 @@ from perfmodel.capture import Capture, profile_of
 from perfmodel.errors import InputError
 from perfmodel.hardware import QUANTITIES, HardwareProfile, hardware, profile_name
 from perfmodel.latency import LatencyModel
+from perfmodel.regression.changes.attributed import Attribution, attribute
+from perfmodel.regression.changes.profiled import profile_details
+from perfmodel.regression.traces.changes import changed_details, changed_parts, grown_part, require_same_work
 
 from .against import (
     OUTSIDE_MODEL,
@@ -21,12 +24,9 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .attributed import Attribution, attribute
 from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
 from .parts import Detail, PartChange
-from .profiled import profile_details
 from .spread import OVERALL
-from .trace_changes import changed_details, changed_parts, grown_part, require_same_work
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
 
 CHECK_SCHEMA = 1

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from perfmodel.capture import load_capture
 from perfmodel.errors import InputError
+from perfmodel.regression.saved.lookup import choose
+from perfmodel.regression.saved.restored import load
+from perfmodel.regression.saved.stored import is_baseline, is_store
+from perfmodel.regression.traces.sides import is_of_traces, of_traces
 
 from .evidence import Evidence, of_capture
-from .from_traces import is_of_traces, of_traces
-from .lookup import choose
-from .restored import load
-from .stored import is_baseline, is_store
 
 
 def evidence(path: str | Path) -> Evidence:

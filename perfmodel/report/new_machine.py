@@ -9,8 +9,8 @@ from perfmodel.report.check_files import _code, _folded, _inline, _xml, junit_fi
 from perfmodel.report.words import WIDTH, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
-    from perfmodel.regression.items import Item
-    from perfmodel.regression.new_machine import NewMachine
+    from perfmodel.regression.machine.items import Item
+    from perfmodel.regression.machine.new_machine import NewMachine
 
 MARKS = {"healthy": "ok", "look at": "LOOK AT", "not judged": "?"}
 N_NAMES = 4  # items that the verdict names

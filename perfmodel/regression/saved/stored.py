@@ -19,9 +19,8 @@ import msgspec
 from perfmodel.capture_lines import Calibrated, Count, WorkloadLine
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
+from perfmodel.regression.evidence import CAPTURE
 from perfmodel.text import short_name, shortened
-
-from .evidence import CAPTURE
 
 STORE_SCHEMA = 1
 HEAD, DETAILS, PENDING = "baseline.json", "details.json", "pending.json"

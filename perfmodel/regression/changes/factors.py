@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from perfmodel.physics import Array
+from perfmodel.regression.evidence import Evidence
+from perfmodel.regression.spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, both_means, half_width
 
 from .division import EXPOSURE, Division
-from .evidence import Evidence
-from .spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, both_means, half_width
 
 PRIOR_LOG = 1.0  # a part seldom takes more than 2.7 times as long as before, or less than 0.37 times
 MOST_LOG, LEAST_LOSS = 3.0, -0.5  # how far changes are searched; an overlap may also have become better

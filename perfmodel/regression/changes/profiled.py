@@ -12,8 +12,7 @@ from perfmodel.capture import Capture
 from perfmodel.diff import TraceDiff, diff
 from perfmodel.errors import InputError
 from perfmodel.readers import read_trace
-
-from .parts import Detail
+from perfmodel.regression.parts import Detail
 
 N_DETAILS = 12
 LEAST_MOVED_FRAC = 0.02  # of the profiled time, that an operator's share must move by to be told

@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 
 from perfmodel.errors import InputError, NotComparableError
+from perfmodel.regression.compared import compare
+from perfmodel.regression.evidence import CAPTURE, TRACES, Evidence, require_comparable
+from perfmodel.regression.verdicts import SLOWER, Verdict
 
-from .compared import compare
-from .evidence import CAPTURE, TRACES, Evidence, require_comparable
 from .lookup import differences_words, fitting, heads_of, name_of, same_state
 from .restored import costliest, details_of, joined, occasion_of, side_of, workloads_of
 from .stored import (
@@ -27,7 +28,6 @@ from .stored import (
     read_unlocked,
     write,
 )
-from .verdicts import SLOWER, Verdict
 
 SAVED, ADDED, UPDATED = "saved", "added", "updated"
 

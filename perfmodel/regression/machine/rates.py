@@ -21,7 +21,7 @@ from perfmodel.text import to_base
 
 from .items import LOOK_AT, OPEN, RATES, Item, held, number, words_of
 
-REACHED_FILE = Path(__file__).parent.parent / "data" / "reached.toml"
+REACHED_FILE = Path(__file__).parents[2] / "data" / "reached.toml"
 SAME = "same processor"
 NO_DATASHEET = "no datasheet; give one with --hardware FILE.toml"
 # The rows of data/reached.toml that stand for a quantity without rows of its own: wider and narrower numbers alike,

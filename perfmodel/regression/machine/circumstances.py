@@ -9,11 +9,11 @@ from scipy import stats
 from perfmodel import text
 from perfmodel.capture import Capture
 from perfmodel.plausible import ERROR, Finding
+from perfmodel.regression.evidence import Evidence, of_capture
+from perfmodel.regression.spread import CONFIDENCE, OVERALL, Mean, means_of
+from perfmodel.regression.verdicts import DEFAULT_MARGIN_FRAC, POWER
 
-from .evidence import Evidence, of_capture
 from .items import FACTS, HEALTHY, OPEN, STEADINESS, Item, judged, number, words_of
-from .spread import CONFIDENCE, OVERALL, Mean, means_of
-from .verdicts import DEFAULT_MARGIN_FRAC, POWER
 
 RARE = 0.01  # a spread so unlikely beside that of shipped captures deserves a look
 N_SHOWN = 3  # reasons, findings and keys that an item names

@@ -15,17 +15,17 @@ import numpy as np
 from perfmodel.errors import InputError
 from perfmodel.latency import LatencyModel
 from perfmodel.physics import Array
+from perfmodel.regression.evidence import Evidence
+from perfmodel.regression.parts import PartChange
+from perfmodel.regression.spread import OVERALL
+from perfmodel.regression.verdicts import SLOWER, Verdict
 
 from .alone import what_they_share
 from .division import CAUSES, EXPOSURE, REPLAY, Division, divide
-from .evidence import Evidence
 from .factors import Fit, Sides, fit_changes, interval_of, sides_of
-from .parts import PartChange
-from .spread import OVERALL
-from .verdicts import SLOWER, Verdict
 
 if TYPE_CHECKING:
-    from .compared import Moved
+    from perfmodel.regression.compared import Moved
 
 Interval = tuple[float, float, float]
 

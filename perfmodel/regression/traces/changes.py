@@ -8,11 +8,11 @@ import numpy as np
 from perfmodel import text
 from perfmodel.classify import COMMUNICATION
 from perfmodel.errors import NotComparableError
+from perfmodel.regression.evidence import Evidence, Measured
+from perfmodel.regression.parts import PARTS, Detail, PartChange
+from perfmodel.regression.spread import LEAST_VARIANCE, Variance, half_width
 
-from .evidence import Evidence, Measured
-from .parts import PARTS, Detail, PartChange
-from .spread import LEAST_VARIANCE, Variance, half_width
-from .trace_parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
+from .parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
 
 # Shares of the work that must be on both sides. In public traces (docs/regression.md, "Traces") the same work has
 # 1.00 of FLOPs and at least 0.88 of calls; twice the tokens has 0.50 of FLOPs, another model none and at most 0.47 of

@@ -13,10 +13,20 @@ import polars as pl
 from perfmodel.capture import CALIBRATIONS, LEFT_OUT_TABLE, SEEN_ONCE, Capture, observations_of
 from perfmodel.capture_lines import SCHEMA, Calibrated
 from perfmodel.errors import InputError, about
+from perfmodel.regression.evidence import CAPTURE, Evidence, Measured, Run
 from perfmodel.text import short_name
 
-from .evidence import CAPTURE, Evidence, Measured, Run
-from .stored import MAX_SECONDS, STORE_SCHEMA, Amounts, Baseline, Kept, Occasion, Planned, RunLine, read
+from .stored import (
+    MAX_SECONDS,
+    STORE_SCHEMA,
+    Amounts,
+    Baseline,
+    Kept,
+    Occasion,
+    Planned,
+    RunLine,
+    read,
+)
 
 Numbers = Callable[[Amounts], dict[tuple[str, int], int]]  # by the digest of an occasion and its own number of a run
 MAX_DETAILS = 200  # of each kind that are kept, the costliest

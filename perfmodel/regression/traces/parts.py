@@ -13,10 +13,10 @@ from perfmodel.launch import launch_metrics
 from perfmodel.matmuls import PRODUCTS, matmuls
 from perfmodel.overlap import device_doing
 from perfmodel.passes.measured import host_communication
+from perfmodel.regression.evidence import Measured
 from perfmodel.trace import DEVICE_KINDS, Trace
 
-from .evidence import Measured
-from .trace_steps import Steps
+from .steps import Steps
 
 # Classes of kernels that compute for longer than they move: these, and `other`, of which nothing is known. All other
 # classes move more than they compute. A convention of names: a GEMM of few rows waits for memory, too.

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perfmodel.errors import InputError, NotComparableError
+from perfmodel.regression.evidence import Evidence, differences, require_comparable
 from perfmodel.text import short_name
 
-from .evidence import Evidence, differences, require_comparable
 from .stored import Head, foreign_files, is_baseline, locked, read_head, slug
 
 

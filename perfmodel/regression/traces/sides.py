@@ -25,13 +25,13 @@ from perfmodel.readers.folder import (
     refuse_if_all_failed,
     time_base_ns,
 )
+from perfmodel.regression.evidence import TRACES, Evidence, Measured, Run, differences
+from perfmodel.regression.spread import ASSUMED_RUN_SD
 from perfmodel.trace import DEVICE_KINDS, Trace
 
-from .evidence import TRACES, Evidence, Measured, Run, differences
-from .spread import ASSUMED_RUN_SD
-from .trace_changes import require_same_work
-from .trace_parts import details_of
-from .trace_steps import PASS, STEP, WINDOW, Steps, judged_steps
+from .changes import require_same_work
+from .parts import details_of
+from .steps import PASS, STEP, WINDOW, Steps, judged_steps
 
 ENOUGH_RUNS = 5  # traces a side that tell a difference of a few per cent as a rule
 N_RESAMPLES = 999

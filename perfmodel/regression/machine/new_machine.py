@@ -15,13 +15,13 @@ from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.physics import transferred_ceilings
 from perfmodel.plausible import check_capture
+from perfmodel.regression.against import OUTSIDE_MODEL, SLOWER_THAN_MODEL, Expectation, against_model, judged_rows
+from perfmodel.regression.verdicts import DEFAULT_MARGIN_FRAC
 from perfmodel.roofline import DEVICE_MEMORY, Roofline, points, roofline
 
-from .against import OUTSIDE_MODEL, SLOWER_THAN_MODEL, Expectation, against_model, judged_rows
 from .circumstances import fact_items, n_runs_wanted, steadiness_items
 from .items import HEALTHY, LOOK_AT, OPEN, ROOFLINE, SWEEP, Item, held
 from .rates import apart_frac, datasheet_of, rate_items
-from .verdicts import DEFAULT_MARGIN_FRAC
 
 NEW_MACHINE_SCHEMA = 1
 OVERHEAD, MEMORY, COMPUTE = "overhead-bound", "memory-bound", "compute-bound"
