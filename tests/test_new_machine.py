@@ -306,7 +306,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Capture:
 
 
 def test_the_shares_in_the_docs_are_those_of_the_data() -> None:
-    page = (ROOT / "docs" / "regression.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "new-machine.md").read_text(encoding="utf-8")
     lines = {line.split(" | ")[0].strip("| "): line for line in page.splitlines() if line.startswith("| ")}
     for title, quantity, of in (
         ("bf16 GEMM", "bf16_gemm_flops_per_s", "gpu"),

@@ -14,7 +14,7 @@ from perfmodel.regression.spread import LEAST_VARIANCE, Variance, half_width
 
 from .parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
 
-# Shares of the work that must be on both sides. In public traces (docs/regression.md, "Traces") the same work has
+# Shares of the work that must be on both sides. In public traces (docs/regression-traces.md) the same work has
 # 1.00 of FLOPs and at least 0.88 of calls; twice the tokens has 0.50 of FLOPs, another model none and at most 0.47 of
 # calls.
 LEAST_SAME_FLOPS_FRAC = 0.9
