@@ -155,7 +155,10 @@ def load_capture(path: str | Path) -> Capture:
             f"{str(path)!r} is not a capture folder: found {found}; make one with `perfmodel collect sweep`"
         )
     manifest = read_manifest(manifest_file)
-    workloads = {row.workload: row for row in read_lines(path / WORKLOADS, WorkloadLine)}
+    workloads: dict[str, WorkloadLine] = {}
+    for row in read_lines(path / WORKLOADS, WorkloadLine):
+        if workloads.setdefault(row.workload, row) != row:
+            raise InputError(f"capture {path.name!r}: {WORKLOADS} plans workload {row.workload} twice, differently")
     observed = read_lines(path / OBSERVATIONS_FILE, ObservationLine)
     if not observed:
         raise InputError(f"capture {path.name!r} holds no observation yet; run its sweep command again to go on")

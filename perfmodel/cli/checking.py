@@ -11,7 +11,7 @@ import typer
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
-from perfmodel.cli.shell import Json, app, fraction, note, print_words
+from perfmodel.cli.shell import Json, app, fraction, note, print_json_words, print_words
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
 
@@ -113,7 +113,7 @@ def check(
         return report.check_json(found, conditions, must_conclude=must_conclude)
 
     if as_json:
-        print_words(as_data().rstrip())
+        print_json_words(as_data().rstrip())
         for remark in report.remarks(found):
             note(f"note: {remark}")
     else:

@@ -59,7 +59,7 @@ def _root(
 def print_words(words: str) -> None:
     """Print what a command found, on stdout; whoever reads it may leave, which changes no exit code."""
     try:
-        sys.stdout.write(words + "\n")
+        sys.stdout.write(text.for_logs(words) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,12 +67,17 @@ def print_words(words: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print what a command found, as JSON."""
-    print_words(json.dumps(value, indent=2, allow_nan=False))
+    print_json_words(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_json_words(words: str) -> None:
+    """Print JSON; what a build server would take for a command to it is written in another way, and means the same."""
+    print_words(words.replace("##", "#\\u0023"))
 
 
 def note(words: str) -> None:
     """Say what goes on, on stderr."""
-    sys.stderr.write(words + "\n")
+    sys.stderr.write(text.for_logs(words) + "\n")
 
 
 def read(

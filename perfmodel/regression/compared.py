@@ -24,7 +24,7 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
+from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable, untold
 from .parts import Detail, PartChange
 from .spread import OVERALL
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
@@ -302,6 +302,13 @@ def compare(
     elif with_model and first is not None and other is not None:
         found = attribute(baseline, candidate, verdicts, quantities, margin_frac, own)
         details = profile_details(first, other)
+    said = (
+        *doubts(baseline, candidate),
+        *untold(baseline, candidate, axes),
+        *baseline.notes,
+        *candidate.notes,
+        *how_told,
+    )
     cases = [replace(case, part=found.part_of.get(case.verdict.workload)) for case in cases]
     return Comparison(
         baseline=baseline.name,
@@ -319,14 +326,15 @@ def compare(
         unexplained_frac=found.unexplained_frac,
         findings=found.findings,
         details=details,
-        notes=tuple(dict.fromkeys((*doubts(baseline, candidate), *baseline.notes, *candidate.notes, *how_told))),
+        notes=tuple(dict.fromkeys(said)),
         lost=tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads),
     )
 
 
 def _catalogue(capture: Capture) -> HardwareProfile | None:
-    """The shipped profile of the GPU of a capture, null for CPUs and GPUs without one."""
-    name = profile_name(str(capture.manifest["machine"].get("gpu_name") or ""))
+    """The shipped profile of the GPU that computed a capture, null for CPUs and GPUs without one."""
+    gpu = capture.manifest["machine"].get("gpu_name") if capture.manifest["settings"]["device"] == "cuda" else None
+    name = profile_name(str(gpu or ""))
     return None if name is None else hardware(name)
 
 

@@ -1,0 +1,157 @@
+"""Regression checks of strangers' captures and baselines: their names, what they leave out, what they claim."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from perfmodel import regression, report, text
+from perfmodel.capture import load_capture
+from perfmodel.cli.main import app
+from perfmodel.errors import InputError, NotComparableError
+from perfmodel.regression import Comparison, Evidence, of_capture
+from tests.captures_made import SHAPES, write_synthetic_capture
+
+NAME = "\n::error::x\r\u2028##[error]y ##vso[task.setvariable]z ##teamcity[a]\x1b[31m\u202e</summary>|`<img src=x>"
+
+
+def edited(folder: Path, file: str, edit: Callable[[Any], Any]) -> Path:
+    """A capture with one of its files changed, line by line where it has lines."""
+    lines = (folder / file).read_text().splitlines() if file.endswith("l") else [(folder / file).read_text()]
+    (folder / file).write_text("".join(json.dumps(edit(json.loads(line))) + "\n" for line in lines))
+    return folder
+
+
+def capture(path: Path, factor: float = 1.0) -> Path:
+    """A made-up capture of one shape, `factor` times as slow as others."""
+    return write_synthetic_capture(path, 3, lambda: factor, shapes=SHAPES[:1])
+
+
+def side(path: Path) -> Evidence:
+    return of_capture(load_capture(path))
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, words)))
+
+
+# Names
+
+
+@pytest.fixture
+def renamed(tmp_path: Path) -> Comparison:
+    """A comparison in which all that can be called something has a hostile name."""
+    found = regression.compare(side(capture(tmp_path / "a")), side(capture(tmp_path / "b", 1.5)), with_model=False)
+    cases = tuple(replace(case, verdict=replace(case.verdict, label=NAME)) for case in found.cases)
+    return replace(
+        found, baseline=NAME, candidate=NAME, cases=cases, model=NAME, no_model=NAME, notes=(NAME,), findings=(NAME,),
+        lost=(replace(side(tmp_path / "a").workloads[cases[1].verdict.workload], label=NAME),),
+        changes=(regression.Change(NAME, NAME, {NAME: NAME}, is_declared=True),),
+        details=(
+            regression.Detail("metric", "step_ns", 1e6, 2e6, 2.0, 1.0),
+            regression.Detail("operator", NAME, 1e6, 2e6, 2.0, 1.0),
+        ),
+    )  # fmt: skip
+
+
+def commands_in(log: str) -> list[str]:
+    """What build servers would take for commands to them, as they look for them."""
+    lines = [line.strip() for line in re.split(r"[\n\r\x0b\x0c\x85\u2028\u2029]", log)]
+    return [line for line in lines if line.startswith("::") or "##[" in line or re.search(r"##\w+\[", line)]
+
+
+def test_no_name_is_a_command_to_a_build_server_or_a_terminal(renamed: Comparison) -> None:
+    page = text.for_logs(report.check_page(renamed))
+    assert "error" in page and not commands_in(page)
+    assert page.replace("\n", "").isprintable()
+    assert not commands_in(text.for_logs(f"  ::error::\n\t::x\n{NAME}"))
+    assert text.for_logs("a::b\tµ ## head\n1.00x") == "a::b\tµ ## head\n1.00x"
+
+
+def test_json_in_a_log_is_no_command_either_and_says_the_same(tmp_path: Path) -> None:
+    folder = edited(capture(tmp_path / "a"), "workloads.jsonl", lambda line: line | {"routing": NAME})
+    done = run("check", folder, folder, "--model", "none", "--json")
+    assert done.exit_code == 0 and not commands_in(done.stdout)
+    assert json.loads(done.stdout)["verdicts"][1]["label"].endswith(NAME)
+
+
+def test_no_name_breaks_markdown_or_junit(renamed: Comparison) -> None:
+    page = report.check_markdown(renamed, [])
+    outside = re.sub(r"`[^`\n]*`", "", page)
+    assert "<img" not in outside and not any(line.strip().startswith("::") for line in outside.splitlines())
+    assert outside.count("<details>") == outside.count("</details>") == outside.count("</summary>") == 2
+    names = [case.attrib["name"] for case in ET.fromstring(report.check_junit(renamed, [])).iter("testcase")]
+    assert len(names) == len(renamed.cases) + 1
+
+
+# What is left out or claimed
+
+
+def test_captures_that_tell_nothing_of_machine_or_software_are_not_comparable(tmp_path: Path) -> None:
+    a, b = capture(tmp_path / "a"), capture(tmp_path / "b", 1.5)
+    for group in ("machine", "software"):
+        silent = edited(capture(tmp_path / group, 1.5), "capture.json", lambda one, key=group: one | {key: {}})
+        for pair in ((a, silent), (silent, b)):
+            with pytest.raises(NotComparableError, match=rf"{group}\.\*: '\d facts?' against '\d facts?'"):
+                regression.check(*map(side, pair))
+        assert regression.check(side(a), side(silent), axes=[group])[0].verdict == "regressed"
+
+
+def test_facts_that_one_side_alone_tells_are_named(tmp_path: Path) -> None:
+    told = edited(
+        capture(tmp_path / "a"), "capture.json", lambda one: one | {"machine": {**one["machine"], "hypervisor": True}}
+    )
+    found = regression.compare(side(told), side(capture(tmp_path / "b")), with_model=False)
+    assert "1 fact of the baseline alone, which could not be compared: machine.hypervisor" in found.notes
+    declared = regression.compare(side(told), side(tmp_path / "b"), axes=["machine"], with_model=False)
+    assert not any("could not be compared" in note for note in declared.notes)
+
+
+def test_other_work_under_the_same_id_is_not_comparable(tmp_path: Path) -> None:
+    """A candidate that computes less under the ids of the baseline would be an improvement."""
+    a = capture(tmp_path / "a")
+    b = edited(capture(tmp_path / "b", 0.5), "workloads.jsonl", lambda line: line | {"hidden": 256})
+    with pytest.raises(NotComparableError, match="not the same work on both sides: hidden is 512 in the baseline, 256"):
+        regression.check(side(a), side(b))
+    study = edited(capture(tmp_path / "c"), "workloads.jsonl", lambda line: line | {"study": "other"})
+    assert regression.check(side(a), side(study))[0].verdict == "ok"
+
+
+def test_a_workload_that_is_planned_twice_differently_is_refused(tmp_path: Path) -> None:
+    folder = capture(tmp_path / "a")
+    first, *_ = lines = (folder / "workloads.jsonl").read_text().splitlines()
+    (folder / "workloads.jsonl").write_text("\n".join([*lines, first]) + "\n")
+    load_capture(folder)  # the same twice says the same
+    (folder / "workloads.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(first) | {"inter": 1})]) + "\n")
+    with pytest.raises(InputError, match=rf"plans workload {json.loads(first)['workload']} twice, differently"):
+        load_capture(folder)
+
+
+def test_names_of_any_length_give_a_short_sentence(tmp_path: Path) -> None:
+    long = edited(
+        capture(tmp_path / "a"),
+        "capture.json",
+        lambda one: one | {"machine": {"cpu_model": "x" * 100_000}, "kernel": "y" * 100_000},
+    )
+    done = run("check", long, capture(tmp_path / "b"))
+    assert isinstance(done.exception, NotComparableError) and len(str(done.exception)) < 1000
+
+
+@pytest.mark.parametrize("axis", ["", ".", "machine.", "*", "Machine", "machine\n", "software."])
+def test_an_axis_that_names_nothing_is_refused(axis: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown axis"):
+        regression.check(side(capture(tmp_path / "a")), side(capture(tmp_path / "b")), axes=[axis])
+
+
+@pytest.mark.parametrize("margin", ["0%", "0", "-3%", "nan", "inf", "1e9%", "", "%", "3%%", "1e400"])
+def test_a_margin_that_forgives_everything_or_nothing_is_refused(margin: str, tmp_path: Path) -> None:
+    a = capture(tmp_path / "a")
+    done = run("check", a, a, "--margin", margin, "--model", "none")
+    assert isinstance(done.exception, InputError), done.output
