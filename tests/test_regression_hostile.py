@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from perfmodel import regression, report, text
 from perfmodel.capture import load_capture
 from perfmodel.cli.main import app
+from perfmodel.ep_capture import shipped_ep_captures
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.regression import Comparison, Evidence, of_capture
+from perfmodel.regression.spread import alternate
 from tests.captures_made import SHAPES, write_synthetic_capture
 
 NAME = "\n::error::x\r\u2028##[error]y ##vso[task.setvariable]z ##teamcity[a]\x1b[31m\u202e</summary>|`<img src=x>"
@@ -155,3 +157,118 @@ def test_a_margin_that_forgives_everything_or_nothing_is_refused(margin: str, tm
     a = capture(tmp_path / "a")
     done = run("check", a, a, "--margin", margin, "--model", "none")
     assert isinstance(done.exception, InputError), done.output
+
+
+def calibrated(folder: Path, **values: object) -> Path:
+    """A capture that claims other rates."""
+    claimed = {key: {"value": value} for key, value in values.items()}
+    return edited(folder, "capture.json", lambda one: one | {"calibration": one["calibration"] | claimed})
+
+
+def test_rates_that_no_sweep_could_have_run_at_explain_no_slowdown(tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "a")
+    slow = write_synthetic_capture(tmp_path / "slow", noise=lambda: 1.4)
+    claim = calibrated(slow, memory_stream_bytes_per_s=3e6, fp32_gemm_flops_per_s=2e7)
+    found = regression.compare(side(a), side(claim), axes=["machine"])
+    assert found.overall.expected_ratio is not None and found.overall.expected_ratio > 100
+    assert found.cells()["explained"] == 0 and found.exit_code() == 1
+
+
+@pytest.mark.parametrize("value", [0, 1e29, 1e-300, -1.0])
+def test_any_claimed_rate_is_judged_or_refused(value: float, tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "a")
+    for key in ("memory_stream_bytes_per_s", "fp32_gemm_flops_per_s", "call_overhead_ns"):
+        claim = calibrated(write_synthetic_capture(tmp_path / key, noise=lambda: 1.4), **{key: value})
+        for words in (("check", a, claim), ("check", claim, a), ("check", "--new-machine", claim)):
+            done = run(*words, "--json")
+            assert done.exit_code in (0, 1) or isinstance(done.exception, InputError), done.exception
+            assert done.exit_code or value == 0 or key == "call_overhead_ns" or words[1] != a
+
+
+@pytest.mark.parametrize(
+    "fact", ["NaN", "1e999", r'"\ud800"', "[" * 40 + "]" * 40, "[" * 900 + "]" * 900, '{"a":' * 99_999], ids=range(6)
+)
+def test_facts_that_no_report_could_hold_are_refused(fact: str, tmp_path: Path) -> None:
+    a, b = capture(tmp_path / "a"), capture(tmp_path / "b")
+    words = (b / "capture.json").read_text()
+    (b / "capture.json").write_text(words.replace('"synthetic CPU"', fact))
+    for arguments in (("check", a, b, "--axis", "machine", "--json"), ("baseline", "save", b, "--store", tmp_path)):
+        done = run(*arguments)
+        assert isinstance(done.exception, InputError) and "capture.json" in str(done.exception)
+
+
+def test_an_expert_that_is_not_there_cannot_be_offloaded(tmp_path: Path) -> None:
+    away = {"access": "copy", "offload_frac": 0.5, "offloaded": [7, 8]}
+    folder = edited(capture(tmp_path / "a"), "workloads.jsonl", lambda line: line | away)
+    with pytest.raises(InputError, match="offloads an expert that it does not have"):
+        load_capture(folder)
+
+
+@pytest.mark.parametrize("size", ["n_tokens", "top_k", "hidden", "inter", "n_gemms"])
+def test_a_workload_without_work_is_refused(size: str, tmp_path: Path) -> None:
+    def emptied(line: dict[str, Any]) -> dict[str, Any]:
+        none = {"tokens_per_expert": [0] * line["n_experts"]} if size in ("n_tokens", "top_k") else {}
+        return line | none | {size: 0}
+
+    folder = edited(capture(tmp_path / "a"), "workloads.jsonl", emptied)
+    with pytest.raises(InputError, match=rf"has no {size}, and so no work"):
+        load_capture(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("dtype", "float99"), ("hidden", 2**61), ("launch", "x"), ("access", "cpu")]
+)
+def test_what_a_model_cannot_know_leaves_its_question_open(key: str, value: object, tmp_path: Path) -> None:
+    a, b = (
+        edited(
+            write_synthetic_capture(tmp_path / name, noise=lambda f=factor: f),
+            "workloads.jsonl",
+            lambda line: line | {key: value},
+        )
+        for name, factor in (("a", 1.0), ("b", 1.4))
+    )
+    done = run("check", a, b, "--json")
+    assert done.exit_code == 1 and json.loads(done.stdout)["verdicts"][0]["verdict"] == "regressed"
+    assert run("check", "--new-machine", b, "--json").exit_code in (0, 1)
+
+
+def test_runs_are_numbered_so_that_many_occasions_fit_one_behind_the_other(tmp_path: Path) -> None:
+    folder = edited(capture(tmp_path / "a"), "observations.jsonl", lambda line: line | {"run": line["run"] + 2**62 - 9})
+    with pytest.raises(InputError, match=r"observations\.jsonl is damaged: line 1: .*run"):
+        load_capture(folder)
+
+
+@pytest.mark.parametrize(("started", "finished"), [([0, 20, 40], [-1, 19, 39]), ([-9, -9, -9], [-9, -9, -9])])
+def test_runs_that_end_before_they_begin_took_no_turns(started: list[int], finished: list[int]) -> None:
+    def side(shift: int) -> Evidence:
+        spans = zip(started, finished, strict=True)
+        runs = tuple(regression.Run(i, 0, begin + shift, end + shift) for i, (begin, end) in enumerate(spans))
+        return Evidence("made up", "capture", {}, {}, runs)
+
+    assert not alternate(side(0), side(10))
+
+
+def test_reports_spare_what_is_compared(tmp_path: Path) -> None:
+    a, b = capture(tmp_path / "a"), capture(tmp_path / "b")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link").symlink_to(a)
+    before = (a / "capture.json").read_bytes()
+    for option, path in (
+        ("--json-file", a / "capture.json"),
+        ("--json-file", tmp_path / "link" / "capture.json"),
+        ("--json-file", tmp_path / "folder.json"),
+        ("--junit", tmp_path / "nowhere" / "x.xml"),
+        ("--markdown", ""),
+    ):
+        done = run("check", a, b, "--model", "none", option, path)
+        assert isinstance(done.exception, InputError) and option in str(done.exception)
+    assert (a / "capture.json").read_bytes() == before and not list(tmp_path.rglob("*.part"))
+    (tmp_path / "loop.xml").symlink_to("loop.xml")
+    assert run("check", a, b, "--model", "none", "--junit", tmp_path / "loop.xml").exit_code == 0
+
+
+def test_a_capture_of_many_ranks_is_named_for_what_it_is(tmp_path: Path) -> None:
+    a = capture(tmp_path / "a")
+    for pair in ((shipped_ep_captures()[0], a), (a, shipped_ep_captures()[0])):
+        done = run("check", *pair)
+        assert isinstance(done.exception, InputError) and "capture of expert parallelism" in str(done.exception)

@@ -11,7 +11,7 @@ import typer
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
-from perfmodel.cli.shell import Json, app, fraction, note, print_json_words, print_words
+from perfmodel.cli.shell import Json, app, expect_file, fraction, note, print_json_words, print_words
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
 
@@ -82,7 +82,7 @@ def check(
 
     if inconclusive not in ("ok", "fail"):
         raise InputError(f"--inconclusive is {inconclusive!r}, expected ok or fail")
-    conditions = [] if fail_on == "none" else [word.strip() for word in fail_on.split(",")]
+    conditions = [] if fail_on.strip() == "none" else [word.strip() for word in fail_on.split(",")]
     unknown = [word for word in conditions if word not in regression.FAILURES]
     if unknown:
         known = ", ".join(regression.FAILURES)
@@ -93,8 +93,8 @@ def check(
         ("--junit", junit, ".xml"),
         ("--markdown", markdown, ".md"),
     ):
-        if path is not None and not (path.endswith(suffix) and Path(path).resolve().parent.is_dir()):
-            raise InputError(f"{option} is {path!r}, expected a {suffix} file in a folder that exists")
+        expect_file(option, path, suffix)
+    _spare_inputs(json_file, (baseline, candidate))
     must_conclude = inconclusive == "fail"
     found = regression.compare(
         *regression.sides(baseline, candidate, axis or ()),
@@ -133,6 +133,16 @@ def check(
     ]
     is_written = all([_is_written(write) for write in wanted])
     raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if is_written else WRITES_FAILED))
+
+
+def _spare_inputs(json_file: str | None, sides: tuple[str, str]) -> None:
+    """Refuse to write JSON over what is compared, or among it, where it would be read the next time."""
+    if json_file is None:
+        return
+    file = Path(os.path.realpath(json_file))
+    for side in map(os.path.realpath, sides):
+        if file == Path(side) or Path(side) in file.parents:
+            raise InputError(f"--json-file is {json_file!r}, which lies in what is compared; name a file elsewhere")
 
 
 def _is_written(write: Callable[[], None]) -> bool:

@@ -1,13 +1,12 @@
 """`perfmodel check --new-machine`: a machine judged by one capture, without a baseline."""
 
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import check_html, write_html
-from perfmodel.cli.shell import note, print_json, print_words
+from perfmodel.cli.shell import expect_file, note, print_json, print_words
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
 
@@ -61,8 +60,7 @@ def check_new_machine(
     refuse_others(context)
     check_html(html)
     for option, file, suffix in (("--junit", junit, ".xml"), ("--markdown", markdown, ".md")):
-        if file is not None and not (file.endswith(suffix) and Path(file).resolve().parent.is_dir()):
-            raise InputError(f"{option} is {file!r}, expected a {suffix} file in a folder that exists")
+        expect_file(option, file, suffix)
     if is_ep_capture(path):
         raise InputError(
             f"{path!r} is a capture of expert parallelism, which `perfmodel phases` reads; --new-machine judges a "

@@ -16,6 +16,7 @@ from perfmodel.regression.changes.profiled import profile_details
 from perfmodel.regression.traces.changes import changed_details, changed_parts, grown_part, require_same_work
 
 from .against import (
+    AS_EXPECTED,
     OUTSIDE_MODEL,
     SLOWER_THAN_MODEL,
     Expectation,
@@ -375,7 +376,8 @@ def cell_of(case: Case, margin_frac: float) -> str:
     """Where a workload stands when both questions are crossed.
 
     A slower one is explained only where the measurement lies within the model's interval and the calibrated rates of
-    both machines account for it: the model's ratio, with the margin, reaches the measured interval.
+    both machines account for it: the model's ratio, with the margin, reaches the measured interval. Rates so low that
+    the measurement lies below the model's interval are not those that it was measured at, and explain nothing.
     """
     expectation, expected = case.expectation, case.expected_ratio
     if expectation is None or expected is None or not _is_judged(case):
@@ -386,7 +388,7 @@ def cell_of(case: Case, margin_frac: float) -> str:
     if case.verdict.verdict not in SLOWER:
         return ON_THE_TABLE if is_above else FINE
     accounts = case.verdict.ratio_low <= expected * (1 + margin_frac)
-    return EXPLAINED if accounts and not is_above else CHASE
+    return EXPLAINED if accounts and expectation.verdict == AS_EXPECTED else CHASE
 
 
 def moved_quantities(baseline: Capture, candidate: Capture) -> list[Moved]:

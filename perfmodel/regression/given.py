@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perfmodel.capture import load_capture
+from perfmodel.ep_capture import is_ep_capture
 from perfmodel.errors import InputError
 from perfmodel.regression.saved.lookup import choose
 from perfmodel.regression.saved.restored import load
@@ -22,6 +23,8 @@ def evidence(path: str | Path) -> Evidence:
         return load(path)
     if is_of_traces(Path(path)):
         return of_traces(path)
+    if is_ep_capture(path):
+        raise InputError(f"{str(path)!r} is a capture of expert parallelism, which `perfmodel phases` reads")
     return of_capture(load_capture(path))
 
 
