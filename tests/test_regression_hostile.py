@@ -2,12 +2,15 @@
 
 import json
 import re
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -17,7 +20,9 @@ from perfmodel.capture import load_capture
 from perfmodel.cli.main import app
 from perfmodel.ep_capture import shipped_ep_captures
 from perfmodel.errors import InputError, NotComparableError
-from perfmodel.regression import Comparison, Evidence, of_capture
+from perfmodel.regression import Comparison, Evidence, against, of_capture, saved
+from perfmodel.regression.changes.alone import what_they_share
+from perfmodel.regression.saved.lookup import name_of
 from perfmodel.regression.spread import alternate
 from tests.captures_made import SHAPES, write_synthetic_capture
 
@@ -272,3 +277,142 @@ def test_a_capture_of_many_ranks_is_named_for_what_it_is(tmp_path: Path) -> None
     for pair in ((shipped_ep_captures()[0], a), (a, shipped_ep_captures()[0])):
         done = run("check", *pair)
         assert isinstance(done.exception, InputError) and "capture of expert parallelism" in str(done.exception)
+
+
+# How much there may be
+
+
+def test_what_workloads_share_is_found_among_any_number_of_names() -> None:
+    n = 4_000
+    facts = pl.DataFrame(
+        {
+            "shape": ["common"] * 100 + [f"shape {i // 2}" for i in range(n - 100)],
+            "routing": [f"routing {i // 3}" for i in range(n)],
+            "n_tokens": [i % 7 for i in range(n)],
+            **{key: [word] * n for key, word in (("op", "moe_layer"), ("dtype", "fp32"), ("access", "resident"))},
+        }
+    ).with_columns(launch=pl.lit(None, pl.String), residency=pl.lit(None, pl.String))
+    is_alone = np.arange(n) < 100
+    is_alone[100::40] = True
+    began = time.monotonic()
+    found = what_they_share(facts, is_alone)
+    assert found[0].startswith("All 100 workloads of shape common are slower")
+    assert time.monotonic() - began < 5
+
+
+def test_no_model_is_fitted_to_more_workloads_than_somebody_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = load_capture(write_synthetic_capture(tmp_path / "a"))
+    monkeypatch.setattr(against, "MOST_FITTED", 31)
+    found = regression.compare(of_capture(a), of_capture(a))
+    assert found.no_model is not None and "measured 32 workloads" in found.no_model
+    assert found.overall.verdict.verdict == "ok"
+
+
+# Saved baselines
+
+
+def test_what_a_killed_save_had_begun_to_write_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """SIGKILL runs no clean-up: the file that was being written stays."""
+    one, other, store = side(capture(tmp_path / "a")), side(capture(tmp_path / "b", 1.2)), tmp_path / "store"
+    folder = store / name_of(one)
+    folder.mkdir(parents=True)
+    (folder / "pending.json.77.part").write_text('{"schema_version": 1, "fi')
+    assert saved.save(one, store).baseline == folder.name
+    (folder / "baseline.json.78.part").write_text("{")
+    saved.update(other, store, "slower")
+    assert regression.check(saved.load(folder), other)[0].verdict == "ok"
+    assert run("baseline", "list", "--store", store).exit_code == 0
+    (store / "strange").mkdir()
+    again = tmp_path / "again" / folder.name
+    again.mkdir(parents=True)
+    (again / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not the baseline that was to be saved there"):
+        saved.save(one, again.parent)
+
+
+@pytest.mark.parametrize(
+    ("words", "other", "said"),
+    [
+        ('"occasions": [', '"occasions": [], "x": [', "unknown field"),
+        ('"run": 0', '"run": 99999999999999999999', "baseline.json is damaged"),
+        ('"value": 30000000000', '"value": 1e-300', "which no machine has"),
+        ('"torch": "0"', '"torch": ' + "[" * 99 + "]" * 99, "more than 32 deep"),
+        ('"torch": "0"', '"torch": ' + "[" * 9_999 + "]" * 9_999, "baseline.json is damaged"),
+    ],
+)
+def test_a_head_that_nobody_saved_is_refused(words: str, other: str, said: str, tmp_path: Path) -> None:
+    a = capture(tmp_path / "a")
+    head = tmp_path / "store" / saved.save(side(a), tmp_path / "store").baseline / "baseline.json"
+    content = head.read_text().replace('"software.torch"', '"torch"')
+    assert words in content
+    head.write_text(content.replace(words, other))
+    for arguments in (
+        ("check", tmp_path / "store", a),
+        ("baseline", "show", "", "--store", tmp_path / "store"),
+        ("baseline", "update", a, "--store", tmp_path / "store", "--reason", "r"),
+    ):
+        done = run(*arguments)
+        assert isinstance(done.exception, InputError) and said in str(done.exception)
+    assert run("baseline", "list", "--store", tmp_path / "store").exit_code == 2
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e19])
+def test_times_that_no_clock_tells_are_no_medians(value: float, tmp_path: Path) -> None:
+    a = capture(tmp_path / "a")
+    folder = tmp_path / saved.save(side(a), tmp_path).baseline
+    for file in folder.glob("*.json"):
+        words = json.loads(file.read_text())
+        if "medians_ns" in words:
+            (runs,) = words["medians_ns"].values()
+            file.write_text(json.dumps(words | {"medians_ns": {key: {"0": value} for key in words["medians_ns"]}}))
+            assert len(runs) == 3
+    with pytest.raises(InputError, match="is damaged: Expected `float`"):
+        saved.load(folder)
+
+
+def test_a_baseline_without_occasions_is_told_as_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / saved.save(side(capture(tmp_path / "a")), tmp_path).baseline
+    edited(folder, "baseline.json", lambda head: head | {"occasions": []})
+    assert "lists no occasion" in run("baseline", "list", "--store", tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"kind": "x"},
+        {"kind": "operator"},
+        {"kind": "class"},
+        {"kind": "operator", "name": 5},
+        {"kind": "metric", "n_flops": 1},
+        {"kind": "operator", "name": "a", "part": "operator", "n_calls": -1},
+    ],
+)
+def test_details_that_nobody_saved_are_refused(facts: dict[str, Any]) -> None:
+    def traces(facts: dict[str, Any]) -> Evidence:
+        details = {"x": regression.Measured("x", "x", {0: 1.0}, None, facts)}
+        step = regression.Measured("step", "step", {0: 1e6})
+        return Evidence("made up", "traces", {}, {"step": step}, (regression.Run(0),), details=details)
+
+    sound = traces({"kind": "metric"})
+    assert regression.compare(sound, sound).overall.verdict.verdict == "inconclusive"
+    with pytest.raises(InputError, match="the facts of detail 'x'"):
+        regression.compare(sound, traces(facts))
+
+
+@pytest.mark.parametrize(("old", "new"), [(5e-324, 1e15), (1e15, 5e-324), (0.0, 0.0), (1e30, 1e-10)])
+def test_details_of_any_size_have_ratios_that_json_can_hold(old: float, new: float) -> None:
+    def traces(value: float) -> Evidence:
+        facts = {"kind": "metric"}
+        details = {
+            key: regression.Measured(key, key.split(maxsplit=1)[1], {0: value, 1: value}, None, facts)
+            for key in ("metric step_ns", "metric n_kernels", "part memory")
+        }
+        step = regression.Measured("step", "step", {0: 1e6, 1: 1e6})
+        return Evidence("made up", "traces", {}, {"step": step}, tuple(map(regression.Run, (0, 1))), details=details)
+
+    found = regression.compare(traces(old), traces(new))
+    json.loads(report.check_json(found, []))
+    assert report.check_page(found) and report.check_markdown(found, []) and report.check_junit(found, [])
