@@ -11,12 +11,21 @@ import typer
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
-from perfmodel.cli.shell import Json, app, expect_file, fraction, note, print_json_words, print_words
+from perfmodel.cli.shell import (
+    WRITES_FAILED,
+    Json,
+    app,
+    expect_file,
+    fraction,
+    is_written,
+    note,
+    print_json_words,
+    print_words,
+    write_report,
+)
 from perfmodel.errors import InputError
-from perfmodel.files import write_whole
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
-WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked for could not be written
 
 
 @app.command()
@@ -125,14 +134,14 @@ def check(
         write_html(html, f"{found.candidate} against {found.baseline}", words, lambda: check_figures(found))
 
     wanted: list[Callable[[], None]] = [
-        lambda: _write(json_file, as_data),
-        lambda: _write(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
-        lambda: _write(markdown, lambda: report.check_markdown(found, conditions)),
+        lambda: write_report(json_file, as_data),
+        lambda: write_report(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
+        lambda: write_report(markdown, lambda: report.check_markdown(found, conditions)),
         lambda: _append_summary(summary, lambda: report.check_markdown(found, conditions)),
         draw,
     ]
-    is_written = all([_is_written(write) for write in wanted])
-    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if is_written else WRITES_FAILED))
+    all_written = all([is_written(write) for write in wanted])
+    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if all_written else WRITES_FAILED))
 
 
 def _spare_inputs(json_file: str | None, sides: tuple[str, str]) -> None:
@@ -143,22 +152,6 @@ def _spare_inputs(json_file: str | None, sides: tuple[str, str]) -> None:
     for side in map(os.path.realpath, sides):
         if file == Path(side) or Path(side) in file.parents:
             raise InputError(f"--json-file is {json_file!r}, which lies in what is compared; name a file elsewhere")
-
-
-def _is_written(write: Callable[[], None]) -> bool:
-    """Whether a report could be written; why not is said, and takes neither the verdict nor the other reports along."""
-    try:
-        write()
-    except InputError as error:
-        note(f"perfmodel: {error}")
-        return False
-    return True
-
-
-def _write(path: str | None, words: Callable[[], str]) -> None:
-    if path is not None:
-        write_whole(path, words().encode())
-        note(f"wrote {path}")
 
 
 def _append_summary(is_wanted: bool, words: Callable[[], str]) -> None:

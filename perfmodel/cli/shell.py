@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from perfmodel import __version__, report, text
 from perfmodel.errors import InputError
+from perfmodel.files import write_whole
 from perfmodel.readers import is_folder_of_ranks, read_trace
 from perfmodel.readers.folder import read_ranks
 from perfmodel.trace import Trace
@@ -30,6 +32,8 @@ LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
 LONG_READ_NS = 3 * text.NS_PER_S  # who waited longer may want a cache
 
 whole, number, fraction = text.whole, text.number, text.fraction  # from the words of an option
+
+WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked for could not be written
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Top = Annotated[
@@ -62,6 +66,23 @@ def expect_file(option: str, path: str | None, suffix: str) -> None:
     if path is not None and not (path.endswith(suffix) and Path(path).parent.is_dir() and not Path(path).is_dir()):
         article = "an" if suffix == ".html" else "a"
         raise InputError(f"{option} is {path!r}, expected {article} {suffix} file in a folder that exists")
+
+
+def is_written(write: Callable[[], None]) -> bool:
+    """Whether a report could be written; why not is said, and takes neither the verdict nor the other reports along."""
+    try:
+        write()
+    except InputError as error:
+        note(f"perfmodel: {error}")
+        return False
+    return True
+
+
+def write_report(path: str | None, words: Callable[[], str]) -> None:
+    """Write a report and say so; nothing where `path` is None."""
+    if path is not None:
+        write_whole(path, words().encode())
+        note(f"wrote {path}")
 
 
 def print_words(words: str) -> None:
