@@ -7,7 +7,6 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from perfmodel.errors import InputError
-from perfmodel.hardware import SMALLEST
 from perfmodel.text import short_name
 
 Line = TypeVar("Line")
@@ -32,6 +31,7 @@ Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**62)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 RunNumber = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # of many occasions one after the other, too
 MOST_NESTED = 32  # lists and objects in each other, of facts of which anything may be
+LEAST_VALUE = 1e-9  # of a machine, in base units; what is less leads to infinite times
 Physical = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]  # a number of a machine; neither infinite nor none
 
 
@@ -54,7 +54,7 @@ class Calibrated(msgspec.Struct):
     how: str | None = None
 
     def __post_init__(self) -> None:
-        if 0 < self.value < SMALLEST:
+        if 0 < self.value < LEAST_VALUE:
             raise ValueError(f"a value of {self.value:g}, which no machine has")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shlex
 import xml.etree.ElementTree as ET
@@ -210,7 +211,8 @@ def test_calibrations_no_machine_can_have_are_refused(tmp_path: Path) -> None:
         )
         view = opened("regression")
         view.file_uploader[1].upload(*zipped(folder))
-        assert "capture.json is damaged" in shown(ran(view))
+        said = "capture.json is damaged" if math.isfinite(value) else "not a capture manifest"
+        assert said in shown(ran(view))
 
 
 def test_a_capture_nested_without_end_or_with_numbers_without_end_is_refused(tmp_path: Path) -> None:
