@@ -348,7 +348,9 @@ def test_pages_files_and_the_figure_tell_the_parts(
     assert found.overall.part == "launch" and "most of it in launch" in report.check_junit(found, ["regressed"])
     figure = changed_parts(found)
     (bars,) = figure.data
-    assert sum(bars.y) == pytest.approx(sum(part.change_frac for part in found.parts) + (found.unexplained_frac or 0))
-    assert list(bars.x)[-1] == "not explained" and "launch" in bars.x
+    assert sum(bars.x) == pytest.approx(sum(part.change_frac for part in found.parts) + (found.unexplained_frac or 0))
+    names = list(figure.layout.yaxis.ticktext)
+    assert names[-1] == "not explained" and len(names) == len(bars.x) == len(found.parts) + 1
+    assert f"launch<br>takes {found.parts[0].factor:.2f}x" in names[0]
     content = found.to_json()
     assert content["parts"][0]["part"] == "launch" and content["verdicts"][0]["part"] == "launch"
