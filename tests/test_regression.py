@@ -41,8 +41,9 @@ from perfmodel.regression import (
     is_slower,
     model_for,
     of_capture,
-    unpack_captures,
+    unpack_sides,
 )
+from perfmodel.regression.evidence import is_declared
 from perfmodel.regression.spread import Mean, Variance
 from tests import captures_made
 from tests.captures_made import SHAPES, write_gpu_capture, write_synthetic_capture
@@ -413,7 +414,7 @@ def test_markdown_is_one_line_a_short_table_and_folds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verdict", "cell", "is_above", "kind", "words"),
     [
-        ("regressed", EXPLAINED, False, "mixed", "make the model expect"),
+        ("regressed", EXPLAINED, False, "bad", "the rates that fell are the regression"),
         ("regressed", CHASE, False, "bad", "no calibrated rate accounts for it"),
         ("suspect", NOT_JUDGED, False, "bad", "no model says"),
         ("inconclusive", UNDECIDED, False, "open", "cannot tell"),
@@ -432,6 +433,23 @@ def test_the_conclusion_in_words(
     case = replace(overall, verdict=replace(overall.verdict, verdict=verdict), cell=cell, expectation=expectation)
     found = replace(steady, cases=(case, *steady.each))
     assert report.conclusion(found)[0] == kind and words in report.conclusion(found)[1]
+    if cell == EXPLAINED:
+        assert report.conclusion(replace(found, axes=("machine",)))[0] == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("keys", "axes"),
+    [
+        (["machine.n_threads", "settings.threads"], ["threads"]),
+        (["machine.cpu_family", "machine.driver", "software.kernel_release"], ["os", "machine"]),
+        (["machine.driver_api", "kernel"], ["driver", "kernel"]),
+        (["software.torch", "kernel", "software.python"], ["torch", "software"]),
+        ([], []),
+    ],
+)
+def test_the_axes_of_facts_declare_them_and_little_else(keys: list[str], axes: list[str]) -> None:
+    assert regression.axes_of(keys) == axes
+    assert all(is_declared(key, axes) for key in keys)
     assert (SLOWER_THAN_MODEL in found.failures()) == is_above
     one = replace(steady.each[0], verdict=replace(steady.each[0].verdict, verdict="regressed"), cell=CHASE)
     mixed = report.conclusion(replace(found, cases=(case, one)))[1]
@@ -481,17 +499,17 @@ def test_a_zip_of_captures_is_unpacked_and_nothing_else(tmp_path: Path, monkeypa
             packed.write(file, file.name)
         packed.writestr("../../evil.txt", "x")
     (tmp_path / "into").mkdir()
-    folders = unpack_captures(archive, tmp_path / "into")
+    folders = unpack_sides(archive, tmp_path / "into")
     assert [folder.name for folder in folders] == ["a", "handed-over"]
     assert all(load_capture(folder).observations.height == 160 for folder in folders)
     assert not list(tmp_path.rglob("evil.txt"))
     monkeypatch.setattr(regression.packed, "MAX_UNPACKED_BYTES", 1000)
     with pytest.raises(InputError, match="unpacks to more than"):
-        unpack_captures(archive, tmp_path / "more")
+        unpack_sides(archive, tmp_path / "more")
     for content in (b"", b"PK\x03\x04 no zip", archive.read_bytes()[:900]):
         (tmp_path / "broken.zip").write_bytes(content)
         with pytest.raises(InputError, match="no zip archive"):
-            unpack_captures(tmp_path / "broken.zip", tmp_path / "none")
+            unpack_sides(tmp_path / "broken.zip", tmp_path / "none")
 
 
 def test_the_figures_show_every_workload_and_all_cells(tmp_path: Path) -> None:
@@ -501,5 +519,8 @@ def test_the_figures_show_every_workload_and_all_cells(tmp_path: Path) -> None:
     assert "32" in " ".join(one.text for one in crossed.layout.annotations)
     few = replace(found, cases=found.cases[:6])
     named = check_figures(few)[0][0]
-    assert list(named.layout.yaxis.ticktext) == [case.verdict.label for case in few.each]
+    shared = [part for part in few.each[0].verdict.label.split(", ") if all(part in c.verdict.label for c in few.each)]
+    assert f"(all: {', '.join(shared)})" in named.layout.xaxis.title.text if shared else True
+    parts = [set(name.split(", ")) | set(shared) for name in named.layout.yaxis.ticktext]
+    assert parts == [set(case.verdict.label.split(", ")) for case in few.each]
     assert len(check_figures(replace(found, model=None, parts=()))) == 1

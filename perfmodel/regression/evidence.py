@@ -1,6 +1,6 @@
 """One side of a comparison: run medians of workloads, when they were taken, and under which circumstances."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -23,6 +23,7 @@ AXIS_WORDS = {
     "os": ("software.kernel_release", "software.platform"),
     "threads": ("settings.threads", "machine.n_threads"),
 }
+NARROW, KERNEL = ("driver", "threads", "os", "torch"), "kernel"
 SAME_MACHINE = ("driver", "threads")  # axes of change on which it is still the machine that it was
 SHORT_CAPTURE_S = 300  # a virtual machine's neighbours stay for longer than such a capture takes
 
@@ -179,6 +180,15 @@ def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
 def is_declared(key: str, axes: Sequence[str]) -> bool:
     """Whether a fact of the fingerprint, such as `software.torch`, lies on one of the declared axes of change."""
     return any(fnmatchcase(key, pattern) for axis in axes for pattern in AXIS_WORDS.get(axis, (axis, f"{axis}.*")))
+
+
+def axes_of(keys: Collection[str]) -> list[str]:
+    """The axes that declare these facts of the fingerprint and little else: a narrow word such as `threads` where it
+    says it all, as another machine would excuse what a changed setting does to it."""
+    words = [word for word in NARROW if any(key != KERNEL and is_declared(key, [word]) for key in keys)]
+    wide = sorted({key.partition(".")[0] for key in keys if not is_declared(key, words)})
+    left = [key for key in keys if not is_declared(key, wide)]
+    return [*(word for word in words if any(is_declared(key, [word]) for key in left)), *wide]
 
 
 def may_excuse(axes: Sequence[str]) -> bool:

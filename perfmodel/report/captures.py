@@ -42,7 +42,10 @@ def _conclusion(comparison: "Comparison") -> tuple[str, str]:
                 "Slower than the baseline. The calibrated rates of the machine account for it over all, not for each "
                 "workload: some are regressions to chase."
             )
-        return "mixed", "Slower than the baseline, as the calibrated rates of the machine make the model expect."
+        words = "Slower than the baseline, as the calibrated rates of the machine make the model expect."
+        if comparison.failures():
+            return "bad", f"{words} No other machine was declared: the rates that fell are the regression."
+        return "mixed", words
     if overall in slower and overall.cell == "regression to chase":
         return "bad", "Slower than the baseline, and no calibrated rate accounts for it: a regression to chase."
     if overall in slower:
