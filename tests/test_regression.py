@@ -435,6 +435,13 @@ def test_the_conclusion_in_words(
     assert report.conclusion(found)[0] == kind and words in report.conclusion(found)[1]
     if cell == EXPLAINED:
         assert report.conclusion(replace(found, axes=("machine",)))[0] == "mixed"
+    assert (SLOWER_THAN_MODEL in found.failures()) == is_above
+    one = replace(steady.each[0], verdict=replace(steady.each[0].verdict, verdict="regressed"), cell=CHASE)
+    mixed = report.conclusion(replace(found, cases=(case, one)))[1]
+    if cell == EXPLAINED:
+        assert "some are regressions to chase" in mixed
+    if verdict in ("ok", "improved"):
+        assert mixed.startswith("Single workloads are slower")
 
 
 @pytest.mark.parametrize(
@@ -450,13 +457,6 @@ def test_the_conclusion_in_words(
 def test_the_axes_of_facts_declare_them_and_little_else(keys: list[str], axes: list[str]) -> None:
     assert regression.axes_of(keys) == axes
     assert all(is_declared(key, axes) for key in keys)
-    assert (SLOWER_THAN_MODEL in found.failures()) == is_above
-    one = replace(steady.each[0], verdict=replace(steady.each[0].verdict, verdict="regressed"), cell=CHASE)
-    mixed = report.conclusion(replace(found, cases=(case, one)))[1]
-    if cell == EXPLAINED:
-        assert "some are regressions to chase" in mixed
-    if verdict in ("ok", "improved"):
-        assert mixed.startswith("Single workloads are slower")
 
 
 def test_what_may_be_much_faster_is_not_said_to_be_as_fast(steady: Comparison) -> None:
