@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from perfmodel.errors import InputError
 
@@ -185,6 +185,15 @@ def shortened(words: str, n_most: int) -> str:
         return shown
     n_end = (n_most - 1) // 3
     return f"{shown[: n_most - 1 - n_end]}…{shown[len(shown) - n_end :]}"
+
+
+def told_apart(labels: Sequence[str]) -> tuple[Sequence[str], str]:
+    """Labels of parts with commas without those parts that all of them share, which leave no room for what tells them
+    apart; and the parts that they share, empty where nothing of a label would be left."""
+    parts = [label.split(", ") for label in labels]
+    shared = [part for part in parts[0] if all(part in one for one in parts)] if len(parts) > 1 else []
+    names = [", ".join(part for part in one if part not in shared) for one in parts]
+    return (names, ", ".join(shared)) if all(names) else (labels, "")
 
 
 def short_name(content: Mapping[str, object]) -> str:

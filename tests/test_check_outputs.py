@@ -507,3 +507,17 @@ def test_runs_in_turns_are_seen_as_such_and_runs_after_another_are_not(folders: 
             runs = tuple(replace(run, started=starts[i], finished=starts[i] + 9) for i, run in enumerate(one.runs))
             sides.append(replace(one, runs=runs))
         assert alternate(*sides) == is_in_turns
+
+
+@pytest.mark.parametrize(("width", "heads"), [(80, ("ratio",)), (100, ("ratio", "90 %")), (130, ("ratio", "90 %"))])
+def test_a_page_keeps_to_the_columns_of_a_terminal(
+    folders: dict[str, Path], width: int, heads: tuple[str, ...]
+) -> None:
+    """No workload looks like another: what they share stands in the head, numbers go before names do."""
+    found = compared(folders, "slow", with_model=True)
+    lines = report.check_page(found, width).splitlines()
+    assert max(map(len, lines)) <= width
+    (head,) = [line for line in lines if line.startswith("workload")]
+    assert [word in head for word in ("ratio", "90 %")] == [word in heads for word in ("ratio", "90 %")]
+    rows = lines[lines.index(head) + 1 :][:20]
+    assert len({row.split("  ")[0] for row in rows}) == 20

@@ -1,6 +1,7 @@
 """The command that judges a machine, driver or build: against a baseline and against a model."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
-from perfmodel.cli.shell import Json, app, fraction, note, print_words
+from perfmodel.cli.shell import Json, app, fraction, note, print_words, width
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
 
@@ -117,7 +118,7 @@ def check(
         for remark in report.remarks(found):
             note(f"note: {remark}")
     else:
-        print_words(words)
+        print_words(report.check_page(found, width()) if sys.stdout.isatty() else words)
 
     def draw() -> None:
         from perfmodel.figures import check_figures

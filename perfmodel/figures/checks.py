@@ -168,7 +168,7 @@ def _axes(figure: go.Figure, cases: "Sequence[Case]", margin_frac: float, *, is_
     if is_named:
         figure.add_vrect(x0=1 / (1 + margin_frac), x1=1 + margin_frac, **band)
         figure.add_vline(x=1, **line)
-        labels, shared = _told_apart([case.verdict.label for case in cases])
+        labels, shared = text.told_apart([case.verdict.label for case in cases])
         names = [literal(text.shortened(label, MAX_NAME)) for label in labels]
         ratios["title"] = OVER + (literal(f" (all: {text.shortened(shared, MAX_NAME)})") if shared else "")
         figure.update_yaxes(tickvals=list(range(len(cases))), ticktext=names, autorange="reversed", zeroline=False)
@@ -180,14 +180,6 @@ def _axes(figure: go.Figure, cases: "Sequence[Case]", margin_frac: float, *, is_
         figure.update_xaxes(title=f"{len(cases)} workloads, slowest first", showticklabels=False, zeroline=False)
         figure.update_xaxes(showgrid=False, range=[-1, len(cases)])
         figure.update_layout(yaxis=ratios, margin={"b": 84}, height=HEIGHT)
-
-
-def _told_apart(labels: Sequence[str]) -> tuple[Sequence[str], str]:
-    """Labels without the parts that all of them share, which leave no room for what tells them apart, and those."""
-    parts = [label.split(", ") for label in labels]
-    shared = [part for part in parts[0] if len(parts) > 1 and all(part in one for one in parts)] if parts else []
-    names = [", ".join(part for part in one if part not in shared) for one in parts]
-    return (names, ", ".join(shared)) if all(names) else (labels, "")
 
 
 def _ticks(low: float, high: float, n_most: int) -> list[float]:
