@@ -326,7 +326,7 @@ def test_saved_baselines_are_sides_as_folders_and_packed(tmp_path: Path) -> None
     assert len(again.selectbox(key="baseline").options) == len(opened("regression").selectbox(key="baseline").options)
 
 
-def test_one_thread_less_is_declared_as_threads_and_is_no_excuse(tmp_path: Path) -> None:
+def test_one_thread_less_is_declared_as_threads_not_as_another_machine(tmp_path: Path) -> None:
     """Both facts of threads lie on one axis; as another machine they would excuse what the lost thread costs."""
     a = write_synthetic_capture(tmp_path / "two", machine={"n_threads": 2})
     b = hostile(
