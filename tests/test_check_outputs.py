@@ -478,7 +478,7 @@ def test_the_workflow_takes_turns_and_goes_on_where_five_runs_cannot_tell(
     assert asked == [(side, str(run)) for run in range(1, n_runs + 1) for side in ("base", "head")]
     for words in (tmp_path / "asked").read_text().splitlines():
         side = words.split()[0]
-        assert f"collect sweep --quick --out captures/{side} --runs " in words
+        assert f"collect sweep --quick --device auto --out captures/{side} --runs " in words
 
 
 def test_the_recipe_on_the_page_takes_turns(tmp_path: Path) -> None:
