@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from perfmodel.errors import InputError
 
@@ -102,6 +102,11 @@ def fraction(word: str, option: str) -> float:
         return float(word[:-1]) / 100 if word.endswith("%") else float(word)
     except ValueError:
         raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None
+
+
+def names(given: Sequence[str] | None) -> list[str]:
+    """The names that an option was given, several times or once with commas."""
+    return [word.strip() for words in given or () for word in words.split(",")]
 
 
 def _scaled(value: float, steps: tuple[tuple[str, float], ...], unit: str) -> str:

@@ -1,6 +1,6 @@
 """One side of a comparison: run medians of workloads, when they were taken, and under which circumstances."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -23,6 +23,7 @@ AXIS_WORDS = {
     "os": ("software.kernel_release", "software.platform"),
     "threads": ("settings.threads", "machine.n_threads"),
 }
+NARROW, KERNEL = ("driver", "threads", "os", "torch"), "kernel"
 SAME_MACHINE = ("driver", "threads")  # axes of change on which it is still the machine that it was
 SHORT_CAPTURE_S = 300  # a virtual machine's neighbours stay for longer than such a capture takes
 
@@ -181,6 +182,15 @@ def is_declared(key: str, axes: Sequence[str]) -> bool:
     return any(fnmatchcase(key, pattern) for axis in axes for pattern in AXIS_WORDS.get(axis, (axis, f"{axis}.*")))
 
 
+def axes_of(keys: Collection[str]) -> list[str]:
+    """The axes that declare these facts of the fingerprint and little else: a narrow word such as `threads` where it
+    says it all, as another machine would excuse what a changed setting does to it."""
+    words = [word for word in NARROW if any(key != KERNEL and is_declared(key, [word]) for key in keys)]
+    wide = sorted({key.partition(".")[0] for key in keys if not is_declared(key, words)})
+    left = [key for key in keys if not is_declared(key, wide)]
+    return [*(word for word in words if any(is_declared(key, [word]) for key in left)), *wide]
+
+
 def may_excuse(axes: Sequence[str]) -> bool:
     """Whether another machine was declared, whose rates may explain a slowdown. A driver is none: what it loses is the
     regression."""
@@ -210,6 +220,7 @@ def require_comparable(
         more = f" and {len(undeclared) - 4} more" if len(undeclared) > 4 else ""
         of = "captures" if baseline.kind == CAPTURE else baseline.kind
         raise NotComparableError(
-            f"not comparable: the {of} differ in {shown}{more}; declare with --axis what you mean to test"
+            f"not comparable: the {of} differ in {shown}{more}; declare what you mean to test; all of it would be "
+            + " ".join(f"--axis {axis}" for axis in axes_of(undeclared))
         )
     return found
