@@ -191,7 +191,7 @@ def test_an_open_answer_says_what_would_decide_it(folders: dict[str, Path]) -> N
     found = compared(folders, "noisy")
     n_more = found.overall.verdict.n_more_runs
     assert n_more is not None and f"runs); {n_more} more runs of each side would tell" in words_of(found)
-    for n, words in ((None, "no number of such runs would tell"), (1, "1 more run of each side")):
+    for n, words in ((None, "no number of such runs would tell: let both sides"), (1, "1 more run of each side")):
         case = replace(found.overall, verdict=replace(found.overall.verdict, n_more_runs=n))
         assert words in words_of(replace(found, cases=(case, *found.each)))
     assert "would tell" not in report.check_page(compared(folders, "slow")).splitlines()[1]

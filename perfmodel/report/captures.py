@@ -81,7 +81,7 @@ def verdict_line(comparison: "Comparison") -> str:
 def _wanted(n_more_runs: int | None) -> str:
     """What would decide an open answer."""
     if n_more_runs is None:
-        return "no number of such runs would tell"
+        return "no number of such runs would tell: let both sides measure in turns, or quieten the machine"
     return f"{text.counted(n_more_runs, 'more run')} of each side would tell"
 
 
