@@ -104,6 +104,11 @@ def fraction(word: str, option: str) -> float:
         raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None
 
 
+def names(given: Sequence[str] | None) -> list[str]:
+    """The names that an option was given, several times or once with commas."""
+    return [word.strip() for words in given or () for word in words.split(",")]
+
+
 def _scaled(value: float, steps: tuple[tuple[str, float], ...], unit: str) -> str:
     for word, factor in steps:
         if abs(value) >= 0.9995 * factor or factor == 1.0:  # 999.7 of a unit would be written 1,000

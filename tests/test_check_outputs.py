@@ -191,7 +191,7 @@ def test_an_open_answer_says_what_would_decide_it(folders: dict[str, Path]) -> N
     found = compared(folders, "noisy")
     n_more = found.overall.verdict.n_more_runs
     assert n_more is not None and f"runs); {n_more} more runs of each side would tell" in words_of(found)
-    for n, words in ((None, "no number of such runs would tell"), (1, "1 more run of each side")):
+    for n, words in ((None, "no number of such runs would tell: let both sides"), (1, "1 more run of each side")):
         case = replace(found.overall, verdict=replace(found.overall.verdict, n_more_runs=n))
         assert words in words_of(replace(found, cases=(case, *found.each)))
     assert "would tell" not in report.check_page(compared(folders, "slow")).splitlines()[1]
@@ -478,7 +478,7 @@ def test_the_workflow_takes_turns_and_goes_on_where_five_runs_cannot_tell(
     assert asked == [(side, str(run)) for run in range(1, n_runs + 1) for side in ("base", "head")]
     for words in (tmp_path / "asked").read_text().splitlines():
         side = words.split()[0]
-        assert f"collect sweep --quick --out captures/{side} --runs " in words
+        assert f"collect sweep --quick --device auto --out captures/{side} --runs " in words
 
 
 def test_the_recipe_on_the_page_takes_turns(tmp_path: Path) -> None:

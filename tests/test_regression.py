@@ -47,6 +47,7 @@ from perfmodel.regression.evidence import is_declared
 from perfmodel.regression.spread import Mean, Variance
 from tests import captures_made
 from tests.captures_made import SHAPES, write_gpu_capture, write_synthetic_capture
+from tests.conftest import ROOT
 
 
 def check(a: Capture, b: Capture, *arguments: Any, **options: Any) -> list[Verdict]:
@@ -147,12 +148,38 @@ def test_short_captures_of_a_virtual_machine_must_differ_by_more(tmp_path: Path)
 def test_another_machine_is_not_comparable_unless_declared(tmp_path: Path) -> None:
     a = load_capture(write_synthetic_capture(tmp_path / "a"))
     b = load_capture(write_synthetic_capture(tmp_path / "b", machine={"cpu_model": "another synthetic CPU"}))
-    with pytest.raises(NotComparableError, match=r"machine\.cpu_model") as caught:
+    with pytest.raises(NotComparableError, match=r"machine\.cpu_model.* would be --axis machine$") as caught:
         check(a, b)
     assert caught.value.exit_code == 3
     assert not is_slower(check(a, b, axes=["machine"]))
     with pytest.raises(InputError, match="unknown axis 'weather'"):
         check(a, b, axes=["weather"])
+
+
+def test_what_is_no_side_is_named_for_what_it_is(tmp_path: Path) -> None:
+    a = str(write_synthetic_capture(tmp_path / "a"))
+    (tmp_path / "empty").mkdir()
+    for path, words in (
+        (tmp_path / "nowhere", "found nothing"),
+        (tmp_path / "empty", "found a folder without any"),
+        (tmp_path, r"found a folder of captures \(a\), of which one is a side"),
+        (ROOT / "traces" / "epyc-zen5-2p-expert-parallel", "is a capture of expert parallelism"),
+    ):
+        with pytest.raises(InputError, match=words):
+            regression.sides(a, path)
+
+
+def test_a_margin_without_its_percent_sign_is_refused(tmp_path: Path) -> None:
+    a = str(write_synthetic_capture(tmp_path / "a"))
+    done = CliRunner().invoke(app, ["check", a, a, "--margin", "3"])
+    assert isinstance(done.exception, InputError) and "write 3% or 0.03" in str(done.exception)
+
+
+def test_axes_may_be_given_with_commas(tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "a")
+    b = write_synthetic_capture(tmp_path / "b", machine={"cpu_model": "another synthetic CPU"})
+    done = CliRunner().invoke(app, ["check", str(a), str(b), "--axis", "hardware, os", "--model", "none", "--json"])
+    assert json.loads(done.stdout)["axes"] == ["hardware", "os"]
 
 
 def test_runs_are_matched_by_their_number(tmp_path: Path) -> None:
@@ -387,7 +414,10 @@ def test_junit_skips_what_is_open_and_survives_any_name(tmp_path: Path) -> None:
     assert skipped is not None and "4 more runs wanted" in skipped.attrib["message"]
     assert (suite.attrib["skipped"], suite.attrib["failures"]) == ("1", "0")
     whole = replace(found, cases=(replace(found.overall, verdict=open_case.verdict),))
-    assert ET.fromstring(report.check_junit(whole, [], must_conclude=True))[0].attrib["failures"] == "1"
+    failed = ET.fromstring(report.check_junit(whole, [], must_conclude=True))[0]
+    assert failed.attrib["failures"] == "1"
+    failure = failed.find("testcase/failure")
+    assert failure is not None and "4 more runs wanted" in (failure.text or "")
     name = ET.fromstring(report.check_junit(renamed(found), []))[0].findall("testcase")[1].attrib["name"]
     assert "<img src=x>&" in name and not set(name) & {"\x00", "\x1b", "\ud800"}
 

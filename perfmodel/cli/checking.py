@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from perfmodel import hardware, report
+from perfmodel import hardware, report, text
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
 from perfmodel.cli.shell import Json, app, fraction, note, print_words, width
@@ -32,14 +32,14 @@ def check(
     candidate: Annotated[
         str | None, typer.Argument(help="The capture, trace or folder of traces to be judged.")
     ] = None,
-    margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
+    margin: Annotated[str, typer.Option(help="Slowdown that does not matter, as 3% or 0.03.")] = "3%",
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="What may differ; may be given again: torch (with its libraries and kernel), driver (of the GPU), os "
-            "(its kernel and platform), threads, hardware or machine (all of the machine, driver included), software "
-            "(all versions), kernel (the grouped GEMM that ran), settings (device, dtype, threads), or a single fact, "
-            "as software.torch."
+            help="What may differ, with commas or given again: torch (with its libraries and kernel), driver (of the "
+            "GPU), os (its kernel and platform), threads, hardware or machine (all of the machine, driver included), "
+            "software (all versions), kernel (the grouped GEMM that ran), settings (device, dtype, threads), or a "
+            "single fact, as software.torch."
         ),
     ] = None,
     model: Annotated[
@@ -97,10 +97,15 @@ def check(
         if path is not None and not (path.endswith(suffix) and Path(path).resolve().parent.is_dir()):
             raise InputError(f"{option} is {path!r}, expected a {suffix} file in a folder that exists")
     must_conclude = inconclusive == "fail"
+    margin_frac, axes = fraction(margin, "--margin"), text.names(axis)
+    if margin_frac >= 1 and not margin.endswith("%"):  # nothing would ever be slower
+        raise InputError(
+            f"--margin {margin} would be {100 * margin_frac:g} %; write {margin}% or {margin_frac / 100:g}"
+        )
     found = regression.compare(
-        *regression.sides(baseline, candidate, axis or ()),
-        fraction(margin, "--margin"),
-        axis or (),
+        *regression.sides(baseline, candidate, axes),
+        margin_frac,
+        axes,
         load_model(model) if model not in (None, "none") else None,
         hardware.hardware(hardware_name) if hardware_name else None,
         with_model=model != "none",

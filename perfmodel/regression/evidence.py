@@ -220,6 +220,7 @@ def require_comparable(
         more = f" and {len(undeclared) - 4} more" if len(undeclared) > 4 else ""
         of = "captures" if baseline.kind == CAPTURE else baseline.kind
         raise NotComparableError(
-            f"not comparable: the {of} differ in {shown}{more}; declare with --axis what you mean to test"
+            f"not comparable: the {of} differ in {shown}{more}; declare what you mean to test; all of it would be "
+            + " ".join(f"--axis {axis}" for axis in axes_of(undeclared))
         )
     return found

@@ -87,7 +87,7 @@ def verdict_line(comparison: "Comparison") -> str:
 def _wanted(n_more_runs: int | None) -> str:
     """What would decide an open answer."""
     if n_more_runs is None:
-        return "no number of such runs would tell"
+        return "no number of such runs would tell: let both sides measure in turns, or quieten the machine"
     return f"{text.counted(n_more_runs, 'more run')} of each side would tell"
 
 
@@ -129,7 +129,8 @@ def model_line(comparison: "Comparison") -> str:
 def case_cells(case: "Case") -> list[str]:
     """A case as words, under CASE_HEADER."""
     verdict, found = case.verdict, case.expectation
-    more = f"{verdict.n_more_runs} more runs" if verdict.n_more_runs else ""
+    more = text.counted(verdict.n_more_runs, "more run") if verdict.n_more_runs else ""
+    cell = "" if found is None or (more and case.cell == "undecided") else case.cell  # of both the number tells more
     return [
         verdict.label,
         f"{verdict.ratio:.3f}x",
@@ -137,7 +138,7 @@ def case_cells(case: "Case") -> list[str]:
         verdict.verdict,
         "" if case.expected_ratio in (None, 1.0) else f"{case.expected_ratio:.3f}x",
         "" if found is None else f"{found.ratio:.3f}x",
-        more if found is None else ", ".join(word for word in (case.cell, more) if word),
+        ", ".join(filter(None, (cell, more))),
     ]
 
 
