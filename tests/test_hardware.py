@@ -10,7 +10,7 @@ import pytest
 from perfmodel import hardware
 from perfmodel.errors import InputError
 from perfmodel.latency import load_model
-from perfmodel.regression.machine.rates import AMX_BF16_FLOPS_PER_CYCLE, reached
+from perfmodel.regression.machine import rates
 from perfmodel.text import to_base
 
 GOOD = 'device = "gpu"\n[memory_peak_bytes_per_s]\nvalue = 2\nunit = "TB/s"\nkind = "datasheet"\nsource = "a table"\n'
@@ -135,12 +135,12 @@ def test_launches_of_the_a100_are_the_published_ones(shared: Path) -> None:
 
 
 def test_a_tile_product_of_amx_takes_sixteen_cycles() -> None:
-    """TDPBF16PS: tiles of 16 rows by 64 bytes, 32 bf16 terms for each of 16 x 16 outputs, a multiply and an add each."""
+    """TDPBF16PS: 16 x 16 outputs of 32 bf16 terms, a multiply and an add each."""
     machine = hardware.hardware("xeon-spr")
     flops_per_cycle = 16 * 16 * 32 * 2 / 16
-    assert flops_per_cycle == AMX_BF16_FLOPS_PER_CYCLE
+    assert flops_per_cycle == rates.AMX_BF16_FLOPS_PER_CYCLE
     assert machine["bf16_peak_flops_per_s"] == pytest.approx(machine["n_cores_count"] * flops_per_cycle * 2e9, rel=1e-3)
-    (row,) = reached("bf16_gemm_flops_per_s", "amx")
+    (row,) = rates.reached("bf16_gemm_flops_per_s", "amx")
     assert (row.value, row.nominal) == (machine["bf16_gemm_flops_per_s"], machine["bf16_peak_flops_per_s"])
 
 
