@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 from perfmodel.errors import InputError
@@ -41,6 +42,9 @@ MAX_WHOLE = 10**12  # far above any count that somebody asks for
 
 _TIME_STEPS = (("s", 1e9), ("ms", 1e6), ("µs", 1e3), ("ns", 1.0))
 _SI_STEPS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
+# What build servers take for commands in a log: GitHub a line that begins with `::`, also behind blanks, and `##[`
+# anywhere; Azure `##vso[` and TeamCity `##teamcity[` anywhere.
+_COMMAND = re.compile(r"^([^\S\n]*:)(?=:)|#(?=#\w*\[)", re.MULTILINE)
 _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]+)\s*")
 
 
@@ -180,12 +184,25 @@ def counted(n: int, noun: str) -> str:
     return f"{count(n)} {noun}" if n == 1 else f"{count(n)} {noun}s"
 
 
+def printable(words: str) -> str:
+    """A name in one line: `?` for each control character, line end or mark that turns the direction of writing."""
+    return words if words.isprintable() else "".join(c if c.isprintable() else "?" for c in words)
+
+
+def for_logs(page: str) -> str:
+    """A page as terminals and logs of build servers may have it, whatever names stand in it: `?` for control characters
+    but line ends and tabs, and a blank inside what a build server would take for a command."""
+    if not page.replace("\n", "").isprintable():
+        page = "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "?" for c in page)
+    return _COMMAND.sub(lambda found: f"{found[0]} ", page)
+
+
 def shortened(words: str, n_most: int) -> str:
     """A name of at most `n_most` characters, the middle left out, for names differ at both ends; no control characters.
 
     Of kernels the end says more than the middle: what operator a template was made for.
     """
-    shown = "".join(c if c.isprintable() else "?" for c in words)
+    shown = printable(words)
     if len(shown) <= n_most:
         return shown
     n_end = (n_most - 1) // 3

@@ -12,12 +12,22 @@ import typer
 from perfmodel import hardware, report, text
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
-from perfmodel.cli.shell import Json, app, fraction, note, print_words, width
+from perfmodel.cli.shell import (
+    WRITES_FAILED,
+    Json,
+    app,
+    expect_file,
+    fraction,
+    is_written,
+    note,
+    print_json_words,
+    print_words,
+    width,
+    write_report,
+)
 from perfmodel.errors import InputError
-from perfmodel.files import write_whole
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
-WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked for could not be written
 
 
 @app.command()
@@ -83,7 +93,7 @@ def check(
 
     if inconclusive not in ("ok", "fail"):
         raise InputError(f"--inconclusive is {inconclusive!r}, expected ok or fail")
-    conditions = [] if fail_on == "none" else [word.strip() for word in fail_on.split(",")]
+    conditions = [] if fail_on.strip() == "none" else [word.strip() for word in fail_on.split(",")]
     unknown = [word for word in conditions if word not in regression.FAILURES]
     if unknown:
         known = ", ".join(regression.FAILURES)
@@ -94,8 +104,8 @@ def check(
         ("--junit", junit, ".xml"),
         ("--markdown", markdown, ".md"),
     ):
-        if path is not None and not (path.endswith(suffix) and Path(path).resolve().parent.is_dir()):
-            raise InputError(f"{option} is {path!r}, expected a {suffix} file in a folder that exists")
+        expect_file(option, path, suffix)
+    _spare_inputs(json_file, (baseline, candidate))
     must_conclude = inconclusive == "fail"
     margin_frac, axes = fraction(margin, "--margin"), text.names(axis)
     if margin_frac >= 1 and not margin.endswith("%"):  # nothing would ever be slower
@@ -119,7 +129,7 @@ def check(
         return report.check_json(found, conditions, must_conclude=must_conclude)
 
     if as_json:
-        print_words(as_data().rstrip())
+        print_json_words(as_data().rstrip())
         for remark in report.remarks(found):
             note(f"note: {remark}")
     else:
@@ -131,30 +141,24 @@ def check(
         write_html(html, f"{found.candidate} against {found.baseline}", words, lambda: check_figures(found))
 
     wanted: list[Callable[[], None]] = [
-        lambda: _write(json_file, as_data),
-        lambda: _write(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
-        lambda: _write(markdown, lambda: report.check_markdown(found, conditions)),
+        lambda: write_report(json_file, as_data),
+        lambda: write_report(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
+        lambda: write_report(markdown, lambda: report.check_markdown(found, conditions)),
         lambda: _append_summary(summary, lambda: report.check_markdown(found, conditions)),
         draw,
     ]
-    is_written = all([_is_written(write) for write in wanted])
-    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if is_written else WRITES_FAILED))
+    all_written = all([is_written(write) for write in wanted])
+    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if all_written else WRITES_FAILED))
 
 
-def _is_written(write: Callable[[], None]) -> bool:
-    """Whether a report could be written; why not is said, and takes neither the verdict nor the other reports along."""
-    try:
-        write()
-    except InputError as error:
-        note(f"perfmodel: {error}")
-        return False
-    return True
-
-
-def _write(path: str | None, words: Callable[[], str]) -> None:
-    if path is not None:
-        write_whole(path, words().encode())
-        note(f"wrote {path}")
+def _spare_inputs(json_file: str | None, sides: tuple[str, str]) -> None:
+    """Refuse to write JSON over what is compared, or among it, where it would be read the next time."""
+    if json_file is None:
+        return
+    file = Path(os.path.realpath(json_file))
+    for side in map(os.path.realpath, sides):
+        if file == Path(side) or Path(side) in file.parents:
+            raise InputError(f"--json-file is {json_file!r}, which lies in what is compared; name a file elsewhere")
 
 
 def _append_summary(is_wanted: bool, words: Callable[[], str]) -> None:

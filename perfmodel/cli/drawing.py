@@ -2,13 +2,12 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from perfmodel.cli.shell import note
-from perfmodel.errors import InputError, MissingExtraError
+from perfmodel.cli.shell import expect_file, note
+from perfmodel.errors import MissingExtraError
 from perfmodel.files import write_whole
 
 Html = Annotated[
@@ -20,8 +19,7 @@ def check_html(path: str | None) -> None:
     """Refuse a report that cannot be written before anything is computed."""
     if path is None:
         return
-    if not path.endswith(".html") or not Path(path).resolve().parent.is_dir():
-        raise InputError(f"--html is {path!r}, expected an .html file in a folder that exists")
+    expect_file("--html", path, ".html")
     if importlib.util.find_spec("plotly") is None:
         raise MissingExtraError(
             'a report with figures needs plotly, which is not installed: pip install "perfmodel[figures]"'

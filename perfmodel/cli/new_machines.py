@@ -1,15 +1,13 @@
 """`perfmodel check --new-machine`: a machine judged by one capture, without a baseline."""
 
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import check_html, write_html
-from perfmodel.cli.shell import note, print_json, print_words
+from perfmodel.cli.shell import WRITES_FAILED, expect_file, is_written, print_json, print_words, write_report
 from perfmodel.errors import InputError
-from perfmodel.files import write_whole
 
 NewMachine = Annotated[
     str | None,
@@ -61,8 +59,7 @@ def check_new_machine(
     refuse_others(context)
     check_html(html)
     for option, file, suffix in (("--junit", junit, ".xml"), ("--markdown", markdown, ".md")):
-        if file is not None and not (file.endswith(suffix) and Path(file).resolve().parent.is_dir()):
-            raise InputError(f"{option} is {file!r}, expected a {suffix} file in a folder that exists")
+        expect_file(option, file, suffix)
     if is_ep_capture(path):
         raise InputError(
             f"{path!r} is a capture of expert parallelism, which `perfmodel phases` reads; --new-machine judges a "
@@ -77,12 +74,16 @@ def check_new_machine(
         print_json(found.to_json())
     else:
         print_words(words)
-    for file, page in ((junit, report.new_machine_junit), (markdown, report.new_machine_markdown)):
-        if file is not None:
-            write_whole(file, page(found).encode())
-            note(f"wrote {file}")
-    if html is not None:
+
+    def draw() -> None:
         from perfmodel.figures import new_machine_figures
 
         write_html(html, f"New machine: {capture.name}", words, lambda: new_machine_figures(found))
-    raise typer.Exit(found.exit_code)
+
+    wanted = (
+        lambda: write_report(junit, lambda: report.new_machine_junit(found)),
+        lambda: write_report(markdown, lambda: report.new_machine_markdown(found)),
+        *(() if html is None else (draw,)),
+    )
+    all_written = all([is_written(write) for write in wanted])
+    raise typer.Exit(found.exit_code or (0 if all_written else WRITES_FAILED))

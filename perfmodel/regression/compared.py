@@ -16,6 +16,7 @@ from perfmodel.regression.changes.profiled import profile_details
 from perfmodel.regression.traces.changes import changed_details, changed_parts, grown_part, require_same_work
 
 from .against import (
+    AS_EXPECTED,
     OUTSIDE_MODEL,
     SLOWER_THAN_MODEL,
     Expectation,
@@ -24,7 +25,7 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
+from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable, untold
 from .parts import Detail, PartChange
 from .spread import OVERALL
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
@@ -302,6 +303,13 @@ def compare(
     elif with_model and first is not None and other is not None:
         found = attribute(baseline, candidate, verdicts, quantities, margin_frac, own)
         details = profile_details(first, other)
+    said = (
+        *doubts(baseline, candidate),
+        *untold(baseline, candidate, axes),
+        *baseline.notes,
+        *candidate.notes,
+        *how_told,
+    )
     cases = [replace(case, part=found.part_of.get(case.verdict.workload)) for case in cases]
     return Comparison(
         baseline=baseline.name,
@@ -319,14 +327,15 @@ def compare(
         unexplained_frac=found.unexplained_frac,
         findings=found.findings,
         details=details,
-        notes=tuple(dict.fromkeys((*doubts(baseline, candidate), *baseline.notes, *candidate.notes, *how_told))),
+        notes=tuple(dict.fromkeys(said)),
         lost=tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads),
     )
 
 
 def _catalogue(capture: Capture) -> HardwareProfile | None:
-    """The shipped profile of the GPU of a capture, null for CPUs and GPUs without one."""
-    name = profile_name(str(capture.manifest["machine"].get("gpu_name") or ""))
+    """The shipped profile of the GPU that computed a capture, null for CPUs and GPUs without one."""
+    gpu = capture.manifest["machine"].get("gpu_name") if capture.manifest["settings"]["device"] == "cuda" else None
+    name = profile_name(str(gpu or ""))
     return None if name is None else hardware(name)
 
 
@@ -367,7 +376,8 @@ def cell_of(case: Case, margin_frac: float) -> str:
     """Where a workload stands when both questions are crossed.
 
     A slower one is explained only where the measurement lies within the model's interval and the calibrated rates of
-    both machines account for it: the model's ratio, with the margin, reaches the measured interval.
+    both machines account for it: the model's ratio, with the margin, reaches the measured interval. Rates so low that
+    the measurement lies below the model's interval are not those that it was measured at, and explain nothing.
     """
     expectation, expected = case.expectation, case.expected_ratio
     if expectation is None or expected is None or not _is_judged(case):
@@ -378,7 +388,7 @@ def cell_of(case: Case, margin_frac: float) -> str:
     if case.verdict.verdict not in SLOWER:
         return ON_THE_TABLE if is_above else FINE
     accounts = case.verdict.ratio_low <= expected * (1 + margin_frac)
-    return EXPLAINED if accounts and not is_above else CHASE
+    return EXPLAINED if accounts and expectation.verdict == AS_EXPECTED else CHASE
 
 
 def moved_quantities(baseline: Capture, candidate: Capture) -> list[Moved]:

@@ -186,11 +186,11 @@ def _bounded(head: Sequence[str], rows: Iterable[Sequence[str]], n_rows: int, n_
             break
         kept.append(row)
     left = n_rows - len(kept)
-    return markdown.table(head, kept) + (f"\n... and {text.count(left)} more\n" if left else "")
+    return markdown.table(list(map(_inline, head)), kept) + (f"\n... and {text.count(left)} more\n" if left else "")
 
 
 def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{body}\n</details>"
+    return f"<details><summary>{_inline(title)}</summary>\n\n{body}\n</details>"
 
 
 def _cell(words: str) -> str:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 
 from perfmodel import text
 from perfmodel.classify import COMMUNICATION
-from perfmodel.errors import NotComparableError
+from perfmodel.errors import InputError, NotComparableError
 from perfmodel.regression.evidence import Evidence, Measured
 from perfmodel.regression.parts import PARTS, Detail, PartChange
 from perfmodel.regression.spread import LEAST_VARIANCE, Variance, half_width
@@ -21,7 +23,9 @@ LEAST_SAME_FLOPS_FRAC = 0.9
 LEAST_SAME_CALLS_FRAC = 0.7
 LEAST_OPERATORS_FRAC = 0.5  # of the time, below which operators do not say what the work is: graphs replay it
 NOTABLE_FRAC, NOTABLE_CALLS_FRAC = 0.001, 0.05  # of FLOPs, and of the time, from which a difference is told
+LEAST_AMOUNT = 1e-9  # ns, or a count, of a step, below which there is nothing
 _MOVED_SHOWN, _MOVED_LEAST_FRAC = 2, 0.1  # classes named as evidence, and of the change of the first what others need
+Amount = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]
 NO_SHAPES = (
     "the traces do not tell the shapes of matrix products (record_shapes), so that another batch size would be taken "
     "for another speed"
@@ -31,7 +35,10 @@ NO_SHAPES = (
 def mean_of(side: Evidence, key: str) -> float | None:
     """What a detail is in a mean run of a side, a run without it counting as 0; null where no run has it."""
     found = side.details.get(key)
-    return None if found is None else math.fsum(found.run_ns.values()) / len(side.runs)
+    if found is None:
+        return None
+    mean = math.fsum(found.run_ns.values()) / len(side.runs)
+    return mean if abs(mean) >= LEAST_AMOUNT else 0.0
 
 
 def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
@@ -43,6 +50,8 @@ def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
     work; where operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
     are not looked at. Raises NotComparableError naming what differs most.
     """
+    for side in (baseline, candidate):
+        _require_facts(side)
     if baseline.workloads.keys() != candidate.workloads.keys():
         ways = " and ".join(f"{side.name!r} by its {next(iter(side.workloads))}" for side in (baseline, candidate))
         raise NotComparableError(
@@ -50,6 +59,33 @@ def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
             "ranges around their steps, such as those of torch.profiler.schedule"
         )
     return [*_same_products(baseline, candidate), *_same_calls(baseline, candidate)]
+
+
+class _Facts(msgspec.Struct):
+    """What a detail says of itself, which a saved baseline may have from anybody."""
+
+    kind: Literal["operator", "class", "metric", "part"]
+    name: str | None = None
+    part: str | None = None
+    n_calls: Amount | None = None
+    shape: str | None = None
+    n_flops: Amount | None = None
+    n_kernels: Amount | None = None
+
+
+_NEEDED = {OPERATOR: ("name", "part", "n_calls"), CLASS: ("n_kernels",)}
+
+
+def _require_facts(side: Evidence) -> None:
+    for key, one in side.details.items():
+        try:
+            facts = msgspec.convert(one.facts, _Facts)
+        except msgspec.ValidationError as error:
+            raise InputError(f"{side.name!r}: the facts of detail {text.shortened(key, 80)!r}: {error}") from None
+        needed = (*_NEEDED.get(facts.kind, ()), *(("shape",) if facts.n_flops else ()))
+        missing = [name for name in needed if getattr(facts, name) is None]
+        if missing:
+            raise InputError(f"{side.name!r}: the facts of detail {text.shortened(key, 80)!r} lack {missing[0]}")
 
 
 def _same_products(baseline: Evidence, candidate: Evidence) -> list[str]:
@@ -163,7 +199,7 @@ def _factor_interval(a: Measured | None, b: Measured | None) -> tuple[float | No
     if a is None or b is None:
         return None, None
     runs = [list(one.run_ns.values()) for one in (a, b)]
-    if min(map(len, runs)) < 2 or min(map(min, runs)) <= 0:
+    if min(map(len, runs)) < 2 or min(map(min, runs)) < LEAST_AMOUNT:
         return None, None
     logs = [np.log(one) for one in runs]
     factor = float(logs[1].mean() - logs[0].mean())
