@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from perfmodel.cli.main import app
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.hardware import hardware
+from perfmodel.readers import read_trace
 from perfmodel.regression import PARTS, Evidence, compare, evidence
 from perfmodel.regression.traces.parts import details_of, wall_parts
 from perfmodel.regression.traces.sides import log_se_of_median
@@ -134,6 +135,24 @@ def test_a_host_that_runs_ahead_is_judged_by_its_device() -> None:
     found = judged_steps(table)
     assert found.how == STEP
     assert found.windows.rows() == [(0, 105), (105, 100), (205, 100)]  # which sum to the wall time from 0 to 305
+
+
+def test_what_was_launched_before_the_recording_is_of_the_step_before() -> None:
+    """The device works off kernels 1 and 2 until 70; kernel 5 lost its call and is of the step."""
+    earlier = (kernel(-10, 60, link=1), kernel(50, 20, link=2))
+    table = events(step(0, 30), *earlier, launch(1, link=4), kernel(70, 40, link=4), kernel(90, 5, link=5))
+    found = judged_steps(table)
+    assert found.windows.rows() == [(70, 40)]
+    assert found.of(found.middle)["link"].to_list() == [None, 4, 4, 5]
+    assert sum(wall_parts(found).values()) == 40
+    without = judged_steps(events(step(0, 30), *earlier, launch(1, link=4)))
+    assert without.how == WINDOW  # nothing of the step lies after it
+
+
+def test_the_first_step_of_a_real_trace_takes_as_long_as_those_after_it(shared: Path) -> None:
+    """155 ms of it are work of the step before, with which the range of the first step and its work take 372."""
+    trace = read_trace(shared / "traces" / "hta__negative_queue_length_values_check__rank0.json.gz")
+    assert judged_steps(trace.events).dur_ns / 1e6 == pytest.approx([215] * 5, rel=0.02)
 
 
 def test_a_host_that_waits_is_judged_by_its_ranges_and_time_between_ranges_is_in_none() -> None:
@@ -296,7 +315,7 @@ def test_a_trace_beside_itself_is_no_regression_and_nothing_changed(tmp_path: Pa
     assert page["verdicts"][0]["ratio"] == 1
     assert {part["change_frac"] for part in page["parts"]} == {0}
     assert sum(part["share_frac"] for part in page["parts"]) == pytest.approx(1)
-    assert any("at most suspect" in note for note in page["notes"])
+    assert any("nothing slower is firmer than suspect" in note for note in page["notes"])
 
 
 def test_one_slower_operator_is_suspect_and_named_with_its_part(tmp_path: Path) -> None:
@@ -340,6 +359,19 @@ def test_an_added_operator_is_a_change_and_no_other_work(tmp_path: Path) -> None
     assert page["verdicts"][0]["part"] == "memory"
     assert page["details"][0]["name"] == "aten::contiguous"
     assert page["details"][0]["baseline"] is None
+
+
+def test_versions_that_a_program_noted_at_any_depth_are_facts(tmp_path: Path) -> None:
+    def noted(torch: str, name: str, **more: Any) -> Path:
+        env = {"torch_version": torch, "nvidia_driver_version": "575.51.03", "cuda_module_loading": "N/A"}
+        return made_up_trace(tmp_path / name, metadata={"system": {"torch_env_info": env}}, **more)
+
+    a = noted("2.6.0+cu124", "a.json")
+    facts = evidence(a).fingerprint
+    assert (facts["software.torch"], facts["machine.driver"]) == ("2.6.0+cu124", "575.51.03")
+    assert "software.torch: '2.6.0+cu124' against '2.7.0'" in refused(a, noted("2.7.0", "b.json"))
+    assert "software.torch" not in evidence(noted("N/A", "none.json")).fingerprint
+    assert "software.torch" not in evidence(noted("2.6.0", "two.json", torch_version="2.7.0")).fingerprint
 
 
 def test_models_and_ceilings_are_refused_for_traces(tmp_path: Path) -> None:
@@ -455,6 +487,22 @@ def test_several_traces_a_side_can_tell_a_regression_and_pass_what_is_as_fast(tm
         next(one["change_frac"] for one in page["details"] if one["name"] == "step_ns")
     )
     assert page["notes"] == []
+
+
+def test_single_traces_saved_on_three_occasions_are_three_runs_and_no_single_one(tmp_path: Path) -> None:
+    def save(seed: int, *words: str) -> None:
+        trace = made_up_trace(tmp_path / f"{seed}.json", seed=seed, noise=0.01, start_us=1000 + 37 * seed)
+        found = CliRunner().invoke(app, ["baseline", "save", str(trace), *words])
+        assert found.exit_code == 0, found.exception
+
+    words, candidate = ["--store", str(tmp_path / "store")], folder_of(tmp_path / "new", seed=100)
+    save(0, *words)
+    assert any("a side has a single run" in note for note in checked(tmp_path / "store", candidate)["notes"])
+    save(1, "--add", *words)
+    save(2, "--add", *words)
+    page = checked(tmp_path / "store", candidate)
+    assert page["verdicts"][0]["n_runs_baseline"] == 3
+    assert not any("single" in note for note in page["notes"])
 
 
 def test_a_copy_of_a_trace_is_no_second_run(tmp_path: Path) -> None:
