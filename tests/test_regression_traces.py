@@ -390,6 +390,23 @@ def test_another_batch_or_model_is_not_comparable_and_what_differs_is_named(tmp_
     assert "50.0 %" in found
 
 
+def test_a_longer_recording_of_the_same_work_is_no_slower_one(tmp_path: Path) -> None:
+    """Of traces without steps and shapes; a kernel more of one kind is a change, a quarter more of all is not."""
+    kinds = {"attention": ("flash_fwd", 60), "gemm": ("sm90_gemm", 30), "copy": ("direct_copy_kernel", 20)}
+
+    def recorded(n: int, name: str, n_more: int = 0) -> Path:
+        each = [kinds[kind] for kind in kinds for _ in range(n)] + [kinds["copy"]] * n_more
+        ends = np.cumsum([us for _, us in each])
+        found = [complete("kernel", kernel_name, float(end - us), us, 0, 7, device=0, stream=7)
+                 for (kernel_name, us), end in zip(each, ends, strict=True)]  # fmt: skip
+        return write_json(tmp_path / name, {"traceEvents": found})
+
+    a = recorded(40, "a.json")
+    assert "1.25 times as many" in refused(a, recorded(50, "longer.json"))
+    assert "0.80 times as many" in refused(tmp_path / "longer.json", a)
+    assert check(a, recorded(40, "more.json", n_more=10)).exit_code == 0
+
+
 def test_other_kernels_for_the_same_operators_are_comparable(tmp_path: Path) -> None:
     a = made_up_trace(tmp_path / "a.json")
     b = made_up_trace(tmp_path / "b.json", gemm="nvjet_whatever_tst")

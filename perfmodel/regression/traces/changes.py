@@ -19,6 +19,9 @@ from .parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP
 # calls.
 LEAST_SAME_FLOPS_FRAC = 0.9
 LEAST_SAME_CALLS_FRAC = 0.7
+LEAST_SAME_AMOUNT_FRAC = (
+    0.9  # of calls that most of the time is in, beyond which there is more or less of the same work
+)
 LEAST_OPERATORS_FRAC = 0.5  # of the time, below which operators do not say what the work is: graphs replay it
 NOTABLE_FRAC, NOTABLE_CALLS_FRAC = 0.001, 0.05  # of FLOPs, and of the time, from which a difference is told
 _MOVED_SHOWN, _MOVED_LEAST_FRAC = 2, 0.1  # classes named as evidence, and of the change of the first what others need
@@ -40,7 +43,7 @@ def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
     Matrix products must be the same by operands (`k` x `n`, batch, experts) for LEAST_SAME_FLOPS_FRAC of the FLOPs of
     the larger side, which no GPU and no library changes, but another batch or model does. Operators must be called as
     often for LEAST_SAME_CALLS_FRAC of the time, so that one that was added or fused away is a change and no other
-    work; where operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
+    work, but most of them as often within LEAST_SAME_AMOUNT_FRAC, for a longer recording is none; where operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
     are not looked at. Raises NotComparableError naming what differs most.
     """
     if baseline.workloads.keys() != candidate.workloads.keys():
@@ -136,7 +139,21 @@ def _same_calls(baseline: Evidence, candidate: Evidence) -> list[str]:
     )
     if same < LEAST_SAME_CALLS_FRAC:
         raise NotComparableError(f"not comparable: another model or other settings: {words}")
+    typical = _typical_ratio(a, b)
+    if not LEAST_SAME_AMOUNT_FRAC <= typical <= 1 / LEAST_SAME_AMOUNT_FRAC:
+        raise NotComparableError(
+            f"not comparable: more or less of the same work: most {of} are {typical:.2f} times as many on the candidate, "
+            f"as in a longer recording or with more layers; {words}"
+        )
     return [*notes, words] if same < 1 - NOTABLE_CALLS_FRAC else notes
+
+
+def _typical_ratio(a: Mapping[str, tuple[float, float]], b: Mapping[str, tuple[float, float]]) -> float:
+    """How many times as many calls the second side makes: the median over what both call, weighted with its time, which
+    one that was added or fused away does not move."""
+    both = sorted((b[name][0] / a[name][0], a[name][1] + b[name][1]) for name in a if name in b and a[name][0])
+    times = np.cumsum([time_ns for _, time_ns in both])
+    return both[int(np.searchsorted(times, times[-1] / 2))][0] if both else 1.0
 
 
 def changed_parts(baseline: Evidence, candidate: Evidence) -> tuple[PartChange, ...]:
