@@ -43,7 +43,8 @@ def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
     Matrix products must be the same by operands (`k` x `n`, batch, experts) for LEAST_SAME_FLOPS_FRAC of the FLOPs of
     the larger side, which no GPU and no library changes, but another batch or model does. Operators must be called as
     often for LEAST_SAME_CALLS_FRAC of the time, so that one that was added or fused away is a change and no other
-    work, but most of them as often within LEAST_SAME_AMOUNT_FRAC, for a longer recording is none; where operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
+    work, and most of them as often within LEAST_SAME_AMOUNT_FRAC, for a longer recording is no slower one; where
+    operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
     are not looked at. Raises NotComparableError naming what differs most.
     """
     if baseline.workloads.keys() != candidate.workloads.keys():
@@ -142,8 +143,8 @@ def _same_calls(baseline: Evidence, candidate: Evidence) -> list[str]:
     typical = _typical_ratio(a, b)
     if not LEAST_SAME_AMOUNT_FRAC <= typical <= 1 / LEAST_SAME_AMOUNT_FRAC:
         raise NotComparableError(
-            f"not comparable: more or less of the same work: most {of} are {typical:.2f} times as many on the candidate, "
-            f"as in a longer recording or with more layers; {words}"
+            f"not comparable: more or less of the same work: most {of} are {typical:.2f} times as many on the "
+            f"candidate, as in a longer recording or with more layers; {words}"
         )
     return [*notes, words] if same < 1 - NOTABLE_CALLS_FRAC else notes
 
