@@ -339,6 +339,24 @@ def test_one_slower_operator_is_suspect_and_named_with_its_part(tmp_path: Path) 
     assert "compute +300 µs (gemm 400 µs to 700 µs)" in words
 
 
+def test_without_a_device_parts_rest_on_the_operators_that_moved_most(tmp_path: Path) -> None:
+    def recorded(name: str, mul_us: float) -> Path:
+        found, at = [], 0.0
+        for number in range(4):
+            begin = at
+            for op, us in (("aten::mm", 400.0), ("aten::mul", mul_us), ("aten::add", 50.0)):
+                found.append(complete("cpu_op", op, at, us, 9, 1))
+                at += us
+            found.append(complete("user_annotation", f"ProfilerStep#{number}", begin, at - begin, 9, 1))
+        return write_json(tmp_path / name, {"traceEvents": found})
+
+    page = checked(recorded("a.json", 100), recorded("b.json", 400))
+    parts = {one["part"]: one for one in page["parts"]}
+    assert parts["memory"]["evidence"] == "aten::mul 100 µs to 400 µs"
+    assert parts["compute"]["change_frac"] == 0
+    assert page["verdicts"][0]["part"] == "memory"
+
+
 def test_what_moved_stands_in_markdown_and_junit(tmp_path: Path) -> None:
     a = made_up_trace(tmp_path / "a.json")
     b = made_up_trace(tmp_path / "b.json", gemm_us=700)

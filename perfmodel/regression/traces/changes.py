@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import polars as pl
 
 from perfmodel import text
 from perfmodel.classify import COMMUNICATION
@@ -12,7 +13,7 @@ from perfmodel.regression.evidence import Evidence, Measured
 from perfmodel.regression.parts import PARTS, Detail, PartChange
 from perfmodel.regression.spread import LEAST_VARIANCE, Variance, half_width
 
-from .parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
+from .parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of, multiplies_or_attends
 
 # Shares of the work that must be on both sides. In public traces (docs/regression-traces.md) the same work has
 # 1.00 of FLOPs and at least 0.88 of calls; twice the tokens has 0.50 of FLOPs, another model none and at most 0.47 of
@@ -191,20 +192,25 @@ def _factor_interval(a: Measured | None, b: Measured | None) -> tuple[float | No
 
 
 def _evidence(part: str, baseline: Evidence, candidate: Evidence) -> str:
-    """What a part's change rests on: the classes of kernels that moved most, or counts of calls."""
+    """What a part's change rests on: the classes of kernels that moved most, operators on the host, counts of calls."""
+    sides = (baseline, candidate)
     if part in ("compute", "memory", "communication"):
-        sides = (baseline, candidate)
-        either = {one.label for side in sides for one in side.details.values() if one.facts["kind"] == CLASS}
+        either = {key: one for side in sides for key, one in side.details.items()}
+        named = {key: one.label for key, one in either.items() if one.facts["kind"] == CLASS}
+        parts = {key: part_of_class(name) for key, name in named.items()}
+        if not named:  # no device
+            named = {key: one.label for key, one in either.items() if one.facts["kind"] == OPERATOR}
+            names = pl.Series([str(either[key].facts["name"]) for key in named], dtype=pl.String)
+            computes = multiplies_or_attends(names.cast(pl.Categorical)).to_list()
+            parts = {key: "compute" if yes else "memory" for key, yes in zip(named, computes, strict=True)}
         moved = []
-        for name in sorted(name for name in either if part_of_class(name) == part):
-            old, new = (mean_of(side, key_of(CLASS, name)) or 0.0 for side in sides)
-            moved.append((abs(new - old), f"{name} {text.ns(old)} to {text.ns(new)}"))
+        for key in sorted(key for key in named if parts[key] == part):
+            old, new = (mean_of(side, key) or 0.0 for side in sides)
+            moved.append((abs(new - old), f"{named[key]} {text.ns(old)} to {text.ns(new)}"))
         moved.sort(reverse=True)
-        if moved:
-            return ", ".join(words for by, words in moved[:_MOVED_SHOWN] if by >= _MOVED_LEAST_FRAC * moved[0][0])
-        return "host time in operators"
+        return ", ".join(words for by, words in moved[:_MOVED_SHOWN] if by >= _MOVED_LEAST_FRAC * moved[0][0])
     if part == "launch":
-        counts = [mean_of(side, key_of(METRIC, "n_launches")) for side in (baseline, candidate)]
+        counts = [mean_of(side, key_of(METRIC, "n_launches")) for side in sides]
         return f"devices idle during launch calls, {text.count(counts[0])} to {text.count(counts[1])} of them"
     return {"copy exposure": "copies under no kernel", "host": "nothing runs that was launched or called"}.get(part, "")
 

@@ -108,11 +108,15 @@ def _device_levels(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 def _host_levels(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
     """What each part of the wall time is, most important first, of a process without devices."""
     ops = events.filter(pl.col("kind") == "op")
-    names = ops["name"].cast(pl.String)
-    is_compute = names.is_in(list(PRODUCTS)) | classify(ops["name"]).cast(pl.String).is_in((*GEMMS, "attention"))
-    yield "compute", ops.filter(is_compute)
+    yield "compute", ops.filter(multiplies_or_attends(ops["name"]))
     yield "communication", host_communication(events)
     yield "memory", ops
+
+
+def multiplies_or_attends(operators: pl.Series) -> pl.Series:
+    """Which operators compute for longer than they move, by their names: those that multiply matrices or attend."""
+    is_class = classify(operators).cast(pl.String).is_in((*GEMMS, "attention"))
+    return operators.cast(pl.String).is_in(list(PRODUCTS)) | is_class
 
 
 def _named_by_shape(trace: Trace) -> tuple[Trace, dict[str, dict[str, Any]]]:
