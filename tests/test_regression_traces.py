@@ -425,6 +425,27 @@ def test_a_longer_recording_of_the_same_work_is_no_slower_one(tmp_path: Path) ->
     assert check(a, recorded(40, "more.json", n_more=10)).exit_code == 0
 
 
+def test_gradients_of_experts_weights_are_the_same_work_however_tokens_are_routed(tmp_path: Path) -> None:
+    """Of the gradient of an expert's weights the rows are the inner size: 64 x rows by rows x 32."""
+
+    def trained(name: str, *rows: int, width: int = 64) -> Path:
+        found, at = [], 0.0
+        for number in range(3):
+            begin = at
+            for n in rows:
+                for dims in ([[n, width], [width, 32]], [[width, n], [n, 32]]):
+                    args = {"Input Dims": dims, "Input type": ["float", "float"]}
+                    found.append(complete("cpu_op", "aten::mm", at, 100, 9, 1, **args))
+                    at += 100
+            found.append(complete("user_annotation", f"ProfilerStep#{number}", begin, at - begin, 9, 1))
+        return write_json(tmp_path / name, {"traceEvents": found})
+
+    a = trained("a.json", 10, 22)
+    assert not any("FLOPs" in note for note in checked(a, trained("b.json", 16, 16))["notes"])
+    assert "only 50.0 % of the FLOPs" in refused(a, trained("twice.json", 20, 44))
+    assert "only 49" in refused(a, trained("wide.json", 10, 22, width=65))
+
+
 def test_other_kernels_for_the_same_operators_are_comparable(tmp_path: Path) -> None:
     a = made_up_trace(tmp_path / "a.json")
     b = made_up_trace(tmp_path / "b.json", gemm="nvjet_whatever_tst")

@@ -42,10 +42,11 @@ def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
     """Refuse sides whose steps do other work; returns what a reader must know of how that was told.
 
     Matrix products must be the same by operands (`k` x `n`, batch, experts) for LEAST_SAME_FLOPS_FRAC of the FLOPs of
-    the larger side, which no GPU and no library changes, but another batch or model does. Operators must be called as
-    often for LEAST_SAME_CALLS_FRAC of the time, so that one that was added or fused away is a change and no other
-    work, and most of them as often within LEAST_SAME_AMOUNT_FRAC, for a longer recording is no slower one; where
-    operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
+    the larger side, which no GPU and no library changes, but another batch or model does. Of gradients of an expert's
+    weights `k` is its rows, which change with the tokens: what operands leave over is matched by results. Operators
+    must be called as often for LEAST_SAME_CALLS_FRAC of the time, so that one that was added or fused away is a change
+    and no other work, and most of them as often within LEAST_SAME_AMOUNT_FRAC, for a longer recording is no slower one;
+    where operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
     are not looked at. Raises NotComparableError naming what differs most.
     """
     if baseline.workloads.keys() != candidate.workloads.keys():
@@ -63,8 +64,21 @@ def _same_products(baseline: Evidence, candidate: Evidence) -> list[str]:
         return [NO_SHAPES]
     shapes = [*a, *(shape for shape in b if shape not in a)]
     most = max(math.fsum(a.values()), math.fsum(b.values()))
-    same = math.fsum(min(a.get(shape, 0.0), b.get(shape, 0.0)) for shape in shapes) / most
-    worst = max(shapes, key=lambda shape: abs(a.get(shape, 0.0) - b.get(shape, 0.0)))
+    result = {**_results(baseline), **_results(candidate)}
+    alone: tuple[dict[str, float], ...] = ({}, {})  # what one side alone computes, by its result
+    for shape in shapes:
+        excess, key = a.get(shape, 0.0) - b.get(shape, 0.0), result.get(shape, shape)
+        for found, more in zip(alone, (excess, -excess), strict=True):
+            found[key] = found.get(key, 0.0) + max(more, 0.0)
+    same = math.fsum(min(a.get(shape, 0.0), b.get(shape, 0.0)) for shape in shapes)
+    same = (same + math.fsum(map(min, alone[0].values(), alone[1].values()))) / most
+
+    def apart(shape: str) -> float:
+        """The FLOPs of a shape in which the sides differ, but for those that others of its result make up for."""
+        key = result.get(shape, shape)
+        return min(abs(a.get(shape, 0.0) - b.get(shape, 0.0)), abs(alone[0][key] - alone[1][key]))
+
+    worst = max(shapes, key=apart)
     either = (one for side in (baseline, candidate) for one in side.details.values())
     label = next(one.label for one in either if one.facts.get("shape") == worst)
     sides = " and ".join(
@@ -83,6 +97,15 @@ def _flops(side: Evidence) -> dict[str, float]:
         if one.facts.get("n_flops"):
             found[one.facts["shape"]] = found.get(one.facts["shape"], 0.0) + one.facts["n_flops"]
     return found
+
+
+def _results(side: Evidence) -> dict[str, str]:
+    """By shape the rows and columns of what products of this shape result in, where these are always the same."""
+    found: dict[str, set[str | None]] = {}
+    for one in side.details.values():
+        if one.facts.get("n_flops"):
+            found.setdefault(one.facts["shape"], set()).add(one.facts.get("result"))
+    return {shape: f"to {only}" for shape, (only, *more) in found.items() if only is not None and not more}
 
 
 def _calls(side: Evidence, *, with_flops: bool) -> dict[str, tuple[float, float]] | None:
