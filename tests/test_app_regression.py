@@ -149,7 +149,7 @@ def test_open_traces_are_sides_too(tmp_path: Path) -> None:
         "Most of it in": "compute",
         "Workloads compared": "1",
     }
-    assert "a side with a single trace cannot show how runs differ" in shown(view)
+    assert "a side has a single run, so that the spread between runs is assumed" in shown(view)
     assert "perfmodel check before.json after.json" in view.code[0].value
     view.session_state["uploaded"].append(SimpleNamespace(**vars(view.session_state["uploaded"][0]) | {"digest": "x"}))
     assert ran(view).selectbox(key="baseline").options[-1] == "trace: before.json (x)"

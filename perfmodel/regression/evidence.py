@@ -30,6 +30,10 @@ MUST_TELL = ("machine", "software")  # of which captures that share no fact at a
 N_NAMED, N_WORDS = 4, 80  # facts that a sentence names; characters of one
 # What a workload of a capture is: columns of its observations that must be alike where the id is.
 CONTENT = [key for key in OBSERVATIONS if key not in (*NOT_CONTENT, "run", "times_ns", "time_ns", "capture")]
+_MORE_RUNS = {
+    CAPTURE: "collect with --runs 5",
+    TRACES: "record 5 traces of each side in turns, each in a fresh process, and give the folders",
+}
 SHORT_CAPTURE_S = 300  # a virtual machine's neighbours stay for longer than such a capture takes
 
 
@@ -219,10 +223,10 @@ def _fact(value: object) -> str:
 def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
     """Sentences on what two sides cannot show together, and whether they are those that were meant; often none."""
     found = []
-    if baseline.kind == CAPTURE and min(len(baseline.runs), len(candidate.runs)) < 2:
+    if min(len(baseline.runs), len(candidate.runs)) < 2:
         found.append(
             "a side has a single run, so that the spread between runs is assumed and nothing slower is firmer than "
-            "suspect; collect with --runs 5"
+            f"suspect; {_MORE_RUNS[baseline.kind]}"
         )
     began, ended = [run.started for run in baseline.runs], [run.finished for run in candidate.runs]
     first, other = ({key: dict(one.run_ns) for key, one in side.workloads.items()} for side in (baseline, candidate))
