@@ -5,7 +5,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from perfmodel.errors import InputError
 
@@ -108,6 +108,11 @@ def fraction(word: str, option: str) -> float:
         raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None
 
 
+def names(given: Sequence[str] | None) -> list[str]:
+    """The names that an option was given, several times or once with commas."""
+    return [word.strip() for words in given or () for word in words.split(",")]
+
+
 def _scaled(value: float, steps: tuple[tuple[str, float], ...], unit: str) -> str:
     for word, factor in steps:
         if abs(value) >= 0.9995 * factor or factor == 1.0:  # 999.7 of a unit would be written 1,000
@@ -202,6 +207,15 @@ def shortened(words: str, n_most: int) -> str:
         return shown
     n_end = (n_most - 1) // 3
     return f"{shown[: n_most - 1 - n_end]}…{shown[len(shown) - n_end :]}"
+
+
+def told_apart(labels: Sequence[str]) -> tuple[Sequence[str], str]:
+    """Labels of parts with commas without those parts that all of them share, which leave no room for what tells them
+    apart; and the parts that they share, empty where nothing of a label would be left."""
+    parts = [label.split(", ") for label in labels]
+    shared = [part for part in parts[0] if all(part in one for one in parts)] if len(parts) > 1 else []
+    names = [", ".join(part for part in one if part not in shared) for one in parts]
+    return (names, ", ".join(shared)) if all(names) else (labels, "")
 
 
 def short_name(content: Mapping[str, object]) -> str:

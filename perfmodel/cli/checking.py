@@ -1,6 +1,7 @@
 """The command that judges a machine, driver or build: against a baseline and against a model."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from perfmodel import hardware, report
+from perfmodel import hardware, report, text
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
 from perfmodel.cli.shell import (
@@ -21,6 +22,7 @@ from perfmodel.cli.shell import (
     note,
     print_json_words,
     print_words,
+    width,
     write_report,
 )
 from perfmodel.errors import InputError
@@ -40,14 +42,14 @@ def check(
     candidate: Annotated[
         str | None, typer.Argument(help="The capture, trace or folder of traces to be judged.")
     ] = None,
-    margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
+    margin: Annotated[str, typer.Option(help="Slowdown that does not matter, as 3% or 0.03.")] = "3%",
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="What may differ; may be given again: torch (with its libraries and kernel), driver (of the GPU), os "
-            "(its kernel and platform), threads, hardware or machine (all of the machine, driver included), software "
-            "(all versions), kernel (the grouped GEMM that ran), settings (device, dtype, threads), or a single fact, "
-            "as software.torch."
+            help="What may differ, with commas or given again: torch (with its libraries and kernel), driver (of the "
+            "GPU), os (its kernel and platform), threads, hardware or machine (all of the machine, driver included), "
+            "software (all versions), kernel (the grouped GEMM that ran), settings (device, dtype, threads), or a "
+            "single fact, as software.torch."
         ),
     ] = None,
     model: Annotated[
@@ -105,10 +107,15 @@ def check(
         expect_file(option, path, suffix)
     _spare_inputs(json_file, (baseline, candidate))
     must_conclude = inconclusive == "fail"
+    margin_frac, axes = fraction(margin, "--margin"), text.names(axis)
+    if margin_frac >= 1 and not margin.endswith("%"):  # nothing would ever be slower
+        raise InputError(
+            f"--margin {margin} would be {100 * margin_frac:g} %; write {margin}% or {margin_frac / 100:g}"
+        )
     found = regression.compare(
-        *regression.sides(baseline, candidate, axis or ()),
-        fraction(margin, "--margin"),
-        axis or (),
+        *regression.sides(baseline, candidate, axes),
+        margin_frac,
+        axes,
         load_model(model) if model not in (None, "none") else None,
         hardware.hardware(hardware_name) if hardware_name else None,
         with_model=model != "none",
@@ -126,7 +133,7 @@ def check(
         for remark in report.remarks(found):
             note(f"note: {remark}")
     else:
-        print_words(words)
+        print_words(report.check_page(found, width()) if sys.stdout.isatty() else words)
 
     def draw() -> None:
         from perfmodel.figures import check_figures

@@ -27,9 +27,9 @@ from .compared import (
     Moved,
     compare,
 )
-from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, differences, of_capture, require_comparable
+from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, axes_of, differences, of_capture, require_comparable
 from .given import evidence, sides, store_of
-from .packed import refuse_large, unpack_captures
+from .packed import folders_below, refuse_large, unpack_sides
 from .parts import PARTS, Detail, PartChange
 from .spread import CONFIDENCE, OVERALL
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, is_slower, n_missing
@@ -69,11 +69,13 @@ __all__ = [
     "Run",
     "Verdict",
     "against_model",
+    "axes_of",
     "check",
     "compare",
     "differences",
     "evidence",
     "expected_ratio",
+    "folders_below",
     "is_slower",
     "model_for",
     "n_missing",
@@ -85,5 +87,5 @@ __all__ = [
     "require_comparable",
     "sides",
     "store_of",
-    "unpack_captures",
+    "unpack_sides",
 ]

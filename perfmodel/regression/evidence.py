@@ -1,6 +1,6 @@
 """One side of a comparison: run medians of workloads, when they were taken, and under which circumstances."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -24,11 +24,16 @@ AXIS_WORDS = {
     "os": ("software.kernel_release", "software.platform"),
     "threads": ("settings.threads", "machine.n_threads"),
 }
+NARROW, KERNEL = ("driver", "threads", "os", "torch"), "kernel"
 SAME_MACHINE = ("driver", "threads")  # axes of change on which it is still the machine that it was
 MUST_TELL = ("machine", "software")  # of which captures that share no fact at all are not comparable
 N_NAMED, N_WORDS = 4, 80  # facts that a sentence names; characters of one
 # What a workload of a capture is: columns of its observations that must be alike where the id is.
 CONTENT = [key for key in OBSERVATIONS if key not in (*NOT_CONTENT, "run", "times_ns", "time_ns", "capture")]
+_MORE_RUNS = {
+    CAPTURE: "collect with --runs 5",
+    TRACES: "record 5 traces of each side in turns, each in a fresh process, and give the folders",
+}
 SHORT_CAPTURE_S = 300  # a virtual machine's neighbours stay for longer than such a capture takes
 
 
@@ -218,10 +223,10 @@ def _fact(value: object) -> str:
 def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
     """Sentences on what two sides cannot show together, and whether they are those that were meant; often none."""
     found = []
-    if baseline.kind == CAPTURE and min(len(baseline.runs), len(candidate.runs)) < 2:
+    if min(len(baseline.runs), len(candidate.runs)) < 2:
         found.append(
             "a side has a single run, so that the spread between runs is assumed and nothing slower is firmer than "
-            "suspect; collect with --runs 5"
+            f"suspect; {_MORE_RUNS[baseline.kind]}"
         )
     began, ended = [run.started for run in baseline.runs], [run.finished for run in candidate.runs]
     first, other = ({key: dict(one.run_ns) for key, one in side.workloads.items()} for side in (baseline, candidate))
@@ -235,6 +240,15 @@ def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
 def is_declared(key: str, axes: Sequence[str]) -> bool:
     """Whether a fact of the fingerprint, such as `software.torch`, lies on one of the declared axes of change."""
     return any(fnmatchcase(key, pattern) for axis in axes for pattern in AXIS_WORDS.get(axis, (axis, f"{axis}.*")))
+
+
+def axes_of(keys: Collection[str]) -> list[str]:
+    """The axes that declare these facts of the fingerprint and little else: a narrow word such as `threads` where it
+    says it all, as another machine would excuse what a changed setting does to it."""
+    words = [word for word in NARROW if any(key != KERNEL and is_declared(key, [word]) for key in keys)]
+    wide = sorted({key.partition(".")[0] for key in keys if not is_declared(key, words)})
+    left = [key for key in keys if not is_declared(key, wide)]
+    return [*(word for word in words if any(is_declared(key, [word]) for key in left)), *wide]
 
 
 def may_excuse(axes: Sequence[str]) -> bool:
@@ -270,6 +284,7 @@ def require_comparable(
         more = f" and {len(undeclared) - N_NAMED} more" if len(undeclared) > N_NAMED else ""
         of = "captures" if baseline.kind == CAPTURE else baseline.kind
         raise NotComparableError(
-            f"not comparable: the {of} differ in {shown}{more}; declare with --axis what you mean to test"
+            f"not comparable: the {of} differ in {shown}{more}; declare what you mean to test; all of it would be "
+            + " ".join(f"--axis {axis}" for axis in axes_of(undeclared))
         )
     return found

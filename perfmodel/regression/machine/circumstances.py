@@ -10,7 +10,7 @@ from perfmodel import text
 from perfmodel.capture import Capture
 from perfmodel.plausible import ERROR, Finding
 from perfmodel.regression.evidence import Evidence, of_capture
-from perfmodel.regression.spread import CONFIDENCE, OVERALL, Mean, means_of
+from perfmodel.regression.spread import CONFIDENCE, OVERALL, Mean, means_of, quantile
 from perfmodel.regression.verdicts import DEFAULT_MARGIN_FRAC, POWER
 
 from .items import FACTS, HEALTHY, OPEN, STEADINESS, Item, judged, number, words_of
@@ -294,9 +294,16 @@ def n_runs_wanted(capture: Capture, margin_frac: float = DEFAULT_MARGIN_FRAC) ->
     found = spread_of(capture)
     if found is None:
         return None, False
-    needed = (math.log1p(margin_frac) / float(stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER))) ** 2
-    of_both = 2 * math.fsum(one.value for one in found[0].of_units)
-    return max(math.ceil(of_both / needed), 2), not found[0].fixed
+    margin, of_both = math.log1p(margin_frac), 2 * math.fsum(one.value for one in found[0].of_units)
+
+    def reach(df: float) -> float:
+        """How many standard errors a margin must be wide."""
+        return quantile((1 + CONFIDENCE) / 2, df) + quantile(POWER, df)
+
+    n = max(math.ceil(of_both * (reach(math.inf) / margin) ** 2), 2)
+    while reach(2 * (n - 1)) * math.sqrt(of_both / n) > margin:  # a few runs hardly know their own spread
+        n += 1
+    return n, not found[0].fixed
 
 
 def _load(capture: Capture) -> Item:
