@@ -149,6 +149,13 @@ def test_the_documented_codes_conditions_and_axes_are_those_of_the_command() -> 
         assert f"`{fact}`" in axes, fact
 
 
+def test_a_check_without_html_needs_no_plotly(
+    ends: Ends, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "perfmodel.figures", None)  # whoever imports it fails
+    assert ends(folders["before"], folders["slow"], "--model", "none")[0] == 1
+
+
 # No pass in silence
 
 

@@ -19,9 +19,9 @@ from perfmodel.physics import Ceilings
 from perfmodel.regression import check, compare, of_capture
 from perfmodel.regression.changes.alone import what_they_share
 from perfmodel.regression.changes.attributed import Attribution, _agreement, attribute
+from perfmodel.regression.changes.calibrated import Moved, moved_quantities
 from perfmodel.regression.changes.division import divide
 from perfmodel.regression.changes.profiled import profile_details
-from perfmodel.regression.compared import Moved, moved_quantities
 from perfmodel.regression.spread import OVERALL
 from tests import captures_made
 from tests.captures_made import ROOF, SHAPES, TRUE_CONSTANTS, write_gpu_capture, write_synthetic_capture

@@ -1,22 +1,20 @@
 """The command that judges a machine, driver or build: against a baseline and against a model."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from perfmodel import hardware, report
-from perfmodel.cli.drawing import Html, check_html, write_html
+from perfmodel.cli.drawing import WRITES_FAILED, Html, all_written, check_file, check_html, write_file, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
 from perfmodel.cli.shell import Json, app, fraction, note, print_words
 from perfmodel.errors import InputError
-from perfmodel.files import write_whole
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
-WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked for could not be written
 
 
 @app.command()
@@ -88,13 +86,9 @@ def check(
         known = ", ".join(regression.FAILURES)
         raise InputError(f"--fail-on names {unknown[0]!r}; known: {known}, or none")
     check_html(html)
-    for option, path, suffix in (
-        ("--json-file", json_file, ".json"),
-        ("--junit", junit, ".xml"),
-        ("--markdown", markdown, ".md"),
-    ):
-        if path is not None and not (path.endswith(suffix) and Path(path).resolve().parent.is_dir()):
-            raise InputError(f"{option} is {path!r}, expected a {suffix} file in a folder that exists")
+    check_file("--json-file", json_file, ".json")
+    check_file("--junit", junit, ".xml")
+    check_file("--markdown", markdown, ".md")
     must_conclude = inconclusive == "fail"
     found = regression.compare(
         *regression.sides(baseline, candidate, axis or ()),
@@ -119,36 +113,20 @@ def check(
     else:
         print_words(words)
 
-    def draw() -> None:
+    def figures() -> Sequence[tuple[Any, str]]:
         from perfmodel.figures import check_figures
 
-        write_html(html, f"{found.candidate} against {found.baseline}", words, lambda: check_figures(found))
+        return check_figures(found)
 
     wanted: list[Callable[[], None]] = [
-        lambda: _write(json_file, as_data),
-        lambda: _write(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
-        lambda: _write(markdown, lambda: report.check_markdown(found, conditions)),
+        lambda: write_file(json_file, as_data),
+        lambda: write_file(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
+        lambda: write_file(markdown, lambda: report.check_markdown(found, conditions)),
         lambda: _append_summary(summary, lambda: report.check_markdown(found, conditions)),
-        draw,
+        lambda: write_html(html, f"{found.candidate} against {found.baseline}", words, figures),
     ]
-    is_written = all([_is_written(write) for write in wanted])
+    is_written = all_written(wanted)
     raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if is_written else WRITES_FAILED))
-
-
-def _is_written(write: Callable[[], None]) -> bool:
-    """Whether a report could be written; why not is said, and takes neither the verdict nor the other reports along."""
-    try:
-        write()
-    except InputError as error:
-        note(f"perfmodel: {error}")
-        return False
-    return True
-
-
-def _write(path: str | None, words: Callable[[], str]) -> None:
-    if path is not None:
-        write_whole(path, words().encode())
-        note(f"wrote {path}")
 
 
 def _append_summary(is_wanted: bool, words: Callable[[], str]) -> None:

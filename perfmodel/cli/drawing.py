@@ -1,7 +1,7 @@
-"""Reports that commands write as one HTML file, with figures."""
+"""Reports that commands write into files beside what they print."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +16,40 @@ Html = Annotated[
 ]
 
 
-def check_html(path: str | None) -> None:
+WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked for could not be written
+
+
+def check_file(option: str, path: str | None, suffix: str) -> None:
     """Refuse a report that cannot be written before anything is computed."""
-    if path is None:
-        return
-    if not path.endswith(".html") or not Path(path).resolve().parent.is_dir():
-        raise InputError(f"--html is {path!r}, expected an .html file in a folder that exists")
-    if importlib.util.find_spec("plotly") is None:
+    if path is not None and not (path.endswith(suffix) and Path(path).resolve().parent.is_dir()):
+        article = "an" if suffix == ".html" else "a"
+        raise InputError(f"{option} is {path!r}, expected {article} {suffix} file in a folder that exists")
+
+
+def write_file(path: str | None, words: Callable[[], str]) -> None:
+    """Write a report, and say so; nothing where `path` is None."""
+    if path is not None:
+        write_whole(path, words().encode())
+        note(f"wrote {path}")
+
+
+def all_written(writes: Iterable[Callable[[], None]]) -> bool:
+    """Whether all reports could be written; why one could not is said, and takes neither the verdict nor the other
+    reports along."""
+    failed = False
+    for write in writes:
+        try:
+            write()
+        except InputError as error:
+            note(f"perfmodel: {error}")
+            failed = True
+    return not failed
+
+
+def check_html(path: str | None) -> None:
+    """The same for a report with figures, which need plotly."""
+    check_file("--html", path, ".html")
+    if path is not None and importlib.util.find_spec("plotly") is None:
         raise MissingExtraError(
             'a report with figures needs plotly, which is not installed: pip install "perfmodel[figures]"'
         )
@@ -37,5 +64,4 @@ def write_html(path: str | None, title: str, words: str, draw: Callable[[], Sequ
         return
     from perfmodel.figures import html_page
 
-    write_whole(path, html_page(title, words, draw()).encode())
-    note(f"wrote {path}")
+    write_file(path, lambda: html_page(title, words, draw()))

@@ -1,15 +1,14 @@
 """`perfmodel check --new-machine`: a machine judged by one capture, without a baseline."""
 
-from pathlib import Path
-from typing import Annotated, NoReturn
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from perfmodel import hardware, report
-from perfmodel.cli.drawing import check_html, write_html
-from perfmodel.cli.shell import note, print_json, print_words
+from perfmodel.cli.drawing import WRITES_FAILED, all_written, check_file, check_html, write_file, write_html
+from perfmodel.cli.shell import print_json, print_words
 from perfmodel.errors import InputError
-from perfmodel.files import write_whole
 
 NewMachine = Annotated[
     str | None,
@@ -60,9 +59,8 @@ def check_new_machine(
 
     refuse_others(context)
     check_html(html)
-    for option, file, suffix in (("--junit", junit, ".xml"), ("--markdown", markdown, ".md")):
-        if file is not None and not (file.endswith(suffix) and Path(file).resolve().parent.is_dir()):
-            raise InputError(f"{option} is {file!r}, expected a {suffix} file in a folder that exists")
+    check_file("--junit", junit, ".xml")
+    check_file("--markdown", markdown, ".md")
     if is_ep_capture(path):
         raise InputError(
             f"{path!r} is a capture of expert parallelism, which `perfmodel phases` reads; --new-machine judges a "
@@ -77,12 +75,17 @@ def check_new_machine(
         print_json(found.to_json())
     else:
         print_words(words)
-    for file, page in ((junit, report.new_machine_junit), (markdown, report.new_machine_markdown)):
-        if file is not None:
-            write_whole(file, page(found).encode())
-            note(f"wrote {file}")
-    if html is not None:
+
+    def figures() -> Sequence[tuple[Any, str]]:
         from perfmodel.figures import new_machine_figures
 
-        write_html(html, f"New machine: {capture.name}", words, lambda: new_machine_figures(found))
-    raise typer.Exit(found.exit_code)
+        return new_machine_figures(found)
+
+    is_written = all_written(
+        (
+            lambda: write_file(junit, lambda: report.new_machine_junit(found)),
+            lambda: write_file(markdown, lambda: report.new_machine_markdown(found)),
+            lambda: write_html(html, f"New machine: {capture.name}", words, figures),
+        )
+    )
+    raise typer.Exit(found.exit_code or (0 if is_written else WRITES_FAILED))
