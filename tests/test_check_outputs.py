@@ -118,23 +118,6 @@ def test_sides_without_a_common_workload_end_with_3(ends: Ends, folders: dict[st
     assert (code, out) == (3, "") and "share no workload" in err
 
 
-def test_the_exit_codes_of_a_real_process(folders: dict[str, Path], tmp_path: Path) -> None:
-    """One process for the verdict that matters most; the summary of a job is written unasked and keeps what it had."""
-    summary = tmp_path / "summary.md"
-    summary.write_text("before\n")
-    command = [sys.executable, "-m", "perfmodel", "check", str(folders["before"]), str(folders["slow"])]
-    done = subprocess.run(
-        [*command, "--model", "none"],
-        cwd=ROOT,
-        env=os.environ | {"GITHUB_STEP_SUMMARY": str(summary)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (1, "")
-    assert summary.read_text().startswith("before\n❌ **regressed: candidate takes 1.4")
-
-
 def test_the_documented_codes_conditions_and_axes_are_those_of_the_command() -> None:
     options = {p.name: p for p in get_command(app).commands["check"].params}
     section = REGRESSION_PAGE.partition("## What it ends with")[2].partition("\n## ")[0]
@@ -263,8 +246,11 @@ def test_json_on_stdout_and_in_a_file_are_one(ends: Ends, folders: dict[str, Pat
     assert "note: not measured in the candidate" in err
 
 
-def test_the_same_inputs_give_the_same_bytes_in_another_process(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Sets iterate in another order under another hash seed; a model is fitted in both."""
+def test_the_same_inputs_give_the_same_bytes_and_code_in_another_process(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Sets iterate in another order under another hash seed; a model is fitted in both. The summary of a job is written
+    unasked and keeps what it had."""
     written = []
     for seed in ("1", "2"):
         place = tmp_path / seed
@@ -272,9 +258,11 @@ def test_the_same_inputs_give_the_same_bytes_in_another_process(folders: dict[st
         names = {"--json-file": "a.json", "--junit": "a.xml", "--markdown": "a.md", "--html": "a.html"}
         options = [word for option, name in names.items() for word in (option, str(place / name))]
         command = [sys.executable, "-m", "perfmodel", "check", str(folders["before"]), str(folders["slow"])]
-        env = os.environ | {"PYTHONHASHSEED": seed}
+        (place / "summary.md").write_text("before\n")
+        env = os.environ | {"PYTHONHASHSEED": seed, "GITHUB_STEP_SUMMARY": str(place / "summary.md")}
         done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 1, done.stderr
+        assert done.returncode == 1 and all(line.startswith("wrote ") for line in done.stderr.splitlines()), done.stderr
+        assert (place / "summary.md").read_text().startswith("before\n❌ **regressed: candidate takes 1.4")
         written.append({name: (place / name).read_bytes() for name in names.values()} | {"": done.stdout.encode()})
     assert written[0] == written[1]
 
