@@ -23,7 +23,7 @@ from perfmodel.cli.main import app, main
 from perfmodel.regression import AXES, AXIS_WORDS, FAILURES, Comparison, Measured, of_capture
 from perfmodel.regression.evidence import alternate
 from perfmodel.report import check_files
-from tests.captures_made import SHAPES, write_synthetic_capture
+from tests.captures_made import SHAPES, noise, write_synthetic_capture
 from tests.conftest import ROOT
 
 REGRESSION_PAGE = (ROOT / "docs" / "regression.md").read_text(encoding="utf-8")
@@ -52,17 +52,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     that lost a workload; none has the times of another to the ns."""
     place, rng = tmp_path_factory.mktemp("sides"), np.random.default_rng(5)
 
-    def noisy(factor: float, sd: float) -> Callable[[], float]:
-        return lambda: factor * float(np.exp(rng.normal(0, sd)))
-
     made = {
-        "before": write_synthetic_capture(place / "before", noise=noisy(1, 0.002)),
-        "after": write_synthetic_capture(place / "after", noise=noisy(1, 0.002)),
-        "slow": write_synthetic_capture(place / "slow", noise=noisy(1.4, 0.002)),
-        "noisy": write_synthetic_capture(place / "noisy", n_runs=2, noise=noisy(1, 0.5)),
+        "before": write_synthetic_capture(place / "before", noise=noise(rng, 0.002)),
+        "after": write_synthetic_capture(place / "after", noise=noise(rng, 0.002)),
+        "slow": write_synthetic_capture(place / "slow", noise=noise(rng, 0.002, 1.4)),
+        "noisy": write_synthetic_capture(place / "noisy", n_runs=2, noise=noise(rng, 0.5)),
         "other": write_synthetic_capture(place / "other", machine={"cpu_model": "another synthetic CPU"}),
-        "once": write_synthetic_capture(place / "once", n_runs=1, noise=noisy(1.4, 0.002)),
-        "lost": write_synthetic_capture(place / "lost", noise=noisy(1, 0.002)),
+        "once": write_synthetic_capture(place / "once", n_runs=1, noise=noise(rng, 0.002, 1.4)),
+        "lost": write_synthetic_capture(place / "lost", noise=noise(rng, 0.002)),
     }
     rows = (made["lost"] / "observations.jsonl").read_text().splitlines()
     gone = json.loads(rows[0])["workload"]

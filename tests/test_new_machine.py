@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,7 +27,7 @@ from perfmodel.regression.machine.circumstances import fact_items, n_runs_wanted
 from perfmodel.regression.machine.new_machine import _model_of
 from perfmodel.regression.machine.rates import REACHED_FILE, _derived, apart_frac, rate_items, reached
 from perfmodel.regression.verdicts import n_more_runs
-from tests.captures_made import write_gpu_capture, write_synthetic_capture
+from tests.captures_made import noise, write_gpu_capture, write_synthetic_capture
 from tests.conftest import ROOT
 
 Manifest = dict[str, Any]
@@ -346,8 +345,7 @@ def test_what_was_reached_has_sources_and_agrees_with_the_model() -> None:
 
 
 def test_runs_that_a_check_needs_are_those_that_a_comparison_asks_for(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    path = write_synthetic_capture(tmp_path / "made-up", noise=lambda: float(np.exp(rng.normal(0, 0.1))))
+    path = write_synthetic_capture(tmp_path / "made-up", noise=noise(3, 0.1))
     capture = load_capture(path)
     found = spread_of(capture)
     assert found is not None

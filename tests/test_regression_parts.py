@@ -24,7 +24,7 @@ from perfmodel.regression.changes.division import divide
 from perfmodel.regression.changes.profiled import profile_details
 from perfmodel.regression.spread import OVERALL
 from tests import captures_made
-from tests.captures_made import ROOF, SHAPES, TRUE_CONSTANTS, write_gpu_capture, write_synthetic_capture
+from tests.captures_made import ROOF, SHAPES, TRUE_CONSTANTS, noise, write_gpu_capture, write_synthetic_capture
 
 MARGIN = 0.03
 
@@ -43,15 +43,10 @@ def blamed(found: Attribution) -> set[str]:
     return {part.part for part in found.parts if "longer in the sweep" in part.evidence}
 
 
-def noisy(seed: int, sd: float = 0.01, factor: float = 1.0) -> Callable[[], float]:
-    rng = np.random.default_rng(seed)
-    return lambda: factor * float(np.exp(rng.normal(0, sd)))
-
-
 @pytest.fixture(scope="module")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Capture:
     """The made-up CPU before anything changed."""
-    return load_capture(write_synthetic_capture(tmp_path_factory.mktemp("cpu") / "base", noise=noisy(1)))
+    return load_capture(write_synthetic_capture(tmp_path_factory.mktemp("cpu") / "base", noise=noise(1, 0.01)))
 
 
 def changed_cpu(
@@ -62,7 +57,7 @@ def changed_cpu(
     names = ("active_ns", "expert_ns", "call_ns", "layer_ns")
     slower = replace(TRUE_CONSTANTS, **{name: getattr(TRUE_CONSTANTS, name) * calls for name in names})
     patch.setattr(captures_made, "TRUE_CONSTANTS", slower)
-    return load_capture(write_synthetic_capture(path / "cand", noise=noisy(2)))
+    return load_capture(write_synthetic_capture(path / "cand", noise=noise(2, 0.01)))
 
 
 @pytest.mark.parametrize(("part", "change"), [("compute", {"compute": 1.5}), ("memory", {"memory": 1.6})])
@@ -103,7 +98,7 @@ def test_parts_and_what_they_leave_sum_to_the_change(
 
 def test_nothing_is_blamed_where_nothing_changed(tmp_path: Path, cpu: Capture) -> None:
     for seed in range(8):
-        again = load_capture(write_synthetic_capture(tmp_path / str(seed), noise=noisy(100 + seed, 0.03)))
+        again = load_capture(write_synthetic_capture(tmp_path / str(seed), noise=noise(100 + seed, 0.03)))
         found = attributed(cpu, again)
         assert not blamed(found) and not found.part_of and not found.findings
 
@@ -129,7 +124,7 @@ def test_what_each_part_adds_sums_to_what_all_add(cpu: Capture) -> None:
 
 
 def test_all_parts_alike_is_said_to_be_the_machine(tmp_path: Path, cpu: Capture) -> None:
-    slow = load_capture(write_synthetic_capture(tmp_path / "slow", noise=noisy(3, factor=1.4)))
+    slow = load_capture(write_synthetic_capture(tmp_path / "slow", noise=noise(3, 0.01, 1.4)))
     found = attributed(cpu, slow)
     assert found.findings[0].startswith("All parts take longer alike, about 1.4")
 
@@ -179,7 +174,7 @@ def test_what_sets_workloads_apart_is_found_and_nothing_else() -> None:
 def test_one_workload_cannot_tell_parts_apart(tmp_path: Path) -> None:
     """A single workload: whatever its time consists of, no other says which part it was."""
     for name, factor in (("a", 1.0), ("b", 1.5)):
-        write_synthetic_capture(tmp_path / name, shapes=SHAPES[:1], noise=noisy(4, factor=factor))
+        write_synthetic_capture(tmp_path / name, shapes=SHAPES[:1], noise=noise(4, 0.01, factor))
     a, b = (load_capture(tmp_path / name) for name in "ab")
     few = a.observations.filter(pl.col("n_tokens") == 64, pl.col("routing") == "uniform")["workload"].unique().to_list()
     a, b = (replace(one, observations=one.observations.filter(pl.col("workload").is_in(few))) for one in (a, b))
