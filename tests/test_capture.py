@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from perfmodel.capture import (
 )
 from perfmodel.errors import InputError
 from perfmodel.fitting import fit_source
-from perfmodel.regression import check
+from perfmodel.regression import check, of_capture
 from perfmodel.sources import only_source, read_sources
 from tests.captures_made import GPU_CALIBRATION, GPU_MODES, write_gpu_capture, write_synthetic_capture
+from tests.commands import run
 from tests.conftest import ROOT
 
 LATER = ("offloaded", "order", "residency", "launch", "study")
@@ -47,8 +47,7 @@ def append(folder: Path, name: str, line: object) -> None:
 
 
 def captures(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "perfmodel", "captures", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run("captures", *words)
 
 
 def test_captures_from_before_offloading_have_null_columns_and_empty_tables() -> None:
@@ -173,7 +172,7 @@ def test_captures_of_several_access_modes_are_compared_workload_by_workload(made
     for point in points:
         point["times_ns"] = [t * (2 if point["workload"] in slow else 1) for t in point["times_ns"]]
     (folder / "observations.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
-    _, *each = check(load_capture(made), load_capture(folder))
+    _, *each = check(of_capture(load_capture(made)), of_capture(load_capture(folder)))
     assert len(each) == 120
     doubled = {v.workload for v in each if v.ratio > 1.5}
     assert doubled == slow
@@ -186,7 +185,7 @@ def test_clocks_seen_while_measuring_do_not_make_another_machine(made: Path, fol
     manifest = json.loads((folder / "capture.json").read_text())
     manifest["machine"]["under_load"] = {"sm_clock_mhz": 1400, "power_watts": 500.0}
     (folder / "capture.json").write_text(json.dumps(manifest))
-    assert check(load_capture(made), load_capture(folder))[0].verdict == "ok"
+    assert check(of_capture(load_capture(made)), of_capture(load_capture(folder)))[0].verdict == "ok"
 
 
 def test_the_roofline_of_a_mixed_capture_shows_its_resident_rows(made: Path) -> None:
