@@ -31,7 +31,7 @@ from .given import evidence, sides, store_of
 from .packed import refuse_large, unpack_captures
 from .parts import PARTS, Detail, PartChange
 from .spread import OVERALL
-from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, is_slower
+from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check
 
 __all__ = [
     "AXES",
@@ -70,7 +70,6 @@ __all__ = [
     "compare",
     "differences",
     "evidence",
-    "is_slower",
     "model_for",
     "new_machine",
     "of_capture",

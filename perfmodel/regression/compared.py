@@ -29,7 +29,7 @@ from .against import (
 from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
 from .parts import Detail, PartChange
 from .spread import OVERALL
-from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
+from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check
 
 CHECK_SCHEMA = 1
 CHASE, EXPLAINED, ON_THE_TABLE, FINE = "regression to chase", "explained", "left on the table", "fine"
@@ -269,6 +269,7 @@ def compare(
         details = profile_details(first, other)
     cases = judged.cases or [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
     cases = [replace(case, part=found.part_of.get(case.verdict.workload)) for case in cases]
+    lost = tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads)
     return Comparison(
         baseline=baseline.name,
         candidate=candidate.name,
@@ -280,13 +281,13 @@ def compare(
         model=judged.model,
         no_model=judged.no_model,
         datasheet=judged.datasheet,
-        n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
+        n_missing={"baseline": len(candidate.workloads.keys() - baseline.workloads.keys()), "candidate": len(lost)},
         parts=found.parts,
         unexplained_frac=found.unexplained_frac,
         findings=found.findings,
         details=details,
         notes=tuple(dict.fromkeys((*doubts(baseline, candidate), *baseline.notes, *candidate.notes, *how_told))),
-        lost=tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads),
+        lost=lost,
     )
 
 

@@ -133,13 +133,3 @@ def _holm(levels: Sequence[float]) -> list[bool]:
             break
         rejected[index] = True
     return rejected
-
-
-def n_missing(one: Evidence, other: Evidence) -> int:
-    """How many workloads of one side the other did not measure."""
-    return len(set(one.workloads) - set(other.workloads))
-
-
-def is_slower(verdicts: Sequence[Verdict]) -> bool:
-    """Whether any verdict says the candidate is slower."""
-    return any(v.verdict in SLOWER for v in verdicts)
