@@ -206,16 +206,16 @@ def test_sides_that_are_the_same_or_swapped_are_noted(folders: dict[str, Path]) 
 
 
 def test_a_report_that_cannot_be_written_hides_no_verdict(ends: Ends, folders: dict[str, Path], tmp_path: Path) -> None:
-    """A folder stands where the JUnit report should go: the page is out, the other report is there, nothing is half
+    """A folder stands where the JUnit report is written before it is renamed: the page is out, the other report is
     there, and the code is the verdict's, or 2 where that would pass."""
-    (tmp_path / "junit.xml").mkdir()
+    (tmp_path / f"junit.xml.{os.getpid()}.part").mkdir()
     for candidate, expected in (("after", 2), ("slow", 1), ("noisy", 2)):
         files = ["--junit", tmp_path / "junit.xml", "--markdown", tmp_path / f"{candidate}.md"]
         code, out, err = ends(folders["before"], folders[candidate], "--model", "none", *files)
         assert (code, err.count("perfmodel: ")) == (expected, 1)
         assert "candidate takes" in out and "junit.xml cannot be written" in err
         assert (tmp_path / f"{candidate}.md").is_file()
-    assert not list(tmp_path.glob("*.part"))
+    assert not [path for path in tmp_path.glob("*.part") if path.is_file()]
 
 
 def test_the_summary_of_a_job_is_written_where_there_is_one(

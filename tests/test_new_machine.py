@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -385,7 +386,7 @@ def test_a_model_of_another_kind_of_device_is_refused(tmp_path: Path) -> None:
 
 def test_a_report_that_cannot_be_written_hides_no_answer(tmp_path: Path) -> None:
     path = write_synthetic_capture(tmp_path / "made-up")
-    (tmp_path / "junit.xml").mkdir()
+    (tmp_path / f"junit.xml.{os.getpid()}.part").mkdir()
     files = ("--junit", tmp_path / "junit.xml", "--markdown", tmp_path / "page.md")
     done = run("--new-machine", path, "--model", "none", *files)
     assert done.exit_code == 1 and "junit.xml cannot be written" in done.stderr

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from perfmodel import hardware, report
-from perfmodel.cli.drawing import WRITES_FAILED, Html, all_written, check_file, check_html, write_file, write_html
+from perfmodel.cli.drawing import WRITES_FAILED, Html, all_written, check_html, write_file, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
-from perfmodel.cli.shell import Json, app, fraction, note, print_words
+from perfmodel.cli.shell import Json, app, expect_file, fraction, note, print_words
 from perfmodel.errors import InputError
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -86,9 +86,12 @@ def check(
         known = ", ".join(regression.FAILURES)
         raise InputError(f"--fail-on names {unknown[0]!r}; known: {known}, or none")
     check_html(html)
-    check_file("--json-file", json_file, ".json")
-    check_file("--junit", junit, ".xml")
-    check_file("--markdown", markdown, ".md")
+    for option, path, suffix in (
+        ("--json-file", json_file, ".json"),
+        ("--junit", junit, ".xml"),
+        ("--markdown", markdown, ".md"),
+    ):
+        expect_file(option, path, suffix)
     must_conclude = inconclusive == "fail"
     found = regression.compare(
         *regression.sides(baseline, candidate, axis or ()),

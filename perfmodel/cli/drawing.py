@@ -2,12 +2,11 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from perfmodel.cli.shell import note
+from perfmodel.cli.shell import expect_file, note
 from perfmodel.errors import InputError, MissingExtraError
 from perfmodel.files import write_whole
 
@@ -17,13 +16,6 @@ Html = Annotated[
 
 
 WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked for could not be written
-
-
-def check_file(option: str, path: str | None, suffix: str) -> None:
-    """Refuse a report that cannot be written before anything is computed."""
-    if path is not None and not (path.endswith(suffix) and Path(path).resolve().parent.is_dir()):
-        article = "an" if suffix == ".html" else "a"
-        raise InputError(f"{option} is {path!r}, expected {article} {suffix} file in a folder that exists")
 
 
 def write_file(path: str | None, words: Callable[[], str]) -> None:
@@ -47,9 +39,11 @@ def all_written(writes: Iterable[Callable[[], None]]) -> bool:
 
 
 def check_html(path: str | None) -> None:
-    """The same for a report with figures, which need plotly."""
-    check_file("--html", path, ".html")
-    if path is not None and importlib.util.find_spec("plotly") is None:
+    """Refuse a report that cannot be written before anything is computed."""
+    if path is None:
+        return
+    expect_file("--html", path, ".html")
+    if importlib.util.find_spec("plotly") is None:
         raise MissingExtraError(
             'a report with figures needs plotly, which is not installed: pip install "perfmodel[figures]"'
         )

@@ -6,8 +6,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from perfmodel import hardware, report
-from perfmodel.cli.drawing import WRITES_FAILED, all_written, check_file, check_html, write_file, write_html
-from perfmodel.cli.shell import print_json, print_words
+from perfmodel.cli.drawing import WRITES_FAILED, all_written, check_html, write_file, write_html
+from perfmodel.cli.shell import expect_file, print_json, print_words
 from perfmodel.errors import InputError
 
 NewMachine = Annotated[
@@ -59,8 +59,8 @@ def check_new_machine(
 
     refuse_others(context)
     check_html(html)
-    check_file("--junit", junit, ".xml")
-    check_file("--markdown", markdown, ".md")
+    for option, file, suffix in (("--junit", junit, ".xml"), ("--markdown", markdown, ".md")):
+        expect_file(option, file, suffix)
     if is_ep_capture(path):
         raise InputError(
             f"{path!r} is a capture of expert parallelism, which `perfmodel phases` reads; --new-machine judges a "

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from perfmodel import __version__, report, text
+from perfmodel.errors import InputError
 from perfmodel.readers import is_folder_of_ranks, read_trace
 from perfmodel.readers.folder import read_ranks
 from perfmodel.trace import Trace
@@ -54,6 +55,13 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def expect_file(option: str, path: str | None, suffix: str) -> None:
+    """Refuse a report that cannot be written before anything is computed; nothing where `path` is None."""
+    if path is not None and not (path.endswith(suffix) and Path(path).parent.is_dir() and not Path(path).is_dir()):
+        article = "an" if suffix == ".html" else "a"
+        raise InputError(f"{option} is {path!r}, expected {article} {suffix} file in a folder that exists")
 
 
 def print_words(words: str) -> None:

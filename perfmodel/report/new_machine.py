@@ -45,26 +45,26 @@ def runs_line(found: "NewMachine") -> str:
     )
 
 
-def new_machine_page(found: "NewMachine", machine: Sequence[str]) -> str:
+def new_machine_page(found: "NewMachine", machine: Sequence[str], width: int = WIDTH) -> str:
     """The verdict in a line, what the machine is, the items by section with what to look at next, and the workloads
     that are slowest beside the model."""
-    head = [new_machine_verdict(found), "", *(text.shortened(words, WIDTH) for words in machine)]
+    head = [new_machine_verdict(found), "", *(text.shortened(words, width) for words in machine)]
     blocks = ["\n".join(head)]
     for section, items in _sections(found):
         lines = [section]
         for item in items:
-            lines.append(wrapped(f"{item.name}: {item.words}", WIDTH, f"  {MARKS[item.verdict]:<8}", " " * 10))
-            lines += [wrapped(step, WIDTH, " " * 10 + "-> ", " " * 13) for step in item.next_steps]
+            lines.append(wrapped(f"{item.name}: {item.words}", width, f"  {MARKS[item.verdict]:<8}", " " * 10))
+            lines += [wrapped(step, width, " " * 10 + "-> ", " " * 13) for step in item.next_steps]
         blocks.append("\n".join(lines))
-    blocks.append(wrapped(_judge(found), WIDTH))
+    blocks.append(wrapped(_judge(found), width))
     worst = [one for one in found.expectations[1:] if one.model_low_ns is not None][:N_WORST]
     if worst:
         rows = [
             [one.label, text.ns(one.measured_ns), text.ns(one.model_ns), f"{one.ratio:.2f}x", one.verdict]
             for one in worst
         ]
-        blocks.append(table(rows, WORST_HEADER, WIDTH))
-    blocks.append(wrapped(runs_line(found), WIDTH))
+        blocks.append(table(rows, WORST_HEADER, width))
+    blocks.append(wrapped(runs_line(found), width))
     return "\n\n".join(blocks)
 
 

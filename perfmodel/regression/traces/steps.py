@@ -20,12 +20,13 @@ STEP, PASS, WINDOW = "step", "MoE layer pass", "whole trace"  # what a trace is 
 class Steps:
     """The steps of the slowest thread that has any, of one trace.
 
-    `how` is STEP, PASS or WINDOW, `n_threads` how many threads had steps. `windows` has a row a step: `start_ns`,
-    `dur_ns`. `events` are those of the judged process alone, `at` the row of `windows` that each belongs to, null for
-    none; device work belongs where its launch call began.
+    `how` is STEP, PASS or WINDOW, `n_threads` how many threads had steps, `rank` that of the judged one (null: not
+    said). `windows` has a row a step: `start_ns`, `dur_ns`. `events` are those of the judged process alone, `at` the
+    row of `windows` that each belongs to, null for none; device work belongs where its launch call began.
     """
 
     how: str
+    rank: int | None
     n_threads: int
     windows: pl.DataFrame
     events: pl.DataFrame
@@ -82,6 +83,7 @@ def judged_steps(events: pl.DataFrame) -> Steps:
     is_mine = points.select(of_process | (pl.col("is_device") & pl.col("process").is_null())).to_series()
     return Steps(
         how,
+        threads["rank"][0],
         threads.height,
         mine.select("start_ns", "dur_ns"),
         events.filter(is_mine),
@@ -156,5 +158,6 @@ def _whole(events: pl.DataFrame) -> Steps:
     if first is None or last <= first:
         raise InputError("its events took no time, so that nothing can be compared")
     window = pl.DataFrame({"start_ns": [first], "dur_ns": [last - first]})
+    ranks = events["rank"].unique()
     at = pl.repeat(0, events.height, dtype=pl.Int64, eager=True)
-    return Steps(WINDOW, 1, window, events, at)
+    return Steps(WINDOW, ranks[0] if len(ranks) == 1 else None, 1, window, events, at)
