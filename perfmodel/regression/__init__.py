@@ -1,8 +1,8 @@
 """Regression checks: is a candidate slower than its baseline, and slower than a model says it should be.
 
 Imports run one way: `evidence` and `parts` (records), then `spread`, `verdicts` and `against` (statistics), then
-`traces` and `changes` (what a change consists of), `compared` (both questions crossed), and on top `saved`, `machine`
-and `given`, which read what people hand over.
+`traces` and `changes` (what a change consists of), `compared` (both questions crossed), then `saved` and
+`machine`; on top `given` and `packed`, which read what people hand over.
 """
 
 from perfmodel.regression.changes.calibrated import Moved
