@@ -28,6 +28,7 @@ from perfmodel.capture_lines import (
     WorkloadLine,
     read_lines,
     read_manifest,
+    refuse_nested,
 )
 from perfmodel.errors import InputError
 from perfmodel.hardware import QUANTITIES, HardwareProfile, Quantity, same_fact
@@ -104,6 +105,7 @@ LEFT_OUT_TABLE = pl.Schema(
 
 # What was seen of a machine while it was measured (clocks, power, temperature): of the occasion, not of the machine.
 SEEN_ONCE = ("under_load",)
+SIZES = ("n_tokens", "top_k", "n_experts", "hidden", "inter", "n_gemms")  # without which there is no work
 MAX_COUNTS = 2**26  # experts of all observations together: a hundred times what a large capture has
 
 
@@ -155,7 +157,10 @@ def load_capture(path: str | Path) -> Capture:
             f"{str(path)!r} is not a capture folder: found {found}; make one with `perfmodel collect sweep`"
         )
     manifest = read_manifest(manifest_file)
-    workloads = {row.workload: row for row in read_lines(path / WORKLOADS, WorkloadLine)}
+    workloads: dict[str, WorkloadLine] = {}
+    for row in read_lines(path / WORKLOADS, WorkloadLine):
+        if workloads.setdefault(row.workload, row) != row:
+            raise InputError(f"capture {path.name!r}: {WORKLOADS} plans workload {row.workload} twice, differently")
     observed = read_lines(path / OBSERVATIONS_FILE, ObservationLine)
     if not observed:
         raise InputError(f"capture {path.name!r} holds no observation yet; run its sweep command again to go on")
@@ -205,12 +210,16 @@ def _digest(path: Path, manifest: Mapping[str, Any]) -> str:
 
 def _calibrations(path: Path) -> pl.DataFrame:
     lines = read_lines(path / CALIBRATION, CalibrationLine, optional=True)
+    for line in lines:
+        refuse_nested(line.params, f"{path.name}/{CALIBRATION}")
     rows = [{**msgspec.structs.asdict(line), "params": _params(line.params), "capture": path.name} for line in lines]
     return pl.DataFrame([{key: row[key] for key in CALIBRATIONS} for row in rows], schema=CALIBRATIONS)
 
 
 def _left_out(path: Path) -> pl.DataFrame:
     lines = read_lines(path / LEFT_OUT, LeftOutLine, optional=True)
+    for line in lines:
+        refuse_nested(line.params, f"{path.name}/{LEFT_OUT}")
     rows = [
         {
             **msgspec.structs.asdict(line),
@@ -242,6 +251,12 @@ def _check_row(capture: str, row: Mapping[str, Any]) -> None:
         or not 0 <= min(counts) <= max(counts) <= row["n_tokens"]
     ):
         raise InputError(f"capture {capture!r}: workload {row['workload']} breaks tokens x top-k over its experts")
+    sizes = SIZES if row["op"] == "moe_layer" else (*SIZES, "gemm_k", "gemm_n")
+    empty = [size for size in sizes if not row[size]]
+    if empty:
+        raise InputError(f"capture {capture!r}: workload {row['workload']} has no {empty[0]}, and so no work")
+    if any(expert >= row["n_experts"] for expert in row["offloaded"] or ()):
+        raise InputError(f"capture {capture!r}: workload {row['workload']} offloads an expert that it does not have")
     if not row["times_ns"]:
         raise InputError(f"capture {capture!r}: workload {row['workload']} has no time")
 
@@ -290,7 +305,7 @@ def profile_of(capture: Capture) -> HardwareProfile:
     quantities = {
         key: Quantity(float(entry["value"]), "measured", entry.get("how", "collector calibration"), date)
         for key, entry in manifest["calibration"].items()
-        if key in QUANTITIES
+        if key in QUANTITIES and entry["value"]
     }
     device = "gpu" if manifest["settings"]["device"] == "cuda" else "cpu"
     n_threads = manifest["settings"].get("threads")

@@ -1,6 +1,5 @@
 """The files of a capture folder as typed records: what must stand in each line, and where a damaged one stands."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -8,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from perfmodel.errors import InputError
+from perfmodel.hardware import SMALLEST
 from perfmodel.text import short_name
 
 Line = TypeVar("Line")
@@ -30,6 +30,8 @@ NOT_CONTENT = ("workload", "study")
 
 Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**62)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+RunNumber = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # of many occasions one after the other, too
+MOST_NESTED = 32  # lists and objects in each other, of facts of which anything may be
 Physical = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]  # a number of a machine; neither infinite nor none
 
 
@@ -44,12 +46,16 @@ class Settings(msgspec.Struct):
 
 
 class Calibrated(msgspec.Struct):
-    """One calibrated number of the manifest, in the base unit its name says."""
+    """One calibrated number of the manifest, in the base unit its name says; 0 where nothing was reached."""
 
     value: Physical
     spread_frac: float | None = None
     n: float | None = None
     how: str | None = None
+
+    def __post_init__(self) -> None:
+        if 0 < self.value < SMALLEST:
+            raise ValueError(f"a value of {self.value:g}, which no machine has")
 
 
 class Run(msgspec.Struct):
@@ -110,7 +116,7 @@ class ObservationLine(msgspec.Struct, frozen=True):
     """One workload measured in one run: the mean ns per call of each repeat."""
 
     workload: str
-    run: Count
+    run: RunNumber
     times_ns: list[Positive]
     started: float | None = None
     facts: dict[str, Any] | None = None
@@ -147,12 +153,13 @@ class LeftOutLine(msgspec.Struct, frozen=True):
 def read_manifest(file: Path) -> dict[str, Any]:
     """The content of capture.json; raises InputError when it is none of this schema, or damaged."""
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = msgspec.json.decode(file.read_bytes())
         schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{file.parent.name}/{file.name} is not a capture manifest: no JSON object with a schema"
         ) from None
+    refuse_nested(manifest, f"{file.parent.name}/{file.name}")
     if schema != SCHEMA:
         raise InputError(f"capture {file.parent.name!r} has schema {schema!r}, this version reads schema {SCHEMA}")
     missing = set(NEEDED) - set(manifest)
@@ -168,6 +175,20 @@ def read_manifest(file: Path) -> dict[str, Any]:
 def typed_manifest(manifest: Mapping[str, Any]) -> Manifest:
     """The parts of a manifest that have a fixed type; raises msgspec.ValidationError where one has another."""
     return msgspec.convert(manifest, Manifest)
+
+
+def refuse_nested(value: Any, where: str) -> None:
+    """Raise InputError where lists and objects lie in each other more than MOST_NESTED deep, which readers follow."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            one
+            for held in level
+            if isinstance(held, dict | list)
+            for one in (held.values() if isinstance(held, dict) else held)
+        ]
+    if level:
+        raise InputError(f"{where}: lists and objects lie in each other more than {MOST_NESTED} deep")
 
 
 def complete_lines(file: Path) -> list[tuple[int, bytes]]:
@@ -191,7 +212,7 @@ def read_lines(file: Path, line_type: type[Line], *, optional: bool = False) -> 
     for number, line in complete_lines(file):
         try:
             records.append(decoder.decode(line))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"capture {file.parent.name!r}: {file.name} is damaged: line {number}: {error}") from None
     return records
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from perfmodel.errors import InputError
 
+PART = ".part"  # ends the name of what is being written
+
 
 def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file whole or not at all, beside and then renamed; raises InputError where it cannot be written."""
     path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
         with beside.open("wb") as file:
             file.write(content)

@@ -41,4 +41,4 @@ def plain(words: str, n_most: int = N_SENTENCE) -> str:
 
 def folded(title: str, body: str) -> str:
     """A block that opens by its title."""
-    return f"<details><summary>{title}</summary>\n\n{body}\n</details>"
+    return f"<details><summary>{plain(title)}</summary>\n\n{body}\n</details>"

@@ -140,12 +140,14 @@ def product_of(op: str, inputs: str) -> Product | None:
         dims, types = json.loads(inputs)
     except ValueError:
         return None
+    if not isinstance(dims, list) or not isinstance(types, list):
+        return None
     first, second, third = PRODUCTS[name]
     a, b = _matrix(dims, first), _matrix(dims, second)
     if a is None or b is None or min(len(a), len(b)) < 2:
         return None
     summand = (_matrix(dims, third) or []) if third is not None else []
-    dtype, size, packed = _DTYPES.get(types[first] if len(types) > first else "", (None, 0, 1))
+    dtype, size, packed = _DTYPES.get(str(types[first]) if len(types) > first else "", (None, 0, 1))
     if name == "aten::linear":
         b = [b[1], b[0]] if len(b) == 2 else b
     a = [*a[:-1], a[-1] * packed]

@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 
 from perfmodel.errors import InputError
 
@@ -41,6 +42,9 @@ MAX_WHOLE = 10**12  # far above any count that somebody asks for
 
 _TIME_STEPS = (("s", 1e9), ("ms", 1e6), ("µs", 1e3), ("ns", 1.0))
 _SI_STEPS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
+# What build servers take for commands in a log: GitHub a line that begins with `::`, also behind blanks, and `##[`
+# anywhere; Azure `##vso[` and TeamCity `##teamcity[` anywhere.
+_COMMAND = re.compile(r"^([^\S\n]*:)(?=:)|#(?=#\w*\[)", re.MULTILINE)
 _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]+)\s*")
 
 
@@ -102,6 +106,11 @@ def fraction(word: str, option: str) -> float:
         return float(word[:-1]) / 100 if word.endswith("%") else float(word)
     except ValueError:
         raise InputError(f"{option} is {word!r}, expected a percentage such as 3% or a fraction such as 0.03") from None
+
+
+def names(given: Sequence[str] | None) -> list[str]:
+    """The names that an option was given, several times or once with commas."""
+    return [word.strip() for words in given or () for word in words.split(",")]
 
 
 def _scaled(value: float, steps: tuple[tuple[str, float], ...], unit: str) -> str:
@@ -175,16 +184,38 @@ def counted(n: int, noun: str) -> str:
     return f"{count(n)} {noun}" if n == 1 else f"{count(n)} {noun}s"
 
 
+def printable(words: str) -> str:
+    """A name in one line: `?` for each control character, line end or mark that turns the direction of writing."""
+    return words if words.isprintable() else "".join(c if c.isprintable() else "?" for c in words)
+
+
+def for_logs(page: str) -> str:
+    """A page as terminals and logs of build servers may have it, whatever names stand in it: `?` for control characters
+    but line ends and tabs, and a blank inside what a build server would take for a command."""
+    if not page.replace("\n", "").isprintable():
+        page = "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "?" for c in page)
+    return _COMMAND.sub(lambda found: f"{found[0]} ", page)
+
+
 def shortened(words: str, n_most: int) -> str:
     """A name of at most `n_most` characters, the middle left out, for names differ at both ends; no control characters.
 
     Of kernels the end says more than the middle: what operator a template was made for.
     """
-    shown = "".join(c if c.isprintable() else "?" for c in words)
+    shown = printable(words)
     if len(shown) <= n_most:
         return shown
     n_end = (n_most - 1) // 3
     return f"{shown[: n_most - 1 - n_end]}…{shown[len(shown) - n_end :]}"
+
+
+def told_apart(labels: Sequence[str]) -> tuple[Sequence[str], str]:
+    """Labels of parts with commas without those parts that all of them share, which leave no room for what tells them
+    apart; and the parts that they share, empty where nothing of a label would be left."""
+    parts = [label.split(", ") for label in labels]
+    shared = [part for part in parts[0] if all(part in one for one in parts)] if len(parts) > 1 else []
+    names = [", ".join(part for part in one if part not in shared) for one in parts]
+    return (names, ", ".join(shared)) if all(names) else (labels, "")
 
 
 def short_name(content: Mapping[str, object]) -> str:

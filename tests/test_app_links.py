@@ -31,6 +31,11 @@ LINKS = {
         **{"map-tokens": "256", "map-spread": "10"},
     },
     "regression": {"baseline": "epyc-zen5-2c-bf16", "candidate": "epyc-zen5-2c-fp32", "margin": "4.5", "model": "none"},
+    "regression?way=One+machine+alone": {
+        "capture": "epyc-zen5-2c-fp32",
+        "judge": "none",
+        "nominal": "epyc-zen5-2c-fp32",
+    },
     "trace?part=Timeline": {"window": ["0", "50"], "step": "1", "whole": "true"},
 }
 

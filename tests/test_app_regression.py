@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from perfmodel import regression, report
 from perfmodel.analysis import analyse
+from perfmodel.capture import load_capture
 from perfmodel.cli.main import app
+from perfmodel.plausible.summary import machine_words
 from perfmodel.readers import read_trace
 from perfmodel.regression import packed
+from perfmodel.regression.saved.saving import save
 from tests.app_pages import figure, numbers, opened, ran, shown, titles
 from tests.captures_made import write_synthetic_capture
 from tests.conftest import ROOT
@@ -32,17 +36,24 @@ def zipped(folder: Path) -> tuple[str, bytes, str]:
     return f"{folder.name}.zip", content.getvalue(), "application/zip"
 
 
+def said(boxes: Any) -> list[str]:
+    """The verdicts in boxes of one kind, without the escapes that keep Markdown out of them."""
+    return [box.value.replace("\\", "") for box in boxes]
+
+
 def test_it_opens_with_a_slower_machine_that_the_model_mostly_explains() -> None:
     view = opened("regression")
     assert numbers(view) == {
+        "Check": "fails",
         "Time against the baseline": "1.33x",
         "Model expects": "1.41x",
         "Time against the model": "0.95x",
+        "Most of it in": "memory",
         "Workloads compared": "120",
     }
-    assert [box.value for box in view.warning] == [
-        "Slower than the baseline. The calibrated rates of the machine account for it over all, not for each workload: "
-        "some are regressions to chase. The candidate did not measure 208 workloads of the baseline."
+    assert said(view.error) == [
+        "**Slower than the baseline**. The calibrated rates of the machine account for it over all, not for each "
+        "workload: some are regressions to chase. The candidate did not measure 208 workloads of the baseline."
     ]
     assert titles(view)[1] == "Both questions crossed"
     assert re.fullmatch(r"\d+ undecided besides", figure(view, 1)["layout"]["xaxis"]["title"]["text"])
@@ -55,11 +66,11 @@ def test_a_pair_that_differs_is_explained_and_declared_with_one_click() -> None:
     view.selectbox(key="candidate").set_value("epyc-zen5-2c-fp32")
     assert ran(view).multiselect(key="axes").value == []
     assert "not comparable: the captures differ in machine.cpu_family" in shown(view)
-    assert "They differ in machine and software." in shown(view)
+    assert "They differ in os and machine." in shown(view)
     view.button[0].click()
     assert numbers(ran(view))["Time against the baseline"] == "0.75x"
-    assert [box.value for box in view.warning] == [
-        "Faster than the baseline. The candidate did not measure 222 workloads of the baseline."
+    assert said(view.warning) == [
+        "**Faster than the baseline**. The candidate did not measure 222 workloads of the baseline."
     ]
 
 
@@ -91,8 +102,8 @@ def test_uploaded_captures_are_compared_in_their_session(tmp_path: Path) -> None
     view.selectbox(key="baseline").set_value(names[-2])
     view.selectbox(key="candidate").set_value(names[-1])
     ran(view)
-    assert [box.value for box in view.error] == [
-        "Slower than the baseline, and no calibrated rate accounts for it: a regression to chase."
+    assert said(view.error) == [
+        "**Slower than the baseline**, and no calibrated rate accounts for it: a regression to chase."
     ]
     marks = [trace for trace in figure(view, 0)["data"] if trace["name"].startswith("regressed")]
     assert marks[0]["name"] == "regressed (32)"
@@ -132,8 +143,13 @@ def test_open_traces_are_sides_too(tmp_path: Path) -> None:
     view.selectbox(key="baseline").set_value(names[-2])
     assert "Captures are compared with captures" in shown(ran(view))
     view.selectbox(key="candidate").set_value(names[-1])
-    assert numbers(ran(view))["Time against the baseline"] == "1.50x"
-    assert "a side with a single trace cannot show how runs differ" in shown(view)
+    assert numbers(ran(view)) == {
+        "Check": "fails",
+        "Time against the baseline": "1.50x",
+        "Most of it in": "compute",
+        "Workloads compared": "1",
+    }
+    assert "a side has a single run, so that the spread between runs is assumed" in shown(view)
     assert "perfmodel check before.json after.json" in view.code[0].value
     view.session_state["uploaded"].append(SimpleNamespace(**vars(view.session_state["uploaded"][0]) | {"digest": "x"}))
     assert ran(view).selectbox(key="baseline").options[-1] == "trace: before.json (x)"
@@ -250,6 +266,81 @@ def test_what_a_comparison_breaks_on_is_said_and_tells_nothing_of_the_server(
     view = brought(opened("regression", model="none"), write_synthetic_capture(tmp_path / "made"))
     assert "ZeroDivisionError" in shown(view)
     assert "secret" not in shown(view)
+
+
+def test_one_machine_alone_is_judged_without_a_baseline(tmp_path: Path) -> None:
+    """The candidate that was chosen is the machine, what the other way asks stays, and the command says the same."""
+    view = opened("regression", baseline="epyc-zen5-2c-bf16", candidate="epyc-zen5-2c-fp32", margin="7")
+    view.button_group(key="way").set_value("One machine alone")
+    assert ran(view).selectbox(key="capture").value == "epyc-zen5-2c-fp32"
+    command, page = (block.value for block in view.code)
+    assert command == "perfmodel check --new-machine traces/epyc-zen5-2c-fp32"
+    verdict, n_wrong = page.splitlines()[0], page.count("LOOK AT ")
+    assert [one.replace("*", "") for one in said(view.warning)] == [verdict]
+    assert numbers(view)["Deserve a look"] == f"{n_wrong}" != "0"
+    steps = [line.strip().replace("-> ", "\u2192 ") for line in page.splitlines() if "-> " in line]
+    assert len(steps) >= n_wrong and all(any(step in one.value for one in view.text) for step in steps)
+    assert titles(view)[0] == "Shares of what the machine is held against"
+    view.button_group(key="way").set_value("Against a baseline")
+    assert ran(view).selectbox(key="baseline").value == "epyc-zen5-2c-bf16"
+    assert view.number_input(key="margin").value == 7
+
+
+def test_an_uploaded_machine_is_judged_when_its_files_are_gone(tmp_path: Path) -> None:
+    """What is wrong with the folder is found when it is read; models and datasheets that do not fit are refused."""
+    made = write_synthetic_capture(tmp_path / "made", machine={"cpu_model": "b"})
+    lines = (made / "observations.jsonl").read_text().splitlines()
+    (made / "observations.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    view = opened("regression", way="One machine alone", judge="none")
+    view.file_uploader[1].upload(*zipped(made))
+    ran(view).selectbox(key="capture").set_value("uploaded: made")
+    assert "--new-machine made --model none" in ran(view).code[0].value
+    found = regression.new_machine(load_capture(made), with_model=False)
+    assert view.code[1].value == report.new_machine_page(found, machine_words(load_capture(made)))
+    view.selectbox(key="nominal").set_value("h100-sxm")
+    assert "This cannot be judged:" in said(ran(view).error)
+
+
+def test_saved_baselines_are_sides_as_folders_and_packed(tmp_path: Path) -> None:
+    """Times are those of the capture that was saved; no machine is judged by one alone; a damaged one is refused."""
+    one, slow = (
+        load_capture(write_synthetic_capture(tmp_path / name, noise=lambda f=f: f))
+        for name, f in (("a", 1.0), ("b", 1.4))
+    )
+    save(regression.of_capture(one), tmp_path / "store")
+    (kept,) = (tmp_path / "store").iterdir()
+    view = opened("regression", model="none")
+    files = [(f"{kept.name}/{file.name}", file.read_bytes(), "application/json") for file in kept.iterdir()]
+    view.file_uploader[0].set_value(files)
+    ran(view).file_uploader[1].set_value([zipped(slow.path)])
+    view.selectbox(key="baseline").set_value(f"uploaded: {kept.name}")
+    ran(view).selectbox(key="candidate").set_value("uploaded: b")
+    assert numbers(ran(view))["Time against the baseline"] == "1.40x"
+    assert f"perfmodel check {kept.name} b" in view.code[0].value
+    view.button_group(key="way").set_value("One machine alone")
+    assert f"uploaded: {kept.name}" not in ran(view).selectbox(key="capture").options
+    (kept / "baseline.json").write_text("{}")
+    again = opened("regression", model="none")
+    again.file_uploader[1].set_value([zipped(kept)])
+    assert "baseline.json" in shown(ran(again)) and "/tmp" not in shown(again)
+    assert len(again.selectbox(key="baseline").options) == len(opened("regression").selectbox(key="baseline").options)
+
+
+def test_one_thread_less_is_declared_as_threads_not_as_another_machine(tmp_path: Path) -> None:
+    """Both facts of threads lie on one axis; as another machine they would excuse what the lost thread costs."""
+    a = write_synthetic_capture(tmp_path / "two", machine={"n_threads": 2})
+    b = hostile(
+        write_synthetic_capture(tmp_path / "one", machine={"n_threads": 1}),
+        settings=lambda facts: facts | {"threads": 1},
+    )
+    view = opened("regression", model="none")
+    view.file_uploader[1].set_value([zipped(a), zipped(b)])
+    ran(view).selectbox(key="baseline").set_value("uploaded: two")
+    view.selectbox(key="candidate").set_value("uploaded: one")
+    assert "They differ in threads." in shown(ran(view))
+    view.button[-1].click()
+    assert ran(view).multiselect(key="axes").value == ["threads"]
+    assert numbers(view)["Check"] == "passes"
 
 
 def choose(page, label: str, wanted: str) -> None:

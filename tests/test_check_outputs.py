@@ -178,7 +178,7 @@ def test_an_open_answer_says_what_would_decide_it(folders: dict[str, Path]) -> N
     found = compared(folders, "noisy")
     n_more = found.overall.verdict.n_more_runs
     assert n_more is not None and f"runs); {n_more} more runs of each side would tell" in words_of(found)
-    for n, words in ((None, "no number of such runs would tell"), (1, "1 more run of each side")):
+    for n, words in ((None, "no number of such runs would tell: let both sides"), (1, "1 more run of each side")):
         case = replace(found.overall, verdict=replace(found.overall.verdict, n_more_runs=n))
         assert words in words_of(replace(found, cases=(case, *found.each)))
     assert "would tell" not in report.check_page(compared(folders, "slow")).splitlines()[1]
@@ -470,7 +470,7 @@ def test_the_workflow_takes_turns_and_goes_on_where_five_runs_cannot_tell(
     assert asked == [(side, str(run)) for run in range(1, n_runs + 1) for side in ("base", "head")]
     for words in (tmp_path / "asked").read_text().splitlines():
         side = words.split()[0]
-        assert f"collect sweep --quick --out captures/{side} --runs " in words
+        assert f"collect sweep --quick --device auto --out captures/{side} --runs " in words
 
 
 def test_the_recipe_on_the_page_takes_turns(tmp_path: Path) -> None:
@@ -499,3 +499,17 @@ def test_runs_in_turns_are_seen_as_such_and_runs_after_another_are_not(folders: 
             runs = tuple(replace(run, started=starts[i], finished=starts[i] + 9) for i, run in enumerate(one.runs))
             sides.append(replace(one, runs=runs))
         assert alternate(*sides) == is_in_turns
+
+
+@pytest.mark.parametrize(("width", "heads"), [(80, ("ratio",)), (100, ("ratio", "90 %")), (130, ("ratio", "90 %"))])
+def test_a_page_keeps_to_the_columns_of_a_terminal(
+    folders: dict[str, Path], width: int, heads: tuple[str, ...]
+) -> None:
+    """No workload looks like another: what they share stands in the head, numbers go before names do."""
+    found = compared(folders, "slow", with_model=True)
+    lines = report.check_page(found, width).splitlines()
+    assert max(map(len, lines)) <= width
+    (head,) = [line for line in lines if line.startswith("workload")]
+    assert [word in head for word in ("ratio", "90 %")] == [word in heads for word in ("ratio", "90 %")]
+    rows = lines[lines.index(head) + 1 :][:20]
+    assert len({row.split("  ")[0] for row in rows}) == 20

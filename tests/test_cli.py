@@ -414,7 +414,7 @@ def test_check_exit_codes(tmp_path: Path) -> None:
     assert done.returncode == 1 and "regressed" in done.stdout
     assert json.loads(run("check", str(a), str(slow), "--json").stdout)["is_slower"] is True
     assert "not comparable" in refused("check", str(a), str(other), code=3)
-    assert "not a capture folder" in refused("check", str(a), str(tmp_path / "nowhere"))
+    assert "found nothing" in refused("check", str(a), str(tmp_path / "nowhere"))
     assert "expected a percentage" in refused("check", str(a), str(a), "--margin", "lots")
 
 

@@ -10,6 +10,7 @@ import pytest
 from perfmodel import hardware
 from perfmodel.errors import InputError
 from perfmodel.latency import load_model
+from perfmodel.regression.machine import rates
 from perfmodel.text import to_base
 
 GOOD = 'device = "gpu"\n[memory_peak_bytes_per_s]\nvalue = 2\nunit = "TB/s"\nkind = "datasheet"\nsource = "a table"\n'
@@ -93,7 +94,6 @@ def test_gh200_in_base_units() -> None:
         ("trimoe", "link_peak_bytes_per_s", "PCIe5x16 nominal_one_way", ""),
         ("h100-pcie", "host_peak_bytes_per_s", "Xeon-SPR ddr5_4800_x8", ""),
         ("xeon-spr", "bf16_gemm_flops_per_s", "Xeon-SPR amx_bf16_achieved", ""),
-        ("xeon-spr", "bf16_peak_flops_per_s", "Xeon-8470 amx_bf16_peak", ""),
         ("xeon-spr", "memory_peak_bytes_per_s", "Xeon-SPR ddr5_4800_x8", ""),
     ],
 )
@@ -132,6 +132,16 @@ def test_launches_of_the_a100_are_the_published_ones(shared: Path) -> None:
     machine = hardware.hardware("a100-sxm-80gb")
     numbers = {float(value) for value in row.values() if value.replace(".", "", 1).isdigit()}
     assert {machine["launch_overhead_ns"], machine["null_kernel_ns"]} <= numbers
+
+
+def test_a_tile_product_of_amx_takes_sixteen_cycles() -> None:
+    """TDPBF16PS: 16 x 16 outputs of 32 bf16 terms, a multiply and an add each."""
+    machine = hardware.hardware("xeon-spr")
+    flops_per_cycle = 16 * 16 * 32 * 2 / 16
+    assert flops_per_cycle == rates.AMX_BF16_FLOPS_PER_CYCLE
+    assert machine["bf16_peak_flops_per_s"] == pytest.approx(machine["n_cores_count"] * flops_per_cycle * 2e9, rel=1e-3)
+    (row,) = rates.reached("bf16_gemm_flops_per_s", "amx")
+    assert (row.value, row.nominal) == (machine["bf16_gemm_flops_per_s"], machine["bf16_peak_flops_per_s"])
 
 
 def test_the_near_data_machine_says_what_is_published_and_what_assumed() -> None:

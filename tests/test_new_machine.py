@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from typer.testing import CliRunner
 
 from perfmodel import report
@@ -343,6 +345,22 @@ def test_what_was_reached_has_sources_and_agrees_with_the_model() -> None:
         card = hardware("h100-sxm")
         peak = card[name.replace("_gemm_", "_peak_").replace("_stream_", "_peak_")]
         assert card[name] / peak >= reached(name, "gpu", "h100-sxm")[0].frac * (1 - apart_frac(name, "gpu"))
+
+
+def test_so_many_runs_conclude_in_four_of_five_cases_and_one_less_does_not(tmp_path: Path) -> None:
+    """Drawn by hand: means of n runs on each side, their spread known from these alone, at no change."""
+    noise = np.random.default_rng(4)
+    made = write_synthetic_capture(tmp_path / "made-up", noise=lambda: float(np.exp(noise.normal(0, 0.06))))
+    capture = load_capture(made)
+    sd = math.sqrt(sum(one.value for one in spread_of(capture)[0].of_units))  # type: ignore[index]
+    n, _ = n_runs_wanted(capture)
+    rng, power = np.random.default_rng(0), {}
+    assert n is not None and n > 2
+    for k in (n - 1, n):
+        a, b = rng.normal(0, sd, (2, 20_000, k))
+        half = stats.t.ppf(0.95, 2 * (k - 1)) * np.sqrt((a.var(axis=1, ddof=1) + b.var(axis=1, ddof=1)) / k)
+        power[k] = float((b.mean(axis=1) - a.mean(axis=1) + half < math.log1p(0.03)).mean())
+    assert power[n] > 0.78 and power[n - 1] < 0.8
 
 
 def test_runs_that_a_check_needs_are_those_that_a_comparison_asks_for(tmp_path: Path) -> None:

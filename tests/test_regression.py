@@ -41,11 +41,13 @@ from perfmodel.regression import (
     against_model,
     model_for,
     of_capture,
-    unpack_captures,
+    unpack_sides,
 )
+from perfmodel.regression.evidence import is_declared
 from perfmodel.regression.spread import Mean, Variance
 from tests import captures_made
 from tests.captures_made import SHAPES, noise, write_gpu_capture, write_synthetic_capture
+from tests.conftest import ROOT
 
 
 def check(a: Capture, b: Capture, *arguments: Any, **options: Any) -> list[Verdict]:
@@ -142,12 +144,38 @@ def test_short_captures_of_a_virtual_machine_must_differ_by_more(tmp_path: Path)
 def test_another_machine_is_not_comparable_unless_declared(tmp_path: Path) -> None:
     a = load_capture(write_synthetic_capture(tmp_path / "a"))
     b = load_capture(write_synthetic_capture(tmp_path / "b", machine={"cpu_model": "another synthetic CPU"}))
-    with pytest.raises(NotComparableError, match=r"machine\.cpu_model") as caught:
+    with pytest.raises(NotComparableError, match=r"machine\.cpu_model.* would be --axis machine$") as caught:
         check(a, b)
     assert caught.value.exit_code == 3
     assert not any(one.verdict in SLOWER for one in check(a, b, axes=["machine"]))
     with pytest.raises(InputError, match="unknown axis 'weather'"):
         check(a, b, axes=["weather"])
+
+
+def test_what_is_no_side_is_named_for_what_it_is(tmp_path: Path) -> None:
+    a = str(write_synthetic_capture(tmp_path / "a"))
+    (tmp_path / "empty").mkdir()
+    for path, words in (
+        (tmp_path / "nowhere", "found nothing"),
+        (tmp_path / "empty", "found a folder without any"),
+        (tmp_path, r"found a folder of captures \(a\), of which one is a side"),
+        (ROOT / "traces" / "epyc-zen5-2p-expert-parallel", "is a capture of expert parallelism"),
+    ):
+        with pytest.raises(InputError, match=words):
+            regression.sides(a, path)
+
+
+def test_a_margin_without_its_percent_sign_is_refused(tmp_path: Path) -> None:
+    a = str(write_synthetic_capture(tmp_path / "a"))
+    done = CliRunner().invoke(app, ["check", a, a, "--margin", "3"])
+    assert isinstance(done.exception, InputError) and "write 3% or 0.03" in str(done.exception)
+
+
+def test_axes_may_be_given_with_commas(tmp_path: Path) -> None:
+    a = write_synthetic_capture(tmp_path / "a")
+    b = write_synthetic_capture(tmp_path / "b", machine={"cpu_model": "another synthetic CPU"})
+    done = CliRunner().invoke(app, ["check", str(a), str(b), "--axis", "hardware, os", "--model", "none", "--json"])
+    assert json.loads(done.stdout)["axes"] == ["hardware", "os"]
 
 
 def test_runs_are_matched_by_their_number(tmp_path: Path) -> None:
@@ -379,7 +407,10 @@ def test_junit_skips_what_is_open_and_survives_any_name(tmp_path: Path) -> None:
     assert skipped is not None and "4 more runs wanted" in skipped.attrib["message"]
     assert (suite.attrib["skipped"], suite.attrib["failures"]) == ("1", "0")
     whole = replace(found, cases=(replace(found.overall, verdict=open_case.verdict),))
-    assert ET.fromstring(report.check_junit(whole, [], must_conclude=True))[0].attrib["failures"] == "1"
+    failed = ET.fromstring(report.check_junit(whole, [], must_conclude=True))[0]
+    assert failed.attrib["failures"] == "1"
+    failure = failed.find("testcase/failure")
+    assert failure is not None and "4 more runs wanted" in (failure.text or "")
     name = ET.fromstring(report.check_junit(renamed(found), []))[0].findall("testcase")[1].attrib["name"]
     assert "<img src=x>&" in name and not set(name) & {"\x00", "\x1b", "\ud800"}
 
@@ -406,7 +437,7 @@ def test_markdown_is_one_line_a_short_table_and_folds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verdict", "cell", "is_above", "kind", "words"),
     [
-        ("regressed", EXPLAINED, False, "mixed", "make the model expect"),
+        ("regressed", EXPLAINED, False, "bad", "the rates that fell are the regression"),
         ("regressed", CHASE, False, "bad", "no calibrated rate accounts for it"),
         ("suspect", NOT_JUDGED, False, "bad", "no model says"),
         ("inconclusive", UNDECIDED, False, "open", "cannot tell"),
@@ -425,6 +456,8 @@ def test_the_conclusion_in_words(
     case = replace(overall, verdict=replace(overall.verdict, verdict=verdict), cell=cell, expectation=expectation)
     found = replace(steady, cases=(case, *steady.each))
     assert report.conclusion(found)[0] == kind and words in report.conclusion(found)[1]
+    if cell == EXPLAINED:
+        assert report.conclusion(replace(found, axes=("machine",)))[0] == "mixed"
     assert (SLOWER_THAN_MODEL in found.failures()) == is_above
     one = replace(steady.each[0], verdict=replace(steady.each[0].verdict, verdict="regressed"), cell=CHASE)
     mixed = report.conclusion(replace(found, cases=(case, one)))[1]
@@ -432,6 +465,21 @@ def test_the_conclusion_in_words(
         assert "some are regressions to chase" in mixed
     if verdict in ("ok", "improved"):
         assert mixed.startswith("Single workloads are slower")
+
+
+@pytest.mark.parametrize(
+    ("keys", "axes"),
+    [
+        (["machine.n_threads", "settings.threads"], ["threads"]),
+        (["machine.cpu_family", "machine.driver", "software.kernel_release"], ["os", "machine"]),
+        (["machine.driver_api", "kernel"], ["driver", "kernel"]),
+        (["software.torch", "kernel", "software.python"], ["torch", "software"]),
+        ([], []),
+    ],
+)
+def test_the_axes_of_facts_declare_them_and_little_else(keys: list[str], axes: list[str]) -> None:
+    assert regression.axes_of(keys) == axes
+    assert all(is_declared(key, axes) for key in keys)
 
 
 def test_what_may_be_much_faster_is_not_said_to_be_as_fast(steady: Comparison) -> None:
@@ -474,17 +522,17 @@ def test_a_zip_of_captures_is_unpacked_and_nothing_else(tmp_path: Path, monkeypa
             packed.write(file, file.name)
         packed.writestr("../../evil.txt", "x")
     (tmp_path / "into").mkdir()
-    folders = unpack_captures(archive, tmp_path / "into")
+    folders = unpack_sides(archive, tmp_path / "into")
     assert [folder.name for folder in folders] == ["a", "handed-over"]
     assert all(load_capture(folder).observations.height == 160 for folder in folders)
     assert not list(tmp_path.rglob("evil.txt"))
     monkeypatch.setattr(regression.packed, "MAX_UNPACKED_BYTES", 1000)
     with pytest.raises(InputError, match="unpacks to more than"):
-        unpack_captures(archive, tmp_path / "more")
+        unpack_sides(archive, tmp_path / "more")
     for content in (b"", b"PK\x03\x04 no zip", archive.read_bytes()[:900]):
         (tmp_path / "broken.zip").write_bytes(content)
         with pytest.raises(InputError, match="no zip archive"):
-            unpack_captures(tmp_path / "broken.zip", tmp_path / "none")
+            unpack_sides(tmp_path / "broken.zip", tmp_path / "none")
 
 
 def test_the_figures_show_every_workload_and_all_cells(tmp_path: Path) -> None:
@@ -494,5 +542,8 @@ def test_the_figures_show_every_workload_and_all_cells(tmp_path: Path) -> None:
     assert "32" in " ".join(one.text for one in crossed.layout.annotations)
     few = replace(found, cases=found.cases[:6])
     named = check_figures(few)[0][0]
-    assert list(named.layout.yaxis.ticktext) == [case.verdict.label for case in few.each]
+    shared = [part for part in few.each[0].verdict.label.split(", ") if all(part in c.verdict.label for c in few.each)]
+    assert f"(all: {', '.join(shared)})" in named.layout.xaxis.title.text if shared else True
+    parts = [set(name.split(", ")) | set(shared) for name in named.layout.yaxis.ticktext]
+    assert parts == [set(case.verdict.label.split(", ")) for case in few.each]
     assert len(check_figures(replace(found, model=None, parts=()))) == 1

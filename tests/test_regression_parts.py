@@ -15,12 +15,13 @@ from perfmodel import report
 from perfmodel.capture import Capture, load_capture, shipped_captures
 from perfmodel.figures.checks import changed_parts
 from perfmodel.moe import WEIGHT_BYTES
-from perfmodel.physics import Ceilings
+from perfmodel.physics import Array, Ceilings
 from perfmodel.regression import check, compare, of_capture
 from perfmodel.regression.changes.alone import what_they_share
-from perfmodel.regression.changes.attributed import Attribution, _agreement, attribute
+from perfmodel.regression.changes.attributed import Attribution, _agreement, _confirmed, attribute
 from perfmodel.regression.changes.calibrated import Moved, moved_quantities
-from perfmodel.regression.changes.division import divide
+from perfmodel.regression.changes.division import Division, Group, divide
+from perfmodel.regression.changes.factors import Sides, _leak, fit_changes
 from perfmodel.regression.changes.profiled import profile_details
 from perfmodel.regression.spread import OVERALL
 from tests import captures_made
@@ -169,6 +170,42 @@ def test_what_sets_workloads_apart_is_found_and_nothing_else() -> None:
         "1 workload slower alone, with nothing in common: moe_layer a, 8 tokens."
     ]
     assert said(lambda row: False) == []
+
+
+def divided(shares: dict[str, list[float]]) -> Division:
+    """A made-up division of workloads into parts with these shares, `[workload]` of each."""
+    n, causes = len(next(iter(shares.values()))), tuple(shares)
+    table = np.column_stack([shares[cause] for cause in causes])
+
+    def times(changes: dict[str, float]) -> Array:
+        return 1e6 * table @ np.exp([changes.get(cause, 0.0) for cause in causes])
+
+    group = Group(np.arange(n), times, causes)
+    return Division(tuple(map(str, range(n))), causes, table, np.zeros(n), pl.DataFrame(), {}, (group,))
+
+
+def test_a_part_is_not_named_where_another_division_gives_its_time_to_another_part() -> None:
+    """Nine of ten workloads read weights for as long as they compute, and no baseline says which of the two it is."""
+    launch = [0.1] * 9 + [0.9]
+    one = divided({"launch": launch, "compute": [0.9] * 9 + [0.1]})
+    other = divided({"launch": launch, "memory": [0.9] * 9 + [0.1]})
+    ratio, noise, shapes = np.log([1.45] * 9 + [1.05]), np.full(10, 1e-4), np.arange(10)
+    fit, again = (fit_changes(ratio, noise, division, shapes) for division in (one, other))
+    sides, states = Sides((np.zeros((10, 5)), np.zeros((10, 5))), 1e-6, np.full(10, 1e-6)), ["open", "longer"]
+    added = one.added(fit.changes).mean(axis=0)
+    assert _confirmed(states, one, added, other, again, sides, MARGIN) == ["open", "open"]
+    assert _confirmed(states, one, added, one, fit, sides, MARGIN) == states
+
+
+def test_compute_and_memory_may_be_taken_for_each_other_also_where_they_never_meet() -> None:
+    """Three workloads of compute, three of memory, no launch in the last: 30 % of the difference of their changes."""
+    shares = np.array([[0.9, 0.0, 0.1]] * 3 + [[0.0, 1.0, 0.0]] * 3)
+    found = _leak(np.array([0.5, 0.1, 0.0]), shares, ("compute", "memory", "launch"))
+    assert found[:2] == pytest.approx([0.3 * 0.4, 0.3 * 0.4])
+    # Launch meets compute alone, and lies in no more than a ninth of it.
+    assert found[2] == pytest.approx(0.3 * 0.5)
+    apart = _leak(np.array([0.5, 0.1, 0.0]), shares, ("compute", "link", "launch"))
+    assert apart == pytest.approx([0.3 * 0.5 / 9, 0.0, 0.3 * 0.5])
 
 
 def test_one_workload_cannot_tell_parts_apart(tmp_path: Path) -> None:
@@ -346,7 +383,9 @@ def test_pages_files_and_the_figure_tell_the_parts(
     assert found.overall.part == "launch" and "most of it in launch" in report.check_junit(found, ["regressed"])
     figure = changed_parts(found)
     (bars,) = figure.data
-    assert sum(bars.y) == pytest.approx(sum(part.change_frac for part in found.parts) + (found.unexplained_frac or 0))
-    assert list(bars.x)[-1] == "not explained" and "launch" in bars.x
+    assert sum(bars.x) == pytest.approx(sum(part.change_frac for part in found.parts) + (found.unexplained_frac or 0))
+    names = list(figure.layout.yaxis.ticktext)
+    assert names[-1] == "not explained" and len(names) == len(bars.x) == len(found.parts) + 1
+    assert f"launch<br>takes {found.parts[0].factor:.2f}x" in names[0]
     content = found.to_json()
     assert content["parts"][0]["part"] == "launch" and content["verdicts"][0]["part"] == "launch"

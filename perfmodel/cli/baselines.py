@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perfmodel import report
+from perfmodel import report, text
 from perfmodel.cli.shell import Json, app, note, print_json, print_words
 from perfmodel.report.baselines import DEFAULT_STORE
 
@@ -21,7 +21,7 @@ app.add_typer(baseline, name="baseline")
 
 DAMAGED = 2
 Store = Annotated[str, typer.Option("--store", help="The folder that holds the baselines.")]
-Side = Annotated[str, typer.Argument(help="What was measured, as `perfmodel check` takes it: a capture folder.")]
+Side = Annotated[str, typer.Argument(help="What was measured: a capture, a trace or a folder of traces.")]
 
 
 @baseline.command()
@@ -92,7 +92,7 @@ def update(
     store: Store = DEFAULT_STORE,
     axis: Annotated[
         list[str] | None,
-        typer.Option(help="What differs and may, as for `perfmodel check`: software.torch, driver ..."),
+        typer.Option(help="What differs and may, as for `perfmodel check`: torch, driver, software.torch ..."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would change, and write nothing.")] = False,
     as_json: Json = False,
@@ -101,12 +101,14 @@ def update(
     from perfmodel.regression import evidence, saved
 
     side = evidence(capture)
-    found = saved.update(side, store, reason, axis or (), dry_run=True)
+    found = saved.update(side, store, reason, text.names(axis), dry_run=True)
     if not as_json:  # told before anything is written
         print_words(report.saving_page(found.to_json(), store))
     if not dry_run:
-        found = saved.update(side, store, reason, axis or ())
+        found = saved.update(side, store, reason, text.names(axis))
         note(f"wrote {os.path.relpath(Path(store) / found.baseline)}")
+    else:
+        note("nothing was written, for this is a dry run")
     if as_json:
         print_json(found.to_json())
     _tell(found.notes)

@@ -1,6 +1,7 @@
 """The command that judges a machine, driver or build: against a baseline and against a model."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from perfmodel import hardware, report
-from perfmodel.cli.drawing import WRITES_FAILED, Html, all_written, check_html, write_file, write_html
+from perfmodel import hardware, report, text
+from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
-from perfmodel.cli.shell import Json, app, expect_file, fraction, note, print_words
+from perfmodel.cli.shell import (
+    WRITES_FAILED,
+    Json,
+    app,
+    expect_file,
+    fraction,
+    is_written,
+    note,
+    print_json_words,
+    print_words,
+    width,
+    write_report,
+)
 from perfmodel.errors import InputError
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -29,14 +42,14 @@ def check(
     candidate: Annotated[
         str | None, typer.Argument(help="The capture, trace or folder of traces to be judged.")
     ] = None,
-    margin: Annotated[str, typer.Option(help="Slowdown that does not matter.")] = "3%",
+    margin: Annotated[str, typer.Option(help="Slowdown that does not matter, as 3% or 0.03.")] = "3%",
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="What may differ; may be given again: torch (with its libraries and kernel), driver (of the GPU), os "
-            "(its kernel and platform), threads, hardware or machine (all of the machine, driver included), software "
-            "(all versions), kernel (the grouped GEMM that ran), settings (device, dtype, threads), or a single fact, "
-            "as software.torch."
+            help="What may differ, with commas or given again: torch (with its libraries and kernel), driver (of the "
+            "GPU), os (its kernel and platform), threads, hardware or machine (all of the machine, driver included), "
+            "software (all versions), kernel (the grouped GEMM that ran), settings (device, dtype, threads), or a "
+            "single fact, as software.torch."
         ),
     ] = None,
     model: Annotated[
@@ -80,7 +93,7 @@ def check(
 
     if inconclusive not in ("ok", "fail"):
         raise InputError(f"--inconclusive is {inconclusive!r}, expected ok or fail")
-    conditions = [] if fail_on == "none" else [word.strip() for word in fail_on.split(",")]
+    conditions = [] if fail_on.strip() == "none" else [word.strip() for word in fail_on.split(",")]
     unknown = [word for word in conditions if word not in regression.FAILURES]
     if unknown:
         known = ", ".join(regression.FAILURES)
@@ -92,11 +105,17 @@ def check(
         ("--markdown", markdown, ".md"),
     ):
         expect_file(option, path, suffix)
+    _spare_inputs(json_file, (baseline, candidate))
     must_conclude = inconclusive == "fail"
+    margin_frac, axes = fraction(margin, "--margin"), text.names(axis)
+    if margin_frac >= 1 and not margin.endswith("%"):  # nothing would ever be slower
+        raise InputError(
+            f"--margin {margin} would be {100 * margin_frac:g} %; write {margin}% or {margin_frac / 100:g}"
+        )
     found = regression.compare(
-        *regression.sides(baseline, candidate, axis or ()),
-        fraction(margin, "--margin"),
-        axis or (),
+        *regression.sides(baseline, candidate, axes),
+        margin_frac,
+        axes,
         load_model(model) if model not in (None, "none") else None,
         hardware.hardware(hardware_name) if hardware_name else None,
         with_model=model != "none",
@@ -110,11 +129,11 @@ def check(
         return report.check_json(found, conditions, must_conclude=must_conclude)
 
     if as_json:
-        print_words(as_data().rstrip())
+        print_json_words(as_data().rstrip())
         for remark in report.remarks(found):
             note(f"note: {remark}")
     else:
-        print_words(words)
+        print_words(report.check_page(found, width()) if sys.stdout.isatty() else words)
 
     def figures() -> Sequence[tuple[Any, str]]:
         from perfmodel.figures import check_figures
@@ -122,14 +141,24 @@ def check(
         return check_figures(found)
 
     wanted: list[Callable[[], None]] = [
-        lambda: write_file(json_file, as_data),
-        lambda: write_file(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
-        lambda: write_file(markdown, lambda: report.check_markdown(found, conditions)),
+        lambda: write_report(json_file, as_data),
+        lambda: write_report(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
+        lambda: write_report(markdown, lambda: report.check_markdown(found, conditions)),
         lambda: _append_summary(summary, lambda: report.check_markdown(found, conditions)),
         lambda: write_html(html, f"{found.candidate} against {found.baseline}", words, figures),
     ]
-    is_written = all_written(wanted)
-    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if is_written else WRITES_FAILED))
+    all_written = all([is_written(write) for write in wanted])
+    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if all_written else WRITES_FAILED))
+
+
+def _spare_inputs(json_file: str | None, sides: tuple[str, str]) -> None:
+    """Refuse to write JSON over what is compared, or among it, where it would be read the next time."""
+    if json_file is None:
+        return
+    file = Path(os.path.realpath(json_file))
+    for side in map(os.path.realpath, sides):
+        if file == Path(side) or Path(side) in file.parents:
+            raise InputError(f"--json-file is {json_file!r}, which lies in what is compared; name a file elsewhere")
 
 
 def _append_summary(is_wanted: bool, words: Callable[[], str]) -> None:

@@ -1,13 +1,12 @@
 """`perfmodel check --new-machine`: a machine judged by one capture, without a baseline."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from perfmodel import hardware, report
-from perfmodel.cli.drawing import WRITES_FAILED, all_written, check_html, write_file, write_html
-from perfmodel.cli.shell import expect_file, print_json, print_words
+from perfmodel.cli.drawing import check_html, write_html
+from perfmodel.cli.shell import WRITES_FAILED, expect_file, is_written, print_json, print_words, write_report
 from perfmodel.errors import InputError
 
 NewMachine = Annotated[
@@ -76,16 +75,15 @@ def check_new_machine(
     else:
         print_words(words)
 
-    def figures() -> Sequence[tuple[Any, str]]:
+    def draw() -> None:
         from perfmodel.figures import new_machine_figures
 
-        return new_machine_figures(found)
+        write_html(html, f"New machine: {capture.name}", words, lambda: new_machine_figures(found))
 
-    is_written = all_written(
-        (
-            lambda: write_file(junit, lambda: report.new_machine_junit(found)),
-            lambda: write_file(markdown, lambda: report.new_machine_markdown(found)),
-            lambda: write_html(html, f"New machine: {capture.name}", words, figures),
-        )
+    wanted = (
+        lambda: write_report(junit, lambda: report.new_machine_junit(found)),
+        lambda: write_report(markdown, lambda: report.new_machine_markdown(found)),
+        *(() if html is None else (draw,)),
     )
-    raise typer.Exit(found.exit_code or (0 if is_written else WRITES_FAILED))
+    all_written = all([is_written(write) for write in wanted])
+    raise typer.Exit(found.exit_code or (0 if all_written else WRITES_FAILED))

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from perfmodel import __version__, report, text
 from perfmodel.errors import InputError
+from perfmodel.files import write_whole
 from perfmodel.readers import is_folder_of_ranks, read_trace
 from perfmodel.readers.folder import read_ranks
 from perfmodel.trace import Trace
@@ -30,6 +32,8 @@ LONG_READ_BYTES = 20 * 2**20  # reading more than this takes seconds
 LONG_READ_NS = 3 * text.NS_PER_S  # who waited longer may want a cache
 
 whole, number, fraction = text.whole, text.number, text.fraction  # from the words of an option
+
+WRITES_FAILED = 2  # what ends with 0 otherwise, where a report that was asked for could not be written
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Top = Annotated[
@@ -64,10 +68,27 @@ def expect_file(option: str, path: str | None, suffix: str) -> None:
         raise InputError(f"{option} is {path!r}, expected {article} {suffix} file in a folder that exists")
 
 
+def is_written(write: Callable[[], None]) -> bool:
+    """Whether a report could be written; why not is said, and takes neither the verdict nor the other reports along."""
+    try:
+        write()
+    except InputError as error:
+        note(f"perfmodel: {error}")
+        return False
+    return True
+
+
+def write_report(path: str | None, words: Callable[[], str]) -> None:
+    """Write a report and say so; nothing where `path` is None."""
+    if path is not None:
+        write_whole(path, words().encode())
+        note(f"wrote {path}")
+
+
 def print_words(words: str) -> None:
     """Print what a command found, on stdout; whoever reads it may leave, which changes no exit code."""
     try:
-        sys.stdout.write(words + "\n")
+        sys.stdout.write(text.for_logs(words) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,12 +96,17 @@ def print_words(words: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print what a command found, as JSON."""
-    print_words(json.dumps(value, indent=2, allow_nan=False))
+    print_json_words(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_json_words(words: str) -> None:
+    """Print JSON; what a build server would take for a command to it is written in another way, and means the same."""
+    print_words(words.replace("##", "#\\u0023"))
 
 
 def note(words: str) -> None:
     """Say what goes on, on stderr."""
-    sys.stderr.write(words + "\n")
+    sys.stderr.write(text.for_logs(words) + "\n")
 
 
 def read(

@@ -8,14 +8,17 @@ import plotly.graph_objects as go
 
 from perfmodel import text
 
-from .drawing import MAX_POINTS, PALETTE, layout, literal, short, translucent
+from .drawing import MAX_POINTS, PALETTE, layout, literal, translucent
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which other figures do not need
     from perfmodel.regression import Case, Comparison, PartChange
 
 HEIGHT = 400
+OVER = "candidate over baseline"
+PART_PX = 44  # of a bar with two lines of words beside it
 LONG = 12  # letters of a name
 MANY = 150  # workloads from which on marks are drawn thinner
+MAX_NAME = 60  # letters of a workload's name: its middle goes first
 MAX_NAMED = 30  # workloads that have room for their names beside the axis
 EXPLAINED = "explained"
 MARKS = {  # colour and symbol of each verdict, and of slower workloads that are explained, in the order of the legend
@@ -26,8 +29,11 @@ MARKS = {  # colour and symbol of each verdict, and of slower workloads that are
     "ok": (PALETTE[0], "circle"),
     "improved": (PALETTE[2], "triangle-down"),
 }
-TICKS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 20, 50)
-MAX_TICKS = 12
+TICKS = (
+    *(0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5),
+    *(3, 4, 5, 7, 10, 20, 50, 100),
+)
+TICKS_WIDE, TICKS_HIGH = 6, 12  # of an axis that names leave little room, and of one that is as high as a figure
 LEAST_LOG = 1e-6  # below which a factor's logarithm is no divisor
 # The cells of the two questions crossed: column, row, colour, what it means.
 SQUARES = {
@@ -149,21 +155,22 @@ def _axes(figure: go.Figure, cases: "Sequence[Case]", margin_frac: float, *, is_
     for case in cases:
         ends += [case.verdict.ratio_low, case.verdict.ratio_high, case.expected_ratio or 1.0]
     low, high = min(ends) / 1.03, max(ends) * 1.03
-    ticks = [tick for tick in TICKS if low <= tick <= high]
-    ticks = [tick for i, tick in enumerate(ticks) if tick == 1 or len(ticks) <= MAX_TICKS or i % 2 == 0]
+    ticks = _ticks(low, high, TICKS_WIDE if is_named else TICKS_HIGH)
     ratios = {
         "type": "log",
         "tickvals": ticks,
         "ticktext": [f"{tick:g}x" for tick in ticks],
         "range": [math.log10(low), math.log10(high)],
-        "title": "candidate over baseline",
+        "title": OVER,
     }
     band = {"fillcolor": translucent(PALETTE[0]), "line_width": 0, "layer": "below"}
     line = {"line": {"color": "grey", "width": 1}, "layer": "below"}
     if is_named:
         figure.add_vrect(x0=1 / (1 + margin_frac), x1=1 + margin_frac, **band)
         figure.add_vline(x=1, **line)
-        names = [literal(short(case.verdict.label, 60)) for case in cases]
+        labels, shared = text.told_apart([case.verdict.label for case in cases])
+        names = [literal(text.shortened(label, MAX_NAME)) for label in labels]
+        ratios["title"] = OVER + (literal(f" (all: {text.shortened(shared, MAX_NAME)})") if shared else "")
         figure.update_yaxes(tickvals=list(range(len(cases))), ticktext=names, autorange="reversed", zeroline=False)
         figure.update_layout(xaxis=ratios, height=200 + 20 * len(cases))
         figure.update_yaxes(automargin=True)
@@ -173,6 +180,18 @@ def _axes(figure: go.Figure, cases: "Sequence[Case]", margin_frac: float, *, is_
         figure.update_xaxes(title=f"{len(cases)} workloads, slowest first", showticklabels=False, zeroline=False)
         figure.update_xaxes(showgrid=False, range=[-1, len(cases)])
         figure.update_layout(yaxis=ratios, margin={"b": 84}, height=HEIGHT)
+
+
+def _ticks(low: float, high: float, n_most: int) -> list[float]:
+    """Round ratios within these ends, 1 among them, none nearer to the next than the `n_most`th part of the axis."""
+    least, kept = math.log(high / low) / n_most, [1.0]
+    for tick in (tick for tick in TICKS if 1 < tick <= high):
+        if math.log(tick / kept[-1]) >= least:
+            kept.append(tick)
+    for tick in (tick for tick in reversed(TICKS) if low <= tick < 1):
+        if math.log(kept[0] / tick) >= least:
+            kept.insert(0, tick)
+    return kept
 
 
 def crossed(comparison: "Comparison") -> go.Figure:
@@ -202,30 +221,54 @@ def crossed(comparison: "Comparison") -> go.Figure:
 
 
 def changed_parts(comparison: "Comparison") -> go.Figure:
-    """What each part adds to the time over all workloads, with its 90 % interval, and what the parts leave."""
+    """What each part adds to the time over all workloads, a bar each with its 90 % interval, and what the parts leave;
+    beside the names how many times longer each takes."""
     parts, left = comparison.parts, comparison.unexplained_frac or 0.0
-    names = [part.part for part in parts]
-    names = [f"{name} (graphs)" if name in names[:i] else name for i, name in enumerate(names)]
-    ends = [[_added_frac(part, end) for end in (part.factor_low, part.factor_high)] for part in parts]
     values = [part.change_frac for part in parts]
+    ends = [[_added_frac(part, end) for end in (part.factor_low, part.factor_high)] for part in parts]
+    names = [literal(part.part) for part in parts]
+    names = [f"{name} (graphs)" if name in names[:i] else name for i, name in enumerate(names)]
     figure = go.Figure()
     figure.add_bar(
-        x=[*names, "not explained"],
-        y=[*values, left],
+        orientation="h",
+        y=list(range(len(parts) + 1)),
+        x=[*values, left],
         marker_color=[*(PALETTE[1] if value > 0 else PALETTE[2] for value in values), PALETTE[6]],
-        error_y={
+        error_x={
             "type": "data",
             "symmetric": False,
             "array": [*(max(high - value, 0.0) for (_, high), value in zip(ends, values, strict=True)), 0.0],
             "arrayminus": [*(max(value - low, 0.0) for (low, _), value in zip(ends, values, strict=True)), 0.0],
+            "color": "grey",
+            "thickness": 1.5,
+            "width": 4,
         },
-        text=[*("" if part.factor is None else f"{part.factor:.2f}x" for part in parts), ""],
         hovertext=[*(literal(part.evidence) for part in parts), "what no part explains"],
-        hovertemplate="%{x}: %{y:+.1%}<br>%{hovertext}<extra></extra>",
+        hovertemplate="%{x:+.1%}<br>%{hovertext}<extra></extra>",
     )
-    whole = sum(values) + left
-    layout(figure, f"What changed: {100 * whole:+.1f} % in the mean of the workloads", "", "of the baseline's time")
-    return figure.update_layout(showlegend=False, yaxis_tickformat="+.0%", height=HEIGHT, margin={"b": 60})
+    of = " in the mean of the workloads" if len(comparison.each) > 1 else ""
+    layout(figure, f"What changed: {100 * (sum(values) + left):+.1f} %{of}", "", "")
+    figure.update_xaxes(title="adds, of the baseline's time", tickformat="+.0%", zeroline=True, zerolinecolor="grey")
+    figure.update_yaxes(
+        tickvals=list(range(len(parts) + 1)),
+        ticktext=[*(f"{name}<br>{_takes(part)}" for name, part in zip(names, parts, strict=True)), "not explained"],
+        autorange="reversed",
+        automargin=True,
+        zeroline=False,
+    )
+    return figure.update_layout(showlegend=False, height=120 + PART_PX * (len(parts) + 1), margin={"b": 60})
+
+
+def _takes(part: "PartChange") -> str:
+    """How many times longer a part takes, with its interval where one is known."""
+    if part.factor is None:
+        return "new"
+    ends = (
+        ""
+        if part.factor_low is None or part.factor_high is None
+        else f" ({part.factor_low:.2f} to {part.factor_high:.2f})"
+    )
+    return f"takes {part.factor:.2f}x{ends}"
 
 
 def _added_frac(part: "PartChange", factor: float | None) -> float:

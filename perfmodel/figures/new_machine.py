@@ -4,14 +4,19 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from .drawing import PALETTE, layout, literal
+from .drawing import GUIDE, PALETTE, layout, literal
 from .rooflines import roofline_figures
 
 if TYPE_CHECKING:
     from perfmodel.regression.machine.new_machine import NewMachine
 
-COLOURS = {"healthy": PALETTE[2], "look at": PALETTE[1], "not judged": PALETTE[6]}
+MARKS = {  # colour and symbol of each verdict, in the order of the legend
+    "look at": (PALETTE[1], "triangle-down"),
+    "healthy": (PALETTE[2], "circle"),
+    "not judged": (PALETTE[6], "circle-open"),
+}
 ROW_PX = 26
+SECTIONS = {"calibrated rates": "rate", "the sweep against a model": "sweep", "machine and software": "machine"}
 
 
 def new_machine_figures(found: "NewMachine") -> list[tuple[go.Figure, str]]:
@@ -26,9 +31,9 @@ def new_machine_figures(found: "NewMachine") -> list[tuple[go.Figure, str]]:
 def shares(found: "NewMachine") -> go.Figure:
     """A row for each item with a number: a point for the share found, a line for the least that is sound."""
     items = [item for item in found.items if item.frac is not None and item.least_frac is not None]
-    names = [f"{item.section}: {item.name}" for item in items]
+    names = [f"{SECTIONS.get(item.section, item.section)}: {item.name}" for item in items]
     figure = go.Figure()
-    for verdict, colour in COLOURS.items():
+    for verdict, (colour, symbol) in MARKS.items():
         chosen = [i for i, item in enumerate(items) if item.verdict == verdict]
         if chosen:
             figure.add_scatter(
@@ -36,7 +41,7 @@ def shares(found: "NewMachine") -> go.Figure:
                 y=chosen,
                 mode="markers",
                 name=verdict,
-                marker={"color": colour, "size": 11},
+                marker={"color": colour, "symbol": symbol, "size": 11},
                 text=[literal(f"{items[i].name}: {items[i].words}") for i in chosen],
                 hoverinfo="text",
             )
@@ -48,7 +53,7 @@ def shares(found: "NewMachine") -> go.Figure:
         marker={"symbol": "line-ns-open", "color": "grey", "size": 14, "line": {"width": 2}},
         hoverinfo="skip",
     )
-    layout(figure, "Shares of what the machine is held against", "share", "")
+    layout(figure, "Shares of what the machine is held against", "", "")
     figure.update_yaxes(
         tickvals=list(range(len(items))),
         ticktext=[literal(name) for name in names],
@@ -56,4 +61,5 @@ def shares(found: "NewMachine") -> go.Figure:
         automargin=True,
     )
     figure.update_xaxes(rangemode="tozero", tickformat=".0%")
-    return figure.update_layout(height=180 + ROW_PX * len(items))
+    figure.add_vline(x=1, line=GUIDE, layer="below")
+    return figure.update_layout(height=150 + ROW_PX * len(items), margin={"b": 80})

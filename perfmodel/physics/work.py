@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.moe import ACTIVATION_BYTES, WEIGHT_BYTES
+from perfmodel.text import shortened
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -203,7 +204,9 @@ def attainable_flops_per_s(
 
 
 def element_bytes(dtype: str) -> tuple[float, float]:
-    """Bytes of a stored weight (scales included) and of an activation for a dtype."""
+    """Bytes of a stored weight (scales included) and of an activation for a dtype; raises InputError for another."""
+    if dtype not in WEIGHT_BYTES:
+        raise InputError(f"dtype {shortened(dtype, 40)!r} is unknown; known: {', '.join(WEIGHT_BYTES)}")
     return WEIGHT_BYTES[dtype], ACTIVATION_BYTES.get(dtype, ACTIVATION_BYTES["bf16"])
 
 

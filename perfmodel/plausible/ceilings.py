@@ -15,7 +15,8 @@ PCIE_GENERATIONS = {2.5e9: 1, 5e9: 2, 8e9: 3, 16e9: 4, 32e9: 5, 64e9: 6}  # by t
 C2C_BYTES_PER_S = 450e9  # NVLink-C2C, one direction (NVIDIA GH200 datasheet)
 
 # Of machines that no profile knows: about three times the best sold when this was written, so that only slips of unit
-# or of clock stand out. A core of a CPU: 128 fp32 or 2,048 bf16 FLOP a cycle (AMX) at 8 GHz.
+# or of clock stand out. A core of a CPU: 128 fp32 FLOP, or 2,048 of narrower numbers (twice AMX in bf16),
+# a cycle at 8 GHz.
 GENERIC_MEMORY_BYTES_PER_S = 25e12
 GENERIC_LINK_BYTES_PER_S = 1.8e12
 GENERIC_HOST_BYTES_PER_S = 3e12

@@ -26,9 +26,9 @@ from .compared import (
     Comparison,
     compare,
 )
-from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, differences, of_capture
+from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, axes_of, differences, of_capture
 from .given import evidence, sides, store_of
-from .packed import refuse_large, unpack_captures
+from .packed import folders_below, refuse_large, unpack_sides
 from .parts import PARTS, Detail, PartChange
 from .spread import OVERALL
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check
@@ -66,10 +66,12 @@ __all__ = [
     "Run",
     "Verdict",
     "against_model",
+    "axes_of",
     "check",
     "compare",
     "differences",
     "evidence",
+    "folders_below",
     "model_for",
     "new_machine",
     "of_capture",
@@ -77,5 +79,5 @@ __all__ = [
     "refuse_large",
     "sides",
     "store_of",
-    "unpack_captures",
+    "unpack_sides",
 ]

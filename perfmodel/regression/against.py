@@ -19,6 +19,7 @@ from .spread import OVERALL, Mean, means_of
 
 AS_EXPECTED, SLOWER_THAN_MODEL, FASTER_THAN_MODEL = "as-expected", "slower-than-model", "faster-than-model"
 OUTSIDE_MODEL = "outside-model"
+MOST_FITTED = 5_000  # workloads, of which each takes about 10 ms; a day of measuring makes some thousands
 LEAST_SHAPES = 3  # fewer cannot be held out, and a model fitted to them knows no interval
 
 
@@ -61,7 +62,8 @@ def model_for(capture: Capture) -> LatencyModel:
     """A model of the machine of a capture: the shipped one that was fitted on these very measurements, else one that is
     fitted now, which takes seconds.
 
-    Raises InputError with fewer than three shapes of resident experts, for a model of them would know no interval.
+    Raises InputError with fewer than three shapes of resident experts, for a model of them would know no interval, and
+    with more than MOST_FITTED workloads.
     """
     if capture.name in shipped_models():
         model = load_model(capture.name)
@@ -72,6 +74,11 @@ def model_for(capture: Capture) -> LatencyModel:
         raise InputError(
             f"capture {capture.name!r} measured {rows['shape'].n_unique()} shapes with resident experts in "
             f"{capture.dtype}, expected at least {LEAST_SHAPES} to fit a model to"
+        )
+    if rows.height > MOST_FITTED:
+        raise InputError(
+            f"capture {capture.name!r} measured {rows.height} workloads, and a model is fitted on the spot to at most "
+            f"{MOST_FITTED}; give one with --model"
         )
     return LatencyModel(profile_of(capture), capture.dtype, str(capture.manifest["kernel"])).fit(rows)
 

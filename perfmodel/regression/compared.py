@@ -17,6 +17,7 @@ from perfmodel.regression.changes.profiled import profile_details
 from perfmodel.regression.traces.changes import changed_details, changed_parts, grown_part, require_same_work
 
 from .against import (
+    AS_EXPECTED,
     OUTSIDE_MODEL,
     SLOWER_THAN_MODEL,
     Expectation,
@@ -26,7 +27,7 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable
+from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable, untold
 from .parts import Detail, PartChange
 from .spread import OVERALL
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check
@@ -268,6 +269,13 @@ def compare(
         found = attribute(baseline, candidate, verdicts, quantities, margin_frac, judged.own)
         details = profile_details(first, other)
     cases = judged.cases or [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
+    said = (
+        *doubts(baseline, candidate),
+        *untold(baseline, candidate, axes),
+        *baseline.notes,
+        *candidate.notes,
+        *how_told,
+    )
     cases = [replace(case, part=found.part_of.get(case.verdict.workload)) for case in cases]
     lost = tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads)
     return Comparison(
@@ -286,7 +294,7 @@ def compare(
         unexplained_frac=found.unexplained_frac,
         findings=found.findings,
         details=details,
-        notes=tuple(dict.fromkeys((*doubts(baseline, candidate), *baseline.notes, *candidate.notes, *how_told))),
+        notes=tuple(dict.fromkeys(said)),
         lost=lost,
     )
 
@@ -369,7 +377,8 @@ def cell_of(case: Case, margin_frac: float) -> str:
     """Where a workload stands when both questions are crossed.
 
     A slower one is explained only where the measurement lies within the model's interval and the calibrated rates of
-    both machines account for it: the model's ratio, with the margin, reaches the measured interval.
+    both machines account for it: the model's ratio, with the margin, reaches the measured interval. Rates so low that
+    the measurement lies below the model's interval are not those that it was measured at, and explain nothing.
     """
     expectation, expected = case.expectation, case.expected_ratio
     if expectation is None or expected is None or not _is_judged(case):
@@ -380,4 +389,4 @@ def cell_of(case: Case, margin_frac: float) -> str:
     if case.verdict.verdict not in SLOWER:
         return ON_THE_TABLE if is_above else FINE
     accounts = case.verdict.ratio_low <= expected * (1 + margin_frac)
-    return EXPLAINED if accounts and not is_above else CHASE
+    return EXPLAINED if accounts and expectation.verdict == AS_EXPECTED else CHASE

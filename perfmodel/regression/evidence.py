@@ -1,6 +1,6 @@
 """One side of a comparison: run medians of workloads, when they were taken, and under which circumstances."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
@@ -8,10 +8,11 @@ from typing import Any
 
 import polars as pl
 
-from perfmodel.capture import Capture
-from perfmodel.capture_lines import RESIDENT
+from perfmodel.capture import OBSERVATIONS, Capture
+from perfmodel.capture_lines import NOT_CONTENT, RESIDENT
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.hardware import same_fact
+from perfmodel.text import counted, printable, shortened
 
 CAPTURE, TRACES = "capture", "traces"  # what a side was measured with
 AXES = ("machine", "software", "kernel", "settings")
@@ -23,7 +24,16 @@ AXIS_WORDS = {
     "os": ("software.kernel_release", "software.platform"),
     "threads": ("settings.threads", "machine.n_threads"),
 }
+NARROW, KERNEL = ("driver", "threads", "os", "torch"), "kernel"
 SAME_MACHINE = ("driver", "threads")  # axes of change on which it is still the machine that it was
+MUST_TELL = ("machine", "software")  # of which captures that share no fact at all are not comparable
+N_NAMED, N_WORDS = 4, 80  # facts that a sentence names; characters of one
+# What a workload of a capture is: columns of its observations that must be alike where the id is.
+CONTENT = [key for key in OBSERVATIONS if key not in (*NOT_CONTENT, "run", "times_ns", "time_ns", "capture")]
+_MORE_RUNS = {
+    CAPTURE: "collect with --runs 5",
+    TRACES: "record 5 traces of each side in turns, each in a fresh process, and give the folders",
+}
 SHORT_CAPTURE_S = 300  # a virtual machine's neighbours stay for longer than such a capture takes
 
 
@@ -145,6 +155,8 @@ def alternate(one: Evidence, other: Evidence) -> bool:
     ]
     if min(len(one.runs), len(other.runs)) < 3 or len(runs) < len(one.runs) + len(other.runs):
         return False
+    if any(finished is not None and finished < started for started, _, finished in runs):
+        return False  # of such times nothing follows
     runs.sort(key=lambda run: run[:2])
     # Times are kept in whole seconds.
     if any(before[2] is not None and before[2] > after[0] + 1 for before, after in pairwise(runs)):
@@ -154,18 +166,67 @@ def alternate(one: Evidence, other: Evidence) -> bool:
 
 
 def differences(one: Evidence, other: Evidence) -> dict[str, tuple[object, object]]:
-    """Every fact of machine, software, kernel and settings in which two sides differ, among those that both tell."""
+    """Every fact of machine, software, kernel and settings in which two sides differ, among those that both tell.
+
+    Of captures that share no fact of the machine, or of the software, that is the difference: `machine.*`.
+    """
     a, b = one.fingerprint, other.fingerprint
-    return {key: (a[key], b[key]) for key in sorted(a.keys() & b.keys()) if not same_fact(key, a[key], b[key])}
+    found = {key: (a[key], b[key]) for key in sorted(a.keys() & b.keys()) if not same_fact(key, a[key], b[key])}
+    for group in MUST_TELL if one.kind == other.kind == CAPTURE else ():
+        told = [{key for key in side if key.startswith(f"{group}.")} for side in (a, b)]
+        if any(told) and not set.intersection(*told):
+            found[f"{group}.*"] = (counted(len(told[0]), "fact"), counted(len(told[1]), "fact"))
+    return found
+
+
+def untold(baseline: Evidence, candidate: Evidence, axes: Sequence[str] = ()) -> list[str]:
+    """Sentences on facts that one side alone tells, so that nobody knows whether they differ; declared ones may."""
+    found = []
+    for words, one, other in (("baseline", baseline, candidate), ("candidate", candidate, baseline)):
+        keys = [key for key in sorted(one.fingerprint.keys() - other.fingerprint.keys()) if not is_declared(key, axes)]
+        if keys:
+            found.append(
+                f"{counted(len(keys), 'fact')} of the {words} alone, which could not be compared: {_some(keys)}"
+            )
+    return found
+
+
+def _some(words: Sequence[str]) -> str:
+    more = f" and {len(words) - N_NAMED} more" if len(words) > N_NAMED else ""
+    return ", ".join(shortened(one, N_WORDS) for one in words[:N_NAMED]) + more
+
+
+def require_same_content(baseline: Evidence, candidate: Evidence) -> None:
+    """Refuse captures that mean other work by the id of a workload; raises NotComparableError naming what differs."""
+    if baseline.capture is None or candidate.capture is None:
+        return
+    first, second = (
+        side.capture.observations.unique("workload", maintain_order=True).select("workload", *CONTENT)
+        for side in (baseline, candidate)
+        if side.capture is not None
+    )
+    both = first.join(second, on="workload", suffix=" of the candidate", maintain_order="left")
+    for key in CONTENT:
+        apart = both.filter(pl.col(key).ne_missing(pl.col(f"{key} of the candidate")))
+        if not apart.is_empty():
+            of, a, b = apart.select("workload", key, f"{key} of the candidate").row(0)
+            raise NotComparableError(
+                f"not comparable: workload {printable(of)} is not the same work on both sides: {key} is {_fact(a)} in "
+                f"the baseline, {_fact(b)} in the candidate"
+            )
+
+
+def _fact(value: object) -> str:
+    return shortened(repr(value), N_WORDS)
 
 
 def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
     """Sentences on what two sides cannot show together, and whether they are those that were meant; often none."""
     found = []
-    if baseline.kind == CAPTURE and min(len(baseline.runs), len(candidate.runs)) < 2:
+    if min(len(baseline.runs), len(candidate.runs)) < 2:
         found.append(
             "a side has a single run, so that the spread between runs is assumed and nothing slower is firmer than "
-            "suspect; collect with --runs 5"
+            f"suspect; {_MORE_RUNS[baseline.kind]}"
         )
     began, ended = [run.started for run in baseline.runs], [run.finished for run in candidate.runs]
     first, other = ({key: dict(one.run_ns) for key, one in side.workloads.items()} for side in (baseline, candidate))
@@ -179,6 +240,15 @@ def doubts(baseline: Evidence, candidate: Evidence) -> tuple[str, ...]:
 def is_declared(key: str, axes: Sequence[str]) -> bool:
     """Whether a fact of the fingerprint, such as `software.torch`, lies on one of the declared axes of change."""
     return any(fnmatchcase(key, pattern) for axis in axes for pattern in AXIS_WORDS.get(axis, (axis, f"{axis}.*")))
+
+
+def axes_of(keys: Collection[str]) -> list[str]:
+    """The axes that declare these facts of the fingerprint and little else: a narrow word such as `threads` where it
+    says it all, as another machine would excuse what a changed setting does to it."""
+    words = [word for word in NARROW if any(key != KERNEL and is_declared(key, [word]) for key in keys)]
+    wide = sorted({key.partition(".")[0] for key in keys if not is_declared(key, words)})
+    left = [key for key in keys if not is_declared(key, wide)]
+    return [*(word for word in words if any(is_declared(key, [word]) for key in left)), *wide]
 
 
 def may_excuse(axes: Sequence[str]) -> bool:
@@ -196,20 +266,25 @@ def require_comparable(
     NotComparableError naming the first differences.
     """
     for axis in axes:
-        if axis not in AXIS_WORDS and axis.partition(".")[0] not in AXES:
+        group, dot, key = axis.partition(".")
+        if axis not in AXIS_WORDS and (group not in AXES or (dot and not key)):
             known = ", ".join((*AXIS_WORDS, *AXES))
             raise InputError(f"unknown axis {axis!r}; known: {known}, the last four also with a key, as software.torch")
     if baseline.kind != candidate.kind:
         raise NotComparableError(
-            f"not comparable: {baseline.name!r} is of {baseline.kind}, {candidate.name!r} of {candidate.kind}"
+            f"not comparable: {_fact(baseline.name)} is of {baseline.kind}, {_fact(candidate.name)} of {candidate.kind}"
         )
     found = differences(baseline, candidate)
     undeclared = {key: pair for key, pair in found.items() if not is_declared(key, axes)}
     if undeclared:
-        shown = "; ".join(f"{key}: {a!r} against {b!r}" for key, (a, b) in list(undeclared.items())[:4])
-        more = f" and {len(undeclared) - 4} more" if len(undeclared) > 4 else ""
+        shown = "; ".join(
+            f"{shortened(key, N_WORDS)}: {_fact(a)} against {_fact(b)}"
+            for key, (a, b) in [*undeclared.items()][:N_NAMED]
+        )
+        more = f" and {len(undeclared) - N_NAMED} more" if len(undeclared) > N_NAMED else ""
         of = "captures" if baseline.kind == CAPTURE else baseline.kind
         raise NotComparableError(
-            f"not comparable: the {of} differ in {shown}{more}; declare with --axis what you mean to test"
+            f"not comparable: the {of} differ in {shown}{more}; declare what you mean to test; all of it would be "
+            + " ".join(f"--axis {axis}" for axis in axes_of(undeclared))
         )
     return found

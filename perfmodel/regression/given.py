@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perfmodel.capture import load_capture
+from perfmodel.capture_lines import MANIFEST
+from perfmodel.ep_capture import is_ep_capture
 from perfmodel.errors import InputError
+from perfmodel.readers.folder import listed
 from perfmodel.regression.saved.lookup import choose
 from perfmodel.regression.saved.restored import load
 from perfmodel.regression.saved.stored import is_baseline, is_store
@@ -22,7 +25,21 @@ def evidence(path: str | Path) -> Evidence:
         return load(path)
     if is_of_traces(Path(path)):
         return of_traces(path)
+    if is_ep_capture(path):
+        raise InputError(f"{str(path)!r} is a capture of expert parallelism, which `perfmodel phases` reads")
+    if not (Path(path) / MANIFEST).exists():
+        raise InputError(
+            f"{str(path)!r} is no capture, trace, folder of traces, saved baseline or store of them: found "
+            f"{_what_is_there(Path(path))}; `perfmodel collect` makes captures, `perfmodel baseline save` baselines"
+        )
     return of_capture(load_capture(path))
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.is_dir():
+        return "nothing"
+    inside = sorted(file.parent.name for file in path.glob(f"*/{MANIFEST}"))
+    return f"a folder of captures ({listed(inside)}), of which one is a side" if inside else "a folder without any"
 
 
 def sides(baseline: str | Path, candidate: str | Path, axes: Sequence[str] = ()) -> tuple[Evidence, Evidence]:

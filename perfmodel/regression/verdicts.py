@@ -8,7 +8,7 @@ import numpy as np
 
 from perfmodel.errors import InputError, NotComparableError
 
-from .evidence import Evidence, require_comparable
+from .evidence import Evidence, require_comparable, require_same_content
 from .spread import CONFIDENCE, OVERALL, Mean, Variance, both_means, combined, half_width, quantile, tail
 
 DEFAULT_MARGIN_FRAC = 0.03
@@ -51,16 +51,17 @@ def check(
     A run (a fresh process) is the sampling unit; where a side has three occasions, they are. What is called slower (or
     faster) is so beyond the margin (MARGIN_LEVEL) and beyond doubt that it changed at all (NO_CHANGE_LEVEL), and single
     ones stay so under Holm's correction over all. Raises NotComparableError when the sides differ outside `axes` or
-    share no workload.
+    share no workload, or mean other work by one id.
     """
     if not 0 < margin_frac < 10:
-        raise InputError(f"margin is {margin_frac:g}, expected a fraction above 0, such as 0.03 for 3 %")
+        raise InputError(f"margin is {margin_frac:g}, expected a fraction above 0 and below 10, such as 0.03 for 3 %")
     require_comparable(baseline, candidate, axes)
     common = [key for key in baseline.workloads if key in candidate.workloads]
     if not common:
         raise NotComparableError(f"not comparable: the {baseline.kind}s share no workload")
     labels = {OVERALL: OVERALL} | {key: baseline.workloads[key].label for key in common}
     a, b = both_means(baseline, candidate, common)
+    require_same_content(baseline, candidate)
     margin = math.log1p(margin_frac)
     (overall,) = _verdicts([OVERALL], labels, a, b, margin, NO_CHANGE_LEVEL)
     each = _verdicts(common, labels, a, b, margin, EACH_NO_CHANGE_LEVEL)

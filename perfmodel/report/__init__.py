@@ -33,10 +33,12 @@ from perfmodel.report.fits import (
 from perfmodel.report.headlines import capture_headlines
 from perfmodel.report.layers import layer_ranks_page, pass_words, passes_page, scaling_page
 from perfmodel.report.new_machine import (
+    judge_line,
     new_machine_junit,
     new_machine_markdown,
     new_machine_page,
     new_machine_verdict,
+    runs_line,
 )
 from perfmodel.report.pairs import diff_page, fusion_page, sweep_page
 from perfmodel.report.phases import (
@@ -115,6 +117,7 @@ __all__ = [
     "findings_text",
     "fit_page",
     "fusion_page",
+    "judge_line",
     "labelled",
     "layer_ranks_page",
     "limits",
@@ -142,6 +145,7 @@ __all__ = [
     "roofline_json",
     "roofline_page",
     "routing_page",
+    "runs_line",
     "saving_page",
     "scaling_page",
     "schedule_facts",

@@ -19,6 +19,9 @@ SAME_FRAC = 1e-3  # by which two sizes may differ and be told as the same
 FACT_HEADER = ("what changed", "baseline", "candidate")
 QUANTITY_HEADER = ("calibrated", "baseline", "candidate", "ratio", "moved")
 CASE_HEADER = ("workload", "ratio", "90 %", "verdict", "model expects", "of model", "")
+# What a page leaves out on terminals of fewer columns: the cell says what the model makes of it, the verdict what the
+# interval does.
+LEFT_OUT = {110: ("model expects", "of model"), 90: ("90 %",)}
 
 
 def conclusion(comparison: "Comparison") -> tuple[str, str]:
@@ -42,7 +45,10 @@ def _conclusion(comparison: "Comparison") -> tuple[str, str]:
                 "Slower than the baseline. The calibrated rates of the machine account for it over all, not for each "
                 "workload: some are regressions to chase."
             )
-        return "mixed", "Slower than the baseline, as the calibrated rates of the machine make the model expect."
+        words = "Slower than the baseline, as the calibrated rates of the machine make the model expect."
+        if comparison.failures():
+            return "bad", f"{words} No other machine was declared: the rates that fell are the regression."
+        return "mixed", words
     if overall in slower and overall.cell == "regression to chase":
         return "bad", "Slower than the baseline, and no calibrated rate accounts for it: a regression to chase."
     if overall in slower:
@@ -81,7 +87,7 @@ def verdict_line(comparison: "Comparison") -> str:
 def _wanted(n_more_runs: int | None) -> str:
     """What would decide an open answer."""
     if n_more_runs is None:
-        return "no number of such runs would tell"
+        return "no number of such runs would tell: let both sides measure in turns, or quieten the machine"
     return f"{text.counted(n_more_runs, 'more run')} of each side would tell"
 
 
@@ -123,7 +129,8 @@ def model_line(comparison: "Comparison") -> str:
 def case_cells(case: "Case") -> list[str]:
     """A case as words, under CASE_HEADER."""
     verdict, found = case.verdict, case.expectation
-    more = f"{verdict.n_more_runs} more runs" if verdict.n_more_runs else ""
+    more = text.counted(verdict.n_more_runs, "more run") if verdict.n_more_runs else ""
+    cell = "" if found is None or (more and case.cell == "undecided") else case.cell  # of both the number tells more
     return [
         verdict.label,
         f"{verdict.ratio:.3f}x",
@@ -131,7 +138,7 @@ def case_cells(case: "Case") -> list[str]:
         verdict.verdict,
         "" if case.expected_ratio in (None, 1.0) else f"{case.expected_ratio:.3f}x",
         "" if found is None else f"{found.ratio:.3f}x",
-        more if found is None else ", ".join(word for word in (case.cell, more) if word),
+        ", ".join(filter(None, (cell, more))),
     ]
 
 
@@ -157,29 +164,45 @@ def quantity_cells(moved: "Moved") -> list[str]:
     ]
 
 
-def check_page(comparison: "Comparison") -> str:
-    """Both verdicts, the two questions crossed, the workloads that moved most, and what changed between the sides."""
-    each = comparison.each
+def check_page(comparison: "Comparison", width: int | None = None) -> str:
+    """Both verdicts, the two questions crossed, the workloads that moved most, and what changed between the sides.
+
+    With the `width` of a terminal lines keep to it: what all workloads share stands above them, and narrow terminals
+    do not get all their numbers (LEFT_OUT).
+    """
+    each, room = comparison.each, width or WIDTH
     counts: dict[str, int] = {}
     for case in each:
         counts[case.verdict.verdict] = counts.get(case.verdict.verdict, 0) + 1
+    answers = [verdict_line(comparison), *model_line(comparison).splitlines()]
     lines = [
-        wrapped(conclusion(comparison)[1], WIDTH),
-        verdict_line(comparison),
-        model_line(comparison),
+        wrapped(conclusion(comparison)[1], room),
+        *(answers if width is None else (wrapped(words, width, others="  ") for words in answers)),
         f"{len(each)} workloads: " + ", ".join(f"{n} {name}" for name, n in counts.items()),
     ]
     if comparison.model is not None:
         lines.append("crossed: " + ", ".join(f"{n} {name}" for name, n in comparison.cells().items() if n))
-    lines += [wrapped(words, WIDTH, others="  ") for words in changed_lines(comparison)]
-    lines += [wrapped(words, WIDTH, "note: ", "  ") for words in remarks(comparison)]
+    lines += [wrapped(words, room, others="  ") for words in changed_lines(comparison)]
+    lines += [wrapped(words, room, "note: ", "  ") for words in remarks(comparison)]
     shown = telling(comparison)
     rows = _without_empty([CASE_HEADER, *map(case_cells, shown[:N_SHOWN])])
-    page = "\n".join(lines) + "\n\n" + table(rows[1:], rows[0])
+    if width is not None:
+        rows = _narrowed(rows, width)
+    page = "\n".join(lines) + "\n\n" + table(rows[1:], rows[0], width)
     if len(shown) > N_SHOWN:
         page += f"\n... and {len(shown) - N_SHOWN} more"
-    tables = (table(one.rows, one.head, WIDTH) for one in changed_tables(comparison))
+    tables = (table(one.rows, one.head, room) for one in changed_tables(comparison))
     return "\n\n".join(filter(None, [page, *tables, update_words(comparison)]))
+
+
+def _narrowed(rows: list[list[str]], width: int) -> list[list[str]]:
+    """Workloads under their header as a terminal of so many columns has room for them."""
+    left_out = {head for least, heads in LEFT_OUT.items() if width < least for head in heads}
+    names, shared = text.told_apart([row[0] for row in rows[1:]])
+    heads = [f"{rows[0][0]} (all: {shared})" if shared else rows[0][0], *rows[0][1:]]
+    kept = [i for i, head in enumerate(rows[0]) if head not in left_out]
+    whole = [heads, *([name, *row[1:]] for name, row in zip(names, rows[1:], strict=True))]
+    return [[row[i] for i in kept] for row in whole]
 
 
 def _without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:

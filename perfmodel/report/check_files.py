@@ -107,7 +107,8 @@ def _numbers(comparison: "Comparison", case: "Case") -> list[str]:
         lines.append(f"most of it in {case.part}")
     if case is comparison.overall:
         lines += [*changed_lines(comparison), *(f"note: {words}" for words in remarks(comparison))]
-    return [*lines, f"{verdict.verdict}, {case.cell}"]
+    more = f", {verdict.n_more_runs} more runs wanted on each side" if verdict.n_more_runs else ""
+    return [*lines, f"{verdict.verdict}, {case.cell}{more}"]
 
 
 def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
@@ -132,7 +133,7 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     if comparison.model is not None:
         cells = [(name, str(n)) for name, n in comparison.cells().items() if n]
         parts.append(markdown.table([name for name, _ in cells], [[n for _, n in cells]]).rstrip())
-    head = [*CASE_HEADER[:-1], "cell"]
+    head = [*CASE_HEADER[:-1], "cell, or runs wanted"]
     parts.append(markdown.table(head, list(map(_case_row, first))).rstrip())
     if rest:
         body = _bounded(head, map(_case_row, rest), len(rest), FOLDED_BYTES)
@@ -157,7 +158,9 @@ def _bounded(head: Sequence[str], rows: Iterable[Sequence[str]], n_rows: int, n_
             break
         kept.append(row)
     left = n_rows - len(kept)
-    return markdown.table(head, kept) + (f"\n... and {text.count(left)} more\n" if left else "")
+    return markdown.table(list(map(markdown.plain, head)), kept) + (
+        f"\n... and {text.count(left)} more\n" if left else ""
+    )
 
 
 def _cell(words: str) -> str:

@@ -10,6 +10,13 @@ if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace d
 
 PART_HEADER = ("parts of the time", "share", "takes", "90 %", "adds")
 DETAIL_HEADER = ("in profiles, which are no source of times", "baseline", "candidate", "ratio")
+SELF_FRAC = " self_frac"  # at the end of an operator's name: its share of the profiled time
+METRIC_WORDS = {
+    "n_kernels": "kernels of a step",
+    "n_kernels_graph": "kernels of a step, replayed from graphs",
+    "gpu_idle_frac": "devices idle",
+    "tklqt_per_kernel_time": "launch delay over kernel time",
+}
 
 
 def part_cells(part: "PartChange") -> list[str]:
@@ -28,7 +35,9 @@ def part_cells(part: "PartChange") -> list[str]:
 def detail_cells(detail: "Detail") -> list[str]:
     """A detail of profiles as words, under DETAIL_HEADER."""
     a, b = (text.figure(detail.name, value) for value in (detail.baseline, detail.candidate))
-    return [detail.name, a, b, "" if detail.ratio is None else f"{detail.ratio:.2f}x"]
+    name = METRIC_WORDS.get(detail.name, detail.name)
+    name = f"{name.removesuffix(SELF_FRAC)}, share of the time" if name.endswith(SELF_FRAC) else name
+    return [name, a, b, "" if detail.ratio is None else f"{detail.ratio:.2f}x"]
 
 
 def _added(frac: float) -> str:

@@ -56,7 +56,7 @@ def new_machine_page(found: "NewMachine", machine: Sequence[str], width: int = W
             lines.append(wrapped(f"{item.name}: {item.words}", width, f"  {MARKS[item.verdict]:<8}", " " * 10))
             lines += [wrapped(step, width, " " * 10 + "-> ", " " * 13) for step in item.next_steps]
         blocks.append("\n".join(lines))
-    blocks.append(wrapped(_judge(found), width))
+    blocks.append(wrapped(judge_line(found), width))
     worst = [one for one in found.expectations[1:] if one.model_low_ns is not None][:N_WORST]
     if worst:
         rows = [
@@ -68,7 +68,8 @@ def new_machine_page(found: "NewMachine", machine: Sequence[str], width: int = W
     return "\n\n".join(blocks)
 
 
-def _judge(found: "NewMachine") -> str:
+def judge_line(found: "NewMachine") -> str:
+    """Which model judged the sweep, why that one, and whose nominal rates were used."""
     judge = f"The sweep was judged by {found.model}, {found.chosen}." if found.model else "No model judged the sweep."
     return judge + (f" Nominal rates are those of {found.datasheet}." if found.datasheet else "")
 
@@ -105,4 +106,4 @@ def new_machine_markdown(found: "NewMachine") -> str:
             rows = [[one.section, markdown.plain(one.name), markdown.plain(one.words)] for one in items]
             title = f"{text.counted(len(items), 'item')} {verdict}"
             parts.append(markdown.folded(title, markdown.table(["section", "item", "what was found"], rows)))
-    return "\n\n".join([*parts, markdown.plain(_judge(found)), markdown.plain(runs_line(found))]) + "\n"
+    return "\n\n".join([*parts, markdown.plain(judge_line(found)), markdown.plain(runs_line(found))]) + "\n"

@@ -54,10 +54,11 @@ HEADERS = {
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], width: int | None = None) -> str:
-    """Aligned columns, the first to the left and all others to the right.
+    """Aligned columns, the first to the left and all others to the right; no name breaks a line.
 
     With a `width`, names in the first column lose their middle where the lines would be longer.
     """
+    rows = [[text.printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     if width is not None:
         room = width - sum(widths[1:]) - 2 * (len(widths) - 1)

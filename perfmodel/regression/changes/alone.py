@@ -14,6 +14,7 @@ Mask = NDArray[np.bool_]
 FACTS = ("shape", "op", "dtype", "launch", "access", "residency", "routing")
 LEAST_ALIKE, LEAST_FRAC = 2, 0.75  # workloads that share a fact, and the part of all that have it, to name the fact
 MOST_GROUPS, N_NAMED = 3, 3
+MOST_VALUES = 16  # of a fact, the commonest: pairs of them are tried, and a stranger's capture may have any number
 PLAIN = {"launch": "calls launched by the host", "access": "resident experts", "residency": "no residency"}
 
 
@@ -48,7 +49,8 @@ def _conditions(facts: pl.DataFrame, is_alone: Mask) -> Iterator[tuple[str, int,
     single: list[tuple[str, str, Mask]] = []
     for fact in FACTS:
         column = facts[fact].cast(pl.String)
-        for value in column.filter(pl.Series(is_alone)).unique().sort().to_list():
+        counts = column.filter(pl.Series(is_alone)).value_counts(name="n").sort(["n", fact], descending=[True, False])
+        for value in counts.filter(pl.col("n") >= LEAST_ALIKE).head(MOST_VALUES)[fact].sort().to_list():
             words = PLAIN.get(fact, fact) if value is None or value == "resident" else f"{fact} {value}"
             single.append((fact, words, column.eq_missing(pl.Series([value], dtype=pl.String)).to_numpy()))
     tokens = facts["n_tokens"].to_numpy()

@@ -30,6 +30,13 @@ ALONE_SIGMAS = 3.0  # from which on a workload's change is its own
 # What adds less than this beside the largest part, and changed by less than this part of its change, may come from an
 # error of the largest part's shares.
 LEAST_BESIDE_FRAC, LEAST_CHANGE_FRAC = 0.15, 0.5
+# A few rows read an expert's weights for as long as a kernel computes on rows that it does not have, so that a sweep
+# may say no more than that: constants held at multiples of what fits best, which give such time to the other roof.
+OTHER_SHARES: tuple[Mapping[str, float], ...] = (
+    {"eff_memory": 0.6},
+    {"call_rows": 0.3, "tile_overhead_rows": 0.3},
+)
+MOST_WORSE = 1.3  # how many times a fit's own errors may be those of another that is believed as well
 LEAST_BIG_FRAC = 0.05  # of the time, from which on a part is asked whether it changed like all others
 
 # The calibrated quantities that tell of a part, as beginnings or ends of their names.
@@ -89,6 +96,13 @@ def attribute(
     intervals = [interval_of(direction, fit, sides) for direction in np.eye(len(division.causes))]
     added = division.added(fit.changes)
     states = _states(division, fit, intervals, np.abs(added.mean(axis=0)), margin_frac)
+    alike = _alike(division, states, intervals)
+    if any(state in (LONGER, SHORTER) for state in states):
+        others = [divide(baseline.capture, asked, model, held) for held in OTHER_SHARES]
+        most = MOST_WORSE * _size_of(division.misfit)
+        for other in (one for one in others if one.keys == keys and _size_of(one.misfit) <= most):
+            again = fit_changes(log_ratio, noise, other, clusters)
+            states = _confirmed(states, division, added.mean(axis=0), other, again, sides, margin_frac)
     slower = {verdict.workload for verdict in verdicts if verdict.verdict in SLOWER}
     is_alone = (fit.left > np.maximum(ALONE_SIGMAS * fit.sigma, log_ratio / 2)) & np.array([k in slower for k in keys])
     named = {
@@ -97,7 +111,6 @@ def attribute(
         if key in slower
     }
     whole = float(np.expm1(log_ratio).mean())
-    alike = _alike(division, states, intervals)
     if OVERALL in slower and not alike:
         named[OVERALL] = _largest(added.mean(axis=0), whole, division.causes, states)
     parts = [
@@ -116,6 +129,35 @@ def attribute(
             *(f"{n} workloads could not be divided into parts: {why}." for why, n in division.left_out.items()),
         ),
     )
+
+
+def _confirmed(
+    states: Sequence[str],
+    division: Division,
+    added: Array,
+    other: Division,
+    again: Fit,
+    sides: Sides,
+    margin_frac: float,
+) -> list[str]:
+    """The states that a fit to another division of the same workloads does not contradict, OPEN where it does.
+
+    The part that adds most must add at least half as much there; of lesser ones it must say the same.
+    """
+    intervals = [interval_of(direction, again, sides) for direction in np.eye(len(other.causes))]
+    sizes = other.added(again.changes).mean(axis=0)
+    told = _states(other, again, intervals, np.abs(sizes), margin_frac)
+    there = {cause: (state, size) for cause, state, size in zip(other.causes, told, sizes.tolist(), strict=True)}
+    found = []
+    for i, (cause, state) in enumerate(zip(division.causes, states, strict=True)):
+        said, size = there.get(cause, (OPEN, 0.0))
+        holds = size / added[i] >= LEAST_CHANGE_FRAC if i == np.abs(added).argmax() else said == state
+        found.append(OPEN if state in (LONGER, SHORTER) and not holds else state)
+    return found
+
+
+def _size_of(misfit: Array) -> float:
+    return float(np.sqrt(np.mean(misfit**2)))
 
 
 def _states(division: Division, fit: Fit, intervals: Sequence[Interval], sizes: Array, margin_frac: float) -> list[str]:

@@ -5,7 +5,7 @@ and overheads are scaled, part by part. The slope of log time over a log factor 
 shares sum to one, for times are homogeneous in what they are made of.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from perfmodel.latency.constants import solve
 from perfmodel.offload import PRIORS, Device, Mask, OffloadConstants, offload_parts
 from perfmodel.offload.fit import CONSTANTS_OF
 from perfmodel.offload.fitted import from_json
-from perfmodel.physics import Array, Form, Parts, Work, ceilings, form_for, total
+from perfmodel.physics import Array, Ceilings, Form, Parts, Work, ceilings, form_for, total
 
 LAUNCH, COMPUTE, MEMORY, LINK, EXPOSURE, HOST = "launch", "compute", "memory", "link", "copy exposure", "host"
 REPLAY = "replay"
@@ -51,6 +51,7 @@ FOLLOWS = {
     "cpu": (LINK, HOST),
 }
 Times = Callable[[dict[str, float]], Array]
+PINNED = 0.03  # how far a fit may move a constant that is held, in the prior's own sigmas
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +106,15 @@ class Division:
         return np.asarray(found + missing[:, None] * sizes / np.maximum(sizes.sum(axis=1, keepdims=True), 1e-12))
 
 
-def divide(capture: Capture, keys: Sequence[str], model: LatencyModel | None = None) -> Division:
+def divide(
+    capture: Capture, keys: Sequence[str], model: LatencyModel | None = None, held: Mapping[str, float] | None = None
+) -> Division:
     """How the time of these workloads of a baseline divides into parts.
 
     Workloads are taken by dtype and kind of launch, and offloaded ones by how they are reached. `model` is one that was
     fitted to this capture: its constants serve the workloads of its kind; those of others are fitted here, beginning
-    from it. Raises InputError where the capture's machine has no ceilings, or no workload can be divided.
+    from it. Constants that are `held` are taken that many times as large as they fit best, and the others are fitted
+    beside them. Raises InputError where the capture's machine has no ceilings, or no workload can be divided.
     """
     rows = per_workload(capture.observations).filter(pl.col("workload").is_in(list(keys)))
     profile, kernel = profile_of(capture), str(capture.manifest["kernel"])
@@ -125,8 +129,12 @@ def divide(capture: Capture, keys: Sequence[str], model: LatencyModel | None = N
             tiles = model.tiles_ if model is not None and model.dtype == dtype else None
             work, roof = work_of(found, tiles), ceilings(profile, dtype)
             prior = _prior(model, form, constants, dtype, launch)
-            if access == RESIDENT and not _is_of(model, dtype, launch):
-                prior = fit_constants(form, work, np.log(found["time_ns"].to_numpy()), roof, prior)
+            if access == RESIDENT:
+                log_ns = np.log(found["time_ns"].to_numpy())
+                if not _is_of(model, dtype, launch):
+                    prior = fit_constants(form, work, log_ns, roof, prior)
+                if held:
+                    prior = _beside(held, form, work, log_ns, roof, prior)
             constants.setdefault((dtype, launch), prior)
             device = Device(profile, roof, form, prior, residency=residency)
             offloaded = _offloaded(found, work)
@@ -154,6 +162,16 @@ def divide(capture: Capture, keys: Sequence[str], model: LatencyModel | None = N
     causes = tuple(cause for cause, is_there in zip(CAUSES, matters, strict=True) if is_there)
     misfit = np.log(facts["time_ns"].to_numpy()) - _log_ns(groups, n, {})
     return Division(tuple(facts["workload"]), causes, shares[:, matters], misfit, facts, left_out, tuple(groups))
+
+
+def _beside(held: Mapping[str, float], form: Form, work: Work, log_ns: Array, roof: Ceilings, best: Any) -> Any:
+    """The constants that fit best beside some that are held at a multiple of what they are in the `best` fit."""
+    priors, start = dict(form.priors), best
+    for name in held.keys() & priors.keys():
+        prior = priors[name]
+        start = replace(start, **{name: float(np.clip(held[name] * getattr(best, name), prior.low, prior.high))})
+        priors[name] = prior._replace(sigma=prior.sigma * PINNED)
+    return fit_constants(replace(form, priors=priors), work, log_ns, roof, start)
 
 
 def _by_kind(rows: pl.DataFrame) -> list[tuple[tuple[Any, ...], pl.DataFrame]]:

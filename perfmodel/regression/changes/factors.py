@@ -14,7 +14,7 @@ from perfmodel.physics import Array
 from perfmodel.regression.evidence import Evidence
 from perfmodel.regression.spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, both_means, half_width, logs_of
 
-from .division import EXPOSURE, Division
+from .division import COMPUTE, EXPOSURE, MEMORY, Division
 
 PRIOR_LOG = 1.0  # a part seldom takes more than 2.7 times as long as before, or less than 0.37 times
 MOST_LOG, LEAST_LOSS = 3.0, -0.5  # how far changes are searched; an overlap may also have become better
@@ -83,7 +83,7 @@ def fit_changes(log_ratio: Array, noise: Array, division: Division, clusters: ND
         abs(x[i]) > 2 * LEAST_SIGMA and _solve(division, log_ratio + begin, scale, x, without=i)[1] - cost > LIKELIHOOD
         for i in range(n)
     ]
-    gain, leak = posterior @ weighted, _leak(x, slopes)
+    gain, leak = posterior @ weighted, _leak(x, slopes, division.causes)
     return Fit(x, slopes, gain, leak, np.array(needed), posterior, clustered, len(names), left, sigma)
 
 
@@ -114,11 +114,17 @@ def _solve(
     return changes(solved.x), float(solved.cost), -solved.jac[: len(scale)] / scale[:, None]
 
 
-def _leak(changes: Array, shares: Array) -> Array:
+def _leak(changes: Array, shares: Array, causes: tuple[str, ...]) -> Array:
     """How far each change may be off because a part of what the model takes for its time belongs to the other parts of
-    the same workloads, `[cause]`: SHARES_ERR_FRAC of the difference to these, as far as they meet in workloads."""
+    the same workloads, `[cause]`: SHARES_ERR_FRAC of the difference to these, as far as they meet in workloads.
+
+    Compute and memory meet in all: one of the two bounds each product, and a model that has it the wrong way round
+    sees nothing of the other.
+    """
     meet = shares.T @ shares
     meet = np.clip(meet / np.maximum(np.diag(meet), 1e-12)[:, None], 0.0, 1.0)
+    under_roofs = np.array([cause in (COMPUTE, MEMORY) for cause in causes])
+    meet = np.where(np.outer(under_roofs, under_roofs), 1.0, meet)
     return np.asarray(SHARES_ERR_FRAC * (meet * np.abs(changes[:, None] - changes)).max(axis=1))
 
 

@@ -12,8 +12,10 @@ from perfmodel.capture import Capture
 from perfmodel.diff import TraceDiff, diff
 from perfmodel.errors import InputError
 from perfmodel.readers import read_trace
+from perfmodel.readers.limits import Limits
 from perfmodel.regression.parts import Detail
 
+LIMITS = Limits()  # of one profile, for a stranger's may unpack without end
 N_DETAILS = 12
 LEAST_MOVED_FRAC = 0.02  # of the profiled time, that an operator's share must move by to be told
 LEAST_RATIO = 1.02  # by which counts must differ
@@ -28,10 +30,11 @@ def profile_details(baseline: Capture, candidate: Capture) -> tuple[Detail, ...]
     theirs = {path.name: path for path in candidate.traces}
     found: list[Mapping[str, tuple[float | None, float | None]]] = []
     for path in baseline.traces:
-        if path.name not in theirs:
+        if path.name not in theirs or not (path.is_file() and theirs[path.name].is_file()):
             continue
         try:
-            found.append(_structure(diff(read_trace(path), read_trace(theirs[path.name]))))
+            a, b = (read_trace(one, limits=LIMITS) for one in (path, theirs[path.name]))
+            found.append(_structure(diff(a, b)))
         except InputError:
             continue  # a damaged or empty profile: points that both sides have are told
     names = list(dict.fromkeys(name for one in found for name in one))

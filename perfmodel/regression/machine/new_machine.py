@@ -14,7 +14,7 @@ from perfmodel.errors import InputError
 from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.physics import transferred_ceilings
-from perfmodel.plausible import check_capture
+from perfmodel.plausible import Finding, check_capture
 from perfmodel.regression.against import (
     OUTSIDE_MODEL,
     SLOWER_THAN_MODEL,
@@ -99,15 +99,17 @@ def new_machine(
     model: LatencyModel | None = None,
     *,
     with_model: bool = True,
+    findings: Sequence[Finding] | None = None,
 ) -> NewMachine:
     """A machine judged by a capture of it alone.
 
     `datasheet` holds nominal rates, null for the shipped profile of its GPU, if there is one; `model` judges the sweep,
-    null for the shipped one that is most alike. Raises InputError for one of these that does not fit the capture.
+    null for the shipped one that is most alike. `findings` are those of `check_capture`, null to read them from the
+    capture's folder. Raises InputError for a datasheet or model that does not fit the capture.
     """
     models, shipped = _shipped()
     others = [one for one in shipped if one.digest != capture.digest]
-    findings = check_capture(capture.path)
+    findings = check_capture(capture.path) if findings is None else findings
     nominal = datasheet or datasheet_of(capture)
     items = rate_items(capture, nominal, _same_processor(capture, models.values()), is_given=datasheet is not None)
     items += fact_items(capture, findings)

@@ -167,8 +167,8 @@ def rate_items(
     entries: Mapping[str, Any] = capture.manifest["calibration"]
     found, without = [], []
     for key in QUANTITIES:
-        if key not in entries or key in DETAILS or not key.endswith(("_per_s", "_ns")):
-            continue
+        if not entries.get(key, {}).get("value") or key in DETAILS or not key.endswith(("_per_s", "_ns")):
+            continue  # nothing that was reached is no rate
         value = float(entries[key]["value"])
         item = _against_nominal(capture, key, value, datasheet, is_given) or _against_peers(capture, key, value, peers)
         if item is None:
@@ -178,7 +178,7 @@ def rate_items(
     found += [
         Item(RATES, _short(key), OPEN, f"was not calibrated{_why_left_out(capture)}")
         for key in _expected(capture)
-        if key not in entries
+        if not entries.get(key, {}).get("value")
     ]
     if without:
         why = NO_DATASHEET if datasheet is None else f"neither {datasheet.name} nor publications say what is sound"

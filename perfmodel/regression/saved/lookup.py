@@ -6,9 +6,11 @@ from pathlib import Path
 
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.regression.evidence import Evidence, differences, require_comparable
-from perfmodel.text import short_name
+from perfmodel.text import short_name, shortened
 
 from .stored import Head, foreign_files, is_baseline, locked, read_head, slug
+
+N_NAMED = 20  # baselines that a sentence names
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def named(store: str | Path, name: str) -> Path:
     names = [*found.baselines, *found.damaged]
     chosen = [one for one in names if one == name] or [one for one in names if name.lower() in one.lower()]
     if len(chosen) != 1:
-        there = ", ".join(names) or "none"
+        there = _some(names) or "none"
         what = "no baseline is" if not chosen else f"{len(chosen)} baselines are"
         raise InputError(f"{what} called {name!r} in store {str(store)!r}; there: {there}")
     return Path(store) / chosen[0]
@@ -80,13 +82,19 @@ def fitting(store: Path, heads: Mapping[str, Head], side: Evidence, axes: Sequen
         raise refusals[0]
     if found:
         raise NotComparableError(
-            f"not comparable: several baselines of store {str(store)!r} fit {side.name!r}: {', '.join(found)}; give "
+            f"not comparable: several baselines of store {str(store)!r} fit {side.name!r}: {_some(found)}; give "
             "the folder of one"
         )
     raise NotComparableError(
         f"not comparable: no baseline of store {str(store)!r} fits {side.name!r}; {differences_words(heads, side)}; "
         "declare with --axis what you mean to test"
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names in words, no more than a sentence bears."""
+    more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
+    return ", ".join(shortened(name, 80) for name in names[:N_NAMED]) + more
 
 
 def heads_of(store: Path) -> dict[str, Head]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from perfmodel.errors import InputError, NotComparableError
+from perfmodel.files import PART
 from perfmodel.regression.compared import compare
 from perfmodel.regression.evidence import CAPTURE, TRACES, Evidence, require_comparable
 from perfmodel.regression.verdicts import SLOWER, Verdict
@@ -102,7 +103,8 @@ def save(side: Evidence, store: str | Path, *, add: bool = False) -> Saving:
                 "`perfmodel baseline update`" + (", traces of other work into another --store" * (side.kind == TRACES))
             )
         name = name_of(side)
-        if (store / name).exists() and any((store / name).iterdir()):
+        # What a save that was killed had begun to write is nobody's.
+        if (store / name).exists() and any(not one.name.endswith(PART) for one in (store / name).iterdir()):
             raise InputError(f"{str(store / name)!r} exists and is not the baseline that was to be saved there")
         made = _fresh(name, side, occasion, [_entry(SAVED, side, occasion)])
         return _write(store, name, _Change(made, (), len(made.workloads), 0, ()))

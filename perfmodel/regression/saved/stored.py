@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from perfmodel.capture_lines import Calibrated, Count, WorkloadLine
+from perfmodel.capture_lines import Calibrated, Count, RunNumber, WorkloadLine, refuse_nested
 from perfmodel.errors import InputError
 from perfmodel.files import write_whole
 from perfmodel.regression.evidence import CAPTURE
@@ -29,9 +29,10 @@ N_SLUG = 40  # characters of a file's or folder's name that are words
 _CONFLICT = re.compile(rb"^(<{7}|={7}|>{7})( |\r?$)", re.MULTILINE)
 _NUMBERS = re.compile(r"\[\n\s+([-\d][-+.\deE,\s]*)\n\s+\]")  # a list of numbers; strings hold no line ends in JSON
 
-Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e30)]
+Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e300)]
+Time = Annotated[float, msgspec.Meta(gt=1e-9, lt=1e19)]  # ns: what no clock tells has logarithms that lead nowhere
 Finite = Annotated[float, msgspec.Meta(gt=-1e30, lt=1e30)]
-Spread = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]
+LogSe = Annotated[float, msgspec.Meta(ge=0, lt=100)]
 MAX_SECONDS = 250_000_000_000  # since 1970: a date of four digits
 Second = Annotated[float, msgspec.Meta(ge=0, lt=MAX_SECONDS)]
 Record = TypeVar("Record", bound=msgspec.Struct)
@@ -44,7 +45,7 @@ class _Strict(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 class RunLine(_Strict):
     """One run of an occasion; times are seconds since 1970, null where they are not known."""
 
-    run: Count
+    run: RunNumber
     started: Second | None = None
     finished: Second | None = None
 
@@ -114,8 +115,8 @@ class Amounts(_Strict):
     """
 
     label: str
-    medians_ns: dict[str, dict[Count, Finite]]
-    log_se: dict[str, Spread] = {}
+    medians_ns: dict[str, dict[RunNumber, Finite]]
+    log_se: dict[str, LogSe] = {}
     facts: dict[str, Any] = {}
 
 
@@ -124,7 +125,7 @@ class Kept(Amounts, kw_only=True):
 
     schema_version: int
     workload: str
-    medians_ns: dict[str, dict[Count, Positive]]
+    medians_ns: dict[str, dict[RunNumber, Time]]
     line: Planned | None = None
 
 
@@ -212,7 +213,7 @@ def read(folder: str | Path) -> Baseline:
 def read_unlocked(folder: Path) -> Baseline:
     """The same for who holds the lock."""
     pending = _pending(folder)
-    head = _decoded(folder, HEAD, Head, pending)
+    head = _head(folder, pending)
     runs = {one.digest: {run.run for run in one.runs} for one in head.occasions}
     workloads = {}
     for key in head.workloads:
@@ -237,7 +238,14 @@ def read_unlocked(folder: Path) -> Baseline:
 
 def read_head(folder: Path) -> Head:
     """What a baseline is of, without its times; raises InputError as `read` does."""
-    return _decoded(folder, HEAD, Head, _pending(folder))
+    return _head(folder, _pending(folder))
+
+
+def _head(folder: Path, pending: _Pending) -> Head:
+    head = _decoded(folder, HEAD, Head, pending)
+    if not head.occasions:
+        raise InputError(f"{_where(folder, HEAD)} lists no occasion")
+    return head
 
 
 def foreign_files(folder: Path, head: Head) -> list[str]:
@@ -316,6 +324,7 @@ def _decoded(folder: Path, name: str, of: type[Record], pending: _Pending) -> Re
     if _CONFLICT.search(content):
         raise InputError(f"{where} holds a merge conflict that is not resolved")
     try:
+        refuse_nested(msgspec.json.decode(content), where)
         version = msgspec.json.decode(content, type=_Versioned).schema_version
         if version != STORE_SCHEMA:
             raise InputError(f"{where} has schema_version {version}, this version reads {STORE_SCHEMA}")

@@ -2,26 +2,34 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
+import polars as pl
 
 from perfmodel import text
 from perfmodel.classify import COMMUNICATION
-from perfmodel.errors import NotComparableError
+from perfmodel.errors import InputError, NotComparableError
 from perfmodel.regression.evidence import Evidence, Measured
 from perfmodel.regression.parts import PARTS, Detail, PartChange
 from perfmodel.regression.spread import LEAST_VARIANCE, Variance, half_width
 
-from .parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of
+from .parts import CLASS, COMPUTE_CLASSES, IDLE_NS, METRIC, OPERATOR, PART, STEP_NS, key_of, multiplies_or_attends
 
 # Shares of the work that must be on both sides. In public traces (docs/regression-traces.md) the same work has
 # 1.00 of FLOPs and at least 0.88 of calls; twice the tokens has 0.50 of FLOPs, another model none and at most 0.47 of
 # calls.
 LEAST_SAME_FLOPS_FRAC = 0.9
 LEAST_SAME_CALLS_FRAC = 0.7
+LEAST_SAME_AMOUNT_FRAC = (
+    0.9  # of calls that most of the time is in, beyond which there is more or less of the same work
+)
 LEAST_OPERATORS_FRAC = 0.5  # of the time, below which operators do not say what the work is: graphs replay it
 NOTABLE_FRAC, NOTABLE_CALLS_FRAC = 0.001, 0.05  # of FLOPs, and of the time, from which a difference is told
+LEAST_AMOUNT = 1e-9  # ns, or a count, of a step, below which there is nothing
 _MOVED_SHOWN, _MOVED_LEAST_FRAC = 2, 0.1  # classes named as evidence, and of the change of the first what others need
+Amount = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]
 NO_SHAPES = (
     "the traces do not tell the shapes of matrix products (record_shapes), so that another batch size would be taken "
     "for another speed"
@@ -31,18 +39,25 @@ NO_SHAPES = (
 def mean_of(side: Evidence, key: str) -> float | None:
     """What a detail is in a mean run of a side, a run without it counting as 0; null where no run has it."""
     found = side.details.get(key)
-    return None if found is None else math.fsum(found.run_ns.values()) / len(side.runs)
+    if found is None:
+        return None
+    mean = math.fsum(found.run_ns.values()) / len(side.runs)
+    return mean if abs(mean) >= LEAST_AMOUNT else 0.0
 
 
 def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
     """Refuse sides whose steps do other work; returns what a reader must know of how that was told.
 
     Matrix products must be the same by operands (`k` x `n`, batch, experts) for LEAST_SAME_FLOPS_FRAC of the FLOPs of
-    the larger side, which no GPU and no library changes, but another batch or model does. Operators must be called as
-    often for LEAST_SAME_CALLS_FRAC of the time, so that one that was added or fused away is a change and no other
-    work; where operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
+    the larger side, which no GPU and no library changes, but another batch or model does. Of gradients of an expert's
+    weights `k` is its rows, which change with the tokens: what operands leave over is matched by results. Operators
+    must be called as often for LEAST_SAME_CALLS_FRAC of the time, so that one that was added or fused away is a change
+    and no other work, and most of them as often within LEAST_SAME_AMOUNT_FRAC, for a longer recording is no slower one;
+    where operators do not hold most of the time, as with CUDA graphs, kernels of each class. Names of kernels
     are not looked at. Raises NotComparableError naming what differs most.
     """
+    for side in (baseline, candidate):
+        _require_facts(side)
     if baseline.workloads.keys() != candidate.workloads.keys():
         ways = " and ".join(f"{side.name!r} by its {next(iter(side.workloads))}" for side in (baseline, candidate))
         raise NotComparableError(
@@ -52,14 +67,54 @@ def require_same_work(baseline: Evidence, candidate: Evidence) -> list[str]:
     return [*_same_products(baseline, candidate), *_same_calls(baseline, candidate)]
 
 
+class _Facts(msgspec.Struct):
+    """What a detail says of itself, which a saved baseline may have from anybody."""
+
+    kind: Literal["operator", "class", "metric", "part"]
+    name: str | None = None
+    part: str | None = None
+    n_calls: Amount | None = None
+    shape: str | None = None
+    n_flops: Amount | None = None
+    n_kernels: Amount | None = None
+
+
+_NEEDED = {OPERATOR: ("name", "part", "n_calls"), CLASS: ("n_kernels",)}
+
+
+def _require_facts(side: Evidence) -> None:
+    for key, one in side.details.items():
+        try:
+            facts = msgspec.convert(one.facts, _Facts)
+        except msgspec.ValidationError as error:
+            raise InputError(f"{side.name!r}: the facts of detail {text.shortened(key, 80)!r}: {error}") from None
+        needed = (*_NEEDED.get(facts.kind, ()), *(("shape",) if facts.n_flops else ()))
+        missing = [name for name in needed if getattr(facts, name) is None]
+        if missing:
+            raise InputError(f"{side.name!r}: the facts of detail {text.shortened(key, 80)!r} lack {missing[0]}")
+
+
 def _same_products(baseline: Evidence, candidate: Evidence) -> list[str]:
     a, b = _flops(baseline), _flops(candidate)
     if not a or not b:
         return [NO_SHAPES]
     shapes = [*a, *(shape for shape in b if shape not in a)]
     most = max(math.fsum(a.values()), math.fsum(b.values()))
-    same = math.fsum(min(a.get(shape, 0.0), b.get(shape, 0.0)) for shape in shapes) / most
-    worst = max(shapes, key=lambda shape: abs(a.get(shape, 0.0) - b.get(shape, 0.0)))
+    result = {**_results(baseline), **_results(candidate)}
+    alone: tuple[dict[str, float], ...] = ({}, {})  # what one side alone computes, by its result
+    for shape in shapes:
+        excess, key = a.get(shape, 0.0) - b.get(shape, 0.0), result.get(shape, shape)
+        for found, more in zip(alone, (excess, -excess), strict=True):
+            found[key] = found.get(key, 0.0) + max(more, 0.0)
+    same = math.fsum(min(a.get(shape, 0.0), b.get(shape, 0.0)) for shape in shapes)
+    same = (same + math.fsum(map(min, alone[0].values(), alone[1].values()))) / most
+
+    def apart(shape: str) -> float:
+        """The FLOPs of a shape in which the sides differ, but for those that others of its result make up for."""
+        key = result.get(shape, shape)
+        return min(abs(a.get(shape, 0.0) - b.get(shape, 0.0)), abs(alone[0][key] - alone[1][key]))
+
+    worst = max(shapes, key=apart)
     either = (one for side in (baseline, candidate) for one in side.details.values())
     label = next(one.label for one in either if one.facts.get("shape") == worst)
     sides = " and ".join(
@@ -78,6 +133,15 @@ def _flops(side: Evidence) -> dict[str, float]:
         if one.facts.get("n_flops"):
             found[one.facts["shape"]] = found.get(one.facts["shape"], 0.0) + one.facts["n_flops"]
     return found
+
+
+def _results(side: Evidence) -> dict[str, str]:
+    """By shape the rows and columns of what products of this shape result in, where these are always the same."""
+    found: dict[str, set[str | None]] = {}
+    for one in side.details.values():
+        if one.facts.get("n_flops"):
+            found.setdefault(one.facts["shape"], set()).add(one.facts.get("result"))
+    return {shape: f"to {only}" for shape, (only, *more) in found.items() if only is not None and not more}
 
 
 def _calls(side: Evidence, *, with_flops: bool) -> dict[str, tuple[float, float]] | None:
@@ -136,7 +200,21 @@ def _same_calls(baseline: Evidence, candidate: Evidence) -> list[str]:
     )
     if same < LEAST_SAME_CALLS_FRAC:
         raise NotComparableError(f"not comparable: another model or other settings: {words}")
+    typical = _typical_ratio(a, b)
+    if not LEAST_SAME_AMOUNT_FRAC <= typical <= 1 / LEAST_SAME_AMOUNT_FRAC:
+        raise NotComparableError(
+            f"not comparable: more or less of the same work: most {of} are {typical:.2f} times as many on the "
+            f"candidate, as in a longer recording or with more layers; {words}"
+        )
     return [*notes, words] if same < 1 - NOTABLE_CALLS_FRAC else notes
+
+
+def _typical_ratio(a: Mapping[str, tuple[float, float]], b: Mapping[str, tuple[float, float]]) -> float:
+    """How many times as many calls the second side makes: the median over what both call, weighted with its time, which
+    one that was added or fused away does not move."""
+    both = sorted((b[name][0] / a[name][0], a[name][1] + b[name][1]) for name in a if name in b and a[name][0])
+    times = np.cumsum([time_ns for _, time_ns in both])
+    return both[int(np.searchsorted(times, times[-1] / 2))][0] if both else 1.0
 
 
 def changed_parts(baseline: Evidence, candidate: Evidence) -> tuple[PartChange, ...]:
@@ -163,7 +241,7 @@ def _factor_interval(a: Measured | None, b: Measured | None) -> tuple[float | No
     if a is None or b is None:
         return None, None
     runs = [list(one.run_ns.values()) for one in (a, b)]
-    if min(map(len, runs)) < 2 or min(map(min, runs)) <= 0:
+    if min(map(len, runs)) < 2 or min(map(min, runs)) < LEAST_AMOUNT:
         return None, None
     logs = [np.log(one) for one in runs]
     factor = float(logs[1].mean() - logs[0].mean())
@@ -173,20 +251,25 @@ def _factor_interval(a: Measured | None, b: Measured | None) -> tuple[float | No
 
 
 def _evidence(part: str, baseline: Evidence, candidate: Evidence) -> str:
-    """What a part's change rests on: the classes of kernels that moved most, or counts of calls."""
+    """What a part's change rests on: the classes of kernels that moved most, operators on the host, counts of calls."""
+    sides = (baseline, candidate)
     if part in ("compute", "memory", "communication"):
-        sides = (baseline, candidate)
-        either = {one.label for side in sides for one in side.details.values() if one.facts["kind"] == CLASS}
+        either = {key: one for side in sides for key, one in side.details.items()}
+        named = {key: one.label for key, one in either.items() if one.facts["kind"] == CLASS}
+        parts = {key: part_of_class(name) for key, name in named.items()}
+        if not named:  # no device
+            named = {key: one.label for key, one in either.items() if one.facts["kind"] == OPERATOR}
+            names = pl.Series([str(either[key].facts["name"]) for key in named], dtype=pl.String)
+            computes = multiplies_or_attends(names.cast(pl.Categorical)).to_list()
+            parts = {key: "compute" if yes else "memory" for key, yes in zip(named, computes, strict=True)}
         moved = []
-        for name in sorted(name for name in either if part_of_class(name) == part):
-            old, new = (mean_of(side, key_of(CLASS, name)) or 0.0 for side in sides)
-            moved.append((abs(new - old), f"{name} {text.ns(old)} to {text.ns(new)}"))
+        for key in sorted(key for key in named if parts[key] == part):
+            old, new = (mean_of(side, key) or 0.0 for side in sides)
+            moved.append((abs(new - old), f"{named[key]} {text.ns(old)} to {text.ns(new)}"))
         moved.sort(reverse=True)
-        if moved:
-            return ", ".join(words for by, words in moved[:_MOVED_SHOWN] if by >= _MOVED_LEAST_FRAC * moved[0][0])
-        return "host time in operators"
+        return ", ".join(words for by, words in moved[:_MOVED_SHOWN] if by >= _MOVED_LEAST_FRAC * moved[0][0])
     if part == "launch":
-        counts = [mean_of(side, key_of(METRIC, "n_launches")) for side in (baseline, candidate)]
+        counts = [mean_of(side, key_of(METRIC, "n_launches")) for side in sides]
         return f"devices idle during launch calls, {text.count(counts[0])} to {text.count(counts[1])} of them"
     return {"copy exposure": "copies under no kernel", "host": "nothing runs that was launched or called"}.get(part, "")
 

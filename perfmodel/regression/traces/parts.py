@@ -33,7 +33,8 @@ def details_of(trace: Trace, steps: Steps) -> dict[str, Measured]:
     Operators have the device time of what they launched, in traces without devices the host's time in them. Those that
     multiply matrices are told apart by `k` x `n`, batch and experts; their label also has the rows, where these are
     always as many. Facts have the `kind`; of an operator also `name`, `part` (`attribution.PARTS`) and `n_calls`, of a
-    product `shape`, `n_flops` and `dtype`; of a class `n_kernels`. Parts of PARTS sum to the step.
+    product `shape`, `result` (null where rows change), `n_flops` and `dtype`; of a class `n_kernels`. Parts of PARTS
+    sum to the step.
     """
     n_steps = len(steps.middle)
     sub, products = _named_by_shape(replace(trace, events=steps.of(steps.middle)))
@@ -108,11 +109,15 @@ def _device_levels(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 def _host_levels(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
     """What each part of the wall time is, most important first, of a process without devices."""
     ops = events.filter(pl.col("kind") == "op")
-    names = ops["name"].cast(pl.String)
-    is_compute = names.is_in(list(PRODUCTS)) | classify(ops["name"]).cast(pl.String).is_in((*GEMMS, "attention"))
-    yield "compute", ops.filter(is_compute)
+    yield "compute", ops.filter(multiplies_or_attends(ops["name"]))
     yield "communication", host_communication(events)
     yield "memory", ops
+
+
+def multiplies_or_attends(operators: pl.Series) -> pl.Series:
+    """Which operators compute for longer than they move, by their names: those that multiply matrices or attend."""
+    is_class = classify(operators).cast(pl.String).is_in((*GEMMS, "attention"))
+    return operators.cast(pl.String).is_in(list(PRODUCTS)) | is_class
 
 
 def _named_by_shape(trace: Trace) -> tuple[Trace, dict[str, dict[str, Any]]]:
@@ -127,10 +132,12 @@ def _named_by_shape(trace: Trace) -> tuple[Trace, dict[str, dict[str, Any]]]:
     ]
     products = matmuls(trace).with_columns(shape=pl.format("{}{}{}x{}", *many, "k", "n"))
     products = products.with_columns(key=pl.format("{} {}", "op", "shape"))
-    rows = pl.when(pl.n_unique("m") == 1).then(pl.format("{}x", pl.first("m"))).otherwise(pl.lit(""))
+    is_one, result = pl.n_unique("m") == 1, pl.format("{}{}{}x{}", *many, "m", "n").first()
+    rows = pl.when(is_one).then(pl.format("{}x", pl.first("m"))).otherwise(pl.lit(""))
     table = products.group_by("key", maintain_order=True).agg(
         pl.first("op", "shape", "dtype"),
         pl.sum("flops"),
+        result=pl.when(is_one).then(result),
         label=pl.format("{} {}{}{}{}x{}", "op", *many, rows, "k", "n").first(),
     )
     names = trace.events["name"].cast(pl.String).scatter(products["row"], products["key"]).cast(pl.Categorical)
@@ -147,7 +154,8 @@ def _operators(trace: Trace, products: Mapping[str, dict[str, Any]], n_steps: in
         product = products.get(name)
         if product is not None:
             n_flops = product["flops"] / n_steps
-            facts |= {"name": product["op"], "shape": product["shape"], "n_flops": n_flops, "dtype": product["dtype"]}
+            facts |= {name: product[name] for name in ("shape", "result", "dtype")}
+            facts |= {"name": product["op"], "n_flops": n_flops}
         if time_ns or product is not None:
             yield _one(OPERATOR, name, time_ns / n_steps, None if product is None else product["label"], **facts)
 

@@ -26,14 +26,12 @@ from perfmodel.readers.folder import (
     time_base_ns,
 )
 from perfmodel.regression.evidence import TRACES, Evidence, Measured, Run, differences
-from perfmodel.regression.spread import ASSUMED_RUN_SD
 from perfmodel.trace import DEVICE_KINDS, Trace
 
 from .changes import require_same_work
 from .parts import details_of
 from .steps import PASS, STEP, WINDOW, Steps, judged_steps
 
-ENOUGH_RUNS = 5  # traces a side that tell a difference of a few per cent as a rule
 N_RESAMPLES = 999
 # Options of torch's profiler that cost time on the host, which writes them only where they are on.
 PROFILER_OPTIONS = ("with_stack", "record_shapes", "profile_memory")
@@ -42,11 +40,6 @@ _JUDGED_BY = {
     PASS: "no step is marked in the traces, so that MoE layer passes are judged, which take at least half of the time",
     WINDOW: "no step is marked in the traces, so that each is judged as a whole, and must have recorded as much work",
 }
-_SINGLE = (
-    f"a side with a single trace cannot show how runs differ, which is assumed ({100 * ASSUMED_RUN_SD:g} %), so that "
-    f"what is slower is at most suspect; record {ENOUGH_RUNS} traces of each side, each in a fresh process, and give "
-    "the folders"
-)
 
 
 @dataclass(frozen=True)
@@ -116,8 +109,7 @@ def of_traces(path: str | Path) -> Evidence:
 
 def of_trace(trace: Trace, name: str) -> Evidence:
     """One trace that was read already as one side of a comparison, as `of_traces` makes it of a file."""
-    side = _taken(trace, name).evidence
-    return replace(side, notes=(*side.notes, _SINGLE))
+    return _taken(trace, name).evidence
 
 
 def _taken(trace: Trace, name: str) -> _Taken:
@@ -240,7 +232,7 @@ def _together(name: str, runs: Sequence[Evidence], notes: Sequence[str]) -> Evid
         workloads=_merged([run.workloads for run in runs]),
         runs=tuple(replace(run.runs[0], run=number) for number, run in enumerate(runs)),
         details=_merged([run.details for run in runs]),
-        notes=(*notes, *own, *([_SINGLE] if len(runs) == 1 else [])),
+        notes=(*notes, *own),
     )
 
 
@@ -271,7 +263,8 @@ def _fingerprint(trace: Trace, steps: Steps, details: Mapping[str, Measured]) ->
         "machine.driver_api": meta.get("cuda_driver_version") or meta.get("hip_driver_version"),
         "software.torch_cuda": meta.get("cuda_runtime_version"),
         "software.torch_hip": meta.get("hip_runtime_version"),
-        "software.torch": meta.get("torch_version") or meta.get("pytorch_version"),
+        "machine.driver": _noted(meta, "nvidia_driver_version"),
+        "software.torch": _noted(meta, "torch_version") or _noted(meta, "pytorch_version"),
         "software.nccl": job.get("nccl_version"),
         "settings.profiler": trace.source,
         "settings.device": "gpu" if n_devices else "cpu",
@@ -281,6 +274,18 @@ def _fingerprint(trace: Trace, steps: Steps, details: Mapping[str, Measured]) ->
         **(options if trace.source == "kineto" and "schemaVersion" in meta else {}),
     }
     return {key: value for key, value in told.items() if isinstance(value, (str, int, float, bool)) and value != ""}
+
+
+def _noted(meta: Mapping[str, Any], key: str) -> str | None:
+    """A version that a program noted of itself beside the events, at whatever depth (`torch.utils.collect_env` and
+    those who keep what it finds); null where none is noted, or several."""
+    found, left = set(), [meta]
+    while left:
+        here = left.pop()
+        left += [inner for inner in here.values() if isinstance(inner, Mapping)]
+        version = here.get(key)
+        found |= {version} if isinstance(version, str) and version[:1].isdigit() else set()
+    return found.pop() if len(found) == 1 else None
 
 
 def _device(meta: Mapping[str, Any], device: int | None) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from perfmodel.groups import LEAST_STEP_FRAC, steps
 from perfmodel.intervals import PROCESS, THREAD, busy_ns, holders
 from perfmodel.launch import call_starts, joined_work
 from perfmodel.passes import find_passes
-from perfmodel.trace import DEVICE_KINDS
+from perfmodel.trace import API_KINDS, DEVICE_KINDS
 
 STEP, PASS, WINDOW = "step", "MoE layer pass", "whole trace"  # what a trace is judged by, best first
 
@@ -62,7 +62,8 @@ def judged_steps(events: pl.DataFrame) -> Steps:
     A step begins on the host and is done when its range has ended and all device work that was launched in it has; its
     time counts from its own start, or from when the step before was done where that is later. So a host that runs ahead
     of its device, whose ranges end early, is judged by the device, one that waits by its ranges, and windows never
-    overlap. Time between ranges is in no step. Passes count where they take at least half of the time, as steps must.
+    overlap. What was launched before the recording belongs to the step before the first. Time between ranges is in no
+    step. Passes count where they take at least half of the time, as steps must.
     Where nothing marks a step the one window is from the first to the last device work, without any from the first to
     the last event. Of several threads with steps (ranks, processes) the one with the longest median step is judged.
     Raises InputError for a trace that took no time.
@@ -77,18 +78,15 @@ def judged_steps(events: pl.DataFrame) -> Steps:
         return _whole(events)
     threads = windows.group_by(THREAD, maintain_order=True).agg(pl.median("dur_ns")).sort("dur_ns", descending=True)
     judged = pl.all_horizontal(pl.col(name).eq_missing(threads[name][0]) for name in THREAD)
-    mine = windows.filter(judged)
-    number = pl.repeat(None, spans.height, dtype=pl.Int64, eager=True).scatter(mine["span"], range(mine.height))
     of_process = pl.all_horizontal(pl.col(name).eq_missing(threads[name][0]) for name in PROCESS)
     is_mine = points.select(of_process | (pl.col("is_device") & pl.col("process").is_null())).to_series()
-    return Steps(
-        how,
-        threads["rank"][0],
-        threads.height,
-        mine.select("start_ns", "dur_ns"),
-        events.filter(is_mine),
-        number.gather(at).filter(is_mine),
-    )
+    own = events.filter(is_mine)
+    mine = _begun_after(windows.filter(judged), _earlier_until_ns(own))
+    if mine.is_empty():
+        return _whole(events)
+    number = pl.repeat(None, spans.height, dtype=pl.Int64, eager=True).scatter(mine["span"], range(mine.height))
+    windows = mine.select("start_ns", "dur_ns")
+    return Steps(how, threads["rank"][0], threads.height, windows, own, number.gather(at).filter(is_mine))
 
 
 def _moments(events: pl.DataFrame) -> pl.DataFrame:
@@ -148,6 +146,25 @@ def _windows(spans: pl.DataFrame, at: pl.Series, events: pl.DataFrame) -> pl.Dat
         .filter(pl.col("dur_ns") > 0)
         .select(*THREAD, "span", "start_ns", "dur_ns")
     )
+
+
+def _earlier_until_ns(events: pl.DataFrame) -> int | None:
+    """Until when did devices work on what a process launched before the recording, null where on nothing of it.
+
+    Profilers number calls as they come, so that such work has a smaller link than any recorded call; work whose call
+    is missing for another reason (a sampled or cut trace) has not.
+    """
+    first = pl.col("link").filter(pl.col("kind").is_in(API_KINDS)).min()  # null without calls, which keeps nothing
+    is_earlier = pl.col("kind").is_in(DEVICE_KINDS) & (pl.col("link") < first)
+    found: int | None = events.select((pl.col("start_ns") + pl.col("dur_ns")).filter(is_earlier).max()).item()
+    return found
+
+
+def _begun_after(windows: pl.DataFrame, at_ns: int | None) -> pl.DataFrame:
+    """Windows without what lies before a moment."""
+    later = pl.max_horizontal("start_ns", pl.lit(at_ns, pl.Int64))
+    cut = windows.with_columns(start_ns=later, dur_ns=pl.col("start_ns") + pl.col("dur_ns") - later)
+    return cut.filter(pl.col("dur_ns") > 0)
 
 
 def _whole(events: pl.DataFrame) -> Steps:
