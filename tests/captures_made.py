@@ -40,6 +40,12 @@ TOKENS = (1, 8, 64, 512)
 FORM = physics.form_of("cpu", "synthetic", "fp32", n_threads=2)
 
 
+def noise(seed: int | np.random.Generator, sd: float, factor: float = 1.0) -> Callable[[], float]:
+    """What runs scatter by: normal in the logarithm, about `factor`; of one generator for all that share it."""
+    rng = np.random.default_rng(seed)
+    return lambda: factor * float(np.exp(rng.normal(0, sd)))
+
+
 def write_synthetic_capture(
     path: Path,
     n_runs: int = 5,

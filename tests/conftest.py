@@ -32,6 +32,14 @@ def _main_module() -> Iterator[None]:
     sys.modules["__main__"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, so that none waits until what was written is on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def scheduler() -> Iterator[str]:
     """The address of a Dask cluster on this machine that gives a task up when two workers died of it."""

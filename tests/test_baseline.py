@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import Result
 from hypothesis import given, settings
@@ -24,7 +23,7 @@ from perfmodel.cli.main import app
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.regression import Evidence, Measured, Run, of_capture, saved
 from perfmodel.regression.saved import load, restored, save, stored, update
-from tests.captures_made import SHAPES, write_synthetic_capture
+from tests.captures_made import SHAPES, noise, write_synthetic_capture
 
 START = 1_790_000_000
 
@@ -39,8 +38,7 @@ def capture(
     **facts: dict[str, Any],
 ) -> Path:
     """A made-up capture `factor` times as slow as others; its runs begin at `started`, a minute apart."""
-    rng = np.random.default_rng(seed)
-    write_synthetic_capture(path, n_runs, lambda: factor * math.exp(rng.normal(0, 0.01)), shapes=SHAPES[:n_shapes])
+    write_synthetic_capture(path, n_runs, noise(seed, 0.01, factor), shapes=SHAPES[:n_shapes])
     manifest = json.loads((path / "capture.json").read_text())
     for key, changed in facts.items():
         manifest[key] |= changed

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from perfmodel.fitting import fit_source
 from perfmodel.regression import check, of_capture
 from perfmodel.sources import only_source, read_sources
 from tests.captures_made import GPU_CALIBRATION, GPU_MODES, write_gpu_capture, write_synthetic_capture
+from tests.commands import run
 from tests.conftest import ROOT
 
 LATER = ("offloaded", "order", "residency", "launch", "study")
@@ -47,8 +47,7 @@ def append(folder: Path, name: str, line: object) -> None:
 
 
 def captures(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "perfmodel", "captures", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run("captures", *words)
 
 
 def test_captures_from_before_offloading_have_null_columns_and_empty_tables() -> None:

@@ -23,7 +23,7 @@ from perfmodel.cli.main import app, main
 from perfmodel.regression import AXES, AXIS_WORDS, FAILURES, Comparison, Measured, of_capture
 from perfmodel.regression.evidence import alternate
 from perfmodel.report import check_files
-from tests.captures_made import SHAPES, write_synthetic_capture
+from tests.captures_made import SHAPES, noise, write_synthetic_capture
 from tests.conftest import ROOT
 
 REGRESSION_PAGE = (ROOT / "docs" / "regression.md").read_text(encoding="utf-8")
@@ -52,17 +52,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     that lost a workload; none has the times of another to the ns."""
     place, rng = tmp_path_factory.mktemp("sides"), np.random.default_rng(5)
 
-    def noisy(factor: float, sd: float) -> Callable[[], float]:
-        return lambda: factor * float(np.exp(rng.normal(0, sd)))
-
     made = {
-        "before": write_synthetic_capture(place / "before", noise=noisy(1, 0.002)),
-        "after": write_synthetic_capture(place / "after", noise=noisy(1, 0.002)),
-        "slow": write_synthetic_capture(place / "slow", noise=noisy(1.4, 0.002)),
-        "noisy": write_synthetic_capture(place / "noisy", n_runs=2, noise=noisy(1, 0.5)),
+        "before": write_synthetic_capture(place / "before", noise=noise(rng, 0.002)),
+        "after": write_synthetic_capture(place / "after", noise=noise(rng, 0.002)),
+        "slow": write_synthetic_capture(place / "slow", noise=noise(rng, 0.002, 1.4)),
+        "noisy": write_synthetic_capture(place / "noisy", n_runs=2, noise=noise(rng, 0.5)),
         "other": write_synthetic_capture(place / "other", machine={"cpu_model": "another synthetic CPU"}),
-        "once": write_synthetic_capture(place / "once", n_runs=1, noise=noisy(1.4, 0.002)),
-        "lost": write_synthetic_capture(place / "lost", noise=noisy(1, 0.002)),
+        "once": write_synthetic_capture(place / "once", n_runs=1, noise=noise(rng, 0.002, 1.4)),
+        "lost": write_synthetic_capture(place / "lost", noise=noise(rng, 0.002)),
     }
     rows = (made["lost"] / "observations.jsonl").read_text().splitlines()
     gone = json.loads(rows[0])["workload"]
@@ -118,23 +115,6 @@ def test_sides_without_a_common_workload_end_with_3(ends: Ends, folders: dict[st
     assert (code, out) == (3, "") and "share no workload" in err
 
 
-def test_the_exit_codes_of_a_real_process(folders: dict[str, Path], tmp_path: Path) -> None:
-    """One process for the verdict that matters most; the summary of a job is written unasked and keeps what it had."""
-    summary = tmp_path / "summary.md"
-    summary.write_text("before\n")
-    command = [sys.executable, "-m", "perfmodel", "check", str(folders["before"]), str(folders["slow"])]
-    done = subprocess.run(
-        [*command, "--model", "none"],
-        cwd=ROOT,
-        env=os.environ | {"GITHUB_STEP_SUMMARY": str(summary)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (1, "")
-    assert summary.read_text().startswith("before\n❌ **regressed: candidate takes 1.4")
-
-
 def test_the_documented_codes_conditions_and_axes_are_those_of_the_command() -> None:
     options = {p.name: p for p in get_command(app).commands["check"].params}
     section = REGRESSION_PAGE.partition("## What it ends with")[2].partition("\n## ")[0]
@@ -147,6 +127,13 @@ def test_the_documented_codes_conditions_and_axes_are_those_of_the_command() -> 
         assert re.search(rf"\b{axis}\b", options["axis"].help or ""), axis
     for fact in (fact for facts in AXIS_WORDS.values() for fact in facts):
         assert f"`{fact}`" in axes, fact
+
+
+def test_a_check_without_html_needs_no_plotly(
+    ends: Ends, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "perfmodel.figures", None)  # whoever imports it fails
+    assert ends(folders["before"], folders["slow"], "--model", "none")[0] == 1
 
 
 # No pass in silence
@@ -219,16 +206,16 @@ def test_sides_that_are_the_same_or_swapped_are_noted(folders: dict[str, Path]) 
 
 
 def test_a_report_that_cannot_be_written_hides_no_verdict(ends: Ends, folders: dict[str, Path], tmp_path: Path) -> None:
-    """A folder stands where the JUnit report should go: the page is out, the other report is there, nothing is half
+    """A folder stands where the JUnit report is written before it is renamed: the page is out, the other report is
     there, and the code is the verdict's, or 2 where that would pass."""
-    (tmp_path / "junit.xml").mkdir()
+    (tmp_path / f"junit.xml.{os.getpid()}.part").mkdir()
     for candidate, expected in (("after", 2), ("slow", 1), ("noisy", 2)):
         files = ["--junit", tmp_path / "junit.xml", "--markdown", tmp_path / f"{candidate}.md"]
         code, out, err = ends(folders["before"], folders[candidate], "--model", "none", *files)
         assert (code, err.count("perfmodel: ")) == (expected, 1)
         assert "candidate takes" in out and "junit.xml cannot be written" in err
         assert (tmp_path / f"{candidate}.md").is_file()
-    assert not list(tmp_path.glob("*.part"))
+    assert not [path for path in tmp_path.glob("*.part") if path.is_file()]
 
 
 def test_the_summary_of_a_job_is_written_where_there_is_one(
@@ -256,8 +243,11 @@ def test_json_on_stdout_and_in_a_file_are_one(ends: Ends, folders: dict[str, Pat
     assert "note: not measured in the candidate" in err
 
 
-def test_the_same_inputs_give_the_same_bytes_in_another_process(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Sets iterate in another order under another hash seed; a model is fitted in both."""
+def test_the_same_inputs_give_the_same_bytes_and_code_in_another_process(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Sets iterate in another order under another hash seed; a model is fitted in both. The summary of a job is written
+    unasked and keeps what it had."""
     written = []
     for seed in ("1", "2"):
         place = tmp_path / seed
@@ -265,9 +255,11 @@ def test_the_same_inputs_give_the_same_bytes_in_another_process(folders: dict[st
         names = {"--json-file": "a.json", "--junit": "a.xml", "--markdown": "a.md", "--html": "a.html"}
         options = [word for option, name in names.items() for word in (option, str(place / name))]
         command = [sys.executable, "-m", "perfmodel", "check", str(folders["before"]), str(folders["slow"])]
-        env = os.environ | {"PYTHONHASHSEED": seed}
+        (place / "summary.md").write_text("before\n")
+        env = os.environ | {"PYTHONHASHSEED": seed, "GITHUB_STEP_SUMMARY": str(place / "summary.md")}
         done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 1, done.stderr
+        assert done.returncode == 1 and all(line.startswith("wrote ") for line in done.stderr.splitlines()), done.stderr
+        assert (place / "summary.md").read_text().startswith("before\n❌ **regressed: candidate takes 1.4")
         written.append({name: (place / name).read_bytes() for name in names.values()} | {"": done.stdout.encode()})
     assert written[0] == written[1]
 

@@ -1,4 +1,4 @@
-"""The command line as a person runs it: real child processes, exit codes, one clear sentence for every mistake."""
+"""The command line as a person runs it: exit codes, one clear sentence for every mistake, streams that close."""
 
 import gzip
 import json
@@ -15,17 +15,12 @@ import pytest
 from perfmodel.capture import shipped_captures
 from perfmodel.cli import shell
 from tests.captures_made import SHAPES, write_synthetic_capture
+from tests.commands import run
 from tests.conftest import ROOT
 from tests.made_up import made_up_observations
 from tests.test_moe_perf import made_up_table, row
 
 PREDICT = ["predict", "--hardware", "gh200", "--shape", "olmoe", "--tokens", "64"]
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "perfmodel", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 def refused(*words: str, code: int = 2) -> str:
@@ -419,7 +414,7 @@ def test_check_exit_codes(tmp_path: Path) -> None:
     assert done.returncode == 1 and "regressed" in done.stdout
     assert json.loads(run("check", str(a), str(slow), "--json").stdout)["is_slower"] is True
     assert "not comparable" in refused("check", str(a), str(other), code=3)
-    assert "not a capture folder" in refused("check", str(a), str(tmp_path / "nowhere"))
+    assert "found nothing" in refused("check", str(a), str(tmp_path / "nowhere"))
     assert "expected a percentage" in refused("check", str(a), str(a), "--margin", "lots")
 
 

@@ -149,3 +149,34 @@ def test_files_are_short_and_public_things_explain_themselves(path: Path) -> Non
         for node in owner.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+# The same inside the package of regression checks, whose docstring says so.
+REGRESSION_LEVELS = (
+    {"evidence", "parts"},
+    {"spread"},
+    {"verdicts", "against"},
+    {"traces", "changes"},
+    {"compared"},
+    {"saved", "machine"},
+    {"given", "packed"},
+)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "perfmodel" / "regression").rglob("*.py")), ids=lambda p: p.name)
+def test_regression_checks_import_one_way(path: Path) -> None:
+    level = {name: i for i, names in enumerate(REGRESSION_LEVELS) for name in names}
+    own = path.relative_to(ROOT / "perfmodel" / "regression").parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        parts = node.module.split(".")
+        if node.level == 0 and parts[:2] == ["perfmodel", "regression"]:
+            name = parts[2] if len(parts) > 2 else node.names[0].name
+        elif node.level == 1 and path.parent.name == "regression":
+            name = parts[0]
+        else:
+            continue
+        assert name == own or level[name] < level[own], f"{own} imports {name}, which stands beside or above it"

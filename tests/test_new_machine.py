@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -24,12 +25,12 @@ from perfmodel.figures import new_machine_figures
 from perfmodel.hardware import QUANTITIES, hardware
 from perfmodel.latency import load_model, shipped_models
 from perfmodel.physics import PEAK_GEMM_FRAC
-from perfmodel.regression import HEALTHY, LOOK_AT, OPEN, NewMachine, new_machine
+from perfmodel.regression import HEALTHY, LOOK_AT, OPEN, NewMachine, compare, new_machine, of_capture
 from perfmodel.regression.machine.circumstances import fact_items, n_runs_wanted, spread_of
 from perfmodel.regression.machine.new_machine import _model_of
 from perfmodel.regression.machine.rates import REACHED_FILE, _derived, apart_frac, rate_items, reached
-from perfmodel.regression.verdicts import _n_more_runs
-from tests.captures_made import write_gpu_capture, write_synthetic_capture
+from perfmodel.regression.verdicts import n_more_runs
+from tests.captures_made import noise, write_gpu_capture, write_synthetic_capture
 from tests.conftest import ROOT
 
 Manifest = dict[str, Any]
@@ -142,6 +143,8 @@ def test_a_slice_of_a_gpu_is_not_held_against_the_whole(tmp_path: Path) -> None:
     found = judged(write_gpu_capture(tmp_path / "made-up"), told(gpu_name="NVIDIA H100 80GB HBM3 MIG 1g.10gb"))
     assert found.datasheet is None and "bf16 GEMM" not in verdicts(found)
     assert "bf16 GEMM 700" in item_of(found, "other rates").words
+    capture = load_capture(tmp_path / "made-up")
+    assert compare(of_capture(capture), of_capture(capture)).datasheet is None
 
 
 def test_a_gpu_that_no_profile_knows_asks_for_a_datasheet(tmp_path: Path) -> None:
@@ -361,13 +364,12 @@ def test_so_many_runs_conclude_in_four_of_five_cases_and_one_less_does_not(tmp_p
 
 
 def test_runs_that_a_check_needs_are_those_that_a_comparison_asks_for(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    path = write_synthetic_capture(tmp_path / "made-up", noise=lambda: float(np.exp(rng.normal(0, 0.1))))
+    path = write_synthetic_capture(tmp_path / "made-up", noise=noise(3, 0.1))
     capture = load_capture(path)
     found = spread_of(capture)
     assert found is not None
     n, is_enough = n_runs_wanted(capture, 0.01)
-    more = _n_more_runs(0.0, math.log1p(0.01), found[0], found[0], level=0.0075, n_family=1)
+    more = n_more_runs(0.0, math.log1p(0.01), found[0], found[0], level=0.0075)
     assert is_enough and more is not None and n == more + found[0].n_units
     assert (n_runs_wanted(capture, 0.005)[0] or 0) > (n or 0)
 
@@ -398,6 +400,15 @@ def test_a_model_of_another_kind_of_device_is_refused(tmp_path: Path) -> None:
         new_machine(capture, model=load_model("h100-sxm-trtllm-cutlass-bf16"))
     with pytest.raises(InputError, match="is a gpu, and capture 'made-up' was computed on a cpu"):
         new_machine(capture, hardware("h100-sxm"))
+
+
+def test_a_report_that_cannot_be_written_hides_no_answer(tmp_path: Path) -> None:
+    path = write_synthetic_capture(tmp_path / "made-up")
+    (tmp_path / f"junit.xml.{os.getpid()}.part").mkdir()
+    files = ("--junit", tmp_path / "junit.xml", "--markdown", tmp_path / "page.md")
+    done = run("--new-machine", path, "--model", "none", *files)
+    assert done.exit_code == 1 and "junit.xml cannot be written" in done.stderr
+    assert "could not be judged" in (tmp_path / "page.md").read_text()
 
 
 def run(*words: object) -> Any:

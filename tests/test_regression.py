@@ -30,6 +30,7 @@ from perfmodel.regression import (
     NOT_JUDGED,
     ON_THE_TABLE,
     OUTSIDE_MODEL,
+    SLOWER,
     SLOWER_THAN_MODEL,
     UNDECIDED,
     Comparison,
@@ -38,7 +39,6 @@ from perfmodel.regression import (
     Run,
     Verdict,
     against_model,
-    is_slower,
     model_for,
     of_capture,
     unpack_sides,
@@ -46,7 +46,7 @@ from perfmodel.regression import (
 from perfmodel.regression.evidence import is_declared
 from perfmodel.regression.spread import Mean, Variance
 from tests import captures_made
-from tests.captures_made import SHAPES, write_gpu_capture, write_synthetic_capture
+from tests.captures_made import SHAPES, noise, write_gpu_capture, write_synthetic_capture
 from tests.conftest import ROOT
 
 
@@ -69,10 +69,8 @@ def made_up(name: str, run_ns: dict[str, list[float]], **options: Any) -> Eviden
 
 def verdict(tmp_path: Path, factor: float, n_runs: int = 5, sd: float = 0.01, margin: float = 0.03) -> list[str]:
     rng = np.random.default_rng(7)
-    a = write_synthetic_capture(tmp_path / "baseline", n_runs=n_runs, noise=lambda: float(np.exp(rng.normal(0, sd))))
-    b = write_synthetic_capture(
-        tmp_path / "candidate", n_runs=n_runs, noise=lambda: factor * float(np.exp(rng.normal(0, sd)))
-    )
+    a = write_synthetic_capture(tmp_path / "baseline", n_runs=n_runs, noise=noise(rng, sd))
+    b = write_synthetic_capture(tmp_path / "candidate", n_runs=n_runs, noise=noise(rng, sd, factor))
     return [v.verdict for v in check(load_capture(a), load_capture(b), margin)]
 
 
@@ -119,10 +117,8 @@ def test_the_interval_holds_the_true_ratio_as_often_as_it_says(tmp_path: Path) -
     rng = np.random.default_rng(3)
     inside = 0
     for trial in range(20):
-        a = write_synthetic_capture(tmp_path / f"a{trial}", n_runs=5, noise=lambda: float(np.exp(rng.normal(0, 0.03))))
-        b = write_synthetic_capture(
-            tmp_path / f"b{trial}", n_runs=5, noise=lambda: 1.1 * float(np.exp(rng.normal(0, 0.03)))
-        )
+        a = write_synthetic_capture(tmp_path / f"a{trial}", n_runs=5, noise=noise(rng, 0.03))
+        b = write_synthetic_capture(tmp_path / f"b{trial}", n_runs=5, noise=noise(rng, 0.03, 1.1))
         each = check(load_capture(a), load_capture(b))[1:]
         inside += sum(v.ratio_low <= 1.1 <= v.ratio_high for v in each) / len(each)
     assert 0.8 < inside / 20 <= 1.0
@@ -151,7 +147,7 @@ def test_another_machine_is_not_comparable_unless_declared(tmp_path: Path) -> No
     with pytest.raises(NotComparableError, match=r"machine\.cpu_model.* would be --axis machine$") as caught:
         check(a, b)
     assert caught.value.exit_code == 3
-    assert not is_slower(check(a, b, axes=["machine"]))
+    assert not any(one.verdict in SLOWER for one in check(a, b, axes=["machine"]))
     with pytest.raises(InputError, match="unknown axis 'weather'"):
         check(a, b, axes=["weather"])
 
@@ -214,8 +210,8 @@ def test_a_margin_that_is_none_is_refused(tmp_path: Path) -> None:
 def compared(tmp_path: Path, factor: float = 1.0, axes: tuple[str, ...] = (), **options: Any) -> Comparison:
     """A made-up candidate that takes `factor` times the baseline's time, against the baseline and its own model."""
     rng = np.random.default_rng(11)
-    a = write_synthetic_capture(tmp_path / "base", noise=lambda: float(np.exp(rng.normal(0, 0.01))))
-    b = write_synthetic_capture(tmp_path / "cand", noise=lambda: factor * float(np.exp(rng.normal(0, 0.01))))
+    a = write_synthetic_capture(tmp_path / "base", noise=noise(rng, 0.01))
+    b = write_synthetic_capture(tmp_path / "cand", noise=noise(rng, 0.01, factor))
     return compare(load_capture(a), load_capture(b), axes=axes, **options)
 
 
@@ -298,10 +294,7 @@ def test_as_fast_as_a_slow_baseline_leaves_something_on_the_table(tmp_path: Path
 
 def test_the_runs_that_cannot_tell_are_undecided_and_fail_where_asked(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
-    a, b = (
-        write_synthetic_capture(tmp_path / name, n_runs=2, noise=lambda: float(np.exp(rng.normal(0, 0.5))))
-        for name in "ab"
-    )
+    a, b = (write_synthetic_capture(tmp_path / name, n_runs=2, noise=noise(rng, 0.5)) for name in "ab")
     found = compare(load_capture(a), load_capture(b), with_model=False)
     assert found.overall.verdict.verdict == "inconclusive"
     assert (found.exit_code(), found.exit_code(must_conclude=True)) == (0, 4)

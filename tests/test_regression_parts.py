@@ -19,13 +19,13 @@ from perfmodel.physics import Array, Ceilings
 from perfmodel.regression import check, compare, of_capture
 from perfmodel.regression.changes.alone import what_they_share
 from perfmodel.regression.changes.attributed import Attribution, _agreement, _confirmed, attribute
+from perfmodel.regression.changes.calibrated import Moved, moved_quantities
 from perfmodel.regression.changes.division import Division, Group, divide
 from perfmodel.regression.changes.factors import Sides, _leak, fit_changes
 from perfmodel.regression.changes.profiled import profile_details
-from perfmodel.regression.compared import Moved, moved_quantities
 from perfmodel.regression.spread import OVERALL
 from tests import captures_made
-from tests.captures_made import ROOF, SHAPES, TRUE_CONSTANTS, write_gpu_capture, write_synthetic_capture
+from tests.captures_made import ROOF, SHAPES, TRUE_CONSTANTS, noise, write_gpu_capture, write_synthetic_capture
 
 MARGIN = 0.03
 
@@ -44,15 +44,10 @@ def blamed(found: Attribution) -> set[str]:
     return {part.part for part in found.parts if "longer in the sweep" in part.evidence}
 
 
-def noisy(seed: int, sd: float = 0.01, factor: float = 1.0) -> Callable[[], float]:
-    rng = np.random.default_rng(seed)
-    return lambda: factor * float(np.exp(rng.normal(0, sd)))
-
-
 @pytest.fixture(scope="module")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Capture:
     """The made-up CPU before anything changed."""
-    return load_capture(write_synthetic_capture(tmp_path_factory.mktemp("cpu") / "base", noise=noisy(1)))
+    return load_capture(write_synthetic_capture(tmp_path_factory.mktemp("cpu") / "base", noise=noise(1, 0.01)))
 
 
 def changed_cpu(
@@ -63,7 +58,7 @@ def changed_cpu(
     names = ("active_ns", "expert_ns", "call_ns", "layer_ns")
     slower = replace(TRUE_CONSTANTS, **{name: getattr(TRUE_CONSTANTS, name) * calls for name in names})
     patch.setattr(captures_made, "TRUE_CONSTANTS", slower)
-    return load_capture(write_synthetic_capture(path / "cand", noise=noisy(2)))
+    return load_capture(write_synthetic_capture(path / "cand", noise=noise(2, 0.01)))
 
 
 @pytest.mark.parametrize(("part", "change"), [("compute", {"compute": 1.5}), ("memory", {"memory": 1.6})])
@@ -104,7 +99,7 @@ def test_parts_and_what_they_leave_sum_to_the_change(
 
 def test_nothing_is_blamed_where_nothing_changed(tmp_path: Path, cpu: Capture) -> None:
     for seed in range(8):
-        again = load_capture(write_synthetic_capture(tmp_path / str(seed), noise=noisy(100 + seed, 0.03)))
+        again = load_capture(write_synthetic_capture(tmp_path / str(seed), noise=noise(100 + seed, 0.03)))
         found = attributed(cpu, again)
         assert not blamed(found) and not found.part_of and not found.findings
 
@@ -130,7 +125,7 @@ def test_what_each_part_adds_sums_to_what_all_add(cpu: Capture) -> None:
 
 
 def test_all_parts_alike_is_said_to_be_the_machine(tmp_path: Path, cpu: Capture) -> None:
-    slow = load_capture(write_synthetic_capture(tmp_path / "slow", noise=noisy(3, factor=1.4)))
+    slow = load_capture(write_synthetic_capture(tmp_path / "slow", noise=noise(3, 0.01, 1.4)))
     found = attributed(cpu, slow)
     assert found.findings[0].startswith("All parts take longer alike, about 1.4")
 
@@ -216,7 +211,7 @@ def test_compute_and_memory_may_be_taken_for_each_other_also_where_they_never_me
 def test_one_workload_cannot_tell_parts_apart(tmp_path: Path) -> None:
     """A single workload: whatever its time consists of, no other says which part it was."""
     for name, factor in (("a", 1.0), ("b", 1.5)):
-        write_synthetic_capture(tmp_path / name, shapes=SHAPES[:1], noise=noisy(4, factor=factor))
+        write_synthetic_capture(tmp_path / name, shapes=SHAPES[:1], noise=noise(4, 0.01, factor))
     a, b = (load_capture(tmp_path / name) for name in "ab")
     few = a.observations.filter(pl.col("n_tokens") == 64, pl.col("routing") == "uniform")["workload"].unique().to_list()
     a, b = (replace(one, observations=one.observations.filter(pl.col("workload").is_in(few))) for one in (a, b))
@@ -262,6 +257,11 @@ def changed_gpu(path: Path, patch: pytest.MonkeyPatch, **changes: float) -> Capt
     return load_capture(write_gpu_capture(path / "cand"))
 
 
+def of_bf16(capture: Capture) -> Capture:
+    """Its workloads of one dtype, which halves what is fitted."""
+    return replace(capture, observations=capture.observations.filter(dtype="bf16"))
+
+
 @pytest.mark.parametrize(
     ("part", "changes"),
     [
@@ -274,7 +274,7 @@ def changed_gpu(path: Path, patch: pytest.MonkeyPatch, **changes: float) -> Capt
 def test_each_part_of_a_gpu_is_named_and_no_other(
     tmp_path: Path, gpu: Capture, monkeypatch: pytest.MonkeyPatch, part: str, changes: dict[str, float]
 ) -> None:
-    found = attributed(gpu, changed_gpu(tmp_path, monkeypatch, **changes))
+    found = attributed(of_bf16(gpu), of_bf16(changed_gpu(tmp_path, monkeypatch, **changes)))
     assert blamed(found) == {part}
     named = [one for one in found.part_of.values() if one]
     assert set(named) == {part} and len(named) >= 0.8 * len(found.part_of)
@@ -312,13 +312,11 @@ def test_a_capture_without_ceilings_says_why_nothing_can_be_divided(cpu: Capture
     )
 
 
-def test_copies_that_no_longer_hide_are_copy_exposure(
-    tmp_path: Path, gpu: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_that_no_longer_hide_are_copy_exposure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, copies ran beside the experts on the device; now one after another."""
     before = changed_gpu(tmp_path / "before", monkeypatch, overlap=1.0, compute=4.0)
     after = changed_gpu(tmp_path / "after", monkeypatch, compute=4.0)
-    found = attributed(before, after)
+    found = attributed(of_bf16(before), of_bf16(after))
     assert blamed(found) == {"copy exposure"}
     assert set(found.part_of.values()) <= {"copy exposure", None}
 

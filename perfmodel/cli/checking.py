@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -135,17 +135,17 @@ def check(
     else:
         print_words(report.check_page(found, width()) if sys.stdout.isatty() else words)
 
-    def draw() -> None:
+    def figures() -> Sequence[tuple[Any, str]]:
         from perfmodel.figures import check_figures
 
-        write_html(html, f"{found.candidate} against {found.baseline}", words, lambda: check_figures(found))
+        return check_figures(found)
 
     wanted: list[Callable[[], None]] = [
         lambda: write_report(json_file, as_data),
         lambda: write_report(junit, lambda: report.check_junit(found, conditions, must_conclude=must_conclude)),
         lambda: write_report(markdown, lambda: report.check_markdown(found, conditions)),
         lambda: _append_summary(summary, lambda: report.check_markdown(found, conditions)),
-        draw,
+        lambda: write_html(html, f"{found.candidate} against {found.baseline}", words, figures),
     ]
     all_written = all([is_written(write) for write in wanted])
     raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if all_written else WRITES_FAILED))

@@ -1,4 +1,4 @@
-"""Reports that commands write as one HTML file, with figures."""
+"""Reports that commands write into files beside what they print."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from perfmodel.cli.shell import expect_file, note
+from perfmodel.cli.shell import expect_file, write_report
 from perfmodel.errors import MissingExtraError
-from perfmodel.files import write_whole
 
 Html = Annotated[
     str | None, typer.Option("--html", help="Write a report with figures to this .html file, which works offline.")
@@ -35,5 +34,4 @@ def write_html(path: str | None, title: str, words: str, draw: Callable[[], Sequ
         return
     from perfmodel.figures import html_page
 
-    write_whole(path, html_page(title, words, draw()).encode())
-    note(f"wrote {path}")
+    write_report(path, lambda: html_page(title, words, draw()))

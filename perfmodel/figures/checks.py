@@ -55,7 +55,7 @@ def check_figures(comparison: "Comparison") -> list[tuple[go.Figure, str]]:
     if comparison.model is not None:
         cells = ", ".join(f"{n} {name}" for name, n in comparison.cells().items())
         figures.append((crossed(comparison), f"Slower than the baseline crossed with slower than the model: {cells}"))
-    if comparison.parts and (comparison.slower() or overall.verdict == "improved"):
+    if comparison.is_divided:
         added = ", ".join(f"{part.part} {100 * part.change_frac:+.1f} %" for part in comparison.parts)
         figures.append((changed_parts(comparison), f"What each part adds to the time of the baseline: {added}"))
     return figures

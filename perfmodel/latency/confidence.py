@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from perfmodel.physics import Array
 
@@ -158,7 +158,7 @@ def conformal_quantile(scores: Array, coverage: float = COVERAGE) -> float:
     rank = int(np.ceil((n + 1) * coverage))
     if rank > n:
         rms = float(np.sqrt(np.mean(np.square(scores))))
-        return max(float(scores.max()), rms * float(stats.t.ppf((1 + coverage) / 2, n)))
+        return max(float(scores.max()), rms * float(special.stdtrit(n, (1 + coverage) / 2)))
     return float(np.sort(scores)[rank - 1])
 
 

@@ -1,16 +1,16 @@
-"""Regression checks: is a candidate slower than its baseline, and slower than a model says it should be."""
+"""Regression checks: is a candidate slower than its baseline, and slower than a model says it should be.
 
-from perfmodel.regression.machine.items import HEALTHY, LOOK_AT, OPEN, Item
+Imports run one way: `evidence` and `parts` (records), then `spread`, `verdicts` and `against` (statistics), then
+`traces` and `changes` (what a change consists of), `compared` (both questions crossed), then `saved` and
+`machine`; on top `given` and `packed`, which read what people hand over.
+"""
+
+from perfmodel.regression.changes.calibrated import Moved
+from perfmodel.regression.machine.items import HEALTHY, LOOK_AT, OPEN
 from perfmodel.regression.machine.new_machine import NewMachine, new_machine
-from perfmodel.regression.traces.sides import of_trace, of_traces
+from perfmodel.regression.traces.sides import of_trace
 
-from .against import (
-    OUTSIDE_MODEL,
-    SLOWER_THAN_MODEL,
-    against_model,
-    expected_ratio,
-    model_for,
-)
+from .against import OUTSIDE_MODEL, SLOWER_THAN_MODEL, against_model, model_for
 from .compared import (
     CELLS,
     CHASE,
@@ -24,22 +24,20 @@ from .compared import (
     Case,
     Change,
     Comparison,
-    Moved,
     compare,
 )
-from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, axes_of, differences, of_capture, require_comparable
+from .evidence import AXES, AXIS_WORDS, Evidence, Measured, Run, axes_of, differences, of_capture
 from .given import evidence, sides, store_of
 from .packed import folders_below, refuse_large, unpack_sides
 from .parts import PARTS, Detail, PartChange
-from .spread import CONFIDENCE, OVERALL
-from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, is_slower, n_missing
+from .spread import OVERALL
+from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check
 
 __all__ = [
     "AXES",
     "AXIS_WORDS",
     "CELLS",
     "CHASE",
-    "CONFIDENCE",
     "DEFAULT_FAILURES",
     "DEFAULT_MARGIN_FRAC",
     "EXPLAINED",
@@ -61,7 +59,6 @@ __all__ = [
     "Comparison",
     "Detail",
     "Evidence",
-    "Item",
     "Measured",
     "Moved",
     "NewMachine",
@@ -74,17 +71,12 @@ __all__ = [
     "compare",
     "differences",
     "evidence",
-    "expected_ratio",
     "folders_below",
-    "is_slower",
     "model_for",
-    "n_missing",
     "new_machine",
     "of_capture",
     "of_trace",
-    "of_traces",
     "refuse_large",
-    "require_comparable",
     "sides",
     "store_of",
     "unpack_sides",

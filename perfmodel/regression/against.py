@@ -9,7 +9,7 @@ import polars as pl
 
 from perfmodel.capture import Capture, fitted_rows, per_workload, profile_of
 from perfmodel.errors import InputError
-from perfmodel.hardware import HardwareProfile
+from perfmodel.hardware import HardwareProfile, hardware, profile_name
 from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.physics import Array, Work
 from perfmodel.transfer import zero_shot_half_width
@@ -47,6 +47,15 @@ class Expectation:
     def ratio(self) -> float:
         """Measured time over what the model expects."""
         return self.measured_ns / self.model_ns
+
+
+def datasheet_of(capture: Capture) -> HardwareProfile | None:
+    """The shipped profile of the GPU of a capture; null for CPUs, GPUs without one, and slices of a GPU (MIG)."""
+    machine = capture.manifest["machine"]
+    gpu_name = str(machine.get("gpu_name") or "")
+    name = profile_name(gpu_name)
+    is_slice = "MIG" in gpu_name or str(machine.get("mig")) == "Enabled"
+    return None if name is None or is_slice or profile_of(capture).device != "gpu" else hardware(name)
 
 
 def model_for(capture: Capture) -> LatencyModel:

@@ -9,9 +9,10 @@ import polars as pl
 
 from perfmodel.capture import Capture, profile_of
 from perfmodel.errors import InputError
-from perfmodel.hardware import QUANTITIES, HardwareProfile, hardware, profile_name
+from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import LatencyModel
 from perfmodel.regression.changes.attributed import Attribution, attribute
+from perfmodel.regression.changes.calibrated import Moved, moved_quantities
 from perfmodel.regression.changes.profiled import profile_details
 from perfmodel.regression.traces.changes import changed_details, changed_parts, grown_part, require_same_work
 
@@ -21,6 +22,7 @@ from .against import (
     SLOWER_THAN_MODEL,
     Expectation,
     against_model,
+    datasheet_of,
     expected_ratio,
     judged_rows,
     model_for,
@@ -28,7 +30,7 @@ from .against import (
 from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable, untold
 from .parts import Detail, PartChange
 from .spread import OVERALL
-from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check, n_missing
+from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check
 
 CHECK_SCHEMA = 1
 CHASE, EXPLAINED, ON_THE_TABLE, FINE = "regression to chase", "explained", "left on the table", "fine"
@@ -37,7 +39,6 @@ CELLS = (CHASE, EXPLAINED, ON_THE_TABLE, FINE, UNDECIDED, NOT_JUDGED)
 IMPROVED, MISSING = "improved", "missing"
 FAILURES = ("regressed", "explained", SLOWER_THAN_MODEL, IMPROVED, MISSING)  # what --fail-on may name
 DEFAULT_FAILURES = ("regressed", SLOWER_THAN_MODEL)
-LEAST_MOVED_FRAC = 0.02  # how far a calibrated number is from another, beyond their spreads, to be told as moved
 
 
 @dataclass(frozen=True)
@@ -65,30 +66,6 @@ class Change:
     baseline: object
     candidate: object
     is_declared: bool
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A calibrated quantity of both machines in base units, null where one did not measure it.
-
-    `ratio` is candidate over baseline. `moved` says `faster` or `slower` where that is beyond the spread of both
-    calibrations and LEAST_MOVED_FRAC, `same` where it is not, and is null for what is no speed. Where collectors
-    measured it in two ways (`baseline_how`, `candidate_how`), part of the ratio may be theirs.
-    """
-
-    key: str
-    words: str
-    baseline: float | None
-    candidate: float | None
-    ratio: float | None
-    moved: str | None
-    baseline_how: str | None
-    candidate_how: str | None
-
-    @property
-    def is_alike(self) -> bool:
-        """Whether both sides measured it in the same way."""
-        return self.baseline_how == self.candidate_how
 
 
 @dataclass(frozen=True)
@@ -145,6 +122,11 @@ class Comparison:
     def slower(self) -> list[Case]:
         """What is slower than the baseline, all workloads together among it."""
         return [case for case in self.cases if case.verdict.verdict in SLOWER]
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether pages tell the parts of the change: where anything is slower, or all together faster."""
+        return bool(self.parts) and (bool(self.slower()) or self.overall.verdict.verdict == IMPROVED)
 
     def failures_of(self, case: Case, fail_on: Sequence[str] = DEFAULT_FAILURES) -> list[str]:
         """Which of the named conditions a case meets; raises InputError for an unknown one.
@@ -272,28 +254,11 @@ def compare(
     how_told = require_same_work(baseline, candidate) if are_traces else []
     verdicts = check(baseline, candidate, margin_frac, axes)
     changes = require_comparable(baseline, candidate, axes)
-    cases = [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
-    why_not = None if with_model else "no model was asked for"
-    named, nominal, own = None, None, None
     first, other = baseline.capture, candidate.capture
     quantities = () if first is None or other is None else tuple(moved_quantities(first, other))
-    if not with_model:
-        pass
-    elif first is None or other is None:
-        why_not = "a model judges captures, not traces"
-        if model is not None or datasheet is not None:
-            raise InputError(f"{why_not}: leave out --model and --hardware")
-    else:
-        try:
-            used = model or model_for(first)
-            own = used if model is None else None
-            nominal = datasheet or _catalogue(other)
-            cases = _judged(first, other, used, nominal, verdicts, margin_frac)
-            named = used.profile.name
-        except InputError as error:
-            if model is not None or datasheet is not None:
-                raise
-            why_not = str(error)
+    judged = _Judged(no_model="no model was asked for")
+    if with_model:
+        judged = _judged(first, other, model, datasheet, verdicts, margin_frac)
     found, details = Attribution(), tuple[Detail, ...]()
     if are_traces:
         parts, details = changed_parts(baseline, candidate), changed_details(baseline, candidate)
@@ -301,8 +266,9 @@ def compare(
         slower = [verdict.workload for verdict in verdicts if verdict.verdict in SLOWER]
         found = Attribution(parts=parts, part_of=dict.fromkeys(slower, grown))
     elif with_model and first is not None and other is not None:
-        found = attribute(baseline, candidate, verdicts, quantities, margin_frac, own)
+        found = attribute(baseline, candidate, verdicts, quantities, margin_frac, judged.own)
         details = profile_details(first, other)
+    cases = judged.cases or [Case(verdict, None, None, None, NOT_JUDGED) for verdict in verdicts]
     said = (
         *doubts(baseline, candidate),
         *untold(baseline, candidate, axes),
@@ -311,6 +277,7 @@ def compare(
         *how_told,
     )
     cases = [replace(case, part=found.part_of.get(case.verdict.workload)) for case in cases]
+    lost = tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads)
     return Comparison(
         baseline=baseline.name,
         candidate=candidate.name,
@@ -319,27 +286,61 @@ def compare(
         cases=tuple(cases),
         changes=tuple(Change(key, a, b, is_declared(key, axes)) for key, (a, b) in changes.items()),
         quantities=quantities,
-        model=named,
-        no_model=why_not,
-        datasheet=nominal.name if nominal is not None and named is not None else None,
-        n_missing={"baseline": n_missing(candidate, baseline), "candidate": n_missing(baseline, candidate)},
+        model=judged.model,
+        no_model=judged.no_model,
+        datasheet=judged.datasheet,
+        n_missing={"baseline": len(candidate.workloads.keys() - baseline.workloads.keys()), "candidate": len(lost)},
         parts=found.parts,
         unexplained_frac=found.unexplained_frac,
         findings=found.findings,
         details=details,
         notes=tuple(dict.fromkeys(said)),
-        lost=tuple(one for key, one in baseline.workloads.items() if key not in candidate.workloads),
+        lost=lost,
     )
 
 
-def _catalogue(capture: Capture) -> HardwareProfile | None:
-    """The shipped profile of the GPU that computed a capture, null for CPUs and GPUs without one."""
-    gpu = capture.manifest["machine"].get("gpu_name") if capture.manifest["settings"]["device"] == "cuda" else None
-    name = profile_name(str(gpu or ""))
-    return None if name is None else hardware(name)
+@dataclass(frozen=True)
+class _Judged:
+    """The second question answered: the cases, by which model and datasheet; without cases, why by none.
+
+    `own` is a model of the baseline's own, null where another was given or none can be had.
+    """
+
+    cases: tuple[Case, ...] = ()
+    model: str | None = None
+    no_model: str | None = None
+    datasheet: str | None = None
+    own: LatencyModel | None = None
 
 
 def _judged(
+    baseline: Capture | None,
+    candidate: Capture | None,
+    model: LatencyModel | None,
+    datasheet: HardwareProfile | None,
+    verdicts: Sequence[Verdict],
+    margin_frac: float,
+) -> _Judged:
+    is_given = model is not None or datasheet is not None
+    if baseline is None or candidate is None:
+        why_not = "a model judges captures, not traces"
+        if is_given:
+            raise InputError(f"{why_not}: leave out --model and --hardware")
+        return _Judged(no_model=why_not)
+    own = None
+    try:
+        used = model or model_for(baseline)
+        own = used if model is None else None
+        nominal = datasheet or datasheet_of(candidate)
+        cases = _cases(baseline, candidate, used, nominal, verdicts, margin_frac)
+    except InputError as error:
+        if is_given:
+            raise
+        return _Judged(no_model=str(error), own=own)
+    return _Judged(tuple(cases), used.profile.name, None, None if nominal is None else nominal.name, own)
+
+
+def _cases(
     baseline: Capture,
     candidate: Capture,
     model: LatencyModel,
@@ -389,23 +390,3 @@ def cell_of(case: Case, margin_frac: float) -> str:
         return ON_THE_TABLE if is_above else FINE
     accounts = case.verdict.ratio_low <= expected * (1 + margin_frac)
     return EXPLAINED if accounts and expectation.verdict == AS_EXPECTED else CHASE
-
-
-def moved_quantities(baseline: Capture, candidate: Capture) -> list[Moved]:
-    """The calibrated quantities of both machines and by how much each moved, in the order of the vocabulary."""
-    sides = [capture.manifest["calibration"] for capture in (baseline, candidate)]
-    keys = [key for key in QUANTITIES if any(key in side for side in sides)]
-    return [_moved(key, *(side.get(key) for side in sides)) for key in keys]
-
-
-def _moved(key: str, first: dict[str, Any] | None, other: dict[str, Any] | None) -> Moved:
-    values = [None if entry is None else float(entry["value"]) for entry in (first, other)]
-    how = [None if entry is None else entry.get("how") for entry in (first, other)]
-    if first is None or other is None or not values[0] or not values[1]:
-        return Moved(key, QUANTITIES[key], values[0], values[1], None, None, how[0], how[1])
-    ratio, moved = values[1] / values[0], None
-    if key.endswith(("_per_s", "_ns")):
-        spread = sum(float(entry.get("spread_frac") or 0.0) for entry in (first, other))
-        gain = math.log(ratio) * (-1 if key.endswith("_ns") else 1)
-        moved = "same" if abs(gain) <= spread + LEAST_MOVED_FRAC else "faster" if gain > 0 else "slower"
-    return Moved(key, QUANTITIES[key], values[0], values[1], ratio, moved, how[0], how[1])

@@ -129,7 +129,7 @@ def means_of(evidence: Evidence, keys: Sequence[str], *, is_drift_known: bool = 
     side has three occasions, they are its units and its means have no need of it. Raises NotComparableError where no
     run measured most of the workloads.
     """
-    logs, runs_of = _matrix(evidence, keys)
+    logs, runs_of = logs_of(evidence, keys)
     is_drifting = evidence.may_drift and not is_drift_known and not _by_occasion(evidence)
     drift = (Variance(ASSUMED_DRIFT_SD**2),) if is_drifting else ()
     own_drift = (Variance(ASSUMED_WORKLOAD_DRIFT_SD**2, ASSUMED_OWN_DF),) if is_drifting else ()
@@ -148,7 +148,7 @@ def _by_occasion(evidence: Evidence) -> bool:
     return len({one.occasion for one in evidence.runs}) >= LEAST_OCCASIONS
 
 
-def _matrix(evidence: Evidence, keys: Sequence[str]) -> tuple[Array, NDArray[np.int64]]:
+def logs_of(evidence: Evidence, keys: Sequence[str]) -> tuple[Array, NDArray[np.int64]]:
     """Log time by workload and unit `[workload, unit]`, NaN where not measured; and of how many runs each is."""
     runs = sorted({run for key in keys for run in evidence.workloads[key].run_ns})
     logs = np.full((len(keys), len(runs)), np.nan)

@@ -89,7 +89,7 @@ def _verdicts(
         elif gap + half < margin:
             verdict = "ok"
         else:
-            verdict, more = "inconclusive", _n_more_runs(gap, margin, a[key], b[key], level, len(keys))
+            verdict, more = "inconclusive", n_more_runs(gap, margin, a[key], b[key], level, len(keys))
         ratios = math.exp(gap), math.exp(gap - half), math.exp(gap + half)
         times = math.exp(a[key].log_ns), math.exp(b[key].log_ns)
         found.append(Verdict(key, labels[key], *ratios, a[key].n_runs, b[key].n_runs, verdict, more, *times))
@@ -103,9 +103,11 @@ def _excess(gap: float, margin: float, spread: Variance, level: float) -> float:
     return max(beyond / MARGIN_LEVEL, at_all / level)
 
 
-def _n_more_runs(gap: float, margin: float, a: Mean, b: Mean, level: float, n_family: int) -> int | None:
-    """Runs wanted on each side to tell a difference of `gap` (log units) with a chance of POWER; None where no number
-    would do, because what runs cannot show hides it."""
+def n_more_runs(
+    gap: float, margin: float, a: Mean, b: Mean, level: float, n_family: int = 1, *, n_least: int = 1
+) -> int | None:
+    """Runs wanted on each side, `n_least` or more, to tell a difference of `gap` (log units) with a chance of POWER;
+    null where no number would do, because what runs cannot show hides it."""
     wanted = [(max(abs(gap - margin), margin / 2), MARGIN_LEVEL)]
     if gap > margin:  # Holm's first step
         wanted = [(wanted[0][0], MARGIN_LEVEL / n_family), (gap, level / n_family)]
@@ -117,7 +119,7 @@ def _n_more_runs(gap: float, margin: float, a: Mean, b: Mean, level: float, n_fa
 
     if not suffices(MOST_MORE_RUNS):
         return None
-    low, high = 0, MOST_MORE_RUNS  # too few, enough
+    low, high = n_least - 1, MOST_MORE_RUNS  # too few, enough
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if suffices(middle) else (middle, high)
@@ -132,13 +134,3 @@ def _holm(levels: Sequence[float]) -> list[bool]:
             break
         rejected[index] = True
     return rejected
-
-
-def n_missing(one: Evidence, other: Evidence) -> int:
-    """How many workloads of one side the other did not measure."""
-    return len(set(one.workloads) - set(other.workloads))
-
-
-def is_slower(verdicts: Sequence[Verdict]) -> bool:
-    """Whether any verdict says the candidate is slower."""
-    return any(v.verdict in SLOWER for v in verdicts)

@@ -3,10 +3,11 @@
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import markdown, text
+from perfmodel.report import junit
 from perfmodel.report.baselines import update_words
 from perfmodel.report.captures import (
     CASE_HEADER,
@@ -22,15 +23,14 @@ from perfmodel.report.captures import (
 )
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
-    from perfmodel.regression import Case, Comparison
+    from perfmodel.regression import Case, Comparison, Measured
 
 N_FIRST = 20  # rows that a summary shows at once
 # A forge takes 1 MiB for the summary of a job's step: what the rows below a fold may take.
 FOLDED_BYTES, CHANGED_BYTES = 500_000, 80_000
-N_REMARKS, N_SENTENCE = 20, 600  # sentences, and letters of one
+N_REMARKS = 20
 SYMBOLS = {"bad": "⚠️", "mixed": "⚠️", "open": "❔", "good": "✅"}  # of what nothing fails by
 _NUMBER = re.compile(r"[-+\d][\d.,]*(?: ?(?:[A-Za-zµ%/]{1,9}|to [\d.]+x?))?", re.ASCII)  # with a unit or an end
-_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def check_json(comparison: "Comparison", fail_on: Sequence[str], *, must_conclude: bool = False) -> str:
@@ -43,13 +43,10 @@ def check_junit(comparison: "Comparison", fail_on: Sequence[str], *, must_conclu
 
     Cases that meet one of the conditions `fail_on` fail, inconclusive and lost ones are skipped (or fail: all together
     with `must_conclude`, lost ones by `missing`), others pass; each carries its numbers, and as its time that of the
-    candidate in s. Characters that XML cannot hold become `?`.
+    candidate in s.
     """
     cases = [_test_case(comparison, case, fail_on, must_conclude=must_conclude) for case in comparison.cases]
-    for one in comparison.lost:
-        found = _case_of(one.label, one.workload, 0.0)
-        ET.SubElement(found, *_lost("missing" in fail_on))
-        cases.append(found)
+    cases += [_lost(one, is_failure="missing" in fail_on) for one in comparison.lost]
     said = {
         "baseline": comparison.baseline,
         "candidate": comparison.candidate,
@@ -58,41 +55,20 @@ def check_junit(comparison: "Comparison", fail_on: Sequence[str], *, must_conclu
         "model": comparison.model or "",
         "fail_on": ",".join(fail_on),
     }
-    return junit_file(f"perfmodel check {comparison.baseline} {comparison.candidate}", said, cases)
-
-
-def junit_file(name: str, said: Mapping[str, str], cases: Sequence[ET.Element]) -> str:
-    """Test cases as one suite of JUnit XML, with what is `said` of them all as its properties."""
-    counts = {
-        "name": _xml(name),
-        "tests": str(len(cases)),
-        "failures": str(sum(case.find("failure") is not None for case in cases)),
-        "errors": "0",
-    }
-    suites = ET.Element("testsuites", counts)
-    # Schemas in use know `skipped` of a suite, not of the suites together.
-    skipped = str(sum(case.find("skipped") is not None for case in cases))
-    suite = ET.SubElement(suites, "testsuite", {**counts, "skipped": skipped})
-    properties = ET.SubElement(suite, "properties")
-    for key, value in said.items():
-        ET.SubElement(properties, "property", {"name": key, "value": _xml(value)})
-    suite.extend(cases)
-    ET.indent(suites)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(suites, encoding="unicode") + "\n"
+    return junit.suite(f"perfmodel check {comparison.baseline} {comparison.candidate}", said, cases)
 
 
 def _case_of(label: str, workload: str, time_ns: float) -> ET.Element:
     """A test case under what tells it from all others: workloads may share their label, such as those of two seeds."""
     name = label if label == workload else f"{label} ({workload})"
-    return ET.Element(
-        "testcase", {"classname": "perfmodel.check", "name": _xml(name), "time": f"{time_ns / text.NS_PER_S:.9f}"}
-    )
+    return junit.case_of("perfmodel.check", name, time_ns)
 
 
-def _lost(is_failure: bool) -> tuple[str, dict[str, str]]:
-    """The element that says of a test case that the candidate did not measure it."""
-    message = {"message": "missing: the baseline measured this workload, the candidate did not"}
-    return ("failure", {"type": "missing", **message}) if is_failure else ("skipped", message)
+def _lost(one: "Measured", *, is_failure: bool) -> ET.Element:
+    """The test case of a workload that the candidate did not measure."""
+    case = _case_of(one.label, one.workload, 0.0)
+    message = "missing: the baseline measured this workload, the candidate did not"
+    return junit.failed(case, "missing", message) if is_failure else junit.skipped(case, message)
 
 
 def _test_case(comparison: "Comparison", case: "Case", fail_on: Sequence[str], *, must_conclude: bool) -> ET.Element:
@@ -104,15 +80,11 @@ def _test_case(comparison: "Comparison", case: "Case", fail_on: Sequence[str], *
     if is_open and must_conclude and case is comparison.overall:
         failures.append("inconclusive")
     if failures:
-        message = _xml(f"{failures[0]}: {numbers[0]}")
-        failure = ET.SubElement(found, "failure", {"type": failures[0], "message": message})
-        failure.text = _xml("\n".join(numbers))
-    elif is_open:
+        return junit.failed(found, failures[0], f"{failures[0]}: {numbers[0]}", "\n".join(numbers))
+    if is_open:
         more = f", {verdict.n_more_runs} more runs wanted on each side" if verdict.n_more_runs else ""
-        ET.SubElement(found, "skipped", {"message": _xml(f"inconclusive: {numbers[0]}{more}")})
-    else:
-        ET.SubElement(found, "system-out").text = _xml("\n".join(numbers))
-    return found
+        return junit.skipped(found, f"inconclusive: {numbers[0]}{more}")
+    return junit.passed(found, "\n".join(numbers))
 
 
 def _numbers(comparison: "Comparison", case: "Case") -> list[str]:
@@ -139,10 +111,6 @@ def _numbers(comparison: "Comparison", case: "Case") -> list[str]:
     return [*lines, f"{verdict.verdict}, {case.cell}{more}"]
 
 
-def _xml(words: str) -> str:
-    return _NOT_IN_XML.sub("?", words)
-
-
 def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     """A comparison as Markdown for the summary of a job: the verdict in one line, at most N_FIRST workloads, the rest
     and what changed below folds. Names stand in code spans, so that nothing in them is interpreted."""
@@ -155,8 +123,12 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     shown = telling(comparison)
     first = shown[:N_FIRST]
     rest = [case for case in comparison.each if not any(case is one for one in first)]
-    parts = [words, f"{_code(comparison.baseline)} → {_code(comparison.candidate)}. " + _inline(model_line(comparison))]
-    said = [f"- {_inline(line)}" for line in (*changed_lines(comparison), *remarks(comparison))[:N_REMARKS]]
+    parts = [
+        words,
+        f"{markdown.code(comparison.baseline, N_NAME)} → {markdown.code(comparison.candidate, N_NAME)}. "
+        + markdown.plain(model_line(comparison)),
+    ]
+    said = [f"- {markdown.plain(line)}" for line in (*changed_lines(comparison), *remarks(comparison))[:N_REMARKS]]
     parts += ["\n".join(said)] if said else []
     if comparison.model is not None:
         cells = [(name, str(n)) for name, n in comparison.cells().items() if n]
@@ -165,16 +137,16 @@ def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:
     parts.append(markdown.table(head, list(map(_case_row, first))).rstrip())
     if rest:
         body = _bounded(head, map(_case_row, rest), len(rest), FOLDED_BYTES)
-        parts.append(_folded(text.counted(len(rest), "other workload"), body))
+        parts.append(markdown.folded(text.counted(len(rest), "other workload"), body))
     for one in changed_tables(comparison):
         rows = (list(map(_cell, row)) for row in one.rows)
-        parts.append(_folded(one.title, _bounded(one.head, rows, len(one.rows), CHANGED_BYTES)))
+        parts.append(markdown.folded(one.title, _bounded(one.head, rows, len(one.rows), CHANGED_BYTES)))
     return "\n\n".join(filter(None, [*parts, update_words(comparison)])) + "\n"
 
 
 def _case_row(case: "Case") -> list[str]:
     label, *numbers = case_cells(case)
-    return [_code(label), *numbers]
+    return [markdown.code(label, N_NAME), *numbers]
 
 
 def _bounded(head: Sequence[str], rows: Iterable[Sequence[str]], n_rows: int, n_bytes: int) -> str:
@@ -186,25 +158,11 @@ def _bounded(head: Sequence[str], rows: Iterable[Sequence[str]], n_rows: int, n_
             break
         kept.append(row)
     left = n_rows - len(kept)
-    return markdown.table(list(map(_inline, head)), kept) + (f"\n... and {text.count(left)} more\n" if left else "")
-
-
-def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{_inline(title)}</summary>\n\n{body}\n</details>"
+    return markdown.table(list(map(markdown.plain, head)), kept) + (
+        f"\n... and {text.count(left)} more\n" if left else ""
+    )
 
 
 def _cell(words: str) -> str:
     """A number as it is, words as a code span."""
-    return words if _NUMBER.fullmatch(words) else _code(words, N_SENTENCE)
-
-
-def _code(words: str, n_most: int = N_NAME) -> str:
-    """Words as a code span in a cell of a table: one line, no backtick, no bar, which ends a cell even there."""
-    shown = text.shortened(words, n_most).replace("`", "'").replace("|", "¦")
-    return f"`{shown}`" if shown.strip() else ""
-
-
-def _inline(words: str) -> str:
-    """A sentence with names in it as one line in which Markdown finds nothing."""
-    shown = text.shortened(" ".join(words.split()), N_SENTENCE)
-    return re.sub(r"([\\`*_\[\]<>&|~#@!$])", lambda found: f"&#{ord(found[1])};", shown)
+    return words if _NUMBER.fullmatch(words) else markdown.code(words, markdown.N_SENTENCE)

@@ -45,12 +45,6 @@ def _added(frac: float) -> str:
     return f"{round(100 * frac, 1) + 0.0:+.1f} %"
 
 
-def is_told(comparison: "Comparison") -> bool:
-    """Whether a page tells the parts: where anything is slower, or all together faster."""
-    is_faster = comparison.overall.verdict.verdict == "improved"
-    return bool(comparison.parts) and (bool(comparison.slower()) or is_faster)
-
-
 def parts_line(comparison: "Comparison") -> str:
     """The change over all workloads as the sum of its parts, in one line."""
     explained, left = sum(part.change_frac for part in comparison.parts), comparison.unexplained_frac or 0.0
@@ -64,7 +58,7 @@ def parts_line(comparison: "Comparison") -> str:
 
 def part_lines(comparison: "Comparison") -> list[str]:
     """What the change over all workloads consists of, in sentences: the sum, what each part rests on, findings."""
-    if not is_told(comparison):
+    if not comparison.is_divided:
         return list(comparison.findings)
     evidence = [f"{part.part}: {part.evidence}" for part in comparison.parts if part.evidence]
     return [parts_line(comparison), *evidence, *comparison.findings]
@@ -72,7 +66,7 @@ def part_lines(comparison: "Comparison") -> list[str]:
 
 def part_tables(comparison: "Comparison") -> list[tuple[Sequence[str], list[list[str]]]]:
     """Headers and rows, as words, of the parts of the change and of what moved in profiles."""
-    if not is_told(comparison):
+    if not comparison.is_divided:
         return []
     metrics = [detail_cells(detail) for detail in comparison.details if detail.kind == "metric"]
     return [(PART_HEADER, list(map(part_cells, comparison.parts))), (DETAIL_HEADER, metrics)]

@@ -33,7 +33,7 @@ def trace_lines(comparison: "Comparison") -> list[str]:
     return lines
 
 
-def moved_tables(comparison: "Comparison", n_top: int = N_TOP) -> list[tuple[list[str], list[list[str]]]]:
+def moved_tables(comparison: "Comparison") -> list[tuple[list[str], list[list[str]]]]:
     """Headers and rows, as words, of what a step consists of and of what moved most in it; none of captures."""
     step = next((one for one in comparison.details if one.name == STEP_NS), None)
     if step is None or not step.baseline:
@@ -48,7 +48,7 @@ def moved_tables(comparison: "Comparison", n_top: int = N_TOP) -> list[tuple[lis
         rows = [one for one in comparison.details if one.kind == kind and one is not step]
         if kind != "metric":
             rows = [one for one in rows if abs(one.change_frac or 0.0) >= LEAST_FRAC]
-        tables.append(([f"{title} {of}", *_SIDES], [_cells(one) for one in rows[:n_top]]))
+        tables.append(([f"{title} {of}", *_SIDES], [_cells(one) for one in rows[:N_TOP]]))
     return [(head, rows) for head, rows in tables if rows]
 
 

@@ -1,11 +1,11 @@
 """The page about a machine that has just arrived, and what build servers read of it."""
 
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from perfmodel import markdown, text
-from perfmodel.report.check_files import _code, _folded, _inline, _xml, junit_file
+from perfmodel.report import junit
+from perfmodel.report.captures import N_NAME
 from perfmodel.report.words import WIDTH, table, wrapped
 
 if TYPE_CHECKING:  # these bring scipy and scikit-learn, which reading a trace does not need
@@ -35,7 +35,7 @@ def new_machine_verdict(found: "NewMachine") -> str:
 def runs_line(found: "NewMachine") -> str:
     """How many runs a check on this machine needs."""
     if found.n_runs_wanted is None:
-        return "One run does not tell how many a check needs: collect with --runs 5."
+        return "These runs do not tell how many a check needs: collect with --runs 5."
     line = f"A check with a margin of {100 * found.margin_frac:g} % over all workloads needs "
     line += f"{text.counted(found.n_runs_wanted, 'run')} on each side, by the spread between these runs"
     if found.is_enough:
@@ -83,31 +83,27 @@ def new_machine_junit(found: "NewMachine") -> str:
     """The items as JUnit XML, a test case each: what deserves a look fails, what is not judged is skipped."""
     cases = []
     for item in found.items:
-        case = ET.Element("testcase", {"classname": f"perfmodel.{item.section}", "name": _xml(item.name)})
-        said = _xml("\n".join([item.words, *item.next_steps]))
+        case, said = junit.case_of(f"perfmodel.{item.section}", item.name), "\n".join([item.words, *item.next_steps])
         if item.verdict == "look at":
-            failure = ET.SubElement(case, "failure", {"type": item.verdict, "message": _xml(item.words)})
-            failure.text = said
-        elif item.verdict == "not judged":
-            ET.SubElement(case, "skipped", {"message": said})
+            cases.append(junit.failed(case, item.verdict, item.words, said))
         else:
-            ET.SubElement(case, "system-out").text = said
-        cases.append(case)
+            cases.append((junit.skipped if item.verdict == "not judged" else junit.passed)(case, said))
     of_all = {"capture": found.capture, "model": found.model or "", "datasheet": found.datasheet or ""}
-    return junit_file(f"perfmodel check --new-machine {found.capture}", of_all, cases)
+    return junit.suite(f"perfmodel check --new-machine {found.capture}", of_all, cases)
 
 
 def new_machine_markdown(found: "NewMachine") -> str:
     """The page as Markdown: the verdict, what deserves a look with its next steps, the rest in folds."""
     wrong = found.of("look at")
-    parts = [f"{'⚠️' if wrong else '✅'} **{_inline(new_machine_verdict(found))}**", _code(found.capture)]
+    symbol = "⚠️" if wrong else "✅"
+    parts = [f"{symbol} **{markdown.plain(new_machine_verdict(found))}**", markdown.code(found.capture, N_NAME)]
     if wrong:
-        rows = [[_inline(one.name), _inline(one.words), _inline("; ".join(one.next_steps))] for one in wrong]
+        rows = [list(map(markdown.plain, (one.name, one.words, "; ".join(one.next_steps)))) for one in wrong]
         parts.append(markdown.table(["look at", "what was found", "look at next"], rows).rstrip())
     for verdict in ("healthy", "not judged"):
         items = found.of(verdict)
         if items:
-            rows = [[one.section, _inline(one.name), _inline(one.words)] for one in items]
+            rows = [[one.section, markdown.plain(one.name), markdown.plain(one.words)] for one in items]
             title = f"{text.counted(len(items), 'item')} {verdict}"
-            parts.append(_folded(title, markdown.table(["section", "item", "what was found"], rows)))
-    return "\n\n".join([*parts, _inline(judge_line(found)), _inline(runs_line(found))]) + "\n"
+            parts.append(markdown.folded(title, markdown.table(["section", "item", "what was found"], rows)))
+    return "\n\n".join([*parts, markdown.plain(judge_line(found)), markdown.plain(runs_line(found))]) + "\n"

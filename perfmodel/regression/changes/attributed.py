@@ -8,7 +8,6 @@ ran beside it, another setting of a library. Workloads that changed for themselv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,11 +20,9 @@ from perfmodel.regression.spread import OVERALL
 from perfmodel.regression.verdicts import SLOWER, Verdict
 
 from .alone import what_they_share
+from .calibrated import Moved
 from .division import CAUSES, EXPOSURE, REPLAY, Division, divide
 from .factors import Fit, Sides, fit_changes, interval_of, sides_of
-
-if TYPE_CHECKING:
-    from perfmodel.regression.compared import Moved
 
 Interval = tuple[float, float, float]
 
@@ -75,7 +72,7 @@ def attribute(
     baseline: Evidence,
     candidate: Evidence,
     verdicts: Sequence[Verdict],
-    moved: Sequence["Moved"],
+    moved: Sequence[Moved],
     margin_frac: float,
     model: LatencyModel | None = None,
 ) -> Attribution:
@@ -200,7 +197,7 @@ def _part(
     interval: Interval,
     state: str,
     change_frac: float,
-    moved: Sequence["Moved"],
+    moved: Sequence[Moved],
 ) -> PartChange:
     cause = division.causes[i]
     share = float(division.shares[:, i].mean())
@@ -215,7 +212,7 @@ def _part(
     return PartChange(CAUSES[cause], share, change_frac, value, low, high, evidence)
 
 
-def _evidence(cause: str, state: str, interval: Interval, moved: Sequence["Moved"]) -> str:
+def _evidence(cause: str, state: str, interval: Interval, moved: Sequence[Moved]) -> str:
     """What a part's factor rests on in words: what the sweep says, and whether the calibration agrees."""
     words = {
         LONGER: "longer in the sweep",
@@ -242,7 +239,7 @@ def _evidence(cause: str, state: str, interval: Interval, moved: Sequence["Moved
     return f"{words}; calibration shows no change"
 
 
-def _agreement(state: str, interval: Interval, known: Sequence["Moved"]) -> str:
+def _agreement(state: str, interval: Interval, known: Sequence[Moved]) -> str:
     """How calibrated quantities that moved agree with a factor, as the end of a sentence; empty where they do."""
     _, low, high = interval
     logs = [float(np.log(one.ratio or 1.0)) * (1 if one.key.endswith("_ns") else -1) for one in known]
@@ -257,7 +254,7 @@ def _agreement(state: str, interval: Interval, known: Sequence["Moved"]) -> str:
     return ", more than the sweep shows" if min(logs) > high else ""
 
 
-def _became(one: "Moved") -> str:
+def _became(one: Moved) -> str:
     ratio = one.ratio or 1.0
     note = "" if one.is_alike else " (measured in another way)"
     return f"{'fell' if ratio < 1 else 'rose'} to {ratio:.2f}x{note}"

@@ -39,6 +39,7 @@ CAUSES = {
 }
 NOT_LAUNCH = {"page_ns": MEMORY, "score_ns": COMPUTE}  # constants in ns that are no cost of calls
 N_STEPS = 20  # of a search for constants of offloading
+N_ADDED = 4  # steps of the way along which slopes are summed
 STEP = 1e-3  # of logarithms, for slopes
 LEAST_SHARE_FRAC = 0.02  # of any workload's time, that a part must have to be judged at all
 
@@ -89,7 +90,7 @@ class Division:
         """By how much log times follow each change, `[workload, cause]`."""
         return _slopes(self.groups, len(self.keys), self.causes, dict(zip(self.causes, changes.tolist(), strict=True)))
 
-    def added(self, changes: Array, n_steps: int = 4) -> Array:
+    def added(self, changes: Array) -> Array:
         """What each change adds to each workload's time, as a part of the baseline's, `[workload, cause]`.
 
         Slopes are summed along the way from no change to these (Aumann and Shapley's values), so that parts which do
@@ -97,9 +98,9 @@ class Division:
         """
         begin = self.log_ns(np.zeros(len(changes)))
         found = np.zeros((len(self.keys), len(changes)))
-        for step in (np.arange(n_steps) + 0.5) / n_steps:
+        for step in (np.arange(N_ADDED) + 0.5) / N_ADDED:
             at = step * changes
-            found += np.exp(self.log_ns(at) - begin)[:, None] * self.slopes(at) * changes / n_steps
+            found += np.exp(self.log_ns(at) - begin)[:, None] * self.slopes(at) * changes / N_ADDED
         missing = np.expm1(self.log_ns(changes) - begin) - found.sum(axis=1)
         sizes = np.abs(found)
         return np.asarray(found + missing[:, None] * sizes / np.maximum(sizes.sum(axis=1, keepdims=True), 1e-12))

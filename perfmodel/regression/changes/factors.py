@@ -3,7 +3,7 @@
 Weights fall with the residual, so that a few workloads which changed for themselves do not speak for a part.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 
 from perfmodel.physics import Array
 from perfmodel.regression.evidence import Evidence
-from perfmodel.regression.spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, both_means, half_width
+from perfmodel.regression.spread import ASSUMED_RUN_SD, OVERALL, Mean, Variance, both_means, half_width, logs_of
 
 from .division import COMPUTE, EXPOSURE, MEMORY, Division
 
@@ -50,9 +50,7 @@ class Fit:
     sigma: Array
 
 
-def fit_changes(
-    log_ratio: Array, noise: Array, division: Division, clusters: NDArray[np.int64], n_rounds: int = N_ROUNDS
-) -> Fit:
+def fit_changes(log_ratio: Array, noise: Array, division: Division, clusters: NDArray[np.int64]) -> Fit:
     """The changes, by cause, that bring the baseline's model to these ratios, `log_ratio[workload]`; `noise` are the
     variances that the runs leave them, `clusters` the workloads whose shares err alike.
 
@@ -61,7 +59,7 @@ def fit_changes(
     n = len(division.causes)
     begin, at_begin = division.log_ns(np.zeros(n)), division.slopes(np.zeros(n))
     x, wrong, misfit, weight = np.zeros(n), SHARES_ERR_FRAC * np.abs(log_ratio), LEAST_SIGMA, np.ones(len(log_ratio))
-    for _ in range(n_rounds):
+    for _ in range(N_ROUNDS):
         sigma = np.sqrt(noise + misfit**2 + wrong**2)
         scale = np.sqrt(weight) / sigma
         x, cost, at_end = _solve(division, log_ratio + begin, scale, x)
@@ -176,21 +174,11 @@ def sides_of(baseline: Evidence, candidate: Evidence, keys: Sequence[str]) -> tu
     ratio = np.array([b[key].log_ns - a[key].log_ns for key in keys])
     own = np.array([total(lambda mean: [Variance(mean.of_units[-1].value / mean.n_units)], key) for key in keys])
     fixed = [total(lambda mean: mean.lasting, key) for key in keys]
-    deviations = (_deviations(baseline, keys, a), _deviations(candidate, keys, b))
+    deviations = (_deviations(baseline, keys), _deviations(candidate, keys))
     return ratio, own, Sides(deviations, total(lambda mean: mean.lasting, OVERALL), np.array(fixed))
 
 
-def _deviations(side: Evidence, keys: Sequence[str], means: Mapping[str, Mean]) -> Array:
-    """By how much each run lies above the mean of each workload, `[workload, run]`, 0 where it measured none; by
-    occasion where these are the units of the means."""
-    runs = sorted({run for key in keys for run in side.workloads[key].run_ns})
-    place = {run: i for i, run in enumerate(runs)}
-    found = np.full((len(keys), len(runs)), np.nan)
-    for i, key in enumerate(keys):
-        for run, time_ns in side.workloads[key].run_ns.items():
-            found[i, place[run]] = np.log(time_ns) - means[key].log_ns
-    unit_of = np.array([side.occasions.get(run, 0) for run in runs])
-    if means[OVERALL].n_units < len(runs) and len(np.unique(unit_of)) > 1:
-        by_unit = [np.nan_to_num(found[:, unit_of == unit]).mean(axis=1) for unit in np.unique(unit_of)]
-        return np.column_stack(by_unit)
-    return np.asarray(np.nan_to_num(found))
+def _deviations(side: Evidence, keys: Sequence[str]) -> Array:
+    """By how much each unit lies above the mean of each workload, `[workload, unit]`, 0 where it measured none."""
+    logs, _ = logs_of(side, keys)
+    return np.asarray(np.nan_to_num(logs - np.nanmean(logs, axis=1, keepdims=True)))

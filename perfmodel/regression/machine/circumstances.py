@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from scipy import stats
+from scipy import special
 
 from perfmodel import text
 from perfmodel.capture import Capture
 from perfmodel.plausible import ERROR, Finding
 from perfmodel.regression.evidence import Evidence, of_capture
-from perfmodel.regression.spread import CONFIDENCE, OVERALL, Mean, means_of, quantile
-from perfmodel.regression.verdicts import DEFAULT_MARGIN_FRAC, POWER
+from perfmodel.regression.spread import OVERALL, Mean, means_of
+from perfmodel.regression.verdicts import DEFAULT_MARGIN_FRAC, NO_CHANGE_LEVEL, n_more_runs
 
 from .items import FACTS, HEALTHY, OPEN, STEADINESS, Item, judged, number, words_of
 
@@ -284,7 +285,7 @@ def _is_wider(mean: Mean, typical: float, known: Sequence[Mean]) -> bool:
     own = mean.of_units[-1]
     df = max(one.of_units[-1].df for one in known)
     dfs = [value if math.isfinite(value) else 1e6 for value in (own.df, df)]
-    return bool(stats.f.sf(own.value / typical, *dfs) < RARE)
+    return bool(special.fdtrc(*dfs, own.value / typical) < RARE)
 
 
 def n_runs_wanted(capture: Capture, margin_frac: float = DEFAULT_MARGIN_FRAC) -> tuple[int | None, bool]:
@@ -294,16 +295,11 @@ def n_runs_wanted(capture: Capture, margin_frac: float = DEFAULT_MARGIN_FRAC) ->
     found = spread_of(capture)
     if found is None:
         return None, False
-    margin, of_both = math.log1p(margin_frac), 2 * math.fsum(one.value for one in found[0].of_units)
-
-    def reach(df: float) -> float:
-        """How many standard errors a margin must be wide."""
-        return quantile((1 + CONFIDENCE) / 2, df) + quantile(POWER, df)
-
-    n = max(math.ceil(of_both * (reach(math.inf) / margin) ** 2), 2)
-    while reach(2 * (n - 1)) * math.sqrt(of_both / n) > margin:  # a few runs hardly know their own spread
-        n += 1
-    return n, not found[0].fixed
+    runs_alone = replace(found[0], fixed=())
+    n_more = n_more_runs(
+        0.0, math.log1p(margin_frac), runs_alone, runs_alone, NO_CHANGE_LEVEL, n_least=2 - runs_alone.n_units
+    )
+    return None if n_more is None else runs_alone.n_units + n_more, not found[0].fixed
 
 
 def _load(capture: Capture) -> Item:

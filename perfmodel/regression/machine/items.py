@@ -32,9 +32,7 @@ class Item:
     least_frac: float | None = None
 
 
-def held(
-    section: str, name: str, words: str, frac: float, least_frac: float, next_steps: tuple[str, ...]
-) -> Item:  # fmt: skip
+def held(section: str, name: str, words: str, frac: float, least_frac: float, next_steps: tuple[str, ...]) -> Item:
     """An item that is healthy where a share reaches the least that it should be."""
     is_low = frac < least_frac
     return Item(section, name, LOOK_AT if is_low else HEALTHY, words, next_steps if is_low else (), frac, least_frac)

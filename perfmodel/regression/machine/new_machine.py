@@ -15,13 +15,20 @@ from perfmodel.hardware import HardwareProfile
 from perfmodel.latency import LatencyModel, load_model, shipped_models
 from perfmodel.physics import transferred_ceilings
 from perfmodel.plausible import Finding, check_capture
-from perfmodel.regression.against import OUTSIDE_MODEL, SLOWER_THAN_MODEL, Expectation, against_model, judged_rows
+from perfmodel.regression.against import (
+    OUTSIDE_MODEL,
+    SLOWER_THAN_MODEL,
+    Expectation,
+    against_model,
+    datasheet_of,
+    judged_rows,
+)
 from perfmodel.regression.verdicts import DEFAULT_MARGIN_FRAC
 from perfmodel.roofline import DEVICE_MEMORY, Roofline, points, roofline
 
 from .circumstances import fact_items, n_runs_wanted, steadiness_items
 from .items import HEALTHY, LOOK_AT, OPEN, ROOFLINE, SWEEP, Item, held
-from .rates import apart_frac, datasheet_of, rate_items
+from .rates import apart_frac, rate_items
 
 NEW_MACHINE_SCHEMA = 1
 OVERHEAD, MEMORY, COMPUTE = "overhead-bound", "memory-bound", "compute-bound"
@@ -101,8 +108,7 @@ def new_machine(
     capture's folder. Raises InputError for a datasheet or model that does not fit the capture.
     """
     models, shipped = _shipped()
-    digest = capture.digest
-    others = [one for one, its_digest in shipped if its_digest != digest]
+    others = [one for one in shipped if one.digest != capture.digest]
     findings = check_capture(capture.path) if findings is None else findings
     nominal = datasheet or datasheet_of(capture)
     items = rate_items(capture, nominal, _same_processor(capture, models.values()), is_given=datasheet is not None)
@@ -142,10 +148,9 @@ def new_machine(
 
 
 @cache
-def _shipped() -> tuple[dict[str, LatencyModel], list[tuple[Capture, str]]]:
-    """The models and the captures, with their digests, that come with the project."""
-    captures = [load_capture(path) for path in shipped_captures()]
-    return {name: load_model(name) for name in shipped_models()}, [(one, one.digest) for one in captures]
+def _shipped() -> tuple[dict[str, LatencyModel], list[Capture]]:
+    """The models and the captures that come with the project."""
+    return {name: load_model(name) for name in shipped_models()}, [load_capture(path) for path in shipped_captures()]
 
 
 def _name_of(model: LatencyModel, models: dict[str, LatencyModel]) -> str:
@@ -339,9 +344,7 @@ def _roofline_items(capture: Capture, found: Roofline | None, others: Sequence[C
     return items
 
 
-def _in_common(
-    capture: Capture, others: Sequence[Capture]
-) -> list[tuple[str, dict[str, float], dict[str, float]]]:  # fmt: skip
+def _in_common(capture: Capture, others: Sequence[Capture]) -> list[tuple[str, dict[str, float], dict[str, float]]]:
     """Each shipped capture that measured some of the same workloads: its name, and the best shares of both in these."""
     mine = set(capture.observations["workload"])
     found = []

@@ -15,7 +15,7 @@ from typing import Any
 from perfmodel import text
 from perfmodel.capture import Capture
 from perfmodel.errors import InputError
-from perfmodel.hardware import QUANTITIES, HardwareProfile, hardware, profile_name
+from perfmodel.hardware import QUANTITIES, HardwareProfile
 from perfmodel.latency import LatencyModel
 from perfmodel.text import to_base
 
@@ -147,14 +147,6 @@ def apart_frac(quantity: str, of: str) -> float:
     """How far below what others reached a sound machine may be."""
     unit = next(unit for unit in ("flops_per_s", "bytes_per_s", "ns") if quantity.endswith(unit))
     return _table()[1][unit, of]
-
-
-def datasheet_of(capture: Capture) -> HardwareProfile | None:
-    """The shipped profile of the GPU of a capture; null for CPUs, GPUs without one, and slices of a GPU (MIG)."""
-    machine = capture.manifest["machine"]
-    name = profile_name(str(machine.get("gpu_name") or ""))
-    is_slice = "MIG" in str(machine.get("gpu_name")) or str(machine.get("mig")) == "Enabled"
-    return None if name is None or is_slice or _device(capture) == "cpu" else hardware(name)
 
 
 def rate_items(
