@@ -40,13 +40,13 @@ def _conclusion(comparison: "Comparison") -> tuple[str, str]:
     overall, slower = comparison.overall, comparison.slower()
     found = overall.expectation
     if overall in slower and overall.cell == "explained":
+        words = "Slower than the baseline, as the calibrated rates of the machine make the model expect."
         if comparison.cells()["regression to chase"]:
-            return "mixed", (
+            words = (
                 "Slower than the baseline. The calibrated rates of the machine account for it over all, not for each "
                 "workload: some are regressions to chase."
             )
-        words = "Slower than the baseline, as the calibrated rates of the machine make the model expect."
-        if comparison.failures():
+        if "regressed" in comparison.failures_of(overall):
             return "bad", f"{words} No other machine was declared: the rates that fell are the regression."
         return "mixed", words
     if overall in slower and overall.cell == "regression to chase":
