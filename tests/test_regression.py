@@ -43,6 +43,7 @@ from perfmodel.regression import (
     of_capture,
     unpack_sides,
 )
+from perfmodel.regression.against import AS_EXPECTED, FASTER_THAN_MODEL
 from perfmodel.regression.evidence import is_declared
 from perfmodel.regression.spread import Mean, Variance
 from tests import captures_made
@@ -435,30 +436,31 @@ def test_markdown_is_one_line_a_short_table_and_folds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "cell", "is_above", "kind", "words"),
+    ("verdict", "cell", "against", "kind", "words"),
     [
-        ("regressed", EXPLAINED, False, "bad", "the rates that fell are the regression"),
-        ("regressed", CHASE, False, "bad", "no calibrated rate accounts for it"),
-        ("suspect", NOT_JUDGED, False, "bad", "no model says"),
-        ("inconclusive", UNDECIDED, False, "open", "cannot tell"),
-        ("inconclusive", UNDECIDED, True, "mixed", "Slower than the model expects"),
-        ("ok", ON_THE_TABLE, True, "mixed", "left on the table"),
-        ("improved", FINE, False, "good", "Faster"),
-        ("ok", FINE, False, "good", "As fast"),
+        ("regressed", EXPLAINED, AS_EXPECTED, "bad", "the rates that fell are the regression"),
+        ("regressed", CHASE, AS_EXPECTED, "bad", "no calibrated rate accounts for it"),
+        ("regressed", CHASE, FASTER_THAN_MODEL, "bad", "by less than the calibrated rates"),
+        ("suspect", NOT_JUDGED, AS_EXPECTED, "bad", "no model says"),
+        ("inconclusive", UNDECIDED, AS_EXPECTED, "open", "cannot tell"),
+        ("inconclusive", UNDECIDED, SLOWER_THAN_MODEL, "mixed", "Slower than the model expects"),
+        ("ok", ON_THE_TABLE, SLOWER_THAN_MODEL, "mixed", "left on the table"),
+        ("improved", FINE, AS_EXPECTED, "good", "Faster"),
+        ("ok", FINE, AS_EXPECTED, "good", "As fast"),
     ],
 )
 def test_the_conclusion_in_words(
-    steady: Comparison, verdict: str, cell: str, is_above: bool, kind: str, words: str
+    steady: Comparison, verdict: str, cell: str, against: str, kind: str, words: str
 ) -> None:
     overall = steady.overall
     assert overall.expectation is not None
-    expectation = replace(overall.expectation, verdict=SLOWER_THAN_MODEL if is_above else "as-expected")
+    expectation = replace(overall.expectation, verdict=against)
     case = replace(overall, verdict=replace(overall.verdict, verdict=verdict), cell=cell, expectation=expectation)
     found = replace(steady, cases=(case, *steady.each))
     assert report.conclusion(found)[0] == kind and words in report.conclusion(found)[1]
     if cell == EXPLAINED:
         assert report.conclusion(replace(found, axes=("machine",)))[0] == "mixed"
-    assert (SLOWER_THAN_MODEL in found.failures()) == is_above
+    assert (SLOWER_THAN_MODEL in found.failures()) == (against == SLOWER_THAN_MODEL)
     one = replace(steady.each[0], verdict=replace(steady.each[0].verdict, verdict="regressed"), cell=CHASE)
     mixed = report.conclusion(replace(found, cases=(case, one)))[1]
     if cell == EXPLAINED:

@@ -50,6 +50,11 @@ def _conclusion(comparison: "Comparison") -> tuple[str, str]:
             return "bad", f"{words} No other machine was declared: the rates that fell are the regression."
         return "mixed", words
     if overall in slower and overall.cell == "regression to chase":
+        if found is not None and found.verdict == "faster-than-model":
+            return "bad", (
+                "Slower than the baseline, by less than the calibrated rates of the machine would make it, so that they "
+                "do not account for it as it is: a regression to chase."
+            )
         return "bad", "Slower than the baseline, and no calibrated rate accounts for it: a regression to chase."
     if overall in slower:
         return "bad", "Slower than the baseline; no model says whether it should be."
