@@ -52,8 +52,8 @@ def _conclusion(comparison: "Comparison") -> tuple[str, str]:
     if overall in slower and overall.cell == "regression to chase":
         if found is not None and found.verdict == "faster-than-model":
             return "bad", (
-                "Slower than the baseline, by less than the calibrated rates of the machine would make it, so that they "
-                "do not account for it as it is: a regression to chase."
+                "Slower than the baseline, by less than the calibrated rates of the machine would make it, so that "
+                "they do not account for it as it is: a regression to chase."
             )
         return "bad", "Slower than the baseline, and no calibrated rate accounts for it: a regression to chase."
     if overall in slower:
