@@ -79,4 +79,4 @@ def test_it_is_said_too_above_a_view_that_ends_early(page, server) -> None:
     page.goto(f"{server}/regression?candidate=uploaded:+elsewhere_made&axes=machine")
     page.get_by_text("This link asks for what is not here").wait_for(timeout=60_000)
     page.get_by_text("candidate: uploaded: elsewhere_made").wait_for()
-    assert page.get_by_text("These captures are not compared").count() == 1
+    assert page.get_by_text("These two are not compared").count() == 1
