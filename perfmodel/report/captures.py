@@ -183,7 +183,7 @@ def check_page(comparison: "Comparison", width: int | None = None) -> str:
     lines = [
         wrapped(conclusion(comparison)[1], room),
         *(answers if width is None else (wrapped(words, width, others="  ") for words in answers)),
-        f"{len(each)} workloads: " + ", ".join(f"{n} {name}" for name, n in counts.items()),
+        f"{text.counted(len(each), 'workload')}: " + ", ".join(f"{n} {name}" for name, n in counts.items()),
     ]
     if comparison.model is not None:
         lines.append("crossed: " + ", ".join(f"{n} {name}" for name, n in comparison.cells().items() if n))
