@@ -8,16 +8,13 @@ from typing import Annotated
 import typer
 
 from perfmodel import report, text
-from perfmodel.cli.shell import Json, app, note, print_json, print_words
+from perfmodel.cli.shell import Json, group, note, print_json, print_words
 from perfmodel.report.baselines import DEFAULT_STORE
 
-baseline = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Baselines as text files for git: save a capture as one, list and show them, update one with a reason.",
+baseline = group(
+    "baseline",
+    "Baselines as text files for git: save a capture as one, list and show them, update one with a reason.",
 )
-app.add_typer(baseline, name="baseline")
 
 DAMAGED = 2
 Store = Annotated[str, typer.Option("--store", help="The folder that holds the baselines.")]

@@ -8,16 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from perfmodel import report
-from perfmodel.cli.shell import Json, app, note, print_json, print_words, width
+from perfmodel.cli.shell import Json, group, note, print_json, print_words, width
 from perfmodel.errors import InputError
 
-captures = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="What a capture folder holds (show), whether it can be believed (check), which come with the project (list).",
+captures = group(
+    "captures",
+    "What a capture folder holds (show), whether it can be believed (check), which come with the project (list).",
 )
-app.add_typer(captures, name="captures")
 
 PROBLEMS, NO_CAPTURE = 1, 2
 

@@ -13,16 +13,15 @@ from perfmodel import hardware, report, text
 from perfmodel.cli.drawing import Html, check_html, write_html
 from perfmodel.cli.new_machines import NewMachine, check_new_machine
 from perfmodel.cli.shell import (
-    WRITES_FAILED,
     Json,
     app,
     expect_file,
     fraction,
-    is_written,
     note,
     print_json_words,
     print_words,
     width,
+    write_and_exit,
     write_report,
 )
 from perfmodel.errors import InputError
@@ -147,8 +146,7 @@ def check(
         lambda: _append_summary(summary, lambda: report.check_markdown(found, conditions)),
         lambda: write_html(html, f"{found.candidate} against {found.baseline}", words, figures),
     ]
-    all_written = all([is_written(write) for write in wanted])
-    raise typer.Exit(found.exit_code(conditions, must_conclude=must_conclude) or (0 if all_written else WRITES_FAILED))
+    write_and_exit(found.exit_code(conditions, must_conclude=must_conclude), wanted)
 
 
 def _spare_inputs(json_file: str | None, sides: tuple[str, str]) -> None:

@@ -1,12 +1,13 @@
 """`perfmodel check --new-machine`: a machine judged by one capture, without a baseline."""
 
-from typing import Annotated, NoReturn
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from perfmodel import hardware, report
 from perfmodel.cli.drawing import check_html, write_html
-from perfmodel.cli.shell import WRITES_FAILED, expect_file, is_written, print_json, print_words, write_report
+from perfmodel.cli.shell import expect_file, print_json, print_words, write_and_exit, write_report
 from perfmodel.errors import InputError
 
 NewMachine = Annotated[
@@ -75,15 +76,14 @@ def check_new_machine(
     else:
         print_words(words)
 
-    def draw() -> None:
+    def figures() -> Sequence[tuple[Any, str]]:
         from perfmodel.figures import new_machine_figures
 
-        write_html(html, f"New machine: {capture.name}", words, lambda: new_machine_figures(found))
+        return new_machine_figures(found)
 
     wanted = (
         lambda: write_report(junit, lambda: report.new_machine_junit(found)),
         lambda: write_report(markdown, lambda: report.new_machine_markdown(found)),
-        *(() if html is None else (draw,)),
+        lambda: write_html(html, f"New machine: {capture.name}", words, figures),
     )
-    all_written = all([is_written(write) for write in wanted])
-    raise typer.Exit(found.exit_code or (0 if all_written else WRITES_FAILED))
+    write_and_exit(found.exit_code, wanted)

@@ -5,9 +5,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -19,12 +19,14 @@ from perfmodel.readers.folder import read_ranks
 from perfmodel.trace import Trace
 from perfmodel.workers import PROCESSES
 
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_NAMES,
     help="Trace analysis and roofline performance models for MoE models whose experts do not all fit on the GPU.",
 )
 
@@ -68,7 +70,20 @@ def expect_file(option: str, path: str | None, suffix: str) -> None:
         raise InputError(f"{option} is {path!r}, expected {article} {suffix} file in a folder that exists")
 
 
-def is_written(write: Callable[[], None]) -> bool:
+def group(name: str, words: str) -> typer.Typer:
+    """Commands that share a first word."""
+    found = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings=HELP_NAMES, help=words)
+    app.add_typer(found, name=name)
+    return found
+
+
+def write_and_exit(code: int, writes: Iterable[Callable[[], None]]) -> NoReturn:
+    """Write all reports and end with the code of the verdict, or where that is 0 with WRITES_FAILED if one failed."""
+    all_written = all([_is_written(write) for write in writes])
+    raise typer.Exit(code or (0 if all_written else WRITES_FAILED))
+
+
+def _is_written(write: Callable[[], None]) -> bool:
     """Whether a report could be written; why not is said, and takes neither the verdict nor the other reports along."""
     try:
         write()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -58,6 +59,11 @@ def datasheet_of(capture: Capture) -> HardwareProfile | None:
     return None if name is None or is_slice or profile_of(capture).device != "gpu" else hardware(name)
 
 
+def fitted_on(model: LatencyModel) -> list[Any]:
+    """The digests of the captures that a model was fitted on."""
+    return [one.get("digest") for one in model.evidence_.get("captures", ())]
+
+
 def model_for(capture: Capture) -> LatencyModel:
     """A model of the machine of a capture: the shipped one that was fitted on these very measurements, else one that is
     fitted now, which takes seconds.
@@ -67,7 +73,7 @@ def model_for(capture: Capture) -> LatencyModel:
     """
     if capture.name in shipped_models():
         model = load_model(capture.name)
-        if [one.get("digest") for one in model.evidence_.get("captures", ())] == [capture.digest]:
+        if fitted_on(model) == [capture.digest]:
             return model
     rows, _ = fitted_rows(per_workload(capture.observations), capture.dtype)
     if rows["shape"].n_unique() < LEAST_SHAPES:

@@ -27,7 +27,7 @@ from .against import (
     judged_rows,
     model_for,
 )
-from .evidence import TRACES, Evidence, Measured, doubts, is_declared, may_excuse, require_comparable, untold
+from .evidence import TRACES, Evidence, Measured, differences, doubts, is_declared, may_excuse, untold
 from .parts import Detail, PartChange
 from .spread import OVERALL
 from .verdicts import DEFAULT_MARGIN_FRAC, SLOWER, Verdict, check
@@ -253,7 +253,6 @@ def compare(
     are_traces = baseline.kind == candidate.kind == TRACES
     how_told = require_same_work(baseline, candidate) if are_traces else []
     verdicts = check(baseline, candidate, margin_frac, axes)
-    changes = require_comparable(baseline, candidate, axes)
     first, other = baseline.capture, candidate.capture
     quantities = () if first is None or other is None else tuple(moved_quantities(first, other))
     judged = _Judged(no_model="no model was asked for")
@@ -284,7 +283,9 @@ def compare(
         margin_frac=margin_frac,
         axes=tuple(axes),
         cases=tuple(cases),
-        changes=tuple(Change(key, a, b, is_declared(key, axes)) for key, (a, b) in changes.items()),
+        changes=tuple(
+            Change(key, a, b, is_declared(key, axes)) for key, (a, b) in differences(baseline, candidate).items()
+        ),
         quantities=quantities,
         model=judged.model,
         no_model=judged.no_model,

@@ -1,7 +1,7 @@
 """One side of a comparison: run medians of workloads, when they were taken, and under which circumstances."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import Any
@@ -86,10 +86,6 @@ class Evidence:
     def occasions(self) -> dict[int, int]:
         """The occasion of each run."""
         return {one.run: one.occasion for one in self.runs}
-
-    def only(self, keys: Sequence[str]) -> "Evidence":
-        """The same side with these workloads alone."""
-        return replace(self, workloads={key: self.workloads[key] for key in keys})
 
 
 def of_capture(capture: Capture) -> Evidence:

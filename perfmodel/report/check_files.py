@@ -82,8 +82,7 @@ def _test_case(comparison: "Comparison", case: "Case", fail_on: Sequence[str], *
     if failures:
         return junit.failed(found, failures[0], f"{failures[0]}: {numbers[0]}", "\n".join(numbers))
     if is_open:
-        more = f", {verdict.n_more_runs} more runs wanted on each side" if verdict.n_more_runs else ""
-        return junit.skipped(found, f"inconclusive: {numbers[0]}{more}")
+        return junit.skipped(found, f"inconclusive: {numbers[0]}{_more_wanted(case)}")
     return junit.passed(found, "\n".join(numbers))
 
 
@@ -107,8 +106,12 @@ def _numbers(comparison: "Comparison", case: "Case") -> list[str]:
         lines.append(f"most of it in {case.part}")
     if case is comparison.overall:
         lines += [*changed_lines(comparison), *(f"note: {words}" for words in remarks(comparison))]
-    more = f", {verdict.n_more_runs} more runs wanted on each side" if verdict.n_more_runs else ""
-    return [*lines, f"{verdict.verdict}, {case.cell}{more}"]
+    return [*lines, f"{verdict.verdict}, {case.cell}{_more_wanted(case)}"]
+
+
+def _more_wanted(case: "Case") -> str:
+    n = case.verdict.n_more_runs
+    return f", {n} more runs wanted on each side" if n else ""
 
 
 def check_markdown(comparison: "Comparison", fail_on: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from perfmodel.regression.against import (
     Expectation,
     against_model,
     datasheet_of,
+    fitted_on,
     judged_rows,
 )
 from perfmodel.regression.verdicts import DEFAULT_MARGIN_FRAC
@@ -159,7 +160,7 @@ def _name_of(model: LatencyModel, models: dict[str, LatencyModel]) -> str:
 
 def _is_own(capture: Capture, model: LatencyModel) -> bool:
     """Whether a model was fitted on this very capture."""
-    return capture.digest in [one.get("digest") for one in model.evidence_.get("captures", ())]
+    return capture.digest in fitted_on(model)
 
 
 def _is_same_processor(capture: Capture, model: LatencyModel) -> bool:

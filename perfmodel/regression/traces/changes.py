@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
 import polars as pl
 
 from perfmodel import text
+from perfmodel.capture_lines import Physical
 from perfmodel.classify import COMMUNICATION
 from perfmodel.errors import InputError, NotComparableError
 from perfmodel.regression.evidence import Evidence, Measured
@@ -29,7 +30,6 @@ LEAST_OPERATORS_FRAC = 0.5  # of the time, below which operators do not say what
 NOTABLE_FRAC, NOTABLE_CALLS_FRAC = 0.001, 0.05  # of FLOPs, and of the time, from which a difference is told
 LEAST_AMOUNT = 1e-9  # ns, or a count, of a step, below which there is nothing
 _MOVED_SHOWN, _MOVED_LEAST_FRAC = 2, 0.1  # classes named as evidence, and of the change of the first what others need
-Amount = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]
 NO_SHAPES = (
     "the traces do not tell the shapes of matrix products (record_shapes), so that another batch size would be taken "
     "for another speed"
@@ -73,10 +73,10 @@ class _Facts(msgspec.Struct):
     kind: Literal["operator", "class", "metric", "part"]
     name: str | None = None
     part: str | None = None
-    n_calls: Amount | None = None
+    n_calls: Physical | None = None
     shape: str | None = None
-    n_flops: Amount | None = None
-    n_kernels: Amount | None = None
+    n_flops: Physical | None = None
+    n_kernels: Physical | None = None
 
 
 _NEEDED = {OPERATOR: ("name", "part", "n_calls"), CLASS: ("n_kernels",)}
